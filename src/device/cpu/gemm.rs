@@ -1,0 +1,78 @@
+//! Single-thread product of strided float32 matrices: the one place that calls matrixmultiply.
+//!
+//! Callers split work into tiles of fixed size and hand tiles to threads; a tile is always computed by one call of the
+//! same shape, so results do not depend on the number of threads.
+
+use crate::tensor::Matrix;
+
+/// A strided read-only view: element (r, c) is `data[r * row_stride + c * col_stride]`.
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> View<'a> {
+    /// Row-major view of `rows` rows of `cols` columns, `row_stride` apart.
+    pub(crate) fn new(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len(), "view outside its data");
+        Self { data, rows, cols, row_stride, col_stride: 1 }
+    }
+
+    /// The transposed view.
+    pub(crate) fn t(self) -> Self {
+        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+}
+
+impl<'a> From<&'a Matrix> for View<'a> {
+    fn from(matrix: &'a Matrix) -> Self {
+        Self::new(matrix.data(), matrix.rows(), matrix.cols(), matrix.cols())
+    }
+}
+
+/// A row-major view to write to, rows `row_stride` apart.
+pub(crate) struct ViewMut<'a> {
+    data: &'a mut [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+}
+
+impl<'a> ViewMut<'a> {
+    /// Row-major view of `rows` rows of `cols` columns, `row_stride` apart.
+    pub(crate) fn new(data: &'a mut [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+        assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len(), "view outside its data");
+        assert!(rows <= 1 || row_stride >= cols, "rows of a mutable view overlap");
+        Self { data, rows, cols, row_stride }
+    }
+}
+
+/// `c = beta · c + alpha · a · b`. With `beta` 0 the old content of `c` is never read.
+pub(crate) fn gemm(alpha: f32, a: View<'_>, b: View<'_>, beta: f32, c: ViewMut<'_>) {
+    assert!(a.cols == b.rows && a.rows == c.rows && b.cols == c.cols, "product of shapes that do not fit");
+    // SAFETY: the constructors checked that every element of the three views lies inside its slice, `c` is borrowed
+    // mutably and so overlaps neither operand, and its elements are distinct (rows at least `cols` apart).
+    #[allow(unsafe_code)]
+    unsafe {
+        matrixmultiply::sgemm(
+            a.rows,
+            a.cols,
+            b.cols,
+            alpha,
+            a.data.as_ptr(),
+            a.row_stride as isize,
+            a.col_stride as isize,
+            b.data.as_ptr(),
+            b.row_stride as isize,
+            b.col_stride as isize,
+            beta,
+            c.data.as_mut_ptr(),
+            c.row_stride as isize,
+            1,
+        );
+    }
+}

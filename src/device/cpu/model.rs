@@ -1,0 +1,1 @@
+//! Model operations on the CPU.

@@ -1,0 +1,1 @@
+//! Solver operations on the CPU.

@@ -1,0 +1,33 @@
+//! The operations a device offers. Everything above this module is written once, against these traits.
+//!
+//! A device owns tensors: dense row-major matrices in whatever storage suits it (float32 on the CPU). Two small sets of
+//! operations cover the whole program: [`ModelOps`] for calibration and evaluation, [`SolveOps`] for the statistics and
+//! the solver.
+
+pub mod cpu;
+mod model_ops;
+mod solve_ops;
+
+pub use model_ops::{Activation, AttentionShape, ModelOps, Rotary, Span};
+pub use solve_ops::SolveOps;
+
+use crate::tensor::Matrix;
+use anyhow::Result;
+
+/// Owner of tensors: dense row-major matrices `[rows, cols]` in device memory.
+pub trait Device: Send + Sync {
+    /// A dense row-major matrix in device memory.
+    type Tensor: Send + Sync;
+
+    /// Name for logs and reports, such as `cpu`.
+    fn name(&self) -> String;
+
+    /// Copies a host matrix to the device.
+    fn upload(&self, matrix: Matrix) -> Result<Self::Tensor>;
+
+    /// Copies a tensor back to the host.
+    fn download(&self, tensor: &Self::Tensor) -> Result<Matrix>;
+
+    /// `(rows, cols)` of a tensor.
+    fn shape(&self, tensor: &Self::Tensor) -> (usize, usize);
+}

@@ -1,0 +1,137 @@
+//! What running a model needs of a device: calibration forward and backward, evaluation.
+
+use super::Device;
+use anyhow::Result;
+use std::ops::Range;
+
+/// Heads of an attention module. Query head `h` reads key/value head `h / (heads / kv_heads)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Whether a query sees only keys up to its own place. The last query of a span stands at the span's last key, so
+    /// a decoding step with one query and a filled key/value cache is the same operation.
+    pub causal: bool,
+}
+
+/// One sequence among the packed rows: its query rows and its key/value rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Rows of the query tensor.
+    pub q: Range<usize>,
+    /// Rows of the key and value tensors.
+    pub k: Range<usize>,
+}
+
+impl Span {
+    /// A sequence that attends to itself.
+    pub fn own(rows: Range<usize>) -> Self {
+        Self { q: rows.clone(), k: rows }
+    }
+}
+
+/// Elementwise nonlinearities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x · sigmoid(x)`.
+    Silu,
+    /// `x · Φ(x)` with the error function.
+    Gelu,
+    /// The tanh approximation of GELU.
+    GeluTanh,
+    /// `x · sigmoid(1.702 x)`.
+    QuickGelu,
+}
+
+/// Cosines and sines of the rotary embedding, one row a token, `head_dim / 2` columns each.
+#[derive(Clone, Debug)]
+pub struct Rotary<T> {
+    /// `[tokens, head_dim / 2]`.
+    pub cos: T,
+    /// `[tokens, head_dim / 2]`.
+    pub sin: T,
+}
+
+/// Forward and backward operations on activations `[tokens, channels]`.
+pub trait ModelOps: Device {
+    /// Rows of `table` by index: `[indices, cols]`.
+    fn gather_rows(&self, table: &Self::Tensor, indices: &[u32]) -> Result<Self::Tensor>;
+
+    /// Overwrites the rows `indices` of `target` by the rows of `source`, in order.
+    fn scatter_rows(&self, target: &mut Self::Tensor, indices: &[u32], source: &Self::Tensor) -> Result<()>;
+
+    /// A copy of some consecutive rows.
+    fn slice_rows(&self, x: &Self::Tensor, rows: Range<usize>) -> Result<Self::Tensor>;
+
+    /// Appends the rows of `more` to `x` (the key/value cache).
+    fn append_rows(&self, x: &mut Self::Tensor, more: &Self::Tensor) -> Result<()>;
+
+    /// The same values under another shape.
+    fn reshape(&self, x: Self::Tensor, rows: usize, cols: usize) -> Result<Self::Tensor>;
+
+    /// `x · weightᵀ + bias`: x `[t, in]`, weight `[out, in]`, bias `[1, out]` → `[t, out]`.
+    fn linear(&self, x: &Self::Tensor, weight: &Self::Tensor, bias: Option<&Self::Tensor>) -> Result<Self::Tensor>;
+
+    /// `a · b`: `[m, k] · [k, n]` (the backward of [`linear`](Self::linear): `dX = dY · weight`).
+    fn matmul(&self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// `x += y`.
+    fn add_assign(&self, x: &mut Self::Tensor, y: &Self::Tensor) -> Result<()>;
+
+    /// `factor · (a − b)`.
+    fn scaled_difference(&self, a: &Self::Tensor, b: &Self::Tensor, factor: f32) -> Result<Self::Tensor>;
+
+    /// `x / sqrt(mean(x²) + eps) · weight` per row; weight `[1, cols]`.
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Tensor, eps: f32) -> Result<Self::Tensor>;
+
+    /// `(x − mean) / sqrt(var + eps) · weight + bias` per row; weight and bias `[1, cols]`.
+    fn layer_norm(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        bias: &Self::Tensor,
+        eps: f32,
+    ) -> Result<Self::Tensor>;
+
+    /// Rotary embedding in place, halves rotated (NeoX style), on `[tokens, heads · head_dim]`. `transposed` applies
+    /// the inverse rotation, which is the backward of the forward one.
+    fn rotate(&self, x: &mut Self::Tensor, rotary: &Rotary<Self::Tensor>, transposed: bool) -> Result<()>;
+
+    /// Softmax attention, scaled by `head_dim^-0.5`, each span on its own: q `[tq, heads · head_dim]`, k and v
+    /// `[tk, kv_heads · head_dim]` → `[tq, heads · head_dim]`.
+    fn attention(
+        &self,
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        spans: &[Span],
+        shape: AttentionShape,
+    ) -> Result<Self::Tensor>;
+
+    /// Gradients `(dq, dk, dv)` of [`attention`](Self::attention) for the output gradient `d_out`.
+    fn attention_backward(
+        &self,
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        d_out: &Self::Tensor,
+        spans: &[Span],
+        shape: AttentionShape,
+    ) -> Result<(Self::Tensor, Self::Tensor, Self::Tensor)>;
+
+    /// The nonlinearity, elementwise.
+    fn activate(&self, x: &Self::Tensor, activation: Activation) -> Result<Self::Tensor>;
+
+    /// `activation(gate) ∘ up`.
+    fn gated(&self, gate: &Self::Tensor, up: &Self::Tensor, activation: Activation) -> Result<Self::Tensor>;
+
+    /// Mean over columns of the absolute values, one value a row (the importance factor, paper section 4).
+    fn mean_abs_rows(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
+
+    /// Index of the first row that holds a NaN or an infinity, if any.
+    fn first_non_finite_row(&self, x: &Self::Tensor) -> Result<Option<usize>>;
+}

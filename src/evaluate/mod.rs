@@ -1,0 +1,1 @@
+//! Evaluation: greedy decoding, log-likelihood, divergence, metrics.

@@ -1,0 +1,1 @@
+//! The models: vision towers, the decoder, rotary positions, and the families that put them together.

@@ -1,0 +1,8 @@
+//! The method: importance, statistics, order, grid, solve, packing.
+
+mod layer;
+pub mod settings;
+pub mod solve;
+pub mod statistics;
+
+pub use layer::{QuantizedLinear, SolveReport};

@@ -1,0 +1,164 @@
+//! What a user may choose about the solver, and the names those choices have on the command line and in reports.
+
+use anyhow::{Result, bail, ensure};
+use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
+
+/// How codes are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Solver {
+    /// Round to nearest: no statistics at all. The floor that everything is compared with.
+    Rtn,
+    /// Second-order error propagation towards the layer's output on the quantized path (arXiv 2210.17323).
+    Gptq,
+    /// The same towards the float path's output (arXiv 2504.02692).
+    Gptaq,
+}
+
+/// How calibration tokens are weighted in the statistics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Importance {
+    /// All alike.
+    None,
+    /// By the gradient of the local attention-block loss (arXiv 2508.03351, section 4).
+    Vlmq,
+}
+
+/// How a group's range becomes its grid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Grid {
+    /// The full range of the group's weights.
+    Minmax,
+    /// The shrunken range with the least `Σ|w − q|^2.4` out of 80.
+    Mse,
+}
+
+/// In which order columns are quantized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// Left to right.
+    None,
+    /// Columns by falling `H_ii` inside their group, whole groups by their largest `H_ii`: the file needs no `g_idx`.
+    ActGroup,
+    /// All columns by falling `H_ii`; groups form in that order, so the file needs `g_idx`.
+    Act,
+}
+
+/// Storage type of scales; scales are rounded to it before they are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScaleType {
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Single precision.
+    F32,
+}
+
+impl ScaleType {
+    /// `value` rounded (to nearest, ties to even) to this type.
+    pub fn round(self, value: f32) -> f32 {
+        match self {
+            Self::F16 => f16::from_f32(value).to_f32(),
+            Self::Bf16 => bf16::from_f32(value).to_f32(),
+            Self::F32 => value,
+        }
+    }
+
+    /// Smallest positive value of this type.
+    pub fn smallest(self) -> f32 {
+        match self {
+            Self::F16 => f16::from_bits(1).to_f32(),
+            Self::Bf16 => bf16::from_bits(1).to_f32(),
+            Self::F32 => f32::from_bits(1),
+        }
+    }
+}
+
+/// Which weights the GPTAQ term carries from one block of columns to the later ones.
+///
+/// The derivation has the weights just before rounding; the reference implementation, by overwriting them in place, the
+/// rounded ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CrossTerm {
+    /// The weights just before rounding, as derived.
+    Unquantized,
+    /// The rounded weights, as in the reference implementation.
+    Quantized,
+}
+
+/// Settings of one layer's solve.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SolverSettings {
+    /// How codes are found.
+    pub solver: Solver,
+    /// Width of a code: 2, 3, 4 or 8.
+    pub bits: u32,
+    /// Input columns that share a scale and a zero, per row; `None`: the whole row.
+    pub group_size: Option<usize>,
+    /// Zero fixed at the middle of the grid.
+    pub symmetric: bool,
+    /// How a group's range becomes its grid.
+    pub grid: Grid,
+    /// Order of the columns.
+    pub order: Order,
+    /// Damping λ, relative to the mean of H's diagonal.
+    pub damp: f64,
+    /// Strength α of the GPTAQ term.
+    pub alpha: f64,
+    /// See [`CrossTerm`].
+    pub cross_term: CrossTerm,
+    /// Storage type of scales.
+    pub scale_type: ScaleType,
+    /// Smallest zero that the file format can hold: 1 for GPTQ v1, which stores `zero − 1`; else 0.
+    pub smallest_zero: u8,
+}
+
+impl Default for SolverSettings {
+    fn default() -> Self {
+        Self {
+            solver: Solver::Gptaq,
+            bits: 3,
+            group_size: Some(128),
+            symmetric: false,
+            grid: Grid::Minmax,
+            order: Order::ActGroup,
+            damp: 0.01,
+            alpha: 0.25,
+            cross_term: CrossTerm::Unquantized,
+            scale_type: ScaleType::Bf16,
+            smallest_zero: 0,
+        }
+    }
+}
+
+impl SolverSettings {
+    /// Largest code, `2^bits − 1`.
+    pub fn largest_code(&self) -> u8 {
+        ((1u32 << self.bits) - 1) as u8
+    }
+
+    /// Columns of a group in a layer of `in_features` columns.
+    pub fn group_columns(&self, in_features: usize) -> usize {
+        self.group_size.unwrap_or(in_features)
+    }
+
+    /// Refuses settings that no solve can honour.
+    pub fn validate(&self) -> Result<()> {
+        ensure!(matches!(self.bits, 2 | 3 | 4 | 8), "bits must be 2, 3, 4 or 8, not {}", self.bits);
+        if let Some(group) = self.group_size {
+            ensure!(group >= 8 && group % 8 == 0, "group size must be a positive multiple of 8, not {group}");
+        }
+        ensure!(self.damp > 0.0 && self.damp <= 1.0, "damp must be above 0 and at most 1, not {}", self.damp);
+        if !(0.0..=1.0).contains(&self.alpha) {
+            bail!("alpha must be from 0 to 1, not {}", self.alpha);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,71 @@
+//! Dense row-major matrices on the host, the currency between modules.
+
+use anyhow::{Result, ensure};
+
+/// A dense row-major float32 matrix on the host: element (r, c) is `data[r * cols + c]`.
+///
+/// A vector is a matrix of one row.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Matrix {
+    rows: usize,
+    cols: usize,
+    data: Vec<f32>,
+}
+
+impl Matrix {
+    /// Wraps `data` (`rows * cols` values, row by row). Errors when the length disagrees with the shape.
+    pub fn new(rows: usize, cols: usize, data: Vec<f32>) -> Result<Self> {
+        ensure!(data.len() == rows * cols, "{} values cannot form a {rows}x{cols} matrix", data.len());
+        Ok(Self { rows, cols, data })
+    }
+
+    /// A matrix of zeros.
+    pub fn zeros(rows: usize, cols: usize) -> Self {
+        Self { rows, cols, data: vec![0.0; rows * cols] }
+    }
+
+    /// A matrix of one row.
+    pub fn row_vector(data: Vec<f32>) -> Self {
+        Self { rows: 1, cols: data.len(), data }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// All values, row by row.
+    pub fn data(&self) -> &[f32] {
+        &self.data
+    }
+
+    /// All values, row by row, to write to.
+    pub fn data_mut(&mut self) -> &mut [f32] {
+        &mut self.data
+    }
+
+    /// Gives the values up, row by row.
+    pub fn into_data(self) -> Vec<f32> {
+        self.data
+    }
+
+    /// Row `r`.
+    pub fn row(&self, r: usize) -> &[f32] {
+        &self.data[r * self.cols..(r + 1) * self.cols]
+    }
+
+    /// Row `r`, to write to.
+    pub fn row_mut(&mut self, r: usize) -> &mut [f32] {
+        &mut self.data[r * self.cols..(r + 1) * self.cols]
+    }
+
+    /// The same values under another shape. Errors when the sizes disagree.
+    pub fn reshaped(self, rows: usize, cols: usize) -> Result<Self> {
+        Self::new(rows, cols, self.data)
+    }
+}
