@@ -1,1 +1,0 @@
-//! Model operations on the CPU.

@@ -1,0 +1,123 @@
+//! Model operations on the CPU.
+
+mod attention;
+mod elementwise;
+mod product;
+
+use super::Cpu;
+use crate::device::{Activation, AttentionShape, ModelOps, Rotary, Span};
+use crate::tensor::Matrix;
+use anyhow::{Result, ensure};
+use std::ops::Range;
+
+impl ModelOps for Cpu {
+    fn gather_rows(&self, table: &Matrix, indices: &[u32]) -> Result<Matrix> {
+        let mut data = Vec::with_capacity(indices.len() * table.cols());
+        for &index in indices {
+            let index = index as usize;
+            ensure!(index < table.rows(), "row {index} asked of a table of {} rows", table.rows());
+            data.extend_from_slice(table.row(index));
+        }
+        Matrix::new(indices.len(), table.cols(), data)
+    }
+
+    fn scatter_rows(&self, target: &mut Matrix, indices: &[u32], source: &Matrix) -> Result<()> {
+        ensure!(
+            indices.len() == source.rows() && target.cols() == source.cols(),
+            "{} rows of {} columns do not go into {} places of {} columns",
+            source.rows(),
+            source.cols(),
+            indices.len(),
+            target.cols()
+        );
+        for (i, &index) in indices.iter().enumerate() {
+            target.row_mut(index as usize).copy_from_slice(source.row(i));
+        }
+        Ok(())
+    }
+
+    fn slice_rows(&self, x: &Matrix, rows: Range<usize>) -> Result<Matrix> {
+        Matrix::new(rows.len(), x.cols(), x.data()[rows.start * x.cols()..rows.end * x.cols()].to_vec())
+    }
+
+    fn append_rows(&self, x: &mut Matrix, more: &Matrix) -> Result<()> {
+        ensure!(x.cols() == more.cols(), "rows of {} columns do not append to rows of {}", more.cols(), x.cols());
+        let rows = x.rows() + more.rows();
+        let cols = x.cols();
+        let mut data = std::mem::take(x).into_data();
+        data.extend_from_slice(more.data());
+        *x = Matrix::new(rows, cols, data)?;
+        Ok(())
+    }
+
+    fn reshape(&self, x: Matrix, rows: usize, cols: usize) -> Result<Matrix> {
+        x.reshaped(rows, cols)
+    }
+
+    fn linear(&self, x: &Matrix, weight: &Matrix, bias: Option<&Matrix>) -> Result<Matrix> {
+        product::linear(x, weight, bias)
+    }
+
+    fn matmul(&self, a: &Matrix, b: &Matrix) -> Result<Matrix> {
+        product::matmul(a, b)
+    }
+
+    fn add_assign(&self, x: &mut Matrix, y: &Matrix) -> Result<()> {
+        elementwise::add_assign(x, y)
+    }
+
+    fn scaled_difference(&self, a: &Matrix, b: &Matrix, factor: f32) -> Result<Matrix> {
+        elementwise::scaled_difference(a, b, factor)
+    }
+
+    fn rms_norm(&self, x: &Matrix, weight: &Matrix, eps: f32) -> Result<Matrix> {
+        elementwise::rms_norm(x, weight, eps)
+    }
+
+    fn layer_norm(&self, x: &Matrix, weight: &Matrix, bias: &Matrix, eps: f32) -> Result<Matrix> {
+        elementwise::layer_norm(x, weight, bias, eps)
+    }
+
+    fn rotate(&self, x: &mut Matrix, rotary: &Rotary<Matrix>, transposed: bool) -> Result<()> {
+        elementwise::rotate(x, rotary, transposed)
+    }
+
+    fn attention(
+        &self,
+        q: &Matrix,
+        k: &Matrix,
+        v: &Matrix,
+        spans: &[Span],
+        shape: AttentionShape,
+    ) -> Result<Matrix> {
+        attention::forward(q, k, v, spans, shape)
+    }
+
+    fn attention_backward(
+        &self,
+        q: &Matrix,
+        k: &Matrix,
+        v: &Matrix,
+        d_out: &Matrix,
+        spans: &[Span],
+        shape: AttentionShape,
+    ) -> Result<(Matrix, Matrix, Matrix)> {
+        attention::backward(q, k, v, d_out, spans, shape)
+    }
+
+    fn activate(&self, x: &Matrix, activation: Activation) -> Result<Matrix> {
+        Ok(elementwise::activate(x, activation))
+    }
+
+    fn gated(&self, gate: &Matrix, up: &Matrix, activation: Activation) -> Result<Matrix> {
+        elementwise::gated(gate, up, activation)
+    }
+
+    fn mean_abs_rows(&self, x: &Matrix) -> Result<Vec<f32>> {
+        Ok(elementwise::mean_abs_rows(x))
+    }
+
+    fn first_non_finite_row(&self, x: &Matrix) -> Result<Option<usize>> {
+        Ok(elementwise::first_non_finite_row(x))
+    }
+}

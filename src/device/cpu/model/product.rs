@@ -1,0 +1,96 @@
+//! Matrix products over fixed row tiles.
+
+use crate::device::cpu::gemm::{View, ViewMut, gemm};
+use crate::tensor::Matrix;
+use anyhow::{Result, ensure};
+use rayon::prelude::*;
+
+/// Rows a thread takes at a time: high enough that packing the right operand again for each tile costs little.
+const TILE_ROWS: usize = 128;
+
+/// Up to this many rows (decoding steps) plain dot products that read each weight once beat packing the weights.
+const FEW_ROWS: usize = 4;
+
+/// Weight rows a thread takes at a time in that case.
+const FEW_ROWS_TILE: usize = 64;
+
+/// `x · weightᵀ + bias`.
+pub(super) fn linear(x: &Matrix, weight: &Matrix, bias: Option<&Matrix>) -> Result<Matrix> {
+    ensure!(
+        x.cols() == weight.cols(),
+        "input of {} channels meets a weight of {}x{}",
+        x.cols(),
+        weight.rows(),
+        weight.cols()
+    );
+    if let Some(bias) = bias {
+        ensure!(bias.cols() == weight.rows(), "bias of {} values for {} outputs", bias.cols(), weight.rows());
+    }
+    let outputs = weight.rows();
+    let mut y = Matrix::zeros(x.rows(), outputs);
+    if let Some(bias) = bias {
+        y.data_mut().par_chunks_mut(outputs.max(1)).for_each(|row| row.copy_from_slice(bias.data()));
+    }
+    if x.rows() <= FEW_ROWS {
+        few_rows(x, weight, &mut y);
+    } else {
+        row_tiles(x, View::from(weight).t(), &mut y);
+    }
+    Ok(y)
+}
+
+/// `a · b`.
+pub(super) fn matmul(a: &Matrix, b: &Matrix) -> Result<Matrix> {
+    ensure!(a.cols() == b.rows(), "{}x{} times {}x{}", a.rows(), a.cols(), b.rows(), b.cols());
+    let mut y = Matrix::zeros(a.rows(), b.cols());
+    row_tiles(a, View::from(b), &mut y);
+    Ok(y)
+}
+
+/// `y += a · b`, threads over tiles of rows.
+fn row_tiles(a: &Matrix, b: View<'_>, y: &mut Matrix) {
+    let (inner, outputs) = (a.cols(), y.cols());
+    if outputs == 0 || inner == 0 {
+        return;
+    }
+    y.data_mut()
+        .par_chunks_mut(TILE_ROWS * outputs)
+        .zip(a.data().par_chunks(TILE_ROWS * inner))
+        .for_each(|(y, a)| {
+            let rows = y.len() / outputs;
+            gemm(1.0, View::new(a, rows, inner, inner), b, 1.0, ViewMut::new(y, rows, outputs, outputs));
+        });
+}
+
+/// `y += x · weightᵀ` for a handful of rows, threads over tiles of outputs.
+fn few_rows(x: &Matrix, weight: &Matrix, y: &mut Matrix) {
+    let (rows, inner, outputs) = (x.rows(), x.cols(), weight.rows());
+    if inner == 0 {
+        return;
+    }
+    let tiles: Vec<Vec<f32>> = weight
+        .data()
+        .par_chunks(FEW_ROWS_TILE * inner)
+        .map(|tile| {
+            tile.chunks_exact(inner).flat_map(|w| (0..rows).map(|r| dot(x.row(r), w))).collect::<Vec<f32>>()
+        })
+        .collect();
+    for (output, sums) in tiles.iter().flat_map(|tile| tile.chunks_exact(rows)).enumerate() {
+        for (row, sum) in sums.iter().enumerate() {
+            y.data_mut()[row * outputs + output] += sum;
+        }
+    }
+}
+
+/// Inner product in 16 partial sums, which the compiler turns into vector instructions.
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; 16];
+    let (a_chunks, b_chunks) = (a.chunks_exact(16), b.chunks_exact(16));
+    let tail: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
+    for (x, y) in a_chunks.zip(b_chunks) {
+        for lane in 0..16 {
+            sums[lane] += x[lane] * y[lane];
+        }
+    }
+    sums.iter().sum::<f32>() + tail
+}
