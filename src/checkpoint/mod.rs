@@ -1,1 +1,14 @@
 //! Checkpoints in and out: Hugging Face folders of safetensors files.
+
+mod config;
+mod convert;
+pub mod formats;
+mod plan;
+pub mod read;
+mod shard;
+pub mod write;
+
+pub use config::Quantization;
+pub use formats::{Format, LinearSpec, Loader};
+pub use read::{Checkpoint, StoredTensor};
+pub use write::Writer;

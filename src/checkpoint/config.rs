@@ -1,0 +1,95 @@
+//! `quantization_config` of a config.json: how the weights of a quantized checkpoint are stored.
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+/// How a quantized checkpoint stores its linear layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quantization {
+    /// compressed-tensors, `pack-quantized` with integer weights.
+    CompressedTensors(Packing),
+    /// GPTQ v1, zeros stored as `zero − 1`.
+    Gptq(Packing),
+}
+
+/// What both formats have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packing {
+    /// Width of a code: 2, 3, 4 or 8.
+    pub bits: u32,
+    /// Input columns that share a scale; `None`: the whole row.
+    pub group_size: Option<usize>,
+    /// Every zero is `2^(bits − 1)`.
+    pub symmetric: bool,
+}
+
+/// The quantization entry of a config, wherever generations of the format put it; an empty one counts as absent.
+pub(crate) fn quantization_entry(config: &Value) -> Option<&Value> {
+    [config, &config["text_config"]]
+        .into_iter()
+        .flat_map(|section| ["quantization_config", "compression_config"].map(|key| &section[key]))
+        .find(|entry| !entry.is_null())
+}
+
+/// Reads the entry. Errors, naming what is not supported, for every method, width or strategy that is not read here.
+pub(crate) fn parse_quantization(entry: &Value) -> Result<Quantization> {
+    match entry["quant_method"].as_str() {
+        Some("compressed-tensors") => compressed_tensors(entry),
+        Some("gptq") => gptq(entry),
+        Some(other) => bail!(
+            "weights quantized with {other:?} are not read; known are compressed-tensors (pack-quantized) and gptq. \
+             Start from the float checkpoint."
+        ),
+        None => bail!("quantization_config has no quant_method; start from the float checkpoint"),
+    }
+}
+
+fn compressed_tensors(entry: &Value) -> Result<Quantization> {
+    let groups = entry["config_groups"].as_object().context("quantization_config has no config_groups")?;
+    ensure!(
+        groups.len() == 1,
+        "quantization_config has {} config_groups; only checkpoints with one are read",
+        groups.len()
+    );
+    let group = groups.values().next().expect("one group");
+    let format = group["format"].as_str().or(entry["format"].as_str()).unwrap_or("none");
+    ensure!(format == "pack-quantized", "compressed-tensors format {format:?} is not read; only pack-quantized is");
+    ensure!(group["input_activations"].is_null(), "checkpoints with quantized activations are not read");
+    let weights = &group["weights"];
+    let kind = weights["type"].as_str().unwrap_or("int");
+    ensure!(kind == "int", "weights of type {kind:?} are not read; only int is");
+    let group_size = match weights["strategy"].as_str() {
+        Some("group") => group_size(weights)?,
+        Some("channel") => None,
+        other => bail!("weight strategy {other:?} is not read; only group and channel are"),
+    };
+    let symmetric = weights["symmetric"].as_bool().unwrap_or(true);
+    Ok(Quantization::CompressedTensors(Packing { bits: bits(&weights["num_bits"])?, group_size, symmetric }))
+}
+
+fn gptq(entry: &Value) -> Result<Quantization> {
+    let layout = entry["checkpoint_format"].as_str().or(entry["format"].as_str()).unwrap_or("gptq");
+    ensure!(layout == "gptq", "GPTQ checkpoint_format {layout:?} is not read; only gptq (version 1) is");
+    if let Some(rules) = entry["dynamic"].as_object() {
+        for rule in rules.keys() {
+            ensure!(rule.starts_with('-'), "GPTQ files with settings per layer (dynamic {rule:?}) are not read");
+        }
+    }
+    let symmetric = entry["sym"].as_bool().unwrap_or(true);
+    Ok(Quantization::Gptq(Packing { bits: bits(&entry["bits"])?, group_size: group_size(entry)?, symmetric }))
+}
+
+fn bits(value: &Value) -> Result<u32> {
+    match value.as_u64() {
+        Some(bits @ (2 | 3 | 4 | 8)) => Ok(bits as u32),
+        _ => bail!("weights of {value} bits are not read; only 2, 3, 4 and 8 are"),
+    }
+}
+
+fn group_size(section: &Value) -> Result<Option<usize>> {
+    match section["group_size"].as_i64() {
+        Some(-1) => Ok(None),
+        Some(size) if size > 0 => Ok(Some(size as usize)),
+        _ => bail!("group_size {} of quantization_config is neither positive nor -1", section["group_size"]),
+    }
+}

@@ -1,0 +1,67 @@
+//! Numbers to and from the little-endian bytes of a safetensors file.
+
+use crate::quantize::settings::ScaleType;
+use half::{bf16, f16};
+use rayon::prelude::*;
+use safetensors::Dtype;
+
+/// Values per task: large enough to hide the cost of a task, small enough to spread one embedding over all cores.
+const CHUNK: usize = 1 << 16;
+
+/// The float type of a tensor's dtype, if it is one that weights come in.
+pub(crate) fn float_type(dtype: Dtype) -> Option<ScaleType> {
+    match dtype {
+        Dtype::F16 => Some(ScaleType::F16),
+        Dtype::BF16 => Some(ScaleType::Bf16),
+        Dtype::F32 => Some(ScaleType::F32),
+        _ => None,
+    }
+}
+
+/// The file's name for a float type.
+pub(crate) fn dtype_of(float: ScaleType) -> Dtype {
+    match float {
+        ScaleType::F16 => Dtype::F16,
+        ScaleType::Bf16 => Dtype::BF16,
+        ScaleType::F32 => Dtype::F32,
+    }
+}
+
+/// Bytes of `float` as float32, exactly.
+pub(crate) fn floats_from_bytes(float: ScaleType, bytes: &[u8]) -> Vec<f32> {
+    match float {
+        ScaleType::F16 => widen::<2>(bytes, |b| f16::from_le_bytes(b).to_f32()),
+        ScaleType::Bf16 => widen::<2>(bytes, |b| bf16::from_le_bytes(b).to_f32()),
+        ScaleType::F32 => widen::<4>(bytes, f32::from_le_bytes),
+    }
+}
+
+fn widen<const N: usize>(bytes: &[u8], decode: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
+    let mut values = vec![0.0; bytes.len() / N];
+    values.par_chunks_mut(CHUNK).zip(bytes.par_chunks(CHUNK * N)).for_each(|(values, bytes)| {
+        // Tensors start at any byte of the file, so no cast: the compiler turns this into plain unaligned loads.
+        for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<N>().0) {
+            *value = decode(*bytes);
+        }
+    });
+    values
+}
+
+/// `values` rounded to `float`, as bytes.
+pub(crate) fn bytes_from_floats(float: ScaleType, values: &[f32]) -> Vec<u8> {
+    match float {
+        ScaleType::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
+        ScaleType::Bf16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+        ScaleType::F32 => values.iter().flat_map(|&v| v.to_le_bytes()).collect(),
+    }
+}
+
+/// Bytes of an I32 tensor as words.
+pub(crate) fn words_from_bytes(bytes: &[u8]) -> Vec<u32> {
+    bytes.as_chunks::<4>().0.iter().map(|&b| u32::from_le_bytes(b)).collect()
+}
+
+/// Words as the bytes of an I32 tensor.
+pub(crate) fn bytes_from_words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|w| w.to_le_bytes()).collect()
+}

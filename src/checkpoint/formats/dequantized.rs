@@ -1,0 +1,17 @@
+//! Plain weights: what the codes stand for, rounded to the checkpoint's dtype.
+
+use super::{LinearSpec, TensorSpec};
+use crate::checkpoint::convert::{bytes_from_floats, dtype_of};
+use crate::quantize::QuantizedLinear;
+use crate::quantize::settings::SolverSettings;
+
+/// One tensor, `weight` `[out, in]` of the scales' type, which is the checkpoint's.
+pub(super) fn specs(linear: &LinearSpec, settings: &SolverSettings) -> Vec<TensorSpec> {
+    let shape = [linear.out_features, linear.in_features];
+    vec![TensorSpec::new(&linear.module, "weight", dtype_of(settings.scale_type), shape)]
+}
+
+/// Bytes of [`specs`].
+pub(super) fn encode(settings: &SolverSettings, quantized: &QuantizedLinear) -> Vec<Vec<u8>> {
+    vec![bytes_from_floats(settings.scale_type, quantized.dequantize().data())]
+}

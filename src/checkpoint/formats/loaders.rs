@@ -1,0 +1,74 @@
+//! Which programs load a file that was just written, as of autumn 2026, and how.
+//!
+//! The rows are those of each loader's own code: transformers 5.23 with compressed-tensors 0.20 (measured, CPU), vLLM with
+//! Marlin kernels for 4 and 8 bits and Humming for 2 and 3, SGLang. A combination that is not known to load is left out.
+
+use super::{Format, needs_group_index};
+use crate::quantize::settings::SolverSettings;
+use std::path::Path;
+
+/// A program that loads the file, and what to type.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Loader {
+    /// The program, with the packages that it needs.
+    pub name: &'static str,
+    /// A shell command, or a line of Python for libraries.
+    pub command: String,
+}
+
+impl Format {
+    /// The loaders that take exactly the file written with these settings to `folder`.
+    pub fn loaders(self, settings: &SolverSettings, folder: &Path) -> Vec<Loader> {
+        let folder = folder.display();
+        let wide = matches!(settings.bits, 4 | 8);
+        // Marlin and the kernels beside it are built for these groups only.
+        let common_group = matches!(settings.group_size, None | Some(32 | 64 | 128));
+        let index = needs_group_index(settings);
+        let transformers = |arguments: &str| {
+            format!("AutoModelForImageTextToText.from_pretrained({:?}{arguments})", folder.to_string())
+        };
+        let vllm = |options: &str| format!("vllm serve {folder}{options}");
+        let sglang = |options: &str| format!("python -m sglang.launch_server --model-path {folder}{options}");
+
+        let mut loaders = vec![Loader { name: "vlmq", command: format!("vlmq-run eval {folder} DATA") }];
+        let mut add = |name, command| loaders.push(Loader { name, command });
+        match self {
+            Self::Dequantized => {
+                add("transformers", transformers(""));
+                add("vLLM", vllm(""));
+                add("SGLang", sglang(""));
+            }
+            Self::CompressedTensors if index => {
+                if wide && common_group {
+                    add("vLLM", vllm(""));
+                }
+            }
+            Self::CompressedTensors => {
+                if settings.symmetric {
+                    add("transformers + compressed-tensors", transformers(""));
+                } else {
+                    let arguments = ", quantization_config=CompressedTensorsConfig(dequantize=True)";
+                    add("transformers + compressed-tensors", transformers(arguments));
+                }
+                if common_group && (wide || settings.symmetric) {
+                    add("vLLM", vllm(""));
+                }
+                if common_group && wide {
+                    add("SGLang", sglang(""));
+                }
+            }
+            Self::Gptq => {
+                add("transformers + optimum + gptqmodel", transformers(""));
+                if common_group && wide && settings.symmetric {
+                    add("vLLM", vllm(""));
+                } else if common_group && !index {
+                    add("vLLM with Humming kernels", vllm(" --quantization humming"));
+                }
+                if common_group && (!index || wide) {
+                    add("SGLang", sglang(" --dtype float16"));
+                }
+            }
+        }
+        loaders
+    }
+}

@@ -1,0 +1,239 @@
+//! Reading a checkpoint: config.json and tensors, mapped into memory and converted when they are asked for.
+
+use super::config::{Quantization, parse_quantization, quantization_entry};
+use super::convert::{float_type, floats_from_bytes};
+use super::formats::{compressed_tensors, gptq};
+use super::shard::{INDEX, Shard, weight_files};
+use crate::quantize::QuantizedLinear;
+use crate::quantize::settings::ScaleType;
+use crate::tensor::Matrix;
+use anyhow::{Context, Result, bail, ensure};
+use safetensors::Dtype;
+use serde_json::Value;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// An opened checkpoint folder. Nothing but headers is read until a tensor is asked for.
+#[derive(Debug)]
+pub struct Checkpoint {
+    folder: PathBuf,
+    config: Value,
+    shards: Vec<Shard>,
+    /// Tensors in the order of the files.
+    names: Vec<String>,
+    /// Name → index of its shard.
+    shard_of: HashMap<String, usize>,
+}
+
+/// A tensor as the file holds it.
+#[derive(Clone, Copy, Debug)]
+pub struct StoredTensor<'a> {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Dimensions, slowest first.
+    pub shape: &'a [usize],
+    /// Elements, row-major, little-endian, at any alignment.
+    pub bytes: &'a [u8],
+}
+
+impl Checkpoint {
+    /// Opens the folder `folder`: config.json, and `model.safetensors`, or the shards of its index, or every
+    /// `*.safetensors`.
+    ///
+    /// Errors, naming the file and the cause, for: no such folder, no or broken config.json, no weights, a broken header,
+    /// offsets that overlap or leave the file, a listed shard that is absent or outside the folder, a listed tensor
+    /// that its shard lacks, a tensor in two shards.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let shown = folder.display();
+        let found = std::fs::metadata(folder).with_context(|| {
+            format!("cannot open the checkpoint {shown}; give the folder that holds config.json and the weights")
+        })?;
+        ensure!(found.is_dir(), "{shown} is not a folder; give the folder that holds config.json and the weights");
+        let config = read_config(folder)?;
+        let (files, listed) = weight_files(folder)?;
+        let shards = files.into_iter().map(Shard::open).collect::<Result<Vec<_>>>()?;
+
+        let mut names = Vec::new();
+        let mut shard_of: HashMap<String, usize> = HashMap::new();
+        for (index, shard) in shards.iter().enumerate() {
+            for name in shard.header.offset_keys() {
+                if let Some(&other) = shard_of.get(&name) {
+                    bail!(
+                        "tensor {name} is both in {} and in {}. Remove the file that does not belong.",
+                        shards[other].path.display(),
+                        shard.path.display()
+                    );
+                }
+                shard_of.insert(name.clone(), index);
+                names.push(name);
+            }
+        }
+        for (name, file) in &listed {
+            let inside = shard_of.get(name).is_some_and(|&shard| shards[shard].path == folder.join(file));
+            ensure!(
+                inside,
+                "{} lists tensor {name} in {file}, which does not hold it. Download both files again.",
+                folder.join(INDEX).display()
+            );
+        }
+        Ok(Self { folder: folder.to_path_buf(), config, shards, names, shard_of })
+    }
+
+    /// The folder, as given.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// config.json, an object.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// Names of all tensors, in the order in which the files hold them.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.names.iter().map(String::as_str)
+    }
+
+    /// Whether the checkpoint holds a tensor `name`.
+    pub fn contains(&self, name: &str) -> bool {
+        self.shard_of.contains_key(name)
+    }
+
+    /// The tensor `name` as it is in the file. Errors when there is none.
+    pub fn tensor(&self, name: &str) -> Result<StoredTensor<'_>> {
+        let Some(&shard) = self.shard_of.get(name) else {
+            bail!(
+                "{} has no tensor {name}. Either a weight file is missing, or this is not the family that config.json \
+                 claims.",
+                self.folder.display()
+            );
+        };
+        let shard = &self.shards[shard];
+        let info = shard.header.info(name).expect("a name from this header");
+        Ok(StoredTensor { dtype: info.dtype, shape: &info.shape, bytes: shard.bytes(info.data_offsets) })
+    }
+
+    /// The float tensor `name` as a float32 matrix `[rows, cols]`.
+    ///
+    /// Its first dimension is `rows`; all further ones together are `cols` (a convolution `[E, 3, 2, 14, 14]` is
+    /// `[E, 1176]`). Errors when it is absent, of another shape, not f16, bf16 or f32, or holds a NaN or an infinity.
+    pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
+        let tensor = self.tensor(name)?;
+        ensure!(
+            tensor.shape.first() == Some(&rows) && tensor.shape[1..].iter().product::<usize>() == cols,
+            "tensor {name} in {} has shape {:?}, but config.json asks for [{rows}, {cols}]",
+            self.file_of(name),
+            tensor.shape
+        );
+        self.floats(name, tensor, rows, cols)
+    }
+
+    /// The float tensor `name` of `len` values as one row. Errors as [`matrix`](Self::matrix) does.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Matrix> {
+        let tensor = self.tensor(name)?;
+        ensure!(
+            tensor.shape == [len],
+            "tensor {name} in {} has shape {:?}, but config.json asks for [{len}]",
+            self.file_of(name),
+            tensor.shape
+        );
+        self.floats(name, tensor, 1, len)
+    }
+
+    fn floats(&self, name: &str, tensor: StoredTensor<'_>, rows: usize, cols: usize) -> Result<Matrix> {
+        let float = self.float_type_of(name, tensor.dtype)?;
+        let values = floats_from_bytes(float, tensor.bytes);
+        if let Some(index) = values.iter().position(|value| !value.is_finite()) {
+            bail!(
+                "tensor {name} in {} holds {} at row {}, column {}. The checkpoint is broken; get it again.",
+                self.file_of(name),
+                values[index],
+                index / cols,
+                index % cols
+            );
+        }
+        Matrix::new(rows, cols, values)
+    }
+
+    fn float_type_of(&self, name: &str, dtype: Dtype) -> Result<ScaleType> {
+        float_type(dtype).with_context(|| {
+            format!("tensor {name} in {} is of dtype {dtype:?}; weights must be F16, BF16 or F32", self.file_of(name))
+        })
+    }
+
+    /// Storage type of the float tensor `name`. Errors when it is absent or not a float.
+    pub fn float_type(&self, name: &str) -> Result<ScaleType> {
+        self.float_type_of(name, self.tensor(name)?.dtype)
+    }
+
+    /// The file that holds `name`, for messages.
+    pub(crate) fn file_of(&self, name: &str) -> String {
+        self.shard_of.get(name).map_or_else(String::new, |&shard| self.shards[shard].path.display().to_string())
+    }
+
+    /// Text metadata of the first weight file (`format: pt` in what transformers writes).
+    pub(crate) fn metadata(&self) -> HashMap<String, String> {
+        self.shards.first().and_then(|shard| shard.header.metadata().clone()).unwrap_or_default()
+    }
+
+    /// The first of `candidates` such that a tensor `{candidate}{probe}` exists: generations of a family differ only
+    /// in the prefix of their names. Probe for a norm: a quantized checkpoint has no `.weight` in its linear layers.
+    pub fn prefix<'a>(&self, candidates: &[&'a str], probe: &str) -> Result<&'a str> {
+        candidates.iter().copied().find(|candidate| self.contains(&format!("{candidate}{probe}"))).with_context(|| {
+            let tried: Vec<String> = candidates.iter().map(|candidate| format!("{candidate}{probe}")).collect();
+            format!("{} has none of the tensors {}", self.folder.display(), tried.join(", "))
+        })
+    }
+
+    /// How the linear layers are stored, `None` when they are plain floats.
+    ///
+    /// Errors, naming what it is, when config.json announces a quantization that is not read here.
+    pub fn quantization(&self) -> Result<Option<Quantization>> {
+        quantization_entry(&self.config)
+            .map(|entry| {
+                parse_quantization(entry)
+                    .with_context(|| format!("cannot use {}", self.folder.join("config.json").display()))
+            })
+            .transpose()
+    }
+
+    /// Whether config.json announces a quantization, known or not.
+    pub fn is_quantized(&self) -> bool {
+        quantization_entry(&self.config).is_some()
+    }
+
+    /// Codes, scales and zeros of the linear layer `module` (its name on disk, without `.weight`).
+    ///
+    /// Errors when the layer is stored as plain floats, in a way that is not read here, or with tensors of wrong shape,
+    /// dtype or content.
+    pub fn packed(&self, module: &str, out_features: usize, in_features: usize) -> Result<QuantizedLinear> {
+        match self.quantization()? {
+            Some(Quantization::CompressedTensors(packing)) => {
+                compressed_tensors::decode(self, module, out_features, in_features, packing)
+            }
+            Some(Quantization::Gptq(packing)) => gptq::decode(self, module, out_features, in_features, packing),
+            None => bail!("{} is not quantized; {module} has no codes", self.folder.display()),
+        }
+    }
+
+    /// The weight of the linear layer `module` (its name on disk, without `.weight`) in float32, `[out, in]`: as stored,
+    /// or what its codes stand for. Errors as [`matrix`](Self::matrix) and [`packed`](Self::packed) do.
+    pub fn linear(&self, module: &str, out_features: usize, in_features: usize) -> Result<Matrix> {
+        let weight = format!("{module}.weight");
+        if self.contains(&weight) || !self.is_quantized() {
+            return self.matrix(&weight, out_features, in_features);
+        }
+        Ok(self.packed(module, out_features, in_features)?.dequantize())
+    }
+}
+
+/// Reads config.json of `folder`.
+fn read_config(folder: &Path) -> Result<Value> {
+    let path = folder.join("config.json");
+    let text = std::fs::read_to_string(&path).with_context(|| {
+        format!("cannot read {}; a checkpoint folder holds config.json and *.safetensors", path.display())
+    })?;
+    let config: Value = serde_json::from_str(&text).with_context(|| format!("{} is not valid JSON", path.display()))?;
+    ensure!(config.is_object(), "{} is not a JSON object", path.display());
+    Ok(config)
+}

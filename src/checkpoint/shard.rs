@@ -1,0 +1,141 @@
+//! One safetensors file, mapped into memory, and which files make up a checkpoint.
+
+use anyhow::{Context, Result, bail, ensure};
+use memmap2::Mmap;
+use safetensors::tensor::{Metadata, SafeTensorError, SafeTensors};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Component, Path, PathBuf};
+
+/// The one weight file of a small checkpoint.
+pub(crate) const SINGLE: &str = "model.safetensors";
+/// The list of a large one's.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// A mapped file with its header checked.
+#[derive(Debug)]
+pub(crate) struct Shard {
+    pub(crate) path: PathBuf,
+    pub(crate) header: Metadata,
+    map: Mmap,
+    data_start: usize,
+}
+
+impl Shard {
+    /// Maps `path` and checks its header: length, JSON, and offsets that cover the file without holes or overlaps.
+    pub(crate) fn open(path: PathBuf) -> Result<Self> {
+        let file = File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let length = file.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
+        ensure!(
+            length >= 8,
+            "{} is not a safetensors file: it has {length} bytes, the header's length alone takes 8. \
+             Download it again.",
+            path.display()
+        );
+        let map = map(&file).with_context(|| format!("cannot map {} into memory", path.display()))?;
+        let (header_length, header) = SafeTensors::read_metadata(&map)
+            .map_err(|error| anyhow::anyhow!("{} {}", path.display(), explain(&error, &map)))?;
+        Ok(Self { path, header, map, data_start: 8 + header_length })
+    }
+
+    /// The bytes at `offsets` of the data section; the header was checked against the file's size.
+    pub(crate) fn bytes(&self, offsets: (usize, usize)) -> &[u8] {
+        &self.map[self.data_start + offsets.0..self.data_start + offsets.1]
+    }
+}
+
+/// Maps a file for reading.
+#[allow(unsafe_code)]
+fn map(file: &File) -> std::io::Result<Mmap> {
+    // SAFETY: the map is private and never written to through us. Should another program write to the file meanwhile,
+    // the numbers change, but every bit pattern is a valid byte; should it cut the file short, the system ends this
+    // process. Weights cannot be copied first: they may be larger than memory.
+    unsafe { Mmap::map(file) }
+}
+
+/// What is wrong with a header, and what to do.
+fn explain(error: &SafeTensorError, file: &[u8]) -> String {
+    let declared = file.first_chunk::<8>().map_or(0, |b| u64::from_le_bytes(*b));
+    match error {
+        SafeTensorError::InvalidHeaderLength => format!(
+            "is cut short or not a safetensors file: its header claims {declared} bytes, the file has {}. \
+             Download it again.",
+            file.len()
+        ),
+        SafeTensorError::HeaderTooLarge => {
+            format!("is not a safetensors file: its header claims {declared} bytes, more than the format allows.")
+        }
+        SafeTensorError::InvalidHeader(_)
+        | SafeTensorError::InvalidHeaderDeserialization(_)
+        | SafeTensorError::JsonError(_) => format!("is not a safetensors file: its header is not valid ({error})."),
+        SafeTensorError::InvalidOffset(tensor) => format!(
+            "is damaged: the data of tensor {tensor} overlaps another tensor's or leaves a hole. Download it again."
+        ),
+        SafeTensorError::MetadataIncompleteBuffer => {
+            "is damaged: its tensors' offsets lead out of the file, or do not reach its end. Download it again.".into()
+        }
+        SafeTensorError::TensorInvalidInfo => {
+            "is damaged: a tensor's shape and dtype disagree with its number of bytes. Download it again.".into()
+        }
+        other => format!("is damaged: {other}. Download it again."),
+    }
+}
+
+/// Paths of the weight files of `folder`, and what the index says: tensor → file name.
+///
+/// `model.safetensors` wins, then the index, then every `*.safetensors` in order of name.
+pub(crate) fn weight_files(folder: &Path) -> Result<(Vec<PathBuf>, BTreeMap<String, String>)> {
+    if folder.join(SINGLE).exists() {
+        return Ok((vec![folder.join(SINGLE)], BTreeMap::new()));
+    }
+    let index = folder.join(INDEX);
+    if index.exists() {
+        let map = read_index(&index)?;
+        let files: BTreeSet<&String> = map.values().collect();
+        let mut paths = Vec::new();
+        for name in files {
+            ensure!(
+                Path::new(name).components().all(|part| matches!(part, Component::Normal(_))),
+                "{} lists the shard {name:?}, which leaves the checkpoint's folder. Correct the index; shards must be \
+                 beside it.",
+                index.display()
+            );
+            let path = folder.join(name);
+            ensure!(
+                path.exists(),
+                "{} lists the shard {name}, which is not in the folder. Download the missing file.",
+                index.display()
+            );
+            paths.push(path);
+        }
+        return Ok((paths, map));
+    }
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(folder).with_context(|| format!("cannot read the folder {}", folder.display()))? {
+        let path = entry.with_context(|| format!("cannot read the folder {}", folder.display()))?.path();
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    if paths.is_empty() {
+        bail!(
+            "{} holds no weights: neither {SINGLE}, nor {INDEX}, nor any *.safetensors. Other weight formats are not \
+             read; convert them to safetensors.",
+            folder.display()
+        );
+    }
+    Ok((paths, BTreeMap::new()))
+}
+
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let index: Index = serde_json::from_str(&text)
+        .with_context(|| format!("{} is not an index of safetensors files (weight_map)", path.display()))?;
+    ensure!(!index.weight_map.is_empty(), "{} lists no tensors", path.display());
+    Ok(index.weight_map)
+}

@@ -1,0 +1,55 @@
+//! Dense packing of narrow codes into 32-bit words, for every width and both file formats.
+//!
+//! Code `i` of a run occupies bits `i·bits … (i+1)·bits − 1` of one little-endian bit stream, the stream is cut into
+//! 32-bit words, and a code may straddle two of them (3 bits: 32 codes fill exactly 3 words). This is the layout of
+//! `weight_packed` in compressed-tensors and of `qweight`/`qzeros` in GPTQ files alike; the formats differ only in which
+//! direction of the matrix a run walks, hence the strides.
+
+/// Words that a run of `count` codes of `bits` bits fills, the last one padded with zero bits.
+pub fn packed_words(count: usize, bits: u32) -> usize {
+    (count * bits as usize).div_ceil(32)
+}
+
+/// Packs the run `codes[0], codes[code_stride], …` of `count` codes, each below `2^bits`, into
+/// `words[0], words[word_stride], …`, [`packed_words`] of them, all overwritten. Strides count elements.
+///
+/// `bits` is from 1 to 8. Panics when a slice is too short for its run: sizes are the caller's to know.
+pub fn pack(codes: &[u8], code_stride: usize, count: usize, bits: u32, words: &mut [u32], word_stride: usize) {
+    let mut pending = 0u64;
+    let mut filled = 0;
+    let mut next = 0;
+    for i in 0..count {
+        let code = codes[i * code_stride];
+        debug_assert!(u32::from(code) < 1 << bits, "code {code} is wider than {bits} bits");
+        pending |= u64::from(code) << filled;
+        filled += bits;
+        if filled >= 32 {
+            words[next] = pending as u32;
+            next += word_stride;
+            pending >>= 32;
+            filled -= 32;
+        }
+    }
+    if filled > 0 {
+        words[next] = pending as u32;
+    }
+}
+
+/// The inverse of [`pack`]: reads `count` codes of `bits` bits from `words[0], words[word_stride], …` and stores them at
+/// `codes[0], codes[code_stride], …`.
+pub fn unpack(words: &[u32], word_stride: usize, count: usize, bits: u32, codes: &mut [u8], code_stride: usize) {
+    let mask = (1u64 << bits) - 1;
+    let mut pending = 0u64;
+    let mut filled = 0;
+    let mut next = 0;
+    for i in 0..count {
+        if filled < bits {
+            pending |= u64::from(words[next]) << filled;
+            next += word_stride;
+            filled += 32;
+        }
+        codes[i * code_stride] = (pending & mask) as u8;
+        pending >>= bits;
+        filled -= bits;
+    }
+}
