@@ -5,11 +5,16 @@
 //! the solver.
 
 pub mod cpu;
+mod grid;
 mod model_ops;
 mod solve_ops;
 
+pub use grid::{Grid, GridRule, ScaleType};
 pub use model_ops::{Activation, AttentionShape, ModelOps, Rotary, Span};
-pub use solve_ops::SolveOps;
+pub use solve_ops::{
+    BLOCK, Block, BlockCodes, CrossFactor, Factor, Factored, GroupGrid, PermuteSymmetric, ProductRange, SolveOps,
+    SolveState,
+};
 
 use crate::tensor::Matrix;
 use anyhow::Result;

@@ -2,8 +2,11 @@
 
 mod layer;
 pub mod pack;
+mod order;
+pub mod plain;
 pub mod settings;
 pub mod solve;
 pub mod statistics;
 
 pub use layer::{QuantizedLinear, SolveReport};
+pub use order::processing_order;

@@ -1,7 +1,8 @@
 //! What a user may choose about the solver, and the names those choices have on the command line and in reports.
 
+pub use crate::device::{Grid, ScaleType};
+
 use anyhow::{Result, bail, ensure};
-use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
 /// How codes are found.
@@ -26,16 +27,6 @@ pub enum Importance {
     Vlmq,
 }
 
-/// How a group's range becomes its grid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Grid {
-    /// The full range of the group's weights.
-    Minmax,
-    /// The shrunken range with the least `Σ|w − q|^2.4` out of 80.
-    Mse,
-}
-
 /// In which order columns are quantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -46,38 +37,6 @@ pub enum Order {
     ActGroup,
     /// All columns by falling `H_ii`; groups form in that order, so the file needs `g_idx`.
     Act,
-}
-
-/// Storage type of scales; scales are rounded to it before they are used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ScaleType {
-    /// IEEE half precision.
-    F16,
-    /// bfloat16.
-    Bf16,
-    /// Single precision.
-    F32,
-}
-
-impl ScaleType {
-    /// `value` rounded (to nearest, ties to even) to this type.
-    pub fn round(self, value: f32) -> f32 {
-        match self {
-            Self::F16 => f16::from_f32(value).to_f32(),
-            Self::Bf16 => bf16::from_f32(value).to_f32(),
-            Self::F32 => value,
-        }
-    }
-
-    /// Smallest positive value of this type.
-    pub fn smallest(self) -> f32 {
-        match self {
-            Self::F16 => f16::from_bits(1).to_f32(),
-            Self::Bf16 => bf16::from_bits(1).to_f32(),
-            Self::F32 => f32::from_bits(1),
-        }
-    }
 }
 
 /// Which weights the GPTAQ term carries from one block of columns to the later ones.

@@ -1,1 +1,0 @@
-//! Solver operations on the CPU.

@@ -1,0 +1,106 @@
+//! Solver operations on the CPU: rows of a layer are independent, so every operation hands fixed slabs of rows to
+//! rayon and single-thread products do the rest.
+
+mod factor;
+mod lanes;
+mod product;
+mod quantize_block;
+mod statistics;
+
+use super::Cpu;
+use crate::device::{
+    Block, BlockCodes, CrossFactor, Factor, Factored, GridRule, GroupGrid, PermuteSymmetric, ProductRange, SolveOps,
+    SolveState,
+};
+use crate::tensor::Matrix;
+use anyhow::Result;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Rows that one task takes. Fixed, because the products' rounding may depend on it; 128 rows are enough to pay for
+/// packing the other operand and few enough to feed many cores.
+const SLAB: usize = 128;
+
+impl SolveOps for Cpu {
+    fn accumulate_statistics(
+        &self,
+        hessian: &mut Matrix,
+        cross: Option<&mut Matrix>,
+        u: &Matrix,
+        f: Option<&Matrix>,
+        g: Option<&[f32]>,
+    ) -> Result<()> {
+        statistics::accumulate(hessian, cross, u, f, g);
+        Ok(())
+    }
+
+    fn diagonal(&self, x: &Matrix) -> Result<Vec<f32>> {
+        Ok((0..x.rows()).map(|i| x.row(i)[i]).collect())
+    }
+
+    fn all_finite(&self, x: &Matrix) -> Result<bool> {
+        Ok(x.data().par_chunks(1 << 16).all(|chunk| chunk.iter().fold(true, |all, v| all & v.is_finite())))
+    }
+
+    fn permute_symmetric(&self, x: &Matrix, how: PermuteSymmetric<'_>) -> Result<Matrix> {
+        let order = how.order;
+        let mut out = Matrix::zeros(x.rows(), x.cols());
+        out.data_mut().par_chunks_mut(x.cols().max(1)).enumerate().for_each(|(i, row)| {
+            let a = order[i] as usize;
+            for (value, &b) in row[i..].iter_mut().zip(&order[i..]) {
+                let b = b as usize;
+                *value = x.row(a.min(b))[a.max(b)];
+            }
+            row[i] = how.diagonal[a];
+        });
+        Ok(out)
+    }
+
+    fn permute(&self, x: &Matrix, order: &[u32]) -> Result<Matrix> {
+        let mut out = Matrix::zeros(x.rows(), x.cols());
+        out.data_mut().par_chunks_mut(x.cols().max(1)).enumerate().for_each(|(i, row)| {
+            let from = x.row(order[i] as usize);
+            for (value, &b) in row[i..].iter_mut().zip(&order[i..]) {
+                *value = from[b as usize];
+            }
+        });
+        Ok(out)
+    }
+
+    fn factor(&self, h: Matrix, blocks: &[Range<usize>]) -> Result<Factored<Matrix>> {
+        Ok(factor::factor(h, blocks))
+    }
+
+    fn cross_factor(
+        &self,
+        c: Matrix,
+        factor: &Factor<Matrix>,
+        blocks: &[Range<usize>],
+        alpha: f32,
+    ) -> Result<CrossFactor<Matrix>> {
+        Ok(factor::cross_factor(c, factor, blocks, alpha))
+    }
+
+    fn add_product(&self, c: &mut Matrix, a: &Matrix, b: &Matrix, range: &ProductRange, beta: f32) -> Result<()> {
+        product::add_product(c, a, b, range, beta);
+        Ok(())
+    }
+
+    fn squared_norm(&self, x: &Matrix, factor: Option<&Factor<Matrix>>) -> Result<f64> {
+        Ok(product::squared_norm(x, factor))
+    }
+
+    fn group_grid(
+        &self,
+        state: &SolveState<Matrix>,
+        columns: Range<usize>,
+        rule: GridRule,
+        corrections: Option<(&Factor<Matrix>, &[Range<usize>])>,
+    ) -> Result<GroupGrid> {
+        quantize_block::group_grid(state, columns, rule, corrections)
+    }
+
+    fn quantize_block(&self, block: &Block<'_, Matrix>, state: &mut SolveState<Matrix>) -> Result<BlockCodes> {
+        quantize_block::quantize_block(block, state)
+    }
+}

@@ -1,0 +1,319 @@
+//! One block of columns, quantized column by column (method section 3, steps 6 and 7).
+
+use super::SLAB;
+use super::lanes::{self, LANES, Lane, LaneGrid};
+use super::product::{part, part_of, scaled_square_sum};
+use crate::device::cpu::gemm::{View, ViewMut, gemm};
+use crate::device::{BLOCK, Block, BlockCodes, Factor, GridRule, GroupGrid, SolveState};
+use crate::tensor::Matrix;
+use anyhow::{Result, bail};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// One task's rows of everything that the block reads and writes.
+struct Slab<'a> {
+    first: usize,
+    rows: usize,
+    residual: &'a mut [f32],
+    carried: Option<&'a mut [f32]>,
+    shift: Option<&'a mut [f32]>,
+    error: &'a mut [f32],
+    codes: &'a mut [u8],
+    scales: &'a mut [f32],
+    zeros: &'a mut [u8],
+}
+
+/// See [`SolveOps::quantize_block`](crate::device::SolveOps::quantize_block).
+pub(super) fn quantize_block(block: &Block<'_, Matrix>, state: &mut SolveState<Matrix>) -> Result<BlockCodes> {
+    let (rows, features) = (state.residual.rows(), state.residual.cols());
+    let (width, groups, span) = (block.columns.len(), groups_of(block), state.error.cols());
+    let mut out = BlockCodes {
+        codes: vec![0; rows * width],
+        grid: GroupGrid { scales: vec![0.0; rows * groups], zeros: vec![0; rows * groups] },
+        error: 0.0,
+    };
+    let mut carried = state.carried.as_mut().map(|x| x.data_mut().chunks_mut(SLAB * features));
+    let mut shift = state.shift.as_mut().map(|x| x.data_mut().chunks_mut(SLAB * features));
+    let mut error = state.error.data_mut().chunks_mut((SLAB * span).max(1));
+    let mut codes = out.codes.chunks_mut(SLAB * width);
+    let mut scales = out.grid.scales.chunks_mut(SLAB * groups);
+    let mut zeros = out.grid.zeros.chunks_mut(SLAB * groups);
+    let mut slabs = Vec::new();
+    for (index, residual) in state.residual.data_mut().chunks_mut(SLAB * features).enumerate() {
+        slabs.push(Slab {
+            first: index * SLAB,
+            rows: residual.len() / features,
+            residual,
+            carried: carried.as_mut().and_then(Iterator::next),
+            shift: shift.as_mut().and_then(Iterator::next),
+            error: error.next().unwrap_or_default(),
+            codes: codes.next().unwrap_or_default(),
+            scales: scales.next().unwrap_or_default(),
+            zeros: zeros.next().unwrap_or_default(),
+        });
+    }
+    let cross = state.cross.as_ref();
+    let errors: Vec<f64> =
+        slabs.into_par_iter().map(|slab| quantize_slab(block, slab, cross, features, span)).collect::<Result<_>>()?;
+    out.error = errors.iter().sum();
+    Ok(out)
+}
+
+/// Groups that a block brings scales for.
+fn groups_of(block: &Block<'_, Matrix>) -> usize {
+    if block.grid.is_some() { 1 } else { block.columns.len() / block.group }
+}
+
+fn quantize_slab(
+    block: &Block<'_, Matrix>,
+    mut slab: Slab<'_>,
+    cross: Option<&Matrix>,
+    features: usize,
+    span: usize,
+) -> Result<f64> {
+    let (rows, columns, width) = (slab.rows, block.columns.clone(), block.columns.len());
+    let local = columns.start - block.span..columns.end - block.span;
+    let mut current = vec![0.0; rows * width];
+    for (row, from) in current.chunks_mut(width).zip(slab.residual.chunks(features)) {
+        row.copy_from_slice(&from[columns.clone()]);
+    }
+    // W₁ = W_B + acc·Ū_BB
+    if let Some(factor) = block.factor {
+        let mut acc = vec![0.0; rows * width];
+        for (r, row) in acc.chunks_mut(width).enumerate() {
+            row.copy_from_slice(&slab.error[r * span..][local.clone()]);
+            if let Some(cross) = cross {
+                add(row, &cross.row(slab.first + r)[local.clone()]);
+            }
+        }
+        gemm(
+            1.0,
+            View::new(&acc, rows, width, width),
+            part(&factor.inverses, columns.clone(), 0..width),
+            1.0,
+            ViewMut::new(&mut current, rows, width, width),
+        );
+    }
+
+    let mut rounded = vec![0.0; rows * width];
+    for first in (0..rows).step_by(LANES) {
+        quantize_tile(block, &mut slab, first, &mut current, &mut rounded)?;
+    }
+
+    let mut difference = vec![0.0; rows * width];
+    for (r, row) in difference.chunks_mut(width).enumerate() {
+        let residual = &mut slab.residual[r * features..][columns.clone()];
+        for ((d, w), q) in row.iter_mut().zip(residual).zip(&rounded[r * width..]) {
+            *w -= q;
+            *d = *w;
+        }
+    }
+    if let Some(carried) = slab.carried.as_deref_mut() {
+        let keep = if slab.shift.is_some() { &rounded } else { &current };
+        for (row, from) in carried.chunks_mut(features).zip(keep.chunks(width)) {
+            row[columns.clone()].copy_from_slice(from);
+        }
+    }
+    let Some(factor) = block.factor else {
+        return Ok(difference.iter().map(|&v| f64::from(v).powi(2)).sum());
+    };
+    if let (Some(shift), Some(term)) = (slab.shift.as_deref_mut(), block.cross) {
+        current.iter_mut().zip(&rounded).for_each(|(w, q)| *w -= q);
+        gemm(
+            1.0,
+            View::new(&current, rows, width, width),
+            part(&term.blocks, columns.clone(), 0..width),
+            0.0,
+            ViewMut::new(&mut shift[columns.start..], rows, width, features),
+        );
+    }
+    gemm(
+        1.0,
+        View::new(&difference, rows, width, width),
+        part(&factor.root, columns.clone(), columns.clone()),
+        1.0,
+        ViewMut::new(&mut slab.error[local.start..], rows, width, span),
+    );
+    let diagonal = &factor.diagonal[columns];
+    Ok(slab.error.chunks(span).map(|row| scaled_square_sum(&row[local.clone()], diagonal)).sum())
+}
+
+fn add(to: &mut [f32], more: &[f32]) {
+    to.iter_mut().zip(more).for_each(|(to, more)| *to += more);
+}
+
+/// The column loop on up to sixteen rows. `current` `[rows, width]` comes back with each weight as it was just before
+/// rounding, `rounded` with the weight it became.
+fn quantize_tile(
+    block: &Block<'_, Matrix>,
+    slab: &mut Slab<'_>,
+    first: usize,
+    current: &mut [f32],
+    rounded: &mut [f32],
+) -> Result<()> {
+    let (width, groups, largest) = (block.columns.len(), groups_of(block), block.rule.largest_code());
+    let rows = (slab.rows - first).min(LANES);
+    let mut w = gather(current, width, first, rows);
+    let mut grid = match block.grid {
+        Some(given) => given_grid(given, slab.first + first, rows),
+        None => LaneGrid { scale: [1.0; LANES], zero: [0.0; LANES] },
+    };
+    for i in 0..width {
+        if block.grid.is_none() && i % block.group == 0 {
+            grid = lanes::grid_of(&w[i..i + block.group], &block.rule);
+            check(&grid, rows, slab.first + first, &block.rule)?;
+        }
+        if i % block.group == 0 || i == 0 {
+            let group = if block.grid.is_some() { 0 } else { i / block.group };
+            for l in 0..rows {
+                slab.scales[(first + l) * groups + group] = grid.scale[l];
+                slab.zeros[(first + l) * groups + group] = grid.zero[l] as u8;
+            }
+        }
+        let column = w[i];
+        let (level, value) = lanes::round(&column, &grid, largest);
+        let codes = lanes::codes(&level, &grid);
+        for l in 0..rows {
+            slab.codes[(first + l) * width + i] = codes[l];
+            rounded[(first + l) * width + i] = value[l];
+        }
+        let Some(factor) = block.factor else { continue };
+        let error: Lane = std::array::from_fn(|l| column[l] - value[l]);
+        let later = &mut w[i + 1..];
+        let place = block.columns.start + i;
+        let inverse = &factor.inverses.row(place)[i + 1..width];
+        match block.cross {
+            None => {
+                for (w, &u) in later.iter_mut().zip(inverse) {
+                    for l in 0..LANES {
+                        w[l] -= error[l] * u;
+                    }
+                }
+            }
+            Some(cross) => {
+                let cross = &cross.blocks.row(place)[i + 1..width];
+                for ((w, &u), &p) in later.iter_mut().zip(inverse).zip(cross) {
+                    for l in 0..LANES {
+                        w[l] = w[l] - error[l] * u + column[l] * p;
+                    }
+                }
+            }
+        }
+    }
+    for (i, w) in w[..width].iter().enumerate() {
+        for l in 0..rows {
+            current[(first + l) * width + i] = w[l];
+        }
+    }
+    Ok(())
+}
+
+/// Rows `first..first + rows` of `x`, one lane a column; lanes without a row stay 0.
+fn gather(x: &[f32], width: usize, first: usize, rows: usize) -> Vec<Lane> {
+    let mut lanes = vec![[0.0; LANES]; width];
+    for l in 0..rows {
+        for (lane, &value) in lanes.iter_mut().zip(&x[(first + l) * width..][..width]) {
+            lane[l] = value;
+        }
+    }
+    lanes
+}
+
+fn given_grid(grid: &GroupGrid, first: usize, rows: usize) -> LaneGrid {
+    let mut lanes = LaneGrid { scale: [1.0; LANES], zero: [0.0; LANES] };
+    for l in 0..rows {
+        lanes.scale[l] = grid.scales[first + l];
+        lanes.zero[l] = f32::from(grid.zeros[first + l]);
+    }
+    lanes
+}
+
+fn check(grid: &LaneGrid, rows: usize, first: usize, rule: &GridRule) -> Result<()> {
+    if let Some(l) = grid.scale[..rows].iter().position(|s| !s.is_finite()) {
+        bail!(
+            "the scale of a group of weights in output row {} does not fit {:?}: weights too large or not finite",
+            first + l,
+            rule.scale_type
+        );
+    }
+    Ok(())
+}
+
+/// See [`SolveOps::group_grid`](crate::device::SolveOps::group_grid).
+pub(super) fn group_grid(
+    state: &SolveState<Matrix>,
+    columns: Range<usize>,
+    rule: GridRule,
+    corrections: Option<(&Factor<Matrix>, &[Range<usize>])>,
+) -> Result<GroupGrid> {
+    let rows = state.residual.rows();
+    let (mut scales, mut zeros) = (vec![0.0f32; rows], vec![0u8; rows]);
+    scales.par_chunks_mut(SLAB).zip(zeros.par_chunks_mut(SLAB)).enumerate().try_for_each(
+        |(slab, (scales, zeros))| {
+            let first = slab * SLAB;
+            let weights = match corrections {
+                Some((factor, blocks)) => corrected(state, first..first + scales.len(), &columns, factor, blocks),
+                None => (first..first + scales.len())
+                    .flat_map(|row| state.residual.row(row)[columns.clone()].iter().copied())
+                    .collect(),
+            };
+            for tile in (0..scales.len()).step_by(LANES) {
+                let rows = (scales.len() - tile).min(LANES);
+                let grid = lanes::grid_of(&gather(&weights, columns.len(), tile, rows), &rule);
+                check(&grid, rows, first + tile, &rule)?;
+                for l in 0..rows {
+                    scales[tile + l] = grid.scale[l];
+                    zeros[tile + l] = grid.zero[l] as u8;
+                }
+            }
+            anyhow::Ok(())
+        },
+    )?;
+    Ok(GroupGrid { scales, zeros })
+}
+
+/// `W + acc·R̄⁻¹` on the columns of a span, by substitution over its blocks.
+fn corrected(
+    state: &SolveState<Matrix>,
+    rows: Range<usize>,
+    columns: &Range<usize>,
+    factor: &Factor<Matrix>,
+    blocks: &[Range<usize>],
+) -> Vec<f32> {
+    let width = columns.len();
+    let mut acc = Vec::with_capacity(rows.len() * width);
+    let mut weights = Vec::with_capacity(rows.len() * width);
+    for row in rows.clone() {
+        weights.extend_from_slice(&state.residual.row(row)[columns.clone()]);
+        acc.extend_from_slice(state.error.row(row));
+        if let Some(cross) = &state.cross {
+            let from = acc.len() - width;
+            add(&mut acc[from..], cross.row(row));
+        }
+    }
+    let mut solved = vec![0.0; rows.len() * BLOCK];
+    for block in blocks {
+        let local = block.start - columns.start..block.end - columns.start;
+        let inverse = part(&factor.inverses, block.clone(), 0..block.len());
+        gemm(
+            1.0,
+            part_of(&acc, width, 0..rows.len(), local.clone()),
+            inverse,
+            0.0,
+            ViewMut::new(&mut solved, rows.len(), block.len(), BLOCK),
+        );
+        for (weights, solved) in weights.chunks_mut(width).zip(solved.chunks(BLOCK)) {
+            add(&mut weights[local.clone()], &solved[..block.len()]);
+        }
+        if block.end < columns.end {
+            gemm(
+                -1.0,
+                View::new(&solved, rows.len(), block.len(), BLOCK),
+                part(&factor.root, block.clone(), block.end..columns.end),
+                1.0,
+                ViewMut::new(&mut acc[local.end..], rows.len(), width - local.end, width),
+            );
+        }
+    }
+    weights
+}

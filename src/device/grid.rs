@@ -1,0 +1,98 @@
+//! The grid of codes that a group of weights is rounded to, as every device has to build it.
+
+use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
+
+/// How a group's range becomes its grid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Grid {
+    /// The full range of the group's weights.
+    Minmax,
+    /// The shrunken range with the least `Σ|w − q|^2.4` out of 80.
+    Mse,
+}
+
+/// Storage type of scales; scales are rounded to it before they are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScaleType {
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Single precision.
+    F32,
+}
+
+impl ScaleType {
+    /// `value` rounded (to nearest, ties to even) to this type.
+    pub fn round(self, value: f32) -> f32 {
+        match self {
+            Self::F16 => f16::from_f32(value).to_f32(),
+            Self::Bf16 => bf16::from_f32(value).to_f32(),
+            Self::F32 => value,
+        }
+    }
+
+    /// Smallest positive value of this type.
+    pub fn smallest(self) -> f32 {
+        match self {
+            Self::F16 => f16::from_bits(1).to_f32(),
+            Self::Bf16 => bf16::from_bits(1).to_f32(),
+            Self::F32 => f32::from_bits(1),
+        }
+    }
+}
+
+/// How the range of a group of weights becomes a scale `s`, a zero `z` and codes.
+///
+/// With `lo = min(0, min w)`, `hi = max(0, max w)` and `m = 2^bits − 1`: asymmetric `s = (hi − lo)/m`,
+/// `z = round(−lo/s)` clamped to `[smallest_zero, m]`; symmetric `s = 2·max(−lo, hi)/m`, `z = 2^(bits−1)`. `s` is
+/// rounded to the storage type first (the smallest positive value where that gives 0), so that everything after it is
+/// exact for the weights that will be served. A group of zeros has `s = 1`, `z = 2^(bits−1)`. The code of `w` is
+/// `clamp(round(w/s) + z, 0, m)`, ties to even.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GridRule {
+    /// Width of a code: 2, 3, 4 or 8.
+    pub bits: u32,
+    /// Zero fixed at the middle.
+    pub symmetric: bool,
+    /// Full range or the best of 80 shrunken ones.
+    pub grid: Grid,
+    /// Storage type of scales.
+    pub scale_type: ScaleType,
+    /// Smallest zero that the file format can hold.
+    pub smallest_zero: u8,
+}
+
+impl GridRule {
+    /// Largest code, `2^bits − 1`.
+    pub fn largest_code(&self) -> f32 {
+        ((1u32 << self.bits) - 1) as f32
+    }
+
+    /// Zero of a symmetric grid and of a group of zeros, `2^(bits−1)`.
+    pub fn middle(&self) -> f32 {
+        (1u32 << (self.bits - 1)) as f32
+    }
+
+    /// Scale and zero for weights in `[lo, hi]`, `lo ≤ 0 ≤ hi`. A scale that the storage type cannot hold comes back
+    /// infinite.
+    pub fn scale_and_zero(&self, lo: f32, hi: f32) -> (f32, f32) {
+        if lo == 0.0 && hi == 0.0 {
+            return (1.0, self.middle());
+        }
+        let range = if self.symmetric { 2.0 * hi.max(-lo) } else { hi - lo };
+        let mut scale = self.scale_type.round(range / self.largest_code());
+        if scale == 0.0 {
+            scale = self.scale_type.smallest();
+        }
+        let zero = if self.symmetric {
+            self.middle()
+        } else {
+            (-lo / scale).round_ties_even().clamp(f32::from(self.smallest_zero), self.largest_code())
+        };
+        (scale, zero)
+    }
+}
