@@ -1,1 +1,15 @@
 //! Calibration and evaluation data: conversations, images, templates, token sequences.
+//!
+//! [`dataset::read`] reads a file of conversations, [`dataset::select`] draws a sample, and [`sequence::collect`] turns
+//! each into what a model takes: token ids, images cut to patches, and positions.
+
+mod clock;
+pub mod dataset;
+mod forms;
+pub mod image;
+mod jpeg;
+mod json;
+pub mod processor;
+pub mod sequence;
+pub mod source;
+pub mod template;

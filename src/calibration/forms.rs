@@ -1,0 +1,251 @@
+//! The forms a line of data may have, told apart by their keys: chat `messages`, ShareGPT and LLaVA `conversations`, a
+//! `question` with `answers`, plain `text`.
+
+use super::dataset::{Conversation, METRICS, Message, Part};
+use super::source::ImageSource;
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+type Object = Map<String, Value>;
+
+/// Reads one line. `id` is used when the line has none. Errors do not name the line: the caller does.
+pub(super) fn conversation(value: &Value, root: &Path, origin: &str, id: String) -> Result<Conversation> {
+    let row = value.as_object().with_context(|| format!("expected a JSON object, found {}", kind(value)))?;
+    let id = match present(row, "id") {
+        None => id,
+        Some(Value::String(id)) => id.clone(),
+        Some(Value::Number(id)) => id.to_string(),
+        Some(other) => bail!("`id` must be a string or a number, not {}", kind(other)),
+    };
+    let metric = string(row, "metric")?;
+    if let Some(metric) = &metric {
+        ensure!(METRICS.contains(&metric.as_str()), "unknown `metric` {metric:?}; known: {}", METRICS.join(", "));
+    }
+    let max_new_tokens = present(row, "max_new_tokens").map(|value| {
+        let count = value.as_u64().filter(|&count| count > 0 && count <= u64::from(u32::MAX));
+        count.with_context(|| format!("`max_new_tokens` must be a positive integer, not {value}"))
+    });
+    let answers = answers(row)?;
+    let mut text = None;
+    let messages = if let Some(messages) = present(row, "messages") {
+        chat(messages, root, row)?
+    } else if let Some(turns) = present(row, "conversations") {
+        sharegpt(turns, images(row, root)?)?
+    } else if present(row, "question").is_some() {
+        question(row, images(row, root)?, &answers)?
+    } else if let Some(plain) = string(row, "text")? {
+        ensure!(images(row, root)?.is_empty(), "plain `text` takes no images; write `messages` with image parts");
+        ensure!(!plain.is_empty(), "`text` is empty");
+        text = Some(plain);
+        Vec::new()
+    } else {
+        let keys: Vec<_> = row.keys().map(String::as_str).collect();
+        bail!("none of `messages`, `conversations`, `question`, `text` among the keys: {}", keys.join(", "));
+    };
+    Ok(Conversation {
+        id,
+        group: string(row, "group")?,
+        messages,
+        text,
+        metric,
+        answers,
+        max_new_tokens: max_new_tokens.transpose()?.map(|count| count as usize),
+        origin: origin.to_string(),
+    })
+}
+
+/// `{"messages": [{"role": .., "content": "text" or [parts]}]}`.
+fn chat(messages: &Value, root: &Path, row: &Object) -> Result<Vec<Message>> {
+    let turns = list(messages, "messages")?;
+    ensure!(!turns.is_empty(), "`messages` is empty");
+    let mut read = Vec::with_capacity(turns.len());
+    for turn in turns {
+        let turn = turn.as_object().with_context(|| format!("a message must be an object, not {}", kind(turn)))?;
+        let role = string(turn, "role")?.context("a message has no `role`")?;
+        ensure!(
+            matches!(role.as_str(), "system" | "user" | "assistant"),
+            "unknown `role` {role:?}; known: system, user, assistant"
+        );
+        let content = match present(turn, "content") {
+            Some(Value::String(text)) => vec![Part::Text(text.clone())],
+            Some(Value::Array(parts)) => parts.iter().map(|value| part(value, root)).collect::<Result<_>>()?,
+            Some(other) => bail!("`content` must be a string or a list of parts, not {}", kind(other)),
+            None => bail!("a message of role {role:?} has no `content`"),
+        };
+        read.push(Message { role, content });
+    }
+    // Such a line would otherwise calibrate without its image, and nobody would notice.
+    let shown = read.iter().flat_map(|message| &message.content).any(|part| matches!(part, Part::Image(_)));
+    for key in ["image", "images"] {
+        ensure!(
+            shown || present(row, key).is_none(),
+            "`{key}` stands beside `messages` that have no image part; put {{\"type\": \"image\", \"image\": ..}} in a message"
+        );
+    }
+    Ok(read)
+}
+
+/// One part of a message's content.
+fn part(value: &Value, root: &Path) -> Result<Part> {
+    let object = value.as_object().with_context(|| format!("a content part must be an object, not {}", kind(value)))?;
+    let name = string(object, "type")?.context("a content part has no `type`")?;
+    match name.as_str() {
+        "text" => Ok(Part::Text(string(object, "text")?.context("a text part has no `text`")?)),
+        "image" => {
+            let keys = ["image", "path", "url"];
+            let found = keys.iter().filter(|key| present(object, key).is_some()).collect::<Vec<_>>();
+            let [key] = found[..] else {
+                bail!("an image part needs exactly one of `image`, `path`, `url`; it has {}", found.len());
+            };
+            source(&object[*key], key, root)
+        }
+        "image_url" => {
+            let wrapped = present(object, "image_url").context("an image_url part has no `image_url`")?;
+            let url = match wrapped {
+                Value::Object(inner) => present(inner, "url").context("`image_url` has no `url`")?,
+                plain => plain,
+            };
+            source(url, "url", root)
+        }
+        other => bail!("unknown part `type` {other:?}; known: text, image, image_url"),
+    }
+}
+
+/// An image part from the string in `value`.
+fn source(value: &Value, key: &str, root: &Path) -> Result<Part> {
+    let written = value.as_str().with_context(|| format!("`{key}` must be a string, not {}", kind(value)))?;
+    Ok(Part::Image(ImageSource::parse(written, root)?))
+}
+
+/// The line's `image` (a string or a list) or `images`, in order.
+fn images(row: &Object, root: &Path) -> Result<Vec<Part>> {
+    let (key, value) = match (present(row, "image"), present(row, "images")) {
+        (None, None) => return Ok(Vec::new()),
+        (Some(value), None) => ("image", value),
+        (None, Some(value)) => ("images", value),
+        (Some(_), Some(_)) => bail!("both `image` and `images` are given; keep one"),
+    };
+    match value {
+        Value::Array(all) => all.iter().map(|one| source(one, key, root)).collect(),
+        one => Ok(vec![source(one, key, root)?]),
+    }
+}
+
+/// `{"image": .., "conversations": [{"from": "human", "value": "<image>\n.."}, {"from": "gpt", "value": ".."}]}`.
+fn sharegpt(turns: &Value, images: Vec<Part>) -> Result<Vec<Message>> {
+    let turns = list(turns, "conversations")?;
+    ensure!(!turns.is_empty(), "`conversations` is empty");
+    let mut read: Vec<(&str, String)> = Vec::with_capacity(turns.len());
+    for turn in turns {
+        let turn = turn.as_object().with_context(|| format!("a turn must be an object, not {}", kind(turn)))?;
+        let from = string(turn, "from")?.context("a turn has no `from`")?;
+        let role = match from.as_str() {
+            "human" | "user" => "user",
+            "gpt" | "assistant" => "assistant",
+            "system" => "system",
+            other => bail!("unknown `from` {other:?}; known: human, user, gpt, assistant, system"),
+        };
+        read.push((role, string(turn, "value")?.context("a turn has no `value`")?));
+    }
+    let markers: usize = read.iter().map(|(_, text)| text.matches(MARKER).count()).sum();
+    ensure!(
+        markers == images.len() || markers == 0,
+        "{markers} {MARKER} markers but {} images; they must agree",
+        images.len()
+    );
+    let mut images = images.into_iter();
+    let mut unmarked = markers == 0;
+    let mut messages = Vec::with_capacity(read.len());
+    for (role, text) in read {
+        let mut content = Vec::new();
+        if unmarked && role == "user" {
+            content.extend(images.by_ref());
+            unmarked = false;
+        }
+        content.extend(place(&text, &mut images));
+        messages.push(Message { role: role.to_string(), content });
+    }
+    ensure!(images.next().is_none(), "an image is given but there is no turn of the user to show it in");
+    Ok(messages)
+}
+
+/// Stands where an image goes in ShareGPT and LLaVA text.
+const MARKER: &str = "<image>";
+
+/// Splits text at its markers and puts the next image in place of each. Line breaks around a marker belong to it. A
+/// single marker at the end counts as one at the beginning: LLaVA's training code moves it there.
+fn place(text: &str, images: &mut impl Iterator<Item = Part>) -> Vec<Part> {
+    let mut pieces: Vec<&str> = text.split(MARKER).collect();
+    if pieces.len() == 1 {
+        return vec![Part::Text(text.to_string())];
+    }
+    if pieces.len() == 2 && pieces[1].trim().is_empty() {
+        pieces.swap(0, 1);
+    }
+    let mut content = Vec::new();
+    for (index, piece) in pieces.into_iter().enumerate() {
+        if index > 0 {
+            content.extend(images.next());
+        }
+        let piece = piece.trim();
+        if !piece.is_empty() {
+            content.push(Part::Text(piece.to_string()));
+        }
+    }
+    content
+}
+
+/// `{"image" or "images": .., "question": .., "answers": [..]}`: images first, then the question; the first answer is
+/// the assistant's turn.
+fn question(row: &Object, images: Vec<Part>, answers: &[String]) -> Result<Vec<Message>> {
+    let asked = string(row, "question")?.context("no `question`")?;
+    let mut content = images;
+    content.push(Part::Text(asked));
+    let mut messages = vec![Message { role: "user".into(), content }];
+    if let Some(answer) = answers.first() {
+        messages.push(Message { role: "assistant".into(), content: vec![Part::Text(answer.clone())] });
+    }
+    Ok(messages)
+}
+
+/// `answers`, a list of strings, or `answer`, one.
+fn answers(row: &Object) -> Result<Vec<String>> {
+    let Some(value) = present(row, "answers") else {
+        return Ok(string(row, "answer")?.into_iter().collect());
+    };
+    let all = list(value, "answers")?.iter().map(|one| {
+        one.as_str().map(str::to_string).with_context(|| format!("`answers` must hold strings, not {}", kind(one)))
+    });
+    all.collect()
+}
+
+/// The value under `key`; null counts as absent.
+fn present<'a>(object: &'a Object, key: &str) -> Option<&'a Value> {
+    object.get(key).filter(|value| !value.is_null())
+}
+
+/// The string under `key`, if there is one; an error when something else is.
+fn string(object: &Object, key: &str) -> Result<Option<String>> {
+    match present(object, key) {
+        None => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.clone())),
+        Some(other) => bail!("`{key}` must be a string, not {}", kind(other)),
+    }
+}
+
+fn list<'a>(value: &'a Value, key: &str) -> Result<&'a Vec<Value>> {
+    value.as_array().with_context(|| format!("`{key}` must be a list, not {}", kind(value)))
+}
+
+/// JSON's word for a value.
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}

@@ -1,0 +1,120 @@
+//! Images: reading PNG and JPEG as Pillow does, and the patches a vision tower takes.
+
+use super::jpeg;
+use super::processor::PatchSettings;
+use super::source::ImageSource;
+use crate::tensor::Matrix;
+use anyhow::{Context, Result, bail, ensure};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, Luma, Rgb, RgbImage};
+use std::borrow::Cow;
+use std::fs;
+use std::io::Cursor;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Most pixels an image may have: the limit at which Pillow warns of a decompression bomb.
+pub const MAX_PIXELS: u64 = 89_478_485;
+
+/// Most bytes an image file may have.
+pub const MAX_FILE_BYTES: u64 = 256 << 20;
+
+/// An image resized to a whole number of merged patches, from which the patches can be cut.
+///
+/// Patches are float32 and hold every pixel twice (once for each frame of a video), 8 times the bytes of the pixels.
+/// A calibration set stays in memory, hence it is kept as pixels and cut when a vision tower asks.
+#[derive(Clone, Debug)]
+pub struct ImagePatches {
+    /// Patches from top to bottom, before merging.
+    pub grid_height: usize,
+    /// Patches from left to right, before merging.
+    pub grid_width: usize,
+    pub(super) pixels: RgbImage,
+    pub(super) settings: Arc<PatchSettings>,
+}
+
+impl ImagePatches {
+    /// The normalised patches, `[grid_height * grid_width, 3 * temporal_patch_size * patch_size²]`.
+    ///
+    /// Rows go through the merged grid row by row, and inside each merged cell row by row. A row holds channels, frames,
+    /// then the patch's pixels row by row.
+    pub fn patches(&self) -> Matrix {
+        self.settings.patchify(&self.pixels)
+    }
+
+    /// The resized image.
+    pub fn pixels(&self) -> &RgbImage {
+        &self.pixels
+    }
+
+    /// `(height, width)` of the grid in merged cells, of which each becomes one token.
+    pub fn merged_grid(&self) -> (usize, usize) {
+        (self.grid_height / self.settings.merge_size, self.grid_width / self.settings.merge_size)
+    }
+}
+
+/// Reads an image to RGB, upright.
+///
+/// PNG and JPEG, told apart by content. EXIF orientation is applied; alpha is dropped, not blended; grey and palettes are
+/// expanded; of 16-bit samples the high byte is kept. All as Pillow's `exif_transpose` and `convert("RGB")`, apart from
+/// 16-bit grey, which Pillow clips to white.
+///
+/// Errors, naming the file and `origin` (where the image is asked for), when the file is missing, broken, of another
+/// kind, or above [`MAX_FILE_BYTES`] or [`MAX_PIXELS`]; the latter is found before any pixel is decoded.
+pub fn decode(source: &ImageSource, origin: &str) -> Result<RgbImage> {
+    let (name, bytes) = match source {
+        ImageSource::File(path) => (format!("image {}", path.display()), read_file(path).map(Cow::Owned)),
+        ImageSource::Bytes(bytes) => ("an image in a data: URI".to_string(), Ok(Cow::Borrowed(bytes.as_slice()))),
+    };
+    bytes.and_then(|bytes| decode_bytes(&bytes)).with_context(|| format!("{origin}: {name}"))
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>> {
+    let about =
+        fs::metadata(path).context("cannot be read; relative paths count from the data file or --image-root")?;
+    ensure!(about.is_file(), "is not a file");
+    ensure!(about.len() <= MAX_FILE_BYTES, "has {} bytes; the limit is {MAX_FILE_BYTES}", about.len());
+    fs::read(path).context("cannot be read")
+}
+
+fn decode_bytes(bytes: &[u8]) -> Result<RgbImage> {
+    let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
+    let format = reader.format();
+    if !matches!(format, Some(ImageFormat::Png | ImageFormat::Jpeg)) {
+        bail!("is neither PNG nor JPEG; convert it to one of these");
+    }
+    let mut limits = Limits::default();
+    // 16-bit RGBA, and once more for the decoder's own buffers.
+    limits.max_alloc = Some(MAX_PIXELS * 16);
+    reader.limits(limits);
+    let mut decoder = reader.into_decoder().context("is broken")?;
+    let (width, height) = decoder.dimensions();
+    ensure!(width > 0 && height > 0, "has no pixels");
+    let pixels = u64::from(width) * u64::from(height);
+    ensure!(pixels <= MAX_PIXELS, "is {width}x{height}; the limit is {MAX_PIXELS} pixels, scale it down");
+    ensure!(format != Some(ImageFormat::Jpeg) || jpeg::is_complete(bytes), "is broken: it ends before its end marker");
+    let orientation = decoder.orientation().context("has broken EXIF data")?;
+    let mut decoded = DynamicImage::from_decoder(decoder).context("is broken")?;
+    decoded.apply_orientation(orientation);
+    Ok(to_rgb(decoded))
+}
+
+/// Keeps the high byte of 16-bit samples, where the image crate's own conversion would round.
+fn to_rgb(image: DynamicImage) -> RgbImage {
+    let high = |sample: u16| (sample >> 8) as u8;
+    let from_fn = |pixel: &dyn Fn(u32, u32) -> [u16; 3]| {
+        RgbImage::from_fn(image.width(), image.height(), |x, y| Rgb(pixel(x, y).map(high)))
+    };
+    match &image {
+        DynamicImage::ImageLuma16(grey) => from_fn(&|x, y| {
+            let Luma([sample]) = *grey.get_pixel(x, y);
+            [sample; 3]
+        }),
+        DynamicImage::ImageLumaA16(grey) => from_fn(&|x, y| [grey.get_pixel(x, y).0[0]; 3]),
+        DynamicImage::ImageRgb16(color) => from_fn(&|x, y| color.get_pixel(x, y).0),
+        DynamicImage::ImageRgba16(color) => from_fn(&|x, y| {
+            let [red, green, blue, _] = color.get_pixel(x, y).0;
+            [red, green, blue]
+        }),
+        _ => image.into_rgb8(),
+    }
+}

@@ -1,0 +1,351 @@
+//! Token sequences: what a model takes of a conversation.
+
+use super::dataset::{Conversation, Message, Part};
+use super::image::{ImagePatches, decode};
+use super::processor::{PatchSettings, read_json};
+use super::template::ChatTemplate;
+use crate::model::positions::mrope_positions;
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use image::RgbImage;
+use rayon::prelude::*;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use tokenizers::Tokenizer;
+
+/// What a model family does to images before its vision tower sees them.
+pub trait VisionInput: Send + Sync {
+    /// The token that stands for one vector of the vision tower.
+    fn image_token_id(&self) -> u32;
+
+    /// Resizes an image. Errors when its proportions do not allow it.
+    fn prepare(&self, image: &RgbImage) -> Result<ImagePatches>;
+
+    /// How many tokens an image takes.
+    fn image_tokens(&self, patches: &ImagePatches) -> usize;
+
+    /// Position of every token on the three axes of rotary embedding; a family with one axis repeats it.
+    fn positions(&self, tokens: &[u32], images: &[ImagePatches]) -> Result<Vec<[u32; 3]>>;
+}
+
+/// [`VisionInput`] of Qwen2-VL and Qwen2.5-VL: one token per merged cell, M-RoPE positions.
+#[derive(Clone, Debug)]
+pub struct QwenVision {
+    settings: Arc<PatchSettings>,
+    image_token_id: u32,
+}
+
+impl QwenVision {
+    /// With the image processor's settings and `image_token_id` of config.json.
+    pub fn new(settings: PatchSettings, image_token_id: u32) -> Self {
+        Self { settings: Arc::new(settings), image_token_id }
+    }
+}
+
+impl VisionInput for QwenVision {
+    fn image_token_id(&self) -> u32 {
+        self.image_token_id
+    }
+
+    fn prepare(&self, image: &RgbImage) -> Result<ImagePatches> {
+        self.settings.prepare(image)
+    }
+
+    fn image_tokens(&self, patches: &ImagePatches) -> usize {
+        let (height, width) = patches.merged_grid();
+        height * width
+    }
+
+    fn positions(&self, tokens: &[u32], images: &[ImagePatches]) -> Result<Vec<[u32; 3]>> {
+        let grids: Vec<_> = images.iter().map(ImagePatches::merged_grid).collect();
+        mrope_positions(tokens, self.image_token_id, &grids)
+    }
+}
+
+/// A conversation as a model takes it.
+#[derive(Clone, Debug)]
+pub struct Sequence {
+    /// The conversation's.
+    pub id: String,
+    /// Token ids, every image's placeholder repeated once for each of its tokens.
+    pub tokens: Vec<u32>,
+    /// How many of the tokens stand for images.
+    pub vision_tokens: usize,
+    /// The images, in the order of their tokens.
+    pub images: Vec<ImagePatches>,
+    /// Position of every token: temporal, vertical, horizontal.
+    pub positions: Vec<[u32; 3]>,
+    /// Tokens of the answer with the end-of-turn token; empty when there is no answer.
+    pub answer: Range<usize>,
+}
+
+/// Turns conversations into sequences with a checkpoint's tokenizer, template and image processor.
+pub struct SequenceBuilder {
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    vision: Box<dyn VisionInput>,
+    placeholder: String,
+    end_tokens: Vec<u32>,
+}
+
+impl SequenceBuilder {
+    /// Reads `tokenizer.json` and the chat template of a checkpoint folder.
+    ///
+    /// Truncation and padding that earlier tools left in `tokenizer.json` are ignored. Errors when a file is missing or
+    /// broken, and when the tokenizer does not know the image token.
+    pub fn new(folder: &Path, vision: Box<dyn VisionInput>) -> Result<Self> {
+        let path = folder.join("tokenizer.json");
+        let bytes = std::fs::read(&path)
+            .with_context(|| format!("cannot read {}; copy it from the original checkpoint", path.display()))?;
+        let mut tokenizer = Tokenizer::from_bytes(&bytes)
+            .map_err(|error| anyhow!("{} is not a tokenizer this program can read: {error}", path.display()))?;
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(|error| anyhow!("{}: {error}", path.display()))?;
+        let id = vision.image_token_id();
+        let placeholder = tokenizer.id_to_token(id);
+        let placeholder = placeholder
+            .with_context(|| format!("{} has no token {id}, the image token of config.json", path.display()))?;
+        let end_tokens = end_tokens(folder, &tokenizer)?;
+        let builder = Self { tokenizer, template: ChatTemplate::load(folder)?, vision, placeholder, end_tokens };
+        let alone = builder.encode(&builder.placeholder)?;
+        ensure!(
+            alone.get_ids() == [id],
+            "{} splits the image token {:?} of config.json in pieces",
+            path.display(),
+            builder.placeholder
+        );
+        Ok(builder)
+    }
+
+    /// Tokens that end a turn: `eos_token_id` of generation_config.json and config.json, `eos_token` of
+    /// tokenizer_config.json.
+    pub fn end_tokens(&self) -> &[u32] {
+        &self.end_tokens
+    }
+
+    /// Text of decoded tokens, without special tokens.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String> {
+        self.tokenizer.decode(tokens, true).map_err(|error| anyhow!("cannot turn tokens into text: {error}"))
+    }
+
+    /// The whole conversation, answer included, with no prompt for a further turn.
+    ///
+    /// Errors name the conversation's line: an image missing or broken, the image token written in a text, a template
+    /// that fails or does not show every image once.
+    pub fn build(&self, conversation: &Conversation) -> Result<Sequence> {
+        let images = self.images(&conversation.messages, conversation)?;
+        self.whole(conversation, images).with_context(|| conversation.origin.clone())
+    }
+
+    /// The conversation up to the answer, with the beginning of the assistant's turn. Errors as [`Self::build`].
+    pub fn prompt(&self, conversation: &Conversation) -> Result<Sequence> {
+        let images = self.images(conversation.question(), conversation)?;
+        self.question(conversation, images).with_context(|| conversation.origin.clone())
+    }
+
+    fn images(&self, messages: &[Message], conversation: &Conversation) -> Result<Vec<ImagePatches>> {
+        let parts = messages.iter().flat_map(|message| &message.content);
+        let sources = parts.filter_map(|part| match part {
+            Part::Image(source) => Some(source),
+            Part::Text(_) => None,
+        });
+        let images = sources.enumerate().map(|(index, source)| {
+            let image = decode(source, &conversation.origin)?;
+            self.vision.prepare(&image).with_context(|| format!("{}: image {}", conversation.origin, index + 1))
+        });
+        images.collect()
+    }
+
+    fn whole(&self, conversation: &Conversation, images: Vec<ImagePatches>) -> Result<Sequence> {
+        if let Some(text) = &conversation.text {
+            return self.sequence(conversation, text, images, None);
+        }
+        let text = self.text(&conversation.messages, false, &images)?;
+        let from = match conversation.answer() {
+            None => None,
+            Some(_) => {
+                let question = conversation.question();
+                let shown = question.iter().flat_map(|message| &message.content);
+                let count = shown.filter(|part| matches!(part, Part::Image(_))).count();
+                let prompt = self.text(question, true, &images[..count])?;
+                Some(answer_start(&text, &prompt)?)
+            }
+        };
+        self.sequence(conversation, &text, images, from)
+    }
+
+    fn question(&self, conversation: &Conversation, images: Vec<ImagePatches>) -> Result<Sequence> {
+        if conversation.text.is_some() {
+            bail!("plain `text` asks no question; write `messages`");
+        }
+        let text = self.text(conversation.question(), true, &images)?;
+        self.sequence(conversation, &text, images, None)
+    }
+
+    /// The rendered text with every image's placeholder repeated.
+    fn text(&self, messages: &[Message], add_generation_prompt: bool, images: &[ImagePatches]) -> Result<String> {
+        for part in messages.iter().flat_map(|message| &message.content) {
+            if let Part::Text(text) = part {
+                self.refuse_placeholder(text)?;
+            }
+        }
+        let rendered = self.template.render(messages, add_generation_prompt)?;
+        let mut pieces = rendered.split(&self.placeholder);
+        let mut text = pieces.next().unwrap_or_default().to_string();
+        let mut shown = 0;
+        for piece in pieces {
+            let image = images.get(shown);
+            let count = image.map_or(0, |image| self.vision.image_tokens(image));
+            text.extend(std::iter::repeat_n(self.placeholder.as_str(), count));
+            text.push_str(piece);
+            shown += 1;
+        }
+        ensure!(
+            shown == images.len(),
+            "the chat template shows {shown} images ({:?}) of the conversation's {}",
+            self.placeholder,
+            images.len()
+        );
+        Ok(text)
+    }
+
+    /// Text that spells the image token would be taken for an image.
+    fn refuse_placeholder(&self, text: &str) -> Result<()> {
+        let placeholder = &self.placeholder;
+        ensure!(
+            !text.contains(placeholder),
+            "a text contains {placeholder:?}, which stands for an image; write images as parts of their own"
+        );
+        Ok(())
+    }
+
+    fn encode(&self, text: &str) -> Result<tokenizers::Encoding> {
+        self.tokenizer.encode(text, false).map_err(|error| anyhow!("the tokenizer fails: {error}"))
+    }
+
+    /// `answer_from`: where the answer begins in `text`, in bytes.
+    fn sequence(
+        &self,
+        conversation: &Conversation,
+        text: &str,
+        images: Vec<ImagePatches>,
+        answer_from: Option<usize>,
+    ) -> Result<Sequence> {
+        if images.is_empty() {
+            self.refuse_placeholder(text)?;
+        }
+        let encoding = self.encode(text)?;
+        let tokens = encoding.get_ids().to_vec();
+        ensure!(!tokens.is_empty(), "the conversation has no tokens");
+        let answer = answer_from.map_or(0..0, |from| {
+            // A token that reaches across the boundary carries some of the answer.
+            let start = encoding.get_offsets().iter().position(|&(_, end)| end > from).unwrap_or(tokens.len());
+            let last = tokens[start..].iter().rposition(|token| self.end_tokens.contains(token));
+            start..last.map_or(tokens.len(), |last| start + last + 1)
+        });
+        let id = self.vision.image_token_id();
+        Ok(Sequence {
+            id: conversation.id.clone(),
+            vision_tokens: tokens.iter().filter(|&&token| token == id).count(),
+            positions: self.vision.positions(&tokens, &images)?,
+            tokens,
+            images,
+            answer,
+        })
+    }
+}
+
+/// Where the answer begins: what `text` has beyond `prompt`. White space at the end of the prompt need not agree:
+/// LLaVA-OneVision's template writes `assistant \n` before an answer and `assistant\n` to ask for one.
+fn answer_start(text: &str, prompt: &str) -> Result<usize> {
+    if text.starts_with(prompt) {
+        return Ok(prompt.len());
+    }
+    let common = prompt.trim_end();
+    let rest = text.strip_prefix(common).context(
+        "the chat template writes the turns before the answer differently once the answer is there, \
+         so the answer cannot be told from the prompt",
+    )?;
+    Ok(text.len() - rest.trim_start().len())
+}
+
+/// See [`SequenceBuilder::end_tokens`].
+fn end_tokens(folder: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    let mut ids = Vec::new();
+    let mut add = |value: Option<&serde_json::Value>| {
+        let listed = value.into_iter().flat_map(|value| match value {
+            serde_json::Value::Array(all) => all.as_slice(),
+            one => std::slice::from_ref(one),
+        });
+        ids.extend(listed.filter_map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())));
+    };
+    if let Some(config) = read_json(&folder.join("generation_config.json"))? {
+        add(config.get("eos_token_id"));
+    }
+    if let Some(config) = read_json(&folder.join("config.json"))? {
+        add(config.get("eos_token_id"));
+        add(config.get("text_config").and_then(|text| text.get("eos_token_id")));
+    }
+    if let Some(config) = read_json(&folder.join("tokenizer_config.json"))? {
+        let token = config.get("eos_token").and_then(|token| token.as_str().or_else(|| token.get("content")?.as_str()));
+        ids.extend(token.and_then(|token| tokenizer.token_to_id(token)));
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    ensure!(
+        !ids.is_empty(),
+        "{} names no end-of-turn token: neither `eos_token_id` in generation_config.json or config.json, \
+         nor `eos_token` in tokenizer_config.json",
+        folder.display()
+    );
+    Ok(ids)
+}
+
+/// Sequences of a calibration set.
+#[derive(Debug)]
+pub struct Collected {
+    /// Those short enough, in the order of their conversations.
+    pub sequences: Vec<Sequence>,
+    /// How many conversations were longer than the limit and left out.
+    pub too_long: usize,
+}
+
+/// Builds every conversation, in parallel. One longer than `max_tokens` is left out whole, never cut.
+///
+/// Errors as [`SequenceBuilder::build`] (of several the first in order), and when no conversation is short enough.
+pub fn collect(builder: &SequenceBuilder, conversations: &[Conversation], max_tokens: usize) -> Result<Collected> {
+    ensure!(!conversations.is_empty(), "there are no conversations");
+    // What is too long is dropped at once, so that it does not take memory until the end.
+    let built: Vec<Result<Result<Sequence, usize>>> = conversations
+        .par_iter()
+        .map(|conversation| {
+            let sequence = builder.build(conversation)?;
+            let length = sequence.tokens.len();
+            Ok(if length <= max_tokens { Ok(sequence) } else { Err(length) })
+        })
+        .collect();
+    let mut sequences = Vec::with_capacity(built.len());
+    let mut shortest = usize::MAX;
+    let mut too_long = 0;
+    for sequence in built {
+        match sequence? {
+            Ok(sequence) => sequences.push(sequence),
+            Err(length) => {
+                shortest = shortest.min(length);
+                too_long += 1;
+            }
+        }
+    }
+    ensure!(
+        !sequences.is_empty(),
+        "all {too_long} conversations are longer than {max_tokens} tokens, the shortest has {shortest}; \
+         raise --max-tokens or lower --max-pixels"
+    );
+    if too_long > 0 {
+        log::warn!(
+            "{too_long} of {} conversations are longer than {max_tokens} tokens and left out",
+            conversations.len()
+        );
+    }
+    Ok(Collected { sequences, too_long })
+}

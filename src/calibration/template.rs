@@ -1,0 +1,200 @@
+//! Chat templates: the Jinja in a checkpoint that turns messages into text, rendered as transformers renders it.
+
+use super::dataset::{Message, Part};
+use super::processor::read_json;
+use anyhow::{Context, Result, bail, ensure};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde};
+use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior, Value};
+use serde_json::json;
+use std::path::Path;
+
+/// Work one rendering may do, about one unit per instruction or 64 bytes. Real conversations need some hundreds; this
+/// takes a tenth of a second and bounds memory to half a gigabyte.
+const FUEL: u64 = 8_000_000;
+
+/// Most bytes one rendering may give.
+const MAX_BYTES: usize = 64 << 20;
+
+const NAME: &str = "chat template";
+
+/// A checkpoint's chat template.
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    special_tokens: serde_json::Map<String, serde_json::Value>,
+    file: String,
+}
+
+impl ChatTemplate {
+    /// Reads `chat_template.jinja`, else `chat_template.json`, else `chat_template` of `tokenizer_config.json`; of a list
+    /// of templates the one named `default`.
+    ///
+    /// Errors when there is none, when it is not valid Jinja, and when it takes no list of content parts (then it is not
+    /// one of a vision-language model).
+    pub fn load(folder: &Path) -> Result<Self> {
+        let config = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
+        let jinja = folder.join("chat_template.jinja");
+        let (path, source) = if jinja.is_file() {
+            let source = std::fs::read_to_string(&jinja).with_context(|| format!("cannot read {}", jinja.display()))?;
+            (jinja, source)
+        } else {
+            let legacy = folder.join("chat_template.json");
+            let (path, holder) = match read_json(&legacy)? {
+                Some(holder) => (legacy, holder),
+                None => (folder.join("tokenizer_config.json"), config.clone()),
+            };
+            let source = named_default(&holder).with_context(|| {
+                format!(
+                    "no chat template: neither chat_template.jinja, nor a `chat_template` in {}; \
+                     copy it from the original checkpoint",
+                    path.display()
+                )
+            })?;
+            (path, source)
+        };
+        let template = Self::new(&source, special_tokens(&config), path.display().to_string())?;
+        template.probe()?;
+        Ok(template)
+    }
+
+    /// Compiles `source`. `special_tokens` (such as `bos_token`) are variables of the template, `file` names it in errors.
+    pub fn new(source: &str, special_tokens: serde_json::Map<String, serde_json::Value>, file: String) -> Result<Self> {
+        let mut environment = Environment::new();
+        environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+        environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+        environment.set_fuel(Some(FUEL));
+        // Rendering runs on worker threads with small stacks; no real template nests this deep.
+        environment.set_recursion_limit(100);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_filter("tojson", tojson);
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_function("strftime_now", super::clock::strftime_now);
+        environment
+            .add_template_owned(NAME, without_generation(source))
+            .map_err(|error| located(&error))
+            .with_context(|| format!("{file} is not a chat template this program can read"))?;
+        Ok(Self { environment, special_tokens, file })
+    }
+
+    /// The text of a conversation, with the beginning of the assistant's next turn when `add_generation_prompt`.
+    ///
+    /// Content is always passed as a list of parts, even one text: templates that walk through parts show nothing of a
+    /// string, and those that accept both treat them alike. Errors when the template raises one, and when it runs too
+    /// long or gives too much.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let mut context = self.special_tokens.clone();
+        context.insert("messages".into(), messages.iter().map(message).collect());
+        context.insert("tools".into(), serde_json::Value::Null);
+        context.insert("documents".into(), serde_json::Value::Null);
+        context.insert("add_generation_prompt".into(), add_generation_prompt.into());
+        let template = self.environment.get_template(NAME)?;
+        let text = template.render(Value::from(Serde(&context))).map_err(|error| match error.kind() {
+            ErrorKind::OutOfFuel => anyhow::anyhow!("it does not come to an end (stopped after {FUEL} steps)"),
+            _ => located(&error),
+        });
+        let text = text.with_context(|| format!("the chat template in {} fails", self.file))?;
+        ensure!(text.len() <= MAX_BYTES, "the chat template in {} gives {} bytes of text", self.file, text.len());
+        Ok(text)
+    }
+
+    /// Finds templates made for plain strings, which would show a list of parts as JSON or not at all.
+    fn probe(&self) -> Result<()> {
+        let content = vec![Part::Text("vlmq-probe".into())];
+        let messages = [Message { role: "user".into(), content }];
+        // A template may insist on more than one user turn; then the conversations themselves will tell.
+        let Ok(text) = self.render(&messages, false) else { return Ok(()) };
+        if !text.contains("vlmq-probe") || text.contains("\"type\"") || text.contains("'type'") {
+            bail!(
+                "the chat template in {} takes only plain strings, not content parts; \
+                 put the vision-language model's own chat_template.jinja there",
+                self.file
+            );
+        }
+        Ok(())
+    }
+}
+
+/// A message as templates see it. Of an image they ask only whether there is one.
+fn message(message: &Message) -> serde_json::Value {
+    let parts = message.content.iter().map(|part| match part {
+        Part::Text(text) => json!({"type": "text", "text": text}),
+        Part::Image(_) => json!({"type": "image"}),
+    });
+    json!({"role": message.role, "content": parts.collect::<Vec<_>>()})
+}
+
+/// `chat_template` of a JSON file: a string, or a list of `{name, template}`.
+fn named_default(holder: &serde_json::Value) -> Option<String> {
+    match holder.get("chat_template")? {
+        serde_json::Value::String(source) => Some(source.clone()),
+        serde_json::Value::Array(all) => {
+            let default = all.iter().find(|one| one.get("name").is_some_and(|name| name == "default"))?;
+            default.get("template")?.as_str().map(str::to_string)
+        }
+        _ => None,
+    }
+}
+
+/// The variables `bos_token`, `eos_token` and so on; older files wrap the string in an object.
+fn special_tokens(config: &serde_json::Value) -> serde_json::Map<String, serde_json::Value> {
+    let entries = config.as_object().into_iter().flatten().filter(|(key, _)| key.ends_with("_token"));
+    let tokens = entries.filter_map(|(key, value)| {
+        let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
+        Some((key.clone(), text.into()))
+    });
+    tokens.collect()
+}
+
+/// Turns transformers' `{% generation %}` blocks, which mark the answer and render as their body, into blocks of plain
+/// Jinja, so that they keep their effect on white space.
+fn without_generation(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(open) = rest.find("{%") {
+        let (before, tag) = rest.split_at(open);
+        out.push_str(before);
+        let Some(close) = tag.find("%}") else {
+            rest = tag;
+            break;
+        };
+        let (tag, after) = tag.split_at(close + 2);
+        let inner = tag[2..tag.len() - 2].trim_matches(['-', '+']).trim();
+        match inner {
+            "generation" => out.push_str(&tag.replace("generation", "if true")),
+            "endgeneration" => out.push_str(&tag.replace("endgeneration", "endif")),
+            _ => out.push_str(tag),
+        }
+        rest = after;
+    }
+    out.push_str(rest);
+    out
+}
+
+/// Python's `json.dumps(ensure_ascii=False)`, which transformers puts in place of Jinja's HTML-safe filter.
+fn tojson(value: Value, kwargs: Kwargs) -> Result<String, Error> {
+    let indent: Option<usize> = kwargs.get("indent")?;
+    let sort_keys: Option<bool> = kwargs.get("sort_keys")?;
+    let _: Option<bool> = kwargs.get("ensure_ascii")?;
+    kwargs.assert_all_used()?;
+    let failed = |error: serde_json::Error| {
+        Error::new(ErrorKind::InvalidOperation, "tojson cannot write this value").with_source(error)
+    };
+    let mut value = serde_json::to_value(&value).map_err(failed)?;
+    if sort_keys == Some(true) {
+        value.sort_all_objects();
+    }
+    let mut out = String::new();
+    super::json::dump(&value, indent, 0, &mut out);
+    Ok(out)
+}
+
+/// The template's error with its line, without the source excerpt that spans many lines.
+fn located(error: &Error) -> anyhow::Error {
+    let detail = error.detail().map(str::to_string).unwrap_or_else(|| error.kind().to_string());
+    match error.line() {
+        Some(line) => anyhow::anyhow!("line {line}: {detail}"),
+        None => anyhow::anyhow!("{detail}"),
+    }
+}
