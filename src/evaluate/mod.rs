@@ -1,1 +1,3 @@
 //! Evaluation: greedy decoding, log-likelihood, divergence, metrics.
+
+pub mod metrics;
