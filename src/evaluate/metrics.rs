@@ -156,7 +156,9 @@ fn relaxed(prediction: &str, answer: &str) -> f64 {
 }
 
 fn anls(prediction: &str, answer: &str) -> f64 {
-    let plain = |text: &str| words(&strip(text).to_lowercase()).collect::<Vec<_>>().join(" ").chars().collect();
+    let plain = |text: &str| -> Vec<char> {
+        words(&strip(text).to_lowercase()).collect::<Vec<_>>().join(" ").chars().collect()
+    };
     let distance = levenshtein(&plain(answer), &plain(prediction));
     // The raw texts' lengths, in capitals: a letter may become two.
     let length = |text: &str| text.to_uppercase().chars().count();
@@ -165,7 +167,7 @@ fn anls(prediction: &str, answer: &str) -> f64 {
     if score < 0.5 { 0.0 } else { score }
 }
 
-fn levenshtein(a: &Vec<char>, b: &Vec<char>) -> usize {
+fn levenshtein(a: &[char], b: &[char]) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, left) in a.iter().enumerate() {
         let mut diagonal = std::mem::replace(&mut row[0], i + 1);

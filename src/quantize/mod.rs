@@ -4,6 +4,9 @@ mod layer;
 pub mod pack;
 mod order;
 pub mod plain;
+#[cfg(feature = "run")]
+pub mod pipeline;
+pub mod report;
 pub mod settings;
 pub mod solve;
 pub mod statistics;

@@ -1,2 +1,63 @@
-//! The command line.
-fn main() {}
+//! The command line: flags in, the library's work, words out.
+//!
+//! Exit codes: 0 done; 1 an error, told on stderr; 2 wrong usage.
+
+mod args;
+mod eval;
+mod inspect;
+mod progress;
+mod quantize;
+mod text;
+
+use anyhow::{Context, Result, bail};
+use args::{Cli, Command, DeviceChoice, MachineArgs};
+use progress::Screen;
+use std::io::Write;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::read();
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads our output has had enough of it.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    let screen = Screen::new(cli.machine.quiet);
+    prepare(&cli.machine, &screen)?;
+    match &cli.command {
+        Command::Quantize(args) => quantize::run(args, &screen),
+        Command::Eval(args) => eval::run(args, &screen),
+        Command::Inspect(args) => inspect::run(args),
+    }
+}
+
+fn prepare(machine: &MachineArgs, screen: &Screen) -> Result<()> {
+    let usual = if machine.quiet { log::LevelFilter::Error } else { log::LevelFilter::Warn };
+    screen.log(machine.log_level.unwrap_or(usual));
+    if let DeviceChoice::Cuda(index) = machine.device {
+        bail!("--device cuda:{index}: this build computes on the CPU only; use --device cpu");
+    }
+    let threads = machine.threads.unwrap_or(0);
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("cannot start the threads")
+}
+
+/// Writes lines of a result to stdout.
+fn print_lines(lines: &[String]) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    for line in lines {
+        writeln!(out, "{line}")?;
+    }
+    out.flush()?;
+    Ok(())
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}

@@ -1,0 +1,404 @@
+//! The flags, their checks, and the library's settings made of them.
+
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use serde::de::DeserializeOwned;
+use std::path::PathBuf;
+use std::str::FromStr;
+use vlmq::evaluate::EvaluationSettings;
+use vlmq::quantize::pipeline::PipelineSettings;
+use vlmq::quantize::settings::{CrossTerm, Grid, Importance, Order, Solver, SolverSettings};
+
+/// Quantizes vision-language models after training (VLMQ, arXiv 2508.03351) and measures what that costs.
+#[derive(Debug, Parser)]
+#[command(name = "vlmq-run", version, max_term_width = 110)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Quantize a checkpoint's language backbone into a new folder.
+    Quantize(Box<QuantizeArgs>),
+    /// Answer a data set's questions and score the answers.
+    Eval(EvalArgs),
+    /// Show what a checkpoint holds, what would be quantized, and what that would take.
+    Inspect(InspectArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Machine and messages")]
+pub(crate) struct MachineArgs {
+    /// Where to compute: `auto` (the best there is), `cpu`, `cuda` or `cuda:N`.
+    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
+    pub(crate) device: DeviceChoice,
+    /// Threads to use; all cores when not given. Results do not depend on it.
+    #[arg(long, global = true, value_name = "N", value_parser = threads)]
+    pub(crate) threads: Option<usize>,
+    /// Print only errors and results.
+    #[arg(long, short, global = true)]
+    pub(crate) quiet: bool,
+    /// Least serious messages to show: off, error, warn, info, debug or trace [default: warn; with --quiet: error]
+    #[arg(long, global = true, value_name = "LEVEL", value_parser = log_level(), hide_possible_values = true)]
+    pub(crate) log_level: Option<log::LevelFilter>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct QuantizeArgs {
+    /// Folder of the float checkpoint: config.json, *.safetensors, tokenizer, processor and chat template.
+    #[arg(value_name = "MODEL")]
+    model: PathBuf,
+    /// Calibration data: JSONL of conversations with images, or ShareGPT4V/LLaVA JSON.
+    #[arg(long, value_name = "FILE")]
+    calib: PathBuf,
+    /// Folder to write; must not exist.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Evaluate on this data before and after, and print both.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) eval: Option<PathBuf>,
+    #[command(flatten)]
+    method: MethodArgs,
+    #[command(flatten)]
+    grid: GridArgs,
+    #[command(flatten)]
+    data: CalibrationArgs,
+    #[command(flatten)]
+    images: ImageArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Method")]
+struct MethodArgs {
+    /// How codes are found.
+    #[arg(long, default_value = "gptaq", value_parser = named::<Solver>(&[
+        ("rtn", "round to nearest"),
+        ("gptq", "carry each column's rounding error on to the next columns"),
+        ("gptaq", "the same, towards the float model's outputs"),
+    ]))]
+    solver: Solver,
+    /// How calibration tokens are weighted.
+    #[arg(long, default_value = "vlmq", value_parser = named::<Importance>(&[
+        ("none", "all alike"),
+        ("vlmq", "by the gradient of the attention block's loss"),
+    ]))]
+    importance: Importance,
+    /// Order in which columns are quantized.
+    #[arg(long, default_value = "act-group", value_parser = named::<Order>(&[
+        ("none", "left to right"),
+        ("act-group", "most active first inside groups, and whole groups; needs nothing from loaders"),
+        ("act", "most active first over the whole row; the file needs g_idx, which fewer loaders take"),
+    ]))]
+    order: Order,
+    /// Damping: this times the mean of the Hessian's diagonal is added to it; above 0, at most 1.
+    #[arg(long, default_value = "0.01", value_name = "X", allow_negative_numbers = true)]
+    damp: f64,
+    /// Strength of the GPTAQ term, 0 to 1.
+    #[arg(long, default_value = "0.25", value_name = "X", allow_negative_numbers = true)]
+    alpha: f64,
+    /// Which weights the GPTAQ term carries to later blocks of columns.
+    #[arg(long, default_value = "unquantized", hide = true, value_parser = named::<CrossTerm>(&[
+        ("unquantized", "those before rounding"),
+        ("quantized", "those after rounding"),
+    ]))]
+    cross_term: CrossTerm,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Grid and file")]
+struct GridArgs {
+    /// Bits per code.
+    #[arg(long, default_value = "3", value_parser = PossibleValuesParser::new(["2", "3", "4", "8"])
+        .try_map(|text| text.parse::<u32>()))]
+    bits: u32,
+    /// Columns that share a scale and a zero: a multiple of 8 that divides every layer's inputs, or `none` for the row.
+    #[arg(long, default_value = "128", value_name = "N|none", allow_negative_numbers = true)]
+    group_size: GroupSize,
+    /// Fix the zero at the middle of the grid.
+    #[arg(long)]
+    symmetric: bool,
+    /// How a group's range becomes its grid.
+    #[arg(long, default_value = "minmax", value_parser = named::<Grid>(&[
+        ("minmax", "the full range"),
+        ("mse", "the best of 80 shrunken ranges"),
+    ]))]
+    grid: Grid,
+    /// What to write.
+    #[arg(long, default_value = "compressed-tensors", value_parser = PossibleValuesParser::new([
+        PossibleValue::new("compressed-tensors").help("packed codes for transformers, vLLM, SGLang"),
+        PossibleValue::new("gptq").help("packed codes as AutoGPTQ lays them out"),
+        PossibleValue::new("dequantized").help("plain weights, to evaluate anywhere; nothing is saved"),
+    ]))]
+    format: String,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Calibration")]
+struct CalibrationArgs {
+    /// Samples to draw; all, when the data has fewer.
+    #[arg(long, default_value = "512", value_name = "N", value_parser = positive, allow_negative_numbers = true)]
+    samples: usize,
+    /// Seed of the draw.
+    #[arg(long, default_value = "0", value_name = "N")]
+    seed: u64,
+    /// Leave out samples of more tokens, image tokens included; none is ever cut.
+    #[arg(long, default_value = "2048", value_name = "N", value_parser = positive, allow_negative_numbers = true)]
+    max_tokens: usize,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Images")]
+struct ImageArgs {
+    /// Folder that image paths are relative to [default: the data file's]
+    #[arg(long, value_name = "DIR")]
+    image_root: Option<PathBuf>,
+    /// Enlarge smaller images to about this area [default: the checkpoint's processor's]
+    #[arg(long, value_name = "PIXELS", value_parser = positive, allow_negative_numbers = true)]
+    min_pixels: Option<usize>,
+    /// Reduce larger images to about this area [default: the checkpoint's processor's]
+    #[arg(long, value_name = "PIXELS", value_parser = positive, allow_negative_numbers = true)]
+    max_pixels: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EvalArgs {
+    /// Folder of the checkpoint, float or written by `vlmq-run quantize`.
+    #[arg(value_name = "MODEL")]
+    model: PathBuf,
+    /// JSONL of conversations whose last assistant turn is the answer.
+    #[arg(value_name = "DATA")]
+    data: PathBuf,
+    /// Also measure the KL divergence from this checkpoint, per answer token.
+    #[arg(long, value_name = "MODEL")]
+    reference: Option<PathBuf>,
+    /// Only the first N samples.
+    #[arg(long, value_name = "N", value_parser = positive, allow_negative_numbers = true)]
+    limit: Option<usize>,
+    /// Write scores and answers to this file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    #[command(flatten)]
+    images: ImageArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// Folder of the checkpoint.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: PathBuf,
+    /// Print JSON instead of tables.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A device by its name on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DeviceChoice {
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("cuda:").map(str::parse)) {
+            ("auto", _) => Ok(Self::Auto),
+            ("cpu", _) => Ok(Self::Cpu),
+            ("cuda", _) => Ok(Self::Cuda(0)),
+            (_, Some(Ok(index))) => Ok(Self::Cuda(index)),
+            _ => Err("must be auto, cpu, cuda or cuda:N with a whole number N".into()),
+        }
+    }
+}
+
+/// `none` or a number of columns; clap gives `Option` another meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct GroupSize(Option<usize>);
+
+impl FromStr for GroupSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        text.parse().map(|size| Self(Some(size))).map_err(|_| "must be a positive multiple of 8, or `none`".into())
+    }
+}
+
+impl Cli {
+    /// Reads the command line; wrong usage ends the program with exit code 2.
+    pub(crate) fn read() -> Self {
+        let cli = Self::parse();
+        if let Err(message) = cli.check() {
+            Self::command().error(ErrorKind::ValueValidation, message).exit();
+        }
+        cli
+    }
+
+    /// What no single flag's parser can see.
+    fn check(&self) -> Result<(), String> {
+        let images = match &self.command {
+            Command::Quantize(args) => {
+                args.solver_settings().validate().map_err(|error| error.to_string())?;
+                &args.images
+            }
+            Command::Eval(args) => &args.images,
+            Command::Inspect(_) => return Ok(()),
+        };
+        match (images.min_pixels, images.max_pixels) {
+            (Some(min), Some(max)) if min > max => Err(format!("--min-pixels {min} is more than --max-pixels {max}")),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl QuantizeArgs {
+    fn solver_settings(&self) -> SolverSettings {
+        SolverSettings {
+            solver: self.method.solver,
+            bits: self.grid.bits,
+            group_size: self.grid.group_size.0,
+            symmetric: self.grid.symmetric,
+            grid: self.grid.grid,
+            order: self.method.order,
+            damp: self.method.damp,
+            alpha: self.method.alpha,
+            cross_term: self.method.cross_term,
+            ..SolverSettings::default()
+        }
+    }
+
+    pub(crate) fn settings(&self) -> PipelineSettings {
+        PipelineSettings {
+            model: self.model.clone(),
+            calib: self.calib.clone(),
+            out: self.out.clone(),
+            format: self.grid.format.clone(),
+            solver: self.solver_settings(),
+            importance: self.method.importance,
+            samples: self.data.samples,
+            seed: self.data.seed,
+            max_tokens: self.data.max_tokens,
+            image_root: self.images.image_root.clone(),
+            min_pixels: self.images.min_pixels,
+            max_pixels: self.images.max_pixels,
+        }
+    }
+
+    /// The float checkpoint on `data`.
+    pub(crate) fn evaluation_before(&self, data: PathBuf) -> EvaluationSettings {
+        EvaluationSettings {
+            model: self.model.clone(),
+            data,
+            reference: None,
+            limit: None,
+            // --image-root belongs to the calibration data.
+            image_root: None,
+            min_pixels: self.images.min_pixels,
+            max_pixels: self.images.max_pixels,
+        }
+    }
+
+    /// The written checkpoint on `data`, against the float one.
+    pub(crate) fn evaluation_after(&self, data: PathBuf) -> EvaluationSettings {
+        EvaluationSettings {
+            model: self.out.clone(),
+            reference: Some(self.model.clone()),
+            ..self.evaluation_before(data)
+        }
+    }
+}
+
+impl EvalArgs {
+    pub(crate) fn settings(&self) -> EvaluationSettings {
+        EvaluationSettings {
+            model: self.model.clone(),
+            data: self.data.clone(),
+            reference: self.reference.clone(),
+            limit: self.limit,
+            image_root: self.images.image_root.clone(),
+            min_pixels: self.images.min_pixels,
+            max_pixels: self.images.max_pixels,
+        }
+    }
+}
+
+/// A parser of the library's enumerations by the names under which they are serialised, so that flags and `report.json`
+/// use the same words.
+fn named<T>(names: &'static [(&'static str, &'static str)]) -> impl TypedValueParser<Value = T>
+where
+    T: DeserializeOwned + Clone + Send + Sync + 'static,
+{
+    let values = names.iter().map(|(name, help)| PossibleValue::new(*name).help(*help));
+    PossibleValuesParser::new(values).try_map(|name| serde_json::from_value(name.into()))
+}
+
+fn log_level() -> impl TypedValueParser<Value = log::LevelFilter> {
+    PossibleValuesParser::new(["off", "error", "warn", "info", "debug", "trace"]).try_map(|name| name.parse())
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "must be a whole number of at least 1".into())
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    // More than any machine has, fewer than a system refuses to start.
+    let limit = 1024;
+    positive(text).ok().filter(|&number| number <= limit).ok_or_else(|| format!("must be from 1 to {limit}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_are_the_librarys() {
+        let cli = Cli::try_parse_from(["vlmq-run", "quantize", "m", "--calib", "c", "--out", "o"]).unwrap();
+        let Command::Quantize(args) = cli.command else { panic!("not quantize") };
+        let settings = args.settings();
+        assert_eq!(settings.solver, SolverSettings::default());
+        assert_eq!(settings.importance, Importance::Vlmq);
+        assert_eq!(settings.samples, 512);
+    }
+
+    #[test]
+    fn every_name_reads_back() {
+        for solver in ["rtn", "gptq", "gptaq"] {
+            for order in ["none", "act-group", "act"] {
+                for grid in ["minmax", "mse"] {
+                    let flags = ["--solver", solver, "--order", order, "--grid", grid, "--group-size", "none"];
+                    let base = ["vlmq-run", "quantize", "m", "--calib", "c", "--out", "o", "--cross-term", "quantized"];
+                    let cli = Cli::try_parse_from(base.iter().chain(&flags)).unwrap();
+                    let Command::Quantize(args) = cli.command else { panic!("not quantize") };
+                    let value = serde_json::to_value(args.settings()).unwrap();
+                    assert_eq!(value["solver"]["solver"], solver);
+                    assert_eq!(value["solver"]["order"], order);
+                    assert_eq!(value["solver"]["grid"], grid);
+                    assert_eq!(value["solver"]["cross_term"], "quantized");
+                    assert_eq!(value["solver"]["group_size"], serde_json::Value::Null);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn devices() {
+        assert_eq!("cuda:3".parse(), Ok(DeviceChoice::Cuda(3)));
+        assert_eq!("cuda".parse(), Ok(DeviceChoice::Cuda(0)));
+        for wrong in ["gpu", "cuda:", "cuda:-1", "cuda:x", ""] {
+            assert!(wrong.parse::<DeviceChoice>().is_err(), "{wrong}");
+        }
+    }
+}

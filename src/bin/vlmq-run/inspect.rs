@@ -1,0 +1,103 @@
+//! `vlmq-run inspect`.
+
+use crate::args::InspectArgs;
+use crate::{print_lines, text};
+use anyhow::Result;
+use vlmq::model::inspect::{self, Inspection};
+
+pub(crate) fn run(args: &InspectArgs) -> Result<()> {
+    let inspection = inspect::inspect(&args.model)?;
+    if args.json {
+        return print_lines(&[serde_json::to_string_pretty(&inspection)?]);
+    }
+    print_lines(&describe(&inspection))
+}
+
+fn describe(inspection: &Inspection) -> Vec<String> {
+    let state = inspection.quantization.as_deref().unwrap_or("not quantized");
+    let size = text::bytes(inspection.bytes);
+    let mut lines = vec![format!("{}: {}, {size}, {state}", inspection.model, inspection.family)];
+    let decoder = &inspection.decoder;
+    lines.push(format!(
+        "decoder: {} blocks, width {}, MLP {}, {} heads and {} key/value heads of {}",
+        decoder.blocks, decoder.hidden, decoder.intermediate, decoder.heads, decoder.kv_heads, decoder.head_dim
+    ));
+
+    lines.push(String::new());
+    let mut rows = vec![["part", "tensors", "type", "size"].map(str::to_owned).to_vec()];
+    for part in &inspection.parts {
+        rows.push(vec![part.name.clone(), part.tensors.to_string(), part.types.join(","), text::bytes(part.bytes)]);
+    }
+    lines.extend(text::table(&rows));
+
+    lines.push(String::new());
+    let what = if inspection.quantization.is_some() { "quantized" } else { "would be quantized" };
+    let mut rows = vec![[what, "layers", "out x in", "size of all", "group sizes"].map(str::to_owned).to_vec()];
+    for kind in &inspection.quantizable {
+        let sizes: Vec<String> = kind.group_sizes.iter().map(usize::to_string).chain(["none".into()]).collect();
+        rows.push(vec![
+            kind.name.clone(),
+            kind.count.to_string(),
+            format!("{} x {}", kind.rows, kind.cols),
+            text::bytes(kind.bytes * kind.count as u64),
+            sizes.join(" "),
+        ]);
+    }
+    lines.extend(text::table(&rows));
+
+    if let Some(estimate) = &inspection.estimate {
+        lines.push(String::new());
+        lines.push(format!(
+            "estimate for {} samples of {} tokens with the default method: {} of memory beside the vision tower, {} at \
+             the {:.0} GFLOP/s measured here",
+            estimate.workload.samples,
+            estimate.workload.tokens,
+            text::bytes(estimate.peak_memory_bytes),
+            text::seconds(estimate.seconds),
+            estimate.workload.flops_per_second / 1e9
+        ));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vlmq::model::inspect::{DecoderShape, LinearKind, Part, Workload, estimate, group_sizes};
+    use vlmq::quantize::settings::{Importance, Solver};
+
+    #[test]
+    fn descriptions_are_tables() {
+        let decoder = DecoderShape { blocks: 6, hidden: 256, intermediate: 768, heads: 4, kv_heads: 2, head_dim: 64 };
+        let (solver, importance) = (Solver::Gptaq, Importance::Vlmq);
+        let workload = Workload { samples: 512, tokens: 512, solver, importance, flops_per_second: 1e11 };
+        let vision = Part { name: "vision tower".into(), tensors: 54, bytes: 2048, types: vec!["BF16".into()] };
+        let (rows, cols) = (256, 768);
+        let down = LinearKind {
+            name: "mlp.down_proj".into(),
+            count: 6,
+            rows,
+            cols,
+            bytes: 393_216,
+            group_sizes: group_sizes(cols),
+        };
+        let inspection = Inspection {
+            model: "m".into(),
+            family: "qwen2_vl".into(),
+            quantization: None,
+            decoder,
+            bytes: 15_600_000,
+            parts: vec![vision],
+            quantizable: vec![down],
+            estimate: Some(estimate(&decoder, &workload)),
+        };
+        let lines = describe(&inspection);
+        assert_eq!(lines[0], "m: qwen2_vl, 14.88 MiB, not quantized");
+        assert_eq!(lines[1], "decoder: 6 blocks, width 256, MLP 768, 4 heads and 2 key/value heads of 64");
+        assert_eq!(lines[4], "vision tower       54  BF16  2.00 KiB");
+        let row: Vec<&str> = lines[7].split_whitespace().collect();
+        assert_eq!(row.join(" "), "mlp.down_proj 6 256 x 768 2.25 MiB 32 64 128 256 none");
+        assert!(lines[9].starts_with("estimate for 512 samples of 512 tokens"), "{}", lines[9]);
+        assert!(lines[9].ends_with("at the 100 GFLOP/s measured here"), "{}", lines[9]);
+    }
+}

@@ -1,0 +1,219 @@
+//! What a person sees of a run while it works, all of it on stderr: bars on a terminal, lines elsewhere.
+
+use crate::text;
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+use vlmq::quantize::report::{LayerReport, Observer, Stage, StageTime};
+
+/// Time between two lines of progress where there is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Style {
+    Silent,
+    Lines,
+    Bars,
+}
+
+/// The place for everything that is not a result. Clones write to the same screen.
+#[derive(Clone, Debug)]
+pub(crate) struct Screen {
+    bars: MultiProgress,
+    style: Style,
+}
+
+impl Screen {
+    pub(crate) fn new(quiet: bool) -> Self {
+        let style = match quiet {
+            true => Style::Silent,
+            false if std::io::stderr().is_terminal() => Style::Bars,
+            false => Style::Lines,
+        };
+        Self { bars: MultiProgress::new(), style }
+    }
+
+    /// Prints above the bars. A closed stderr is no reason to stop a run.
+    fn print(&self, text: &str) {
+        self.bars.suspend(|| {
+            let _ = writeln!(std::io::stderr(), "{text}");
+        });
+    }
+
+    /// Sends log messages of at least `level` to the screen.
+    pub(crate) fn log(&self, level: log::LevelFilter) {
+        let screen = self.clone();
+        env_logger::Builder::new()
+            .filter_level(level)
+            // Libraries below us log their own affairs.
+            .filter_module("tokenizers", level.min(log::LevelFilter::Warn))
+            .format(move |_, record| {
+                screen.print(&format!("{}: {}", record.level().as_str().to_lowercase(), record.args()));
+                Ok(())
+            })
+            .init();
+    }
+
+    /// A listener that shows a run on this screen.
+    pub(crate) fn observer(&self, damp: f64) -> Progress {
+        Progress { screen: self.clone(), damp, stage: None, header_shown: false }
+    }
+}
+
+/// The stage under way.
+#[derive(Debug)]
+struct Running {
+    stage: Stage,
+    total: u64,
+    start: Instant,
+    last_line: Instant,
+    bar: Option<ProgressBar>,
+}
+
+/// Shows a run's events.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    screen: Screen,
+    /// Damping asked for; more than that is marked.
+    damp: f64,
+    stage: Option<Running>,
+    header_shown: bool,
+}
+
+impl Progress {
+    fn bar(&self, stage: Stage, total: u64) -> Option<ProgressBar> {
+        if self.screen.style != Style::Bars {
+            return None;
+        }
+        let (what, things) = stage.describe();
+        let template =
+            format!("{what:<15} {{bar:24}} {{pos}}/{{len}} {things}  {{elapsed}} elapsed, {{eta}} left  {{wide_msg}}");
+        let bar = self.screen.bars.add(ProgressBar::new(total));
+        if let Ok(style) = ProgressStyle::with_template(&template) {
+            bar.set_style(style);
+        }
+        // Blocks take long: keep the clock running between events.
+        bar.enable_steady_tick(Duration::from_millis(500));
+        Some(bar)
+    }
+}
+
+impl Observer for Progress {
+    fn stage_started(&mut self, stage: Stage, total: u64) {
+        let (what, things) = stage.describe();
+        if self.screen.style == Style::Lines {
+            self.screen.print(&format!("{what}: {total} {things}"));
+        }
+        let now = Instant::now();
+        self.stage = Some(Running { stage, total, start: now, last_line: now, bar: self.bar(stage, total) });
+    }
+
+    fn stage_advanced(&mut self, stage: Stage, done: u64, step: &str) {
+        let Some(running) = self.stage.as_mut().filter(|running| running.stage == stage) else { return };
+        if let Some(bar) = &running.bar {
+            bar.set_position(done);
+            bar.set_message(step.to_owned());
+        } else if self.screen.style == Style::Lines && running.last_line.elapsed() >= LINE_INTERVAL {
+            running.last_line = Instant::now();
+            let line = progress_line(stage, done, running.total, running.start.elapsed().as_secs_f64(), step);
+            self.screen.print(&line);
+        }
+    }
+
+    fn stage_finished(&mut self, time: &StageTime) {
+        if let Some(bar) = self.stage.take().and_then(|running| running.bar) {
+            bar.finish_and_clear();
+        }
+        if self.screen.style != Style::Silent {
+            self.screen.print(&format!("{}: done in {}", time.stage, text::seconds(time.seconds)));
+        }
+    }
+
+    fn layer_finished(&mut self, layer: &LayerReport) {
+        if self.screen.style == Style::Silent {
+            return;
+        }
+        if !self.header_shown {
+            self.header_shown = true;
+            self.screen.print(&layer_header());
+        }
+        self.screen.print(&layer_row(layer, self.damp));
+    }
+}
+
+fn progress_line(stage: Stage, done: u64, total: u64, elapsed: f64, step: &str) -> String {
+    let (what, things) = stage.describe();
+    let mut line = format!("{what}: {done} of {total} {things}");
+    if done > 0 && done <= total {
+        let left = elapsed * (total - done) as f64 / done as f64;
+        line += &format!(", {} left", text::seconds(left));
+    }
+    if !step.is_empty() {
+        line += &format!(" ({step})");
+    }
+    line
+}
+
+fn layer_header() -> String {
+    let (block, layer, shape, error) = ("block", "layer", "out x in", "rel. error");
+    format!("{block:>5}  {layer:<18}  {shape:>13}  {error:>10}  {:>9}  {:>8}", "damping", "time")
+}
+
+/// One line of the table; its columns have fixed widths because the later rows are not known yet.
+fn layer_row(layer: &LayerReport, asked: f64) -> String {
+    let name = layer.name.rsplit('.').take(2).collect::<Vec<_>>();
+    let name = name.into_iter().rev().collect::<Vec<_>>().join(".");
+    let shape = format!("{} x {}", layer.rows, layer.cols);
+    let damp = layer.solve.damp.map_or_else(|| "-".into(), |damp| format!("{damp}"));
+    let time = text::seconds(layer.solve.seconds);
+    let error = layer.solve.relative_error;
+    let mut row = format!("{:>5}  {name:<18}  {shape:>13}  {error:>10.3e}  {damp:>9}  {time:>8}", layer.block);
+    if layer.solve.damp.is_some_and(|damp| damp > asked) {
+        row += "  damping raised";
+    }
+    if layer.solve.dead_inputs > 0 {
+        row += &format!("  {} dead inputs", layer.solve.dead_inputs);
+    }
+    row
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vlmq::quantize::SolveReport;
+
+    fn layer(damp: Option<f64>, dead_inputs: usize) -> LayerReport {
+        LayerReport {
+            name: "model.language_model.layers.12.self_attn.q_proj".into(),
+            block: 12,
+            rows: 3584,
+            cols: 18944,
+            bits: 3,
+            group_columns: 128,
+            solve: SolveReport { relative_error: 0.01234, damp, dead_inputs, tokens: 9, seconds: 1.5 },
+            importance: None,
+        }
+    }
+
+    #[test]
+    fn rows_stand_under_the_header() {
+        let row = layer_row(&layer(Some(0.01), 0), 0.01);
+        assert_eq!(row.chars().count(), layer_header().chars().count());
+        assert_eq!(row, "   12  self_attn.q_proj     3584 x 18944    1.234e-2       0.01    1.50 s");
+        assert!(layer_row(&layer(None, 0), 0.01).contains(" - "));
+    }
+
+    #[test]
+    fn raised_damping_and_dead_inputs_are_marked() {
+        let row = layer_row(&layer(Some(0.04), 3), 0.01);
+        assert!(row.ends_with("damping raised  3 dead inputs"), "{row}");
+    }
+
+    #[test]
+    fn lines_tell_what_is_left() {
+        let line = progress_line(Stage::Blocks, 7, 28, 10.0, "block 7: importance");
+        assert_eq!(line, "quantizing: 7 of 28 blocks, 30.0 s left (block 7: importance)");
+        assert_eq!(progress_line(Stage::Data, 0, 5, 1.0, ""), "reading data: 0 of 5 samples");
+    }
+}

@@ -1,0 +1,131 @@
+//! What an evaluation found.
+
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// What one sample gave.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SampleResult {
+    /// The sample's name in the data.
+    pub id: String,
+    /// The group that it belongs to.
+    pub group: Option<String>,
+    /// What the model answered, stripped.
+    pub answer: String,
+    /// The metric's score, 0 to 1.
+    pub score: f64,
+    /// Tokens of the right answer, its end-of-turn token included; 0 where the data has no assistant turn.
+    pub answer_tokens: usize,
+    /// Sum over those of the negative log-likelihood, in nats.
+    pub nll: f64,
+    /// Sum over those of the divergence `KL(reference ‖ model)`, in nats; `None` without a reference.
+    pub kl: Option<f64>,
+}
+
+/// One answer in an [`Evaluation`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Answer {
+    /// The sample's name in the data.
+    pub id: String,
+    /// What the model answered.
+    pub answer: String,
+    /// The metric's score, 0 to 1.
+    pub score: f64,
+}
+
+/// Means over some samples.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct GroupResult {
+    /// Samples.
+    pub n: usize,
+    /// Mean score, 0 to 1.
+    pub score: f64,
+    /// Mean negative log-likelihood per answer token, in nats; `None` without answer tokens.
+    #[serde(skip)]
+    pub nll: Option<f64>,
+    /// Mean divergence per answer token, in nats; `None` without reference or answer tokens.
+    #[serde(skip)]
+    pub kl: Option<f64>,
+}
+
+/// Scores of a whole data set; serialises to the keys `n`, `score`, `nll`, `kl`, `groups`, `answers`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Evaluation {
+    /// Samples.
+    pub n: usize,
+    /// Mean score over samples, 0 to 1.
+    pub score: f64,
+    /// Mean negative log-likelihood per answer token, in nats; `None` without answer tokens.
+    pub nll: Option<f64>,
+    /// Mean divergence from the reference per answer token, in nats; `None` without reference or answer tokens.
+    pub kl: Option<f64>,
+    /// The same by group; samples without a group count in the total only.
+    pub groups: BTreeMap<String, GroupResult>,
+    /// Answers in the data's order.
+    pub answers: Vec<Answer>,
+}
+
+impl Evaluation {
+    /// Sums up `samples`, kept in their order.
+    pub fn new(samples: Vec<SampleResult>) -> Self {
+        let mut members: BTreeMap<String, Vec<&SampleResult>> = BTreeMap::new();
+        for sample in &samples {
+            if let Some(group) = &sample.group {
+                members.entry(group.clone()).or_default().push(sample);
+            }
+        }
+        let groups = members.into_iter().map(|(name, members)| (name, means(&members))).collect();
+        let GroupResult { n, score, nll, kl } = means(&samples.iter().collect::<Vec<_>>());
+        let answers = samples.into_iter().map(|SampleResult { id, answer, score, .. }| Answer { id, answer, score });
+        Self { n, score, nll, kl, groups, answers: answers.collect() }
+    }
+}
+
+fn means(samples: &[&SampleResult]) -> GroupResult {
+    let n = samples.len();
+    let tokens: usize = samples.iter().map(|sample| sample.answer_tokens).sum();
+    let per_token = |sum: f64| (tokens > 0).then(|| sum / tokens as f64);
+    let score = samples.iter().map(|sample| sample.score).sum::<f64>() / n.max(1) as f64;
+    let nll = per_token(samples.iter().map(|sample| sample.nll).sum());
+    let kl = samples.iter().map(|sample| sample.kl).sum::<Option<f64>>().and_then(per_token);
+    GroupResult { n, score, nll, kl }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(group: Option<&str>, score: f64, answer_tokens: usize, nll: f64, kl: Option<f64>) -> SampleResult {
+        let (id, group) = ("s".to_owned(), group.map(str::to_owned));
+        SampleResult { id, group, answer: "yes".into(), score, answer_tokens, nll, kl }
+    }
+
+    #[test]
+    fn scores_are_per_sample_and_likelihoods_per_token() {
+        let a = sample(Some("x"), 1.0, 1, 0.5, Some(0.25));
+        let b = sample(Some("x"), 0.0, 3, 3.5, Some(0.75));
+        let c = sample(None, 1.0, 4, 4.0, Some(3.0));
+        let evaluation = Evaluation::new(vec![a, b, c]);
+        assert_eq!(evaluation.groups["x"], GroupResult { n: 2, score: 0.5, nll: Some(1.0), kl: Some(0.25) });
+        assert_eq!((evaluation.n, evaluation.score), (3, 2.0 / 3.0));
+        assert_eq!((evaluation.nll, evaluation.kl), (Some(1.0), Some(0.5)));
+    }
+
+    #[test]
+    fn json_has_the_agreed_keys() {
+        let value = serde_json::to_value(Evaluation::new(vec![sample(Some("x"), 1.0, 2, 1.0, None)])).unwrap();
+        let expected = serde_json::json!({
+            "n": 1, "score": 1.0, "nll": 0.5, "kl": null,
+            "groups": {"x": {"n": 1, "score": 1.0}},
+            "answers": [{"id": "s", "answer": "yes", "score": 1.0}],
+        });
+        assert_eq!(value, expected);
+    }
+
+    #[test]
+    fn no_answer_tokens_means_no_likelihood() {
+        let evaluation = Evaluation::new(vec![sample(None, 1.0, 0, 0.0, Some(0.0))]);
+        assert_eq!((evaluation.nll, evaluation.kl), (None, None));
+        assert!(evaluation.groups.is_empty());
+    }
+}

@@ -1,0 +1,219 @@
+//! What a checkpoint holds, what would be quantized, and what that would cost.
+
+use crate::quantize::settings::{Importance, Solver};
+use anyhow::{Result, bail, ensure};
+use serde::Serialize;
+use std::path::Path;
+
+/// A part of a checkpoint: vision tower, embeddings, decoder, …
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Part {
+    /// What it is.
+    pub name: String,
+    /// Tensors in it.
+    pub tensors: usize,
+    /// Their bytes in the file.
+    pub bytes: u64,
+    /// Their storage types, such as `BF16`.
+    pub types: Vec<String>,
+}
+
+/// Linear layers of the same place in every decoder block.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LinearKind {
+    /// Name inside the block, such as `self_attn.q_proj`.
+    pub name: String,
+    /// How many there are: one a block.
+    pub count: usize,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// Bytes of one in the file.
+    pub bytes: u64,
+    /// Group sizes of the usual ones (32, 64, 128, 256, 512, 1024) that divide its input features.
+    pub group_sizes: Vec<usize>,
+}
+
+/// Group sizes among the usual ones that divide `cols` input features.
+pub fn group_sizes(cols: usize) -> Vec<usize> {
+    [32, 64, 128, 256, 512, 1024].into_iter().filter(|&size| size <= cols && cols.is_multiple_of(size)).collect()
+}
+
+/// Sizes of a decoder, all blocks alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct DecoderShape {
+    /// Blocks.
+    pub blocks: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width inside the MLP.
+    pub intermediate: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+impl DecoderShape {
+    /// Weights of a block's linear layers.
+    pub fn block_weights(&self) -> usize {
+        let query = self.heads * self.head_dim;
+        let key = self.kv_heads * self.head_dim;
+        self.hidden * (2 * query + 2 * key) + 3 * self.hidden * self.intermediate
+    }
+}
+
+/// How much calibration an estimate is for.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Workload {
+    /// Calibration samples.
+    pub samples: usize,
+    /// Tokens of each.
+    pub tokens: usize,
+    /// How codes are found.
+    pub solver: Solver,
+    /// How tokens are weighted.
+    pub importance: Importance,
+    /// Floating-point operations a second that the device's matrix products reach, all threads together.
+    pub flops_per_second: f64,
+}
+
+/// What quantizing would take, by counting matrix products and arrays; the vision tower and reading files are left out.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Estimate {
+    /// The work it is for.
+    #[serde(flatten)]
+    pub workload: Workload,
+    /// Bytes held at the worst moment: one block twice (float and quantized path), its statistics, two streams of
+    /// activations, all in float32.
+    pub peak_memory_bytes: u64,
+    /// Floating-point operations.
+    pub flops: f64,
+    /// Wall-clock seconds.
+    pub seconds: f64,
+}
+
+/// Counts what quantizing a decoder would take (paper section 4; GPTAQ equation 7).
+pub fn estimate(shape: &DecoderShape, workload: &Workload) -> Estimate {
+    let hidden = shape.hidden as f64;
+    let inner = shape.intermediate as f64;
+    let query = (shape.heads * shape.head_dim) as f64;
+    let key = (shape.kv_heads * shape.head_dim) as f64;
+    let weights = shape.block_weights() as f64;
+    let tokens = (workload.samples * workload.tokens) as f64;
+    let weighted = workload.importance == Importance::Vlmq && workload.solver != Solver::Rtn;
+
+    // H of each distinct input: one for q, k and v unless each has its own importance, then o, gate/up, down.
+    let (second_order, cross) = match workload.solver {
+        Solver::Rtn => (0.0, 0.0),
+        Solver::Gptq => (1.0, 0.0),
+        Solver::Gptaq => (1.0, 1.0),
+    };
+    let query_key_value = if weighted { 3.0 } else { 1.0 };
+    let squares = (query_key_value + 1.0) * hidden.powi(2) + query.powi(2) + inner.powi(2);
+    // H is symmetric: half a product. C is not.
+    let statistics = 2.0 * tokens * squares * (0.5 * second_order + cross);
+
+    // Scores and mixing, causal: half of two products of [tokens, tokens].
+    let attention = 2.0 * tokens * workload.tokens as f64 * query;
+    let forward = 2.0 * tokens * weights + attention;
+    let attention_weights = hidden * (2.0 * query + 2.0 * key);
+    // Once more through attention with float weights, and back through o_proj and the attention.
+    let importance = 2.0 * tokens * (attention_weights + hidden * query) + 3.0 * attention;
+
+    // Rows times a triangle for the errors, and as much again for the cross term; factors are cubes of the inputs.
+    let rows_squares =
+        hidden.powi(2) * (query + 2.0 * key + 2.0 * inner) + query.powi(2) * hidden + inner.powi(2) * hidden;
+    let cubes = (query_key_value + 1.0) * hidden.powi(3) + query.powi(3) + inner.powi(3);
+    let solve = second_order * (rows_squares + cubes) + cross * (rows_squares + 2.0 * cubes);
+
+    let passes = if second_order > 0.0 { 2.0 } else { 0.0 };
+    let block = passes * forward + statistics + solve + if weighted { importance } else { 0.0 };
+    let flops = block * shape.blocks as f64;
+
+    // H, its factor, and C with the factor's cross term, of the set of layers that needs most.
+    let largest_square = (query_key_value * hidden.powi(2)).max(inner.powi(2)).max(query.powi(2));
+    let held_squares = largest_square * 2.0 * (second_order + cross);
+    let streams = passes * tokens * hidden;
+    let peak = 4.0 * (2.0 * weights + held_squares + streams);
+
+    Estimate { workload: *workload, peak_memory_bytes: peak as u64, flops, seconds: flops / workload.flops_per_second }
+}
+
+/// What [`inspect`] found.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Inspection {
+    /// The folder.
+    pub model: String,
+    /// Its `model_type`.
+    pub family: String,
+    /// How it is quantized already, such as `gptq 4-bit`; `None` for a float checkpoint.
+    pub quantization: Option<String>,
+    /// Sizes of the decoder.
+    pub decoder: DecoderShape,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+    /// Parts of the checkpoint, in the order in which data passes them.
+    pub parts: Vec<Part>,
+    /// What would be quantized.
+    pub quantizable: Vec<LinearKind>,
+    /// What it would take; `None` where it is quantized already.
+    pub estimate: Option<Estimate>,
+}
+
+/// Reads configuration and tensor headers of a checkpoint, no weights.
+pub fn inspect(folder: &Path) -> Result<Inspection> {
+    ensure!(folder.is_dir(), "{}: no such folder; give the folder of a Hugging Face checkpoint", folder.display());
+    bail!("{}: this build cannot inspect", folder.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const QWEN2_7B: DecoderShape =
+        DecoderShape { blocks: 28, hidden: 3584, intermediate: 18944, heads: 28, kv_heads: 4, head_dim: 128 };
+
+    fn workload(solver: Solver, importance: Importance) -> Workload {
+        Workload { samples: 512, tokens: 512, solver, importance, flops_per_second: 1e12 }
+    }
+
+    #[test]
+    fn block_weights_are_those_of_qwen2_7b() {
+        // 3584·(3584 + 512 + 512 + 3584) + 3·3584·18944
+        assert_eq!(QWEN2_7B.block_weights(), 233_046_016);
+    }
+
+    #[test]
+    fn estimates_are_of_the_known_size() {
+        // 7B, 512 samples of 512 tokens: 28 blocks of two forward passes of about 122 TFLOP and 104 to 209 TFLOP of H.
+        let estimate = estimate(&QWEN2_7B, &workload(Solver::Gptq, Importance::None));
+        assert!((8e15..16e15).contains(&estimate.flops), "{:e}", estimate.flops);
+        // Two streams of 3.5 GiB in float32, weights of 1.9 GB, H and factor of 2.9 GB.
+        assert!((10e9..14e9).contains(&(estimate.peak_memory_bytes as f64)), "{}", estimate.peak_memory_bytes);
+        assert_eq!(estimate.seconds, estimate.flops / 1e12);
+    }
+
+    #[test]
+    fn more_method_costs_more() {
+        let flops = |solver, importance| estimate(&QWEN2_7B, &workload(solver, importance)).flops;
+        let rising = [
+            flops(Solver::Rtn, Importance::Vlmq),
+            flops(Solver::Gptq, Importance::None),
+            flops(Solver::Gptq, Importance::Vlmq),
+            flops(Solver::Gptaq, Importance::Vlmq),
+        ];
+        assert_eq!(rising[0], 0.0);
+        assert!(rising.is_sorted_by(|a, b| a < b), "{rising:?}");
+    }
+
+    #[test]
+    fn group_sizes_divide() {
+        assert_eq!(group_sizes(384), [32, 64, 128]);
+        assert_eq!(group_sizes(29568), [32, 64, 128]);
+        assert!(group_sizes(1176).is_empty());
+    }
+}

@@ -1,0 +1,270 @@
+//! What a run says of itself: events while it works, and `report.json` beside the output.
+
+use crate::quantize::SolveReport;
+use serde::Serialize;
+use std::fmt;
+use std::time::Instant;
+
+/// The long parts of a run, in the order in which they happen. Each is a unit of progress with a total.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// Reading conversations and images; counts samples.
+    Data,
+    /// Running the vision tower; counts samples.
+    Vision,
+    /// Quantizing the decoder; counts decoder blocks.
+    Blocks,
+    /// Writing tensors that keep their precision; counts megabytes.
+    Write,
+    /// Answering questions; counts samples.
+    Evaluate,
+}
+
+impl Stage {
+    /// What is done, and of what things the progress counts how many.
+    pub fn describe(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Data => ("reading data", "samples"),
+            Self::Vision => ("encoding images", "samples"),
+            Self::Blocks => ("quantizing", "blocks"),
+            Self::Write => ("writing", "MB"),
+            Self::Evaluate => ("evaluating", "samples"),
+        }
+    }
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.describe().0)
+    }
+}
+
+/// Listens to a run. Calls come from the thread that runs it, in order; what a user must know beyond them goes to
+/// [`log::warn!`]. `()` listens to nothing.
+pub trait Observer {
+    /// `stage` begins; it will count up to `total`.
+    fn stage_started(&mut self, _stage: Stage, _total: u64) {}
+
+    /// `stage` has come to `done` of its total. `step` names what is under way, such as `block 3: importance 12/256`;
+    /// the call may repeat a `done` to show a new step.
+    fn stage_advanced(&mut self, _stage: Stage, _done: u64, _step: &str) {}
+
+    /// A stage is over.
+    fn stage_finished(&mut self, _time: &StageTime) {}
+
+    /// A linear layer has its codes.
+    fn layer_finished(&mut self, _layer: &LayerReport) {}
+}
+
+impl Observer for () {}
+
+/// Time spent in a stage.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StageTime {
+    /// Which.
+    pub stage: Stage,
+    /// Wall-clock seconds.
+    pub seconds: f64,
+}
+
+/// A stage under way: tells the observer of its beginning and end and measures what lies between.
+#[derive(Debug)]
+pub struct StageClock {
+    stage: Stage,
+    start: Instant,
+}
+
+impl StageClock {
+    /// Begins `stage`, which will count up to `total`.
+    pub fn start(stage: Stage, total: u64, observer: &mut dyn Observer) -> Self {
+        observer.stage_started(stage, total);
+        Self { stage, start: Instant::now() }
+    }
+
+    /// Ends the stage.
+    pub fn finish(self, observer: &mut dyn Observer) -> StageTime {
+        let time = StageTime { stage: self.stage, seconds: self.start.elapsed().as_secs_f64() };
+        observer.stage_finished(&time);
+        time
+    }
+}
+
+/// Spread of a layer's importance factors g over the calibration tokens, scaled so that the mean of g² is 1 (paper
+/// section 4). All alike is 1 everywhere.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ImportanceSpread {
+    /// Mean of g over vision tokens.
+    pub vision_mean: f64,
+    /// Mean of g over text tokens.
+    pub text_mean: f64,
+    /// Largest g.
+    pub largest: f64,
+}
+
+/// One linear layer's quantization.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LayerReport {
+    /// Name in the checkpoint, without `.weight`.
+    pub name: String,
+    /// Decoder block, from 0.
+    pub block: usize,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// Width of a code.
+    pub bits: u32,
+    /// Input columns that share a scale.
+    pub group_columns: usize,
+    /// How the solve went.
+    #[serde(flatten)]
+    pub solve: SolveReport,
+    /// The importance factors used; `None` where all tokens counted alike.
+    pub importance: Option<ImportanceSpread>,
+}
+
+/// What became of the calibration data.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CalibrationCounts {
+    /// Samples used.
+    pub used: usize,
+    /// Samples left out because they had more than the allowed number of tokens.
+    pub too_long: usize,
+    /// Tokens that stand for image patches.
+    pub vision_tokens: usize,
+    /// All other tokens.
+    pub text_tokens: usize,
+}
+
+/// A loader that takes the written checkpoint as it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LoaderReport {
+    /// The loader's name.
+    pub name: String,
+    /// What to type, or to write in Python.
+    pub command: String,
+}
+
+/// All that a finished run has to say; `report.json` is this structure.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RunReport {
+    /// Version of this crate.
+    pub vlmq_version: &'static str,
+    /// The float checkpoint's folder, as it was given.
+    pub model: String,
+    /// Its `model_type`.
+    pub family: String,
+    /// The format written.
+    pub format: String,
+    /// Device that computed, such as `cpu`.
+    pub device: String,
+    /// Every setting of the run under its command-line name.
+    pub settings: serde_json::Value,
+    /// What became of the calibration data.
+    pub calibration: CalibrationCounts,
+    /// Layers in the order in which they were quantized.
+    pub layers: Vec<LayerReport>,
+    /// Stages in the order in which they ended.
+    pub stages: Vec<StageTime>,
+    /// Wall-clock seconds from the first file read to the last one written.
+    pub seconds: f64,
+    /// Most memory that the process ever held, in bytes; `None` where the system does not tell.
+    pub peak_memory_bytes: Option<u64>,
+    /// Bytes of the float checkpoint's tensors.
+    pub bytes_before: u64,
+    /// Bytes of the written checkpoint's tensors.
+    pub bytes_after: u64,
+    /// Bytes of the quantized layers in the written checkpoint: codes, scales, zeros, indices.
+    pub quantized_bytes: u64,
+    /// Loaders that take exactly this checkpoint.
+    pub loaders: Vec<LoaderReport>,
+}
+
+impl RunReport {
+    /// Bits that one quantized weight takes in the file, scales, zeros and indices included; `None` without layers.
+    pub fn bits_per_weight(&self) -> Option<f64> {
+        let weights: usize = self.layers.iter().map(|layer| layer.rows * layer.cols).sum();
+        (weights > 0).then(|| 8.0 * self.quantized_bytes as f64 / weights as f64)
+    }
+
+    /// Mean of the layers' relative errors; `None` without layers.
+    pub fn mean_relative_error(&self) -> Option<f64> {
+        let sum: f64 = self.layers.iter().map(|layer| layer.solve.relative_error).sum();
+        (!self.layers.is_empty()).then(|| sum / self.layers.len() as f64)
+    }
+
+    /// Largest relative error and the layer that has it.
+    pub fn worst_layer(&self) -> Option<&LayerReport> {
+        self.layers.iter().max_by(|a, b| a.solve.relative_error.total_cmp(&b.solve.relative_error))
+    }
+}
+
+/// Most memory that this process ever held at once, in bytes; `None` where the system does not tell.
+///
+/// Pages of memory-mapped checkpoints that were touched count, although the system may take them back at any time.
+pub fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kibibytes * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(relative_error: f64) -> LayerReport {
+        let solve = SolveReport { relative_error, damp: Some(0.01), dead_inputs: 0, tokens: 7, seconds: 0.5 };
+        LayerReport {
+            name: "model.layers.0.self_attn.q_proj".into(),
+            block: 0,
+            rows: 4,
+            cols: 8,
+            bits: 3,
+            group_columns: 8,
+            solve,
+            importance: None,
+        }
+    }
+
+    #[test]
+    fn solve_reports_lie_flat_in_the_layer() {
+        let value = serde_json::to_value(layer(0.25)).unwrap();
+        assert_eq!(value["relative_error"], 0.25);
+        assert_eq!(value["tokens"], 7);
+        assert!(value.get("solve").is_none());
+    }
+
+    #[test]
+    fn bits_and_errors_are_over_all_layers() {
+        let report = RunReport {
+            vlmq_version: "0",
+            model: String::new(),
+            family: String::new(),
+            format: String::new(),
+            device: String::new(),
+            settings: serde_json::Value::Null,
+            calibration: CalibrationCounts::default(),
+            layers: vec![layer(0.25), layer(0.5)],
+            stages: Vec::new(),
+            seconds: 1.0,
+            peak_memory_bytes: None,
+            bytes_before: 0,
+            bytes_after: 0,
+            quantized_bytes: 26,
+            loaders: Vec::new(),
+        };
+        assert_eq!(report.bits_per_weight(), Some(8.0 * 26.0 / 64.0));
+        assert_eq!(report.mean_relative_error(), Some(0.375));
+        assert_eq!(report.worst_layer().unwrap().solve.relative_error, 0.5);
+    }
+
+    #[test]
+    fn peak_memory_is_at_least_what_is_held() {
+        if cfg!(target_os = "linux") {
+            let held = vec![1u8; 64 << 20];
+            assert!(peak_memory_bytes().unwrap() >= std::hint::black_box(&held).len() as u64);
+        }
+    }
+}
