@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
+use std::fmt;
 
 /// How a quantized checkpoint stores its linear layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +22,18 @@ pub struct Packing {
     pub group_size: Option<usize>,
     /// Every zero is `2^(bits − 1)`.
     pub symmetric: bool,
+}
+
+impl fmt::Display for Quantization {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, packing) = match self {
+            Self::CompressedTensors(packing) => ("compressed-tensors", packing),
+            Self::Gptq(packing) => ("gptq", packing),
+        };
+        let group = packing.group_size.map_or_else(|| "whole rows".to_owned(), |size| format!("groups of {size}"));
+        let grid = if packing.symmetric { "symmetric" } else { "asymmetric" };
+        write!(f, "{name}, {} bits, {group}, {grid}", packing.bits)
+    }
 }
 
 /// The quantization entry of a config, wherever generations of the format put it; an empty one counts as absent.

@@ -20,9 +20,9 @@ use crate::tensor::Matrix;
 use anyhow::Result;
 
 /// Owner of tensors: dense row-major matrices `[rows, cols]` in device memory.
-pub trait Device: Send + Sync {
+pub trait Device: Send + Sync + 'static {
     /// A dense row-major matrix in device memory.
-    type Tensor: Send + Sync;
+    type Tensor: Send + Sync + 'static;
 
     /// Name for logs and reports, such as `cpu`.
     fn name(&self) -> String;

@@ -1,9 +1,16 @@
 //! What a checkpoint holds, what would be quantized, and what that would cost.
 
-use crate::quantize::settings::{Importance, Solver};
-use anyhow::{Result, bail, ensure};
+use super::config::Section;
+use super::decoder::{Projection, module_name};
+use super::families::{self, ModelConfig};
+use crate::checkpoint::Checkpoint;
+use crate::device::ModelOps;
+use crate::quantize::settings::{Importance, Solver, SolverSettings};
+use crate::tensor::Matrix;
+use anyhow::{Result, ensure};
 use serde::Serialize;
 use std::path::Path;
+use std::time::Instant;
 
 /// A part of a checkpoint: vision tower, embeddings, decoder, …
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -164,10 +171,119 @@ pub struct Inspection {
     pub estimate: Option<Estimate>,
 }
 
-/// Reads configuration and tensor headers of a checkpoint, no weights.
-pub fn inspect(folder: &Path) -> Result<Inspection> {
-    ensure!(folder.is_dir(), "{}: no such folder; give the folder of a Hugging Face checkpoint", folder.display());
-    bail!("{}: this build cannot inspect", folder.display())
+/// Reads configuration and tensor headers of a checkpoint, no weights; the time of the estimate is from a short product
+/// run on this machine.
+///
+/// Errors as [`Checkpoint::open`], and for a family that is not known or a tensor that is missing or of another shape.
+pub fn inspect<D: ModelOps>(device: &D, folder: &Path) -> Result<Inspection> {
+    let checkpoint = Checkpoint::open(folder)?;
+    let config = families::of::<D>(&checkpoint)?.config(&checkpoint)?;
+    let decoder = &config.decoder;
+    let shape = DecoderShape {
+        blocks: decoder.layers,
+        hidden: decoder.hidden,
+        intermediate: decoder.intermediate,
+        heads: decoder.attention.heads,
+        kv_heads: decoder.attention.kv_heads,
+        head_dim: decoder.attention.head_dim,
+    };
+    let quantization = checkpoint.quantization()?.map(|quantization| quantization.to_string());
+    let quantizable = Projection::ALL
+        .iter()
+        .map(|&projection| linear_kind(&checkpoint, &config, projection))
+        .collect::<Result<_>>()?;
+    let estimate = match quantization {
+        Some(_) => None,
+        None => {
+            let flops_per_second = measured_flops_per_second(device)?;
+            let (solver, importance) = (SolverSettings::default().solver, Importance::Vlmq);
+            Some(estimate(&shape, &Workload { samples: 512, tokens: 512, solver, importance, flops_per_second }))
+        }
+    };
+    let parts = parts(&checkpoint, &config)?;
+    Ok(Inspection {
+        model: folder.display().to_string(),
+        family: Section::root(checkpoint.config())?.text("model_type")?.to_owned(),
+        quantization,
+        decoder: shape,
+        bytes: parts.iter().map(|part| part.bytes).sum(),
+        parts,
+        quantizable,
+        estimate,
+    })
+}
+
+/// The layers of one place, checked to be there in every block.
+fn linear_kind(checkpoint: &Checkpoint, config: &ModelConfig, projection: Projection) -> Result<LinearKind> {
+    let (rows, cols) = projection.shape(&config.decoder);
+    let mut bytes = 0;
+    for block in 0..config.decoder.layers {
+        let module = module_name(&config.names, block, projection);
+        bytes = match checkpoint.is_quantized() {
+            true => module_bytes(checkpoint, &module)?,
+            false => {
+                let weight = checkpoint.tensor(&format!("{module}.weight"))?;
+                ensure!(
+                    weight.shape == [rows, cols],
+                    "tensor {module}.weight is {:?}, but config.json makes it [{rows}, {cols}]",
+                    weight.shape
+                );
+                weight.bytes.len() as u64
+            }
+        };
+    }
+    let name = projection.module().to_owned();
+    Ok(LinearKind { name, count: config.decoder.layers, rows, cols, bytes, group_sizes: group_sizes(cols) })
+}
+
+/// Bytes of everything under a module but its bias.
+fn module_bytes(checkpoint: &Checkpoint, module: &str) -> Result<u64> {
+    let prefix = format!("{module}.");
+    let bias = format!("{module}.bias");
+    let names: Vec<&str> = checkpoint.names().filter(|name| name.starts_with(&prefix) && *name != bias).collect();
+    ensure!(!names.is_empty(), "no tensor of {module} is in the checkpoint");
+    names.iter().map(|name| Ok(checkpoint.tensor(name)?.bytes.len() as u64)).sum()
+}
+
+/// Sums tensors up by where they stand: vision tower, embedding, decoder blocks, head.
+fn parts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Part>> {
+    let blocks = format!("{}layers.", config.names.prefix);
+    let embedding = format!("{}embed_tokens.", config.names.prefix);
+    let place = |name: &str| match name {
+        _ if name.starts_with(&blocks) => 2,
+        _ if name.starts_with(&embedding) => 1,
+        _ if name.starts_with(&config.names.prefix) && !name.contains("visual.") => 3,
+        _ if name == config.names.head => 4,
+        _ => 0,
+    };
+    let names = ["vision tower", "embedding", "decoder blocks", "last norm", "output head"];
+    let mut parts = names.map(|name| Part { name: name.into(), tensors: 0, bytes: 0, types: Vec::new() });
+    for name in checkpoint.names() {
+        let tensor = checkpoint.tensor(name)?;
+        let part = &mut parts[place(name)];
+        part.tensors += 1;
+        part.bytes += tensor.bytes.len() as u64;
+        let dtype = format!("{:?}", tensor.dtype);
+        if !part.types.contains(&dtype) {
+            part.types.push(dtype);
+        }
+    }
+    Ok(parts.into_iter().filter(|part| part.tensors > 0).collect())
+}
+
+/// Speed of a mid-sized product, the best of a few.
+fn measured_flops_per_second<D: ModelOps>(device: &D) -> Result<f64> {
+    const SIDE: usize = 1024;
+    let side = device.upload(Matrix::new(SIDE, SIDE, vec![1.0; SIDE * SIDE])?)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..3 {
+        let start = Instant::now();
+        let product = device.linear(&side, &side, None)?;
+        // Reading it back waits for devices that compute behind our back.
+        device.download(&product)?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * (SIDE as f64).powi(3) / best)
 }
 
 #[cfg(test)]

@@ -1,4 +1,10 @@
 //! The models: vision towers, the decoder, rotary positions, and the families that put them together.
 
-pub mod positions;
+pub mod config;
+pub mod decoder;
+pub mod families;
 pub mod inspect;
+pub mod language_model;
+pub mod positions;
+pub mod rope;
+pub mod vision;

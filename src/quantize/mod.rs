@@ -1,15 +1,20 @@
 //! The method: importance, statistics, order, grid, solve, packing.
 
 mod layer;
-pub mod pack;
 mod order;
+pub mod pack;
 pub mod plain;
-#[cfg(feature = "run")]
-pub mod pipeline;
 pub mod report;
 pub mod settings;
 pub mod solve;
 pub mod statistics;
+
+#[cfg(feature = "run")]
+pub mod block;
+#[cfg(feature = "run")]
+pub mod importance;
+#[cfg(feature = "run")]
+pub mod pipeline;
 
 pub use layer::{QuantizedLinear, SolveReport};
 pub use order::processing_order;

@@ -1,23 +1,40 @@
-//! The whole way from a float checkpoint to a quantized one.
+//! From a checkpoint and conversations to a quantized checkpoint.
 
-use crate::quantize::report::{Observer, RunReport};
-use crate::quantize::settings::{Importance, SolverSettings};
-use anyhow::{Result, bail, ensure};
+use super::block::{BlockQuantizer, Chunk, SolvedLayer, needs_float_path};
+use super::report::{
+    CalibrationCounts, LayerReport, LoaderReport, Observer, RunReport, Stage, StageClock, StageTime, peak_memory_bytes,
+};
+use super::settings::{Importance, Solver, SolverSettings};
+use crate::calibration::dataset;
+use crate::calibration::sequence::{Collected, Sequence, SequenceBuilder, collect};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::formats::{Format, LinearSpec};
+use crate::checkpoint::write::Writer;
+use crate::device::{ModelOps, SolveOps};
+use crate::model::decoder::{Block, Projection, module_name};
+use crate::model::families::{self, ModelConfig, PixelLimits};
+use crate::model::language_model::Embedder;
+use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use std::path::PathBuf;
+use std::time::Instant;
+
+/// Tokens that go through a block together: enough to keep matrix products busy, few enough that the MLP's inner
+/// activations stay small beside the block. A longer sample is a chunk of its own.
+const CHUNK_TOKENS: usize = 2048;
 
 /// What a run reads, does and writes.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct PipelineSettings {
     /// Folder of the float checkpoint.
     pub model: PathBuf,
-    /// Calibration data: JSONL of conversations, or ShareGPT4V/LLaVA JSON.
-    pub calib: PathBuf,
+    /// Calibration data: JSONL of conversations, or ShareGPT4V/LLaVA JSON. Only round-to-nearest can do without.
+    pub calib: Option<PathBuf>,
     /// Folder to write; it must not exist.
     pub out: PathBuf,
-    /// Format to write: `compressed-tensors`, `gptq` or `dequantized`.
-    pub format: String,
-    /// How layers are solved. The pipeline itself chooses `scale_type` and `smallest_zero` after checkpoint and format.
+    /// How the file is stored.
+    pub format: Format,
+    /// How layers are solved. The run itself chooses `scale_type` and `smallest_zero` after checkpoint and format.
     pub solver: SolverSettings,
     /// How tokens are weighted.
     pub importance: Importance,
@@ -29,10 +46,9 @@ pub struct PipelineSettings {
     pub max_tokens: usize,
     /// Folder that image paths are relative to; `None`: the calibration file's.
     pub image_root: Option<PathBuf>,
-    /// Smallest area to which an image is enlarged, in pixels; `None`: the checkpoint's.
-    pub min_pixels: Option<usize>,
-    /// Largest area to which an image is reduced, in pixels; `None`: the checkpoint's.
-    pub max_pixels: Option<usize>,
+    /// Overrides of the checkpoint's image sizes.
+    #[serde(flatten)]
+    pub pixel_limits: PixelLimits,
 }
 
 impl PipelineSettings {
@@ -40,14 +56,220 @@ impl PipelineSettings {
     pub fn check(&self) -> Result<()> {
         let (model, out) = (&self.model, &self.out);
         self.solver.validate()?;
+        ensure!(self.samples > 0, "0 calibration samples leave nothing to calibrate with");
+        ensure!(
+            self.calib.is_some() || self.solver.solver == Solver::Rtn,
+            "the solvers gptq and gptaq need calibration data: give a file with --calib"
+        );
         ensure!(model.is_dir(), "{}: no such folder; give the folder of a Hugging Face checkpoint", model.display());
         ensure!(!out.exists(), "{}: already exists; remove it or choose another --out", out.display());
         Ok(())
     }
 }
 
-/// Quantizes `settings.model` into `settings.out`.
-pub fn run(settings: &PipelineSettings, _observer: &mut dyn Observer) -> Result<RunReport> {
+/// Quantizes a checkpoint. Everything that can be refused is refused before anything is written; a run that fails later
+/// leaves no output folder behind.
+pub fn run<D: ModelOps + SolveOps>(
+    device: &D,
+    settings: &PipelineSettings,
+    observer: &mut dyn Observer,
+) -> Result<RunReport> {
+    let start = Instant::now();
     settings.check()?;
-    bail!("{}: this build cannot quantize", settings.model.display())
+    let checkpoint = Checkpoint::open(&settings.model)?;
+    let family = families::of::<D>(&checkpoint)?;
+    let config = family.config(&checkpoint)?;
+    let mut solver = settings.solver.clone();
+    let first_layer = format!("{}.weight", module_name(&config.names, 0, Projection::Q));
+    solver.scale_type = settings.format.scale_type(checkpoint.float_type(&first_layer)?);
+    solver.smallest_zero = settings.format.smallest_zero();
+    let linears = linear_specs(&config);
+    settings.format.check(&linears, &solver)?;
+    ensure!(
+        !checkpoint.is_quantized(),
+        "{}: already quantized; start from the float checkpoint",
+        settings.model.display()
+    );
+
+    let mut stages = Vec::new();
+    let (mut chunks, calibration) = match solver.solver {
+        Solver::Rtn => (Vec::new(), CalibrationCounts::default()),
+        Solver::Gptq | Solver::Gptaq => calibrate(device, settings, &checkpoint, &config, &mut stages, observer)?,
+    };
+
+    let clock = StageClock::start(Stage::Write, 1, observer);
+    let mut writer = Writer::create(&settings.out, &checkpoint, &linears, settings.format, &solver)?;
+    stages.push(clock.finish(observer));
+    let mut layers = Vec::with_capacity(linears.len());
+    let clock = StageClock::start(Stage::Blocks, config.decoder.layers as u64, observer);
+    for index in 0..config.decoder.layers {
+        let load = || Block::load(device, &checkpoint, &config.decoder, &config.names, index);
+        let mut quantizer = BlockQuantizer {
+            device,
+            config: &config.decoder,
+            settings: &solver,
+            importance: settings.importance,
+            index,
+            float: load()?,
+            quantized: load()?,
+        };
+        let shared = std::cell::RefCell::new(&mut *observer);
+        quantizer.run(
+            &mut chunks,
+            &mut |step| shared.borrow_mut().stage_advanced(Stage::Blocks, index as u64, step),
+            &mut |layer| {
+                let name = module_name(&config.names, index, layer.projection);
+                writer.write(&name, &layer.linear).with_context(|| format!("cannot write {name}"))?;
+                let report = layer_report(name, index, layer);
+                shared.borrow_mut().layer_finished(&report);
+                layers.push(report);
+                Ok(())
+            },
+        )?;
+        observer.stage_advanced(Stage::Blocks, index as u64 + 1, "");
+    }
+    stages.push(clock.finish(observer));
+    drop(chunks);
+
+    let sizes = Sizes::new(&checkpoint, &linears, settings.format, &solver)?;
+    let loaders = settings.format.loaders(&solver, &settings.out);
+    let report = RunReport {
+        vlmq_version: env!("CARGO_PKG_VERSION"),
+        model: settings.model.display().to_string(),
+        family: family.name().into(),
+        format: settings.format.name().into(),
+        device: device.name(),
+        settings: serde_json::to_value(PipelineSettings { solver, ..settings.clone() })?,
+        calibration,
+        layers,
+        stages,
+        seconds: start.elapsed().as_secs_f64(),
+        peak_memory_bytes: peak_memory_bytes(),
+        bytes_before: sizes.before,
+        bytes_after: sizes.before - sizes.float_layers + sizes.quantized_layers,
+        quantized_bytes: sizes.quantized_layers,
+        loaders: loaders.into_iter().map(|l| LoaderReport { name: l.name.into(), command: l.command }).collect(),
+    };
+    writer.add_file("report.json", &serde_json::to_vec_pretty(&report)?)?;
+    writer.finish()?;
+    Ok(report)
+}
+
+/// Bytes of tensors.
+struct Sizes {
+    before: u64,
+    float_layers: u64,
+    quantized_layers: u64,
+}
+
+impl Sizes {
+    fn new(checkpoint: &Checkpoint, linears: &[LinearSpec], format: Format, solver: &SolverSettings) -> Result<Self> {
+        let bytes = |name: &str| Ok(checkpoint.tensor(name)?.bytes.len() as u64);
+        Ok(Self {
+            before: checkpoint.names().map(bytes).sum::<Result<u64>>()?,
+            float_layers: linears.iter().map(|l| bytes(&format!("{}.weight", l.module))).sum::<Result<u64>>()?,
+            quantized_layers: linears.iter().flat_map(|l| format.specs(l, solver)).map(|s| s.bytes() as u64).sum(),
+        })
+    }
+}
+
+/// Every linear layer of the decoder, under its on-disk name.
+pub fn linear_specs(config: &ModelConfig) -> Vec<LinearSpec> {
+    (0..config.decoder.layers)
+        .flat_map(|block| Projection::ALL.map(|projection| (block, projection)))
+        .map(|(block, projection)| {
+            let (out_features, in_features) = projection.shape(&config.decoder);
+            LinearSpec { module: module_name(&config.names, block, projection), out_features, in_features }
+        })
+        .collect()
+}
+
+fn layer_report(name: String, block: usize, layer: SolvedLayer) -> LayerReport {
+    LayerReport {
+        name,
+        block,
+        rows: layer.linear.out_features,
+        cols: layer.linear.in_features,
+        bits: layer.linear.bits,
+        group_columns: layer.linear.group_columns,
+        solve: layer.report,
+        importance: layer.importance,
+    }
+}
+
+/// Reads the calibration data and embeds it: images are decoded, encoded and dropped a few samples at a time.
+fn calibrate<D: ModelOps>(
+    device: &D,
+    settings: &PipelineSettings,
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    stages: &mut Vec<StageTime>,
+    observer: &mut dyn Observer,
+) -> Result<(Vec<Chunk<D::Tensor>>, CalibrationCounts)> {
+    let Some(calib) = &settings.calib else {
+        bail!("--solver gptq and gptaq need calibration data: give a file with --calib");
+    };
+    let conversations = dataset::read(calib, settings.image_root.as_deref())?;
+    let conversations = dataset::select(conversations, Some(settings.samples), settings.seed);
+    let vision = families::of::<D>(checkpoint)?.vision_input(checkpoint, settings.pixel_limits)?;
+    let builder = SequenceBuilder::new(checkpoint.folder(), vision)?;
+    let clock = StageClock::start(Stage::Data, conversations.len() as u64, observer);
+    let Collected { sequences, too_long, .. } = collect(&builder, &conversations, settings.max_tokens)?;
+    stages.push(clock.finish(observer));
+
+    let text_only = sequences.iter().all(|sequence| sequence.images.is_empty());
+    let embedder = Embedder::load(device, checkpoint, config, text_only)?;
+    let mut counts = CalibrationCounts { used: sequences.len(), too_long, ..Default::default() };
+    let clock = StageClock::start(Stage::Vision, sequences.len() as u64, observer);
+    let mut chunks = Vec::new();
+    let mut done = 0;
+    for packed in pack(&sequences) {
+        let chunk = embed(device, &embedder, &packed, config.image_token, settings)?;
+        counts.vision_tokens += chunk.is_vision.iter().filter(|&&is_vision| is_vision).count();
+        counts.text_tokens += chunk.is_vision.iter().filter(|&&is_vision| !is_vision).count();
+        done += packed.len() as u64;
+        chunks.push(chunk);
+        observer.stage_advanced(Stage::Vision, done, "");
+    }
+    stages.push(clock.finish(observer));
+    Ok((chunks, counts))
+}
+
+/// Cuts the samples, in order, into chunks of at most [`CHUNK_TOKENS`].
+fn pack(sequences: &[Sequence]) -> Vec<Vec<&Sequence>> {
+    let mut chunks: Vec<Vec<&Sequence>> = Vec::new();
+    let mut tokens = usize::MAX;
+    for sequence in sequences {
+        let length = sequence.tokens.len();
+        match chunks.last_mut() {
+            Some(chunk) if tokens.saturating_add(length) <= CHUNK_TOKENS => {
+                chunk.push(sequence);
+                tokens += length;
+            }
+            _ => {
+                chunks.push(vec![sequence]);
+                tokens = length;
+            }
+        }
+    }
+    chunks
+}
+
+fn embed<D: ModelOps>(
+    device: &D,
+    embedder: &Embedder<D>,
+    sequences: &[&Sequence],
+    image_token: u32,
+    settings: &PipelineSettings,
+) -> Result<Chunk<D::Tensor>> {
+    let features = embedder.image_features(device, sequences)?;
+    let (x_quantized, layout) = embedder.embed(device, sequences, features.as_ref())?;
+    let (tokens, _) = device.shape(&x_quantized);
+    let x_float = match needs_float_path(&settings.solver, settings.importance) {
+        true => Some(device.slice_rows(&x_quantized, 0..tokens)?),
+        false => None,
+    };
+    let is_vision = sequences.iter().flat_map(|s| &s.tokens).map(|&token| token == image_token).collect();
+    let samples = sequences.iter().map(|s| s.id.clone()).collect();
+    Ok(Chunk { layout, x_quantized, x_float, is_vision, samples })
 }

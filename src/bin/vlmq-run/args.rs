@@ -6,9 +6,14 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde::de::DeserializeOwned;
 use std::path::PathBuf;
 use std::str::FromStr;
+use vlmq::checkpoint::formats::Format;
 use vlmq::evaluate::EvaluationSettings;
+use vlmq::model::families::PixelLimits;
 use vlmq::quantize::pipeline::PipelineSettings;
 use vlmq::quantize::settings::{CrossTerm, Grid, Importance, Order, Solver, SolverSettings};
+
+/// Longest answer where neither sample nor flag says.
+const MAX_NEW_TOKENS: usize = 64;
 
 /// Quantizes vision-language models after training (VLMQ, arXiv 2508.03351) and measures what that costs.
 #[derive(Debug, Parser)]
@@ -52,9 +57,9 @@ pub(crate) struct QuantizeArgs {
     /// Folder of the float checkpoint: config.json, *.safetensors, tokenizer, processor and chat template.
     #[arg(value_name = "MODEL")]
     model: PathBuf,
-    /// Calibration data: JSONL of conversations with images, or ShareGPT4V/LLaVA JSON.
+    /// Calibration data: JSONL of conversations with images, or ShareGPT4V/LLaVA JSON. Not needed with --solver rtn.
     #[arg(long, value_name = "FILE")]
-    calib: PathBuf,
+    calib: Option<PathBuf>,
     /// Folder to write; must not exist.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -128,12 +133,12 @@ struct GridArgs {
     ]))]
     grid: Grid,
     /// What to write.
-    #[arg(long, default_value = "compressed-tensors", value_parser = PossibleValuesParser::new([
-        PossibleValue::new("compressed-tensors").help("packed codes for transformers, vLLM, SGLang"),
-        PossibleValue::new("gptq").help("packed codes as AutoGPTQ lays them out"),
-        PossibleValue::new("dequantized").help("plain weights, to evaluate anywhere; nothing is saved"),
+    #[arg(long, default_value = "compressed-tensors", value_parser = named::<Format>(&[
+        ("compressed-tensors", "packed codes for transformers, vLLM, SGLang"),
+        ("gptq", "packed codes as AutoGPTQ lays them out"),
+        ("dequantized", "plain weights, to evaluate anywhere; nothing is saved"),
     ]))]
-    format: String,
+    format: Format,
 }
 
 #[derive(Debug, Args)]
@@ -178,6 +183,9 @@ pub(crate) struct EvalArgs {
     /// Only the first N samples.
     #[arg(long, value_name = "N", value_parser = positive, allow_negative_numbers = true)]
     limit: Option<usize>,
+    /// Longest answer, where the sample does not say.
+    #[arg(long, default_value_t = MAX_NEW_TOKENS, value_name = "N", value_parser = positive)]
+    max_new_tokens: usize,
     /// Write scores and answers to this file.
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
@@ -247,6 +255,9 @@ impl Cli {
         let images = match &self.command {
             Command::Quantize(args) => {
                 args.solver_settings().validate().map_err(|error| error.to_string())?;
+                if args.calib.is_none() && args.method.solver != Solver::Rtn {
+                    return Err("--calib FILE is missing; only --solver rtn needs no calibration data".into());
+                }
                 &args.images
             }
             Command::Eval(args) => &args.images,
@@ -280,15 +291,14 @@ impl QuantizeArgs {
             model: self.model.clone(),
             calib: self.calib.clone(),
             out: self.out.clone(),
-            format: self.grid.format.clone(),
+            format: self.grid.format,
             solver: self.solver_settings(),
             importance: self.method.importance,
             samples: self.data.samples,
             seed: self.data.seed,
             max_tokens: self.data.max_tokens,
             image_root: self.images.image_root.clone(),
-            min_pixels: self.images.min_pixels,
-            max_pixels: self.images.max_pixels,
+            pixel_limits: self.images.limits(),
         }
     }
 
@@ -299,10 +309,10 @@ impl QuantizeArgs {
             data,
             reference: None,
             limit: None,
+            max_new_tokens: MAX_NEW_TOKENS,
             // --image-root belongs to the calibration data.
             image_root: None,
-            min_pixels: self.images.min_pixels,
-            max_pixels: self.images.max_pixels,
+            pixel_limits: self.images.limits(),
         }
     }
 
@@ -316,6 +326,12 @@ impl QuantizeArgs {
     }
 }
 
+impl ImageArgs {
+    fn limits(&self) -> PixelLimits {
+        PixelLimits { min_pixels: self.min_pixels, max_pixels: self.max_pixels }
+    }
+}
+
 impl EvalArgs {
     pub(crate) fn settings(&self) -> EvaluationSettings {
         EvaluationSettings {
@@ -323,9 +339,9 @@ impl EvalArgs {
             data: self.data.clone(),
             reference: self.reference.clone(),
             limit: self.limit,
+            max_new_tokens: self.max_new_tokens,
             image_root: self.images.image_root.clone(),
-            min_pixels: self.images.min_pixels,
-            max_pixels: self.images.max_pixels,
+            pixel_limits: self.images.limits(),
         }
     }
 }

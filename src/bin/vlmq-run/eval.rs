@@ -5,13 +5,14 @@ use crate::progress::Screen;
 use crate::{print_lines, text};
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
+use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::{self, Evaluation};
 
 pub(crate) fn run(args: &EvalArgs, screen: &Screen) -> Result<()> {
     if let Some(path) = &args.json {
         check_target(path)?;
     }
-    let evaluation = evaluate::run(&args.settings(), &mut screen.observer(f64::INFINITY))?;
+    let evaluation = evaluate::run(&Cpu, &args.settings(), &mut screen.observer(f64::INFINITY))?;
     if let Some(path) = &args.json {
         write_json(path, &evaluation)?;
     }

@@ -3,10 +3,11 @@
 use crate::args::InspectArgs;
 use crate::{print_lines, text};
 use anyhow::Result;
+use vlmq::device::cpu::Cpu;
 use vlmq::model::inspect::{self, Inspection};
 
 pub(crate) fn run(args: &InspectArgs) -> Result<()> {
-    let inspection = inspect::inspect(&args.model)?;
+    let inspection = inspect::inspect(&Cpu, &args.model)?;
     if args.json {
         return print_lines(&[serde_json::to_string_pretty(&inspection)?]);
     }
@@ -63,6 +64,7 @@ fn describe(inspection: &Inspection) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vlmq::device::cpu::Cpu;
     use vlmq::model::inspect::{DecoderShape, LinearKind, Part, Workload, estimate, group_sizes};
     use vlmq::quantize::settings::{Importance, Solver};
 

@@ -4,6 +4,7 @@ use crate::args::QuantizeArgs;
 use crate::progress::Screen;
 use crate::{eval, print_lines, text};
 use anyhow::Result;
+use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::{self, Evaluation};
 use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::report::RunReport;
@@ -13,9 +14,9 @@ pub(crate) fn run(args: &QuantizeArgs, screen: &Screen) -> Result<()> {
     // Before the float checkpoint is evaluated at length.
     settings.check()?;
     let mut observer = screen.observer(settings.solver.damp);
-    let evaluate = |settings| evaluate::run(&settings, &mut screen.observer(f64::INFINITY));
+    let evaluate = |settings| evaluate::run(&Cpu, &settings, &mut screen.observer(f64::INFINITY));
     let before = args.eval.clone().map(|data| evaluate(args.evaluation_before(data))).transpose()?;
-    let report = pipeline::run(&settings, &mut observer)?;
+    let report = pipeline::run(&Cpu, &settings, &mut observer)?;
     print_lines(&summary(&settings, &report))?;
     if let (Some(before), Some(data)) = (before, args.eval.clone()) {
         let after = evaluate(args.evaluation_after(data))?;

@@ -49,19 +49,14 @@ impl Head<'_> {
     }
 }
 
-pub(super) fn forward(
-    q: &Matrix,
-    k: &Matrix,
-    v: &Matrix,
-    spans: &[Span],
-    shape: AttentionShape,
-) -> Result<Matrix> {
+pub(super) fn forward(q: &Matrix, k: &Matrix, v: &Matrix, spans: &[Span], shape: AttentionShape) -> Result<Matrix> {
     check(q, k, v, spans, shape)?;
     let dim = shape.head_dim;
     let tasks: Vec<(Head<'_>, std::ops::Range<usize>)> = spans
         .iter()
         .flat_map(|span| {
-            (0..shape.heads).flat_map(move |head| blocks(span.q.len()).map(move |block| (task(shape, span, head), block)))
+            (0..shape.heads)
+                .flat_map(move |head| blocks(span.q.len()).map(move |block| (task(shape, span, head), block)))
         })
         .collect();
     let results: Vec<Vec<f32>> = tasks

@@ -36,12 +36,7 @@ pub(super) fn rms_norm(x: &Matrix, weight: &Matrix, eps: f32) -> Result<Matrix> 
 }
 
 pub(super) fn layer_norm(x: &Matrix, weight: &Matrix, bias: &Matrix, eps: f32) -> Result<Matrix> {
-    ensure!(
-        weight.cols() == x.cols() && bias.cols() == x.cols(),
-        "norm of {} channels on {}",
-        weight.cols(),
-        x.cols()
-    );
+    ensure!(weight.cols() == x.cols() && bias.cols() == x.cols(), "norm of {} channels on {}", weight.cols(), x.cols());
     let mut y = x.clone();
     rows_mut(&mut y).for_each(|row| {
         let mean = row.iter().sum::<f32>() / row.len() as f32;
@@ -103,9 +98,7 @@ pub(super) fn mean_abs_rows(x: &Matrix) -> Vec<f32> {
 
 pub(super) fn first_non_finite_row(x: &Matrix) -> Option<usize> {
     // 0·v is 0 for every finite v and NaN for all else, and sums without branches.
-    x.data()
-        .par_chunks(x.cols().max(1))
-        .position_first(|row| row.iter().map(|v| v * 0.0).sum::<f32>() != 0.0)
+    x.data().par_chunks(x.cols().max(1)).position_first(|row| row.iter().map(|v| v * 0.0).sum::<f32>() != 0.0)
 }
 
 fn nonlinear(x: f32, activation: Activation) -> f32 {
@@ -171,7 +164,9 @@ mod tests {
     #[test]
     fn erf_matches_tabulated_values() {
         // Abramowitz and Stegun, table 7.1.
-        for (x, expected) in [(0.0, 0.0), (0.5, 0.520_499_88), (1.0, 0.842_700_8), (2.0, 0.995_322_3), (3.5, 0.999_999_26)] {
+        for (x, expected) in
+            [(0.0, 0.0), (0.5, 0.520_499_88), (1.0, 0.842_700_8), (2.0, 0.995_322_3), (3.5, 0.999_999_26)]
+        {
             assert!((erf(x) - expected).abs() <= 1e-7, "erf({x}) = {}", erf(x));
             assert_eq!(erf(-x), -erf(x));
         }

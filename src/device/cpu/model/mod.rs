@@ -82,14 +82,7 @@ impl ModelOps for Cpu {
         elementwise::rotate(x, rotary, transposed)
     }
 
-    fn attention(
-        &self,
-        q: &Matrix,
-        k: &Matrix,
-        v: &Matrix,
-        spans: &[Span],
-        shape: AttentionShape,
-    ) -> Result<Matrix> {
+    fn attention(&self, q: &Matrix, k: &Matrix, v: &Matrix, spans: &[Span], shape: AttentionShape) -> Result<Matrix> {
         attention::forward(q, k, v, spans, shape)
     }
 

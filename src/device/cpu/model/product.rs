@@ -53,13 +53,10 @@ fn row_tiles(a: &Matrix, b: View<'_>, y: &mut Matrix) {
     if outputs == 0 || inner == 0 {
         return;
     }
-    y.data_mut()
-        .par_chunks_mut(TILE_ROWS * outputs)
-        .zip(a.data().par_chunks(TILE_ROWS * inner))
-        .for_each(|(y, a)| {
-            let rows = y.len() / outputs;
-            gemm(1.0, View::new(a, rows, inner, inner), b, 1.0, ViewMut::new(y, rows, outputs, outputs));
-        });
+    y.data_mut().par_chunks_mut(TILE_ROWS * outputs).zip(a.data().par_chunks(TILE_ROWS * inner)).for_each(|(y, a)| {
+        let rows = y.len() / outputs;
+        gemm(1.0, View::new(a, rows, inner, inner), b, 1.0, ViewMut::new(y, rows, outputs, outputs));
+    });
 }
 
 /// `y += x · weightᵀ` for a handful of rows, threads over tiles of outputs.
@@ -71,9 +68,7 @@ fn few_rows(x: &Matrix, weight: &Matrix, y: &mut Matrix) {
     let tiles: Vec<Vec<f32>> = weight
         .data()
         .par_chunks(FEW_ROWS_TILE * inner)
-        .map(|tile| {
-            tile.chunks_exact(inner).flat_map(|w| (0..rows).map(|r| dot(x.row(r), w))).collect::<Vec<f32>>()
-        })
+        .map(|tile| tile.chunks_exact(inner).flat_map(|w| (0..rows).map(|r| dot(x.row(r), w))).collect::<Vec<f32>>())
         .collect();
     for (output, sums) in tiles.iter().flat_map(|tile| tile.chunks_exact(rows)).enumerate() {
         for (row, sum) in sums.iter().enumerate() {

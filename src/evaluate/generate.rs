@@ -1,0 +1,73 @@
+//! Greedy decoding with a key/value cache, several sequences at a time.
+
+use crate::calibration::sequence::Sequence;
+use crate::device::ModelOps;
+use crate::model::language_model::{Cache, LanguageModel};
+use anyhow::Result;
+
+/// Continues every prompt by the likeliest token again and again, until an end token or `limits[i]` new tokens.
+/// Returns the new tokens without the end token. `features` are those of the prompts' images.
+pub fn greedy<D: ModelOps>(
+    device: &D,
+    model: &LanguageModel<D>,
+    prompts: &[&Sequence],
+    features: Option<&D::Tensor>,
+    limits: &[usize],
+    end_tokens: &[u32],
+) -> Result<Vec<Vec<u32>>> {
+    let mut caches: Vec<Cache<D::Tensor>> = prompts.iter().map(|_| model.cache()).collect();
+    let (x, layout) = model.embedder().embed(device, prompts, features)?;
+    let last_rows: Vec<u32> = layout.spans.iter().map(|span| span.q.end as u32 - 1).collect();
+    let hidden = model.forward_cached(device, x, &layout, &mut caches)?;
+    let mut next = argmax_rows(device, &model.logits(device, &hidden, &last_rows)?)?;
+
+    let mut answers: Vec<Vec<u32>> = vec![Vec::new(); prompts.len()];
+    // Where the text goes on: behind an image, positions continue from its largest one.
+    let mut positions: Vec<u32> =
+        prompts.iter().map(|p| p.positions.iter().flatten().max().map_or(0, |last| last + 1)).collect();
+    let mut running: Vec<usize> = (0..prompts.len()).collect();
+    loop {
+        let mut still_running = Vec::with_capacity(running.len());
+        let mut kept_caches = Vec::with_capacity(running.len());
+        let mut tokens = Vec::with_capacity(running.len());
+        for ((&sequence, cache), token) in running.iter().zip(caches).zip(next) {
+            if end_tokens.contains(&token) || answers[sequence].len() >= limits[sequence] {
+                continue;
+            }
+            answers[sequence].push(token);
+            if answers[sequence].len() < limits[sequence] {
+                still_running.push(sequence);
+                kept_caches.push(cache);
+                tokens.push(token);
+            }
+        }
+        if still_running.is_empty() {
+            return Ok(answers);
+        }
+        (running, caches) = (still_running, kept_caches);
+        let at: Vec<u32> = running.iter().map(|&sequence| positions[sequence]).collect();
+        for &sequence in &running {
+            positions[sequence] += 1;
+        }
+        let (x, layout) = model.embed_next(device, &tokens, &at)?;
+        let hidden = model.forward_cached(device, x, &layout, &mut caches)?;
+        let rows: Vec<u32> = (0..running.len() as u32).collect();
+        next = argmax_rows(device, &model.logits(device, &hidden, &rows)?)?;
+    }
+}
+
+/// Index of each row's largest value, the first one among equals.
+fn argmax_rows<D: ModelOps>(device: &D, logits: &D::Tensor) -> Result<Vec<u32>> {
+    let logits = device.download(logits)?;
+    Ok((0..logits.rows())
+        .map(|row| {
+            let mut best = (0, f32::NEG_INFINITY);
+            for (token, &logit) in logits.row(row).iter().enumerate() {
+                if logit > best.1 {
+                    best = (token, logit);
+                }
+            }
+            best.0 as u32
+        })
+        .collect())
+}

@@ -1,0 +1,136 @@
+//! Reading config.json: sections, needed keys, and what every family's decoder has in common.
+
+use crate::device::{Activation, AttentionShape};
+use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value};
+
+/// One object of config.json, which knows its own name for errors.
+#[derive(Clone, Debug)]
+pub struct Section<'a> {
+    name: String,
+    values: &'a Map<String, Value>,
+}
+
+impl<'a> Section<'a> {
+    /// The whole file.
+    pub fn root(config: &'a Value) -> Result<Self> {
+        let values = config.as_object().context("config.json: not a JSON object")?;
+        Ok(Self { name: String::new(), values })
+    }
+
+    /// The object under `key`, if there is one.
+    pub fn section(&self, key: &str) -> Result<Option<Self>> {
+        match self.values.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Object(values)) => Ok(Some(Self { name: format!("{}{key}.", self.name), values })),
+            Some(_) => bail!("config.json: {}{key} is not an object", self.name),
+        }
+    }
+
+    /// The value under `key`; null counts as absent.
+    pub fn get(&self, key: &str) -> Option<&'a Value> {
+        self.values.get(key).filter(|value| !value.is_null())
+    }
+
+    fn needed(&self, key: &str) -> Result<&'a Value> {
+        self.get(key).with_context(|| format!("config.json: needed key {}{key} is missing", self.name))
+    }
+
+    fn wrong(&self, key: &str, expected: &str) -> String {
+        format!("config.json: {}{key} is {}, not {expected}", self.name, self.values[key])
+    }
+
+    /// A needed positive count.
+    pub fn count(&self, key: &str) -> Result<usize> {
+        let value = self.needed(key)?.as_u64().filter(|n| (1..=1 << 32).contains(n));
+        Ok(value.with_context(|| self.wrong(key, "a positive number"))? as usize)
+    }
+
+    /// A positive count, or the model class's default where the file leaves it out.
+    pub fn count_or(&self, key: &str, default: usize) -> Result<usize> {
+        if self.get(key).is_some() { self.count(key) } else { Ok(default) }
+    }
+
+    /// A needed positive real number.
+    pub fn positive(&self, key: &str) -> Result<f64> {
+        let value = self.needed(key)?.as_f64().filter(|x| x.is_finite() && *x > 0.0);
+        value.with_context(|| self.wrong(key, "a positive number"))
+    }
+
+    /// A needed token id.
+    pub fn token(&self, key: &str) -> Result<u32> {
+        let value = self.needed(key)?.as_u64().and_then(|id| u32::try_from(id).ok());
+        value.with_context(|| self.wrong(key, "a token id"))
+    }
+
+    /// A flag, or `default` where the file leaves it out.
+    pub fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
+        self.get(key).map_or(Ok(default), |value| value.as_bool().with_context(|| self.wrong(key, "true or false")))
+    }
+
+    /// A needed string.
+    pub fn text(&self, key: &str) -> Result<&'a str> {
+        self.needed(key)?.as_str().with_context(|| self.wrong(key, "a string"))
+    }
+
+    /// A needed list of counts.
+    pub fn counts(&self, key: &str) -> Result<Vec<usize>> {
+        let list = self.needed(key)?.as_array().with_context(|| self.wrong(key, "a list"))?;
+        list.iter()
+            .map(|value| value.as_u64().map(|n| n as usize).with_context(|| self.wrong(key, "a list of counts")))
+            .collect()
+    }
+
+    /// The nonlinearity under `key`, or `default` where the file leaves it out.
+    pub fn activation_or(&self, key: &str, default: Activation) -> Result<Activation> {
+        if self.get(key).is_none() {
+            return Ok(default);
+        }
+        Ok(match self.text(key)? {
+            "silu" | "swish" => Activation::Silu,
+            "gelu" => Activation::Gelu,
+            "gelu_pytorch_tanh" => Activation::GeluTanh,
+            "quick_gelu" => Activation::QuickGelu,
+            other => bail!(
+                "config.json: {}{key} is {other:?}; known are silu, gelu, gelu_pytorch_tanh, quick_gelu",
+                self.name
+            ),
+        })
+    }
+}
+
+/// Shape of a decoder-only language model: what all families share.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DecoderConfig {
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width inside the MLP.
+    pub intermediate: usize,
+    /// Number of decoder blocks.
+    pub layers: usize,
+    /// Heads of the attention modules.
+    pub attention: AttentionShape,
+    /// Epsilon of the RMS norms.
+    pub norm_eps: f32,
+    /// Nonlinearity of the gate.
+    pub activation: Activation,
+    /// Rows of the embedding.
+    pub vocab: usize,
+    /// Whether the output head is the embedding itself.
+    pub tied: bool,
+    /// Whether q, k and v have a bias.
+    pub qkv_bias: bool,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// How many of the `head_dim / 2` frequencies turn with the temporal, the row and the column position.
+    pub rope_sections: [usize; 3],
+}
+
+/// Where a checkpoint keeps the decoder's tensors: on-disk names differ between generations, and output keeps them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DecoderNames {
+    /// Before `layers.N.` and `norm.weight`, such as `model.` or `model.language_model.`.
+    pub prefix: String,
+    /// Name of the output head's weight, when it is not tied.
+    pub head: String,
+}

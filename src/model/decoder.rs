@@ -1,0 +1,207 @@
+//! The decoder, block by block: pre-norm attention with rotary positions, then a gated MLP.
+//!
+//! The steps of a block are separate functions because calibration stops between them: the inputs of {q, k, v}, {o},
+//! {gate, up} and {down} are what the statistics are made of.
+
+use super::config::{DecoderConfig, DecoderNames};
+use crate::checkpoint::Checkpoint;
+use crate::device::{ModelOps, Rotary, Span};
+use anyhow::Result;
+
+/// The linear layers of a decoder block, in the order in which they are quantized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Projection {
+    /// Queries.
+    Q,
+    /// Keys.
+    K,
+    /// Values.
+    V,
+    /// Output of the attention module.
+    O,
+    /// Gate of the MLP.
+    Gate,
+    /// The MLP's other input projection.
+    Up,
+    /// Output of the MLP.
+    Down,
+}
+
+impl Projection {
+    /// All seven.
+    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+
+    /// Name of the module inside its block.
+    pub fn module(self) -> &'static str {
+        match self {
+            Self::Q => "self_attn.q_proj",
+            Self::K => "self_attn.k_proj",
+            Self::V => "self_attn.v_proj",
+            Self::O => "self_attn.o_proj",
+            Self::Gate => "mlp.gate_proj",
+            Self::Up => "mlp.up_proj",
+            Self::Down => "mlp.down_proj",
+        }
+    }
+
+    /// `(out, in)` features.
+    pub fn shape(self, config: &DecoderConfig) -> (usize, usize) {
+        let queries = config.attention.heads * config.attention.head_dim;
+        let keys = config.attention.kv_heads * config.attention.head_dim;
+        match self {
+            Self::Q => (queries, config.hidden),
+            Self::K | Self::V => (keys, config.hidden),
+            Self::O => (config.hidden, queries),
+            Self::Gate | Self::Up => (config.intermediate, config.hidden),
+            Self::Down => (config.hidden, config.intermediate),
+        }
+    }
+
+    fn has_bias(self, config: &DecoderConfig) -> bool {
+        matches!(self, Self::Q | Self::K | Self::V) && config.qkv_bias
+    }
+}
+
+/// On-disk name of a linear layer's module, without `.weight`.
+pub fn module_name(names: &DecoderNames, block: usize, projection: Projection) -> String {
+    format!("{}layers.{block}.{}", names.prefix, projection.module())
+}
+
+/// A linear layer: weight `[out, in]`, bias `[1, out]`.
+pub struct Linear<T> {
+    /// `[out, in]`.
+    pub weight: T,
+    /// `[1, out]`.
+    pub bias: Option<T>,
+}
+
+impl<T> Linear<T> {
+    /// Reads `module.weight` (plain or quantized) and, if asked for, `module.bias`.
+    pub fn load<D: ModelOps<Tensor = T>>(
+        device: &D,
+        checkpoint: &Checkpoint,
+        module: &str,
+        (outputs, inputs): (usize, usize),
+        bias: bool,
+    ) -> Result<Self> {
+        let weight = device.upload(checkpoint.linear(module, outputs, inputs)?)?;
+        let bias = bias.then(|| device.upload(checkpoint.vector(&format!("{module}.bias"), outputs)?)).transpose()?;
+        Ok(Self { weight, bias })
+    }
+
+    /// `x · weightᵀ + bias`.
+    pub fn apply<D: ModelOps<Tensor = T>>(&self, device: &D, x: &T) -> Result<T> {
+        device.linear(x, &self.weight, self.bias.as_ref())
+    }
+}
+
+/// Rotary tables and sequence bounds of some packed tokens.
+pub struct Layout<T> {
+    /// One row a token.
+    pub rotary: Rotary<T>,
+    /// One span a sequence.
+    pub spans: Vec<Span>,
+}
+
+/// Queries, keys (both rotated) and values of some tokens.
+pub struct Attended<T> {
+    /// `[tokens, heads · head_dim]`.
+    pub q: T,
+    /// `[tokens, kv_heads · head_dim]`.
+    pub k: T,
+    /// `[tokens, kv_heads · head_dim]`.
+    pub v: T,
+}
+
+/// The weights of one decoder block.
+pub struct Block<T> {
+    input_norm: T,
+    post_norm: T,
+    linears: Vec<Linear<T>>,
+}
+
+impl<T> Block<T> {
+    /// Reads block `index`.
+    pub fn load<D: ModelOps<Tensor = T>>(
+        device: &D,
+        checkpoint: &Checkpoint,
+        config: &DecoderConfig,
+        names: &DecoderNames,
+        index: usize,
+    ) -> Result<Self> {
+        let norm = |name: &str| {
+            let name = format!("{}layers.{index}.{name}.weight", names.prefix);
+            device.upload(checkpoint.vector(&name, config.hidden)?)
+        };
+        let linears = Projection::ALL
+            .iter()
+            .map(|&projection| {
+                let module = module_name(names, index, projection);
+                let bias = projection.has_bias(config);
+                Linear::load(device, checkpoint, &module, projection.shape(config), bias)
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { input_norm: norm("input_layernorm")?, post_norm: norm("post_attention_layernorm")?, linears })
+    }
+
+    /// One of the block's linear layers.
+    pub fn linear(&self, projection: Projection) -> &Linear<T> {
+        &self.linears[projection as usize]
+    }
+
+    /// Replaces the weight of one linear layer, as the quantized path does.
+    pub fn set_weight(&mut self, projection: Projection, weight: T) {
+        self.linears[projection as usize].weight = weight;
+    }
+
+    /// Input of q, k and v: the normalised residual stream.
+    pub fn attention_input<D: ModelOps<Tensor = T>>(&self, device: &D, config: &DecoderConfig, x: &T) -> Result<T> {
+        device.rms_norm(x, &self.input_norm, config.norm_eps)
+    }
+
+    /// Rotated queries and keys, and values, of normalised inputs.
+    pub fn attended<D: ModelOps<Tensor = T>>(&self, device: &D, input: &T, rotary: &Rotary<T>) -> Result<Attended<T>> {
+        let mut q = self.linear(Projection::Q).apply(device, input)?;
+        let mut k = self.linear(Projection::K).apply(device, input)?;
+        device.rotate(&mut q, rotary, false)?;
+        device.rotate(&mut k, rotary, false)?;
+        Ok(Attended { q, k, v: self.linear(Projection::V).apply(device, input)? })
+    }
+
+    /// Input of o: from the residual stream through normalisation, projections and attention.
+    pub fn output_input<D: ModelOps<Tensor = T>>(
+        &self,
+        device: &D,
+        config: &DecoderConfig,
+        x: &T,
+        layout: &Layout<T>,
+    ) -> Result<T> {
+        let input = self.attention_input(device, config, x)?;
+        let Attended { q, k, v } = self.attended(device, &input, &layout.rotary)?;
+        device.attention(&q, &k, &v, &layout.spans, config.attention)
+    }
+
+    /// Input of gate and up: the normalised residual stream behind the attention module.
+    pub fn mlp_input<D: ModelOps<Tensor = T>>(&self, device: &D, config: &DecoderConfig, x: &T) -> Result<T> {
+        device.rms_norm(x, &self.post_norm, config.norm_eps)
+    }
+
+    /// Input of down.
+    pub fn down_input<D: ModelOps<Tensor = T>>(&self, device: &D, config: &DecoderConfig, x: &T) -> Result<T> {
+        let input = self.mlp_input(device, config, x)?;
+        let gate = self.linear(Projection::Gate).apply(device, &input)?;
+        let up = self.linear(Projection::Up).apply(device, &input)?;
+        device.gated(&gate, &up, config.activation)
+    }
+
+    /// Adds an output projection of `inner` to the residual stream.
+    pub fn add_output<D: ModelOps<Tensor = T>>(
+        &self,
+        device: &D,
+        x: &mut T,
+        projection: Projection,
+        inner: &T,
+    ) -> Result<()> {
+        device.add_assign(x, &self.linear(projection).apply(device, inner)?)
+    }
+}

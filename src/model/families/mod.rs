@@ -1,0 +1,78 @@
+//! Model families: what differs between them, one file each.
+//!
+//! A family says how config.json and tensor names are read, how images become patches and tokens, how its vision tower
+//! turns patches into features, and where tokens stand. Everything behind that is shared.
+
+mod qwen2_vl;
+
+use super::config::{DecoderConfig, DecoderNames};
+use crate::calibration::image::ImagePatches;
+use crate::calibration::sequence::VisionInput;
+use crate::checkpoint::Checkpoint;
+use crate::device::ModelOps;
+use crate::model::config::Section;
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+/// Overrides of the image sizes that the checkpoint's processor file asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PixelLimits {
+    /// Smallest area to which an image is enlarged, in pixels; `None`: the checkpoint's.
+    pub min_pixels: Option<usize>,
+    /// Largest area to which an image is reduced, in pixels; `None`: the checkpoint's.
+    pub max_pixels: Option<usize>,
+}
+
+/// A vision tower with its projector, loaded on a device.
+pub trait VisionTower<D: ModelOps>: Send + Sync {
+    /// Features of some images, packed in order: `[image tokens, hidden]`.
+    fn encode(&self, device: &D, images: &[&ImagePatches]) -> Result<D::Tensor>;
+}
+
+/// What a checkpoint's config.json and tensor names say, before any weight is read.
+#[derive(Clone, Debug)]
+pub struct ModelConfig {
+    /// The language model.
+    pub decoder: DecoderConfig,
+    /// Where its tensors are.
+    pub names: DecoderNames,
+    /// Placeholder token that image features replace.
+    pub image_token: u32,
+}
+
+/// One model family.
+pub trait Family<D: ModelOps>: Send + Sync {
+    /// `model_type` of config.json.
+    fn model_type(&self) -> &'static str;
+
+    /// Name for people.
+    fn name(&self) -> &'static str;
+
+    /// Reads config.json and finds the tensor names.
+    fn config(&self, checkpoint: &Checkpoint) -> Result<ModelConfig>;
+
+    /// How images become patches, placeholders and positions.
+    fn vision_input(&self, checkpoint: &Checkpoint, limits: PixelLimits) -> Result<Box<dyn VisionInput>>;
+
+    /// Loads the vision tower and its projector.
+    fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>>;
+}
+
+/// All known families.
+fn registry<D: ModelOps>() -> [&'static dyn Family<D>; 1] {
+    [&qwen2_vl::Qwen2Vl]
+}
+
+/// The family of a checkpoint, by `model_type`.
+pub fn of<D: ModelOps>(checkpoint: &Checkpoint) -> Result<&'static dyn Family<D>> {
+    let model_type = Section::root(checkpoint.config())?.text("model_type")?;
+    let families = registry::<D>();
+    families.into_iter().find(|family| family.model_type() == model_type).with_context(|| {
+        let known: Vec<&str> = families.iter().map(|family| family.model_type()).collect();
+        format!(
+            "{}: model_type {model_type:?} is not known; known are: {}",
+            checkpoint.folder().join("config.json").display(),
+            known.join(", ")
+        )
+    })
+}

@@ -1,0 +1,191 @@
+//! A whole model on a device: embedding with image features, all blocks, output head, key/value cache.
+
+use super::config::DecoderConfig;
+use super::decoder::{Attended, Block, Layout, Projection};
+use super::families::{self, ModelConfig, VisionTower};
+use super::rope;
+use crate::calibration::image::ImagePatches;
+use crate::calibration::sequence::Sequence;
+use crate::checkpoint::Checkpoint;
+use crate::device::{ModelOps, Span};
+use anyhow::{Result, ensure};
+
+/// What turns sequences into the decoder's input: embedding table, vision tower, rotary frequencies.
+pub struct Embedder<D: ModelOps> {
+    table: D::Tensor,
+    tower: Option<Box<dyn VisionTower<D>>>,
+    image_token: u32,
+    frequencies: Vec<f32>,
+    rope_sections: [usize; 3],
+}
+
+impl<D: ModelOps> Embedder<D> {
+    /// Reads the embedding and, unless `text_only`, the vision tower.
+    pub fn load(device: &D, checkpoint: &Checkpoint, config: &ModelConfig, text_only: bool) -> Result<Self> {
+        let decoder = &config.decoder;
+        let name = format!("{}embed_tokens.weight", config.names.prefix);
+        let tower = match text_only {
+            true => None,
+            false => Some(families::of::<D>(checkpoint)?.vision_tower(device, checkpoint)?),
+        };
+        Ok(Self {
+            table: device.upload(checkpoint.matrix(&name, decoder.vocab, decoder.hidden)?)?,
+            tower,
+            image_token: config.image_token,
+            frequencies: rope::inverse_frequencies(decoder.rope_theta, decoder.attention.head_dim),
+            rope_sections: decoder.rope_sections,
+        })
+    }
+
+    /// Features of all images of some sequences, in order; `None` where there is no image.
+    pub fn image_features(&self, device: &D, sequences: &[&Sequence]) -> Result<Option<D::Tensor>> {
+        let images: Vec<&ImagePatches> = sequences.iter().flat_map(|s| &s.images).collect();
+        match &self.tower {
+            Some(tower) if !images.is_empty() => Ok(Some(tower.encode(device, &images)?)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Packs sequences into the decoder's input `[tokens, hidden]`, the features of their images in the placeholders'
+    /// places.
+    pub fn embed(
+        &self,
+        device: &D,
+        sequences: &[&Sequence],
+        features: Option<&D::Tensor>,
+    ) -> Result<(D::Tensor, Layout<D::Tensor>)> {
+        let tokens: Vec<u32> = sequences.iter().flat_map(|s| s.tokens.iter().copied()).collect();
+        let positions: Vec<[u32; 3]> = sequences.iter().flat_map(|s| s.positions.iter().copied()).collect();
+        let mut x = self.embed_tokens(device, &tokens)?;
+        if let Some(features) = features {
+            let places: Vec<u32> =
+                (0..tokens.len() as u32).filter(|&i| tokens[i as usize] == self.image_token).collect();
+            device.scatter_rows(&mut x, &places, features)?;
+        }
+        let spans = spans(sequences.iter().map(|s| s.tokens.len()));
+        Ok((x, Layout { rotary: self.rotary(device, &positions)?, spans }))
+    }
+
+    /// Rows of the embedding table.
+    fn embed_tokens(&self, device: &D, tokens: &[u32]) -> Result<D::Tensor> {
+        device.gather_rows(&self.table, tokens)
+    }
+
+    fn rotary(&self, device: &D, positions: &[[u32; 3]]) -> Result<crate::device::Rotary<D::Tensor>> {
+        rope::multimodal(device, positions, &self.frequencies, self.rope_sections)
+    }
+}
+
+/// Consecutive spans of the given lengths.
+fn spans(lengths: impl Iterator<Item = usize>) -> Vec<Span> {
+    let mut start = 0;
+    lengths
+        .map(|length| {
+            start += length;
+            Span::own(start - length..start)
+        })
+        .collect()
+}
+
+/// Keys and values of one sequence, per block: `[tokens, kv_heads · head_dim]`.
+pub struct Cache<T> {
+    blocks: Vec<(T, T)>,
+}
+
+/// A model that is wholly on the device, for evaluation.
+pub struct LanguageModel<D: ModelOps> {
+    decoder: DecoderConfig,
+    embedder: Embedder<D>,
+    blocks: Vec<Block<D::Tensor>>,
+    norm: D::Tensor,
+    /// `None`: tied to the embedding.
+    head: Option<D::Tensor>,
+}
+
+impl<D: ModelOps> LanguageModel<D> {
+    /// Reads a float checkpoint, or a quantized one in any format that this crate writes.
+    pub fn load(device: &D, checkpoint: &Checkpoint) -> Result<Self> {
+        let config = families::of::<D>(checkpoint)?.config(checkpoint)?;
+        let decoder = config.decoder.clone();
+        let blocks = (0..decoder.layers)
+            .map(|i| Block::load(device, checkpoint, &decoder, &config.names, i))
+            .collect::<Result<_>>()?;
+        let norm = device.upload(checkpoint.vector(&format!("{}norm.weight", config.names.prefix), decoder.hidden)?)?;
+        let head = match decoder.tied {
+            true => None,
+            false => Some(device.upload(checkpoint.matrix(&config.names.head, decoder.vocab, decoder.hidden)?)?),
+        };
+        let embedder = Embedder::load(device, checkpoint, &config, false)?;
+        Ok(Self { decoder, embedder, blocks, norm, head })
+    }
+
+    /// Embedding table and vision tower.
+    pub fn embedder(&self) -> &Embedder<D> {
+        &self.embedder
+    }
+
+    /// The decoder's input for one more token of each sequence, at the given text positions.
+    pub fn embed_next(&self, device: &D, tokens: &[u32], positions: &[u32]) -> Result<(D::Tensor, Layout<D::Tensor>)> {
+        let positions: Vec<[u32; 3]> = positions.iter().map(|&p| [p; 3]).collect();
+        let rotary = self.embedder.rotary(device, &positions)?;
+        let layout = Layout { rotary, spans: spans(tokens.iter().map(|_| 1)) };
+        Ok((self.embedder.embed_tokens(device, tokens)?, layout))
+    }
+
+    /// Runs all blocks and the last norm over packed sequences: `[tokens, hidden]` → `[tokens, hidden]`.
+    pub fn forward(&self, device: &D, mut x: D::Tensor, layout: &Layout<D::Tensor>) -> Result<D::Tensor> {
+        for block in &self.blocks {
+            let attention = block.output_input(device, &self.decoder, &x, layout)?;
+            block.add_output(device, &mut x, Projection::O, &attention)?;
+            let inner = block.down_input(device, &self.decoder, &x)?;
+            block.add_output(device, &mut x, Projection::Down, &inner)?;
+        }
+        device.rms_norm(&x, &self.norm, self.decoder.norm_eps)
+    }
+
+    /// As [`forward`](Self::forward), with every sequence attending to its cache as well, which grows by what is new.
+    pub fn forward_cached(
+        &self,
+        device: &D,
+        mut x: D::Tensor,
+        layout: &Layout<D::Tensor>,
+        caches: &mut [Cache<D::Tensor>],
+    ) -> Result<D::Tensor> {
+        ensure!(caches.len() == layout.spans.len(), "{} caches for {} sequences", caches.len(), layout.spans.len());
+        for (index, block) in self.blocks.iter().enumerate() {
+            let input = block.attention_input(device, &self.decoder, &x)?;
+            let Attended { mut q, k, v } = block.attended(device, &input, &layout.rotary)?;
+            for (cache, span) in caches.iter_mut().zip(&layout.spans) {
+                let (k, v) = (device.slice_rows(&k, span.k.clone())?, device.slice_rows(&v, span.k.clone())?);
+                match cache.blocks.get_mut(index) {
+                    Some((keys, values)) => {
+                        device.append_rows(keys, &k)?;
+                        device.append_rows(values, &v)?;
+                    }
+                    None => cache.blocks.push((k, v)),
+                }
+                let (keys, values) = &cache.blocks[index];
+                let own = Span { q: 0..span.q.len(), k: 0..device.shape(keys).0 };
+                let queries = device.slice_rows(&q, span.q.clone())?;
+                let out = device.attention(&queries, keys, values, &[own], self.decoder.attention)?;
+                let rows: Vec<u32> = (span.q.start as u32..span.q.end as u32).collect();
+                device.scatter_rows(&mut q, &rows, &out)?;
+            }
+            block.add_output(device, &mut x, Projection::O, &q)?;
+            let inner = block.down_input(device, &self.decoder, &x)?;
+            block.add_output(device, &mut x, Projection::Down, &inner)?;
+        }
+        device.rms_norm(&x, &self.norm, self.decoder.norm_eps)
+    }
+
+    /// An empty cache.
+    pub fn cache(&self) -> Cache<D::Tensor> {
+        Cache { blocks: Vec::with_capacity(self.blocks.len()) }
+    }
+
+    /// Logits `[rows, vocab]` of some rows of the output of [`forward`](Self::forward).
+    pub fn logits(&self, device: &D, hidden: &D::Tensor, rows: &[u32]) -> Result<D::Tensor> {
+        let rows = device.gather_rows(hidden, rows)?;
+        device.linear(&rows, self.head.as_ref().unwrap_or(&self.embedder.table), None)
+    }
+}

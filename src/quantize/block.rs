@@ -1,0 +1,280 @@
+//! One decoder block: importance, statistics and solves of its seven layers, then both paths advance through it.
+//!
+//! Sets are quantized in the order {q, k, v} → {o} → {gate, up} → {down}. A set's `U` is computed with every set before
+//! it already quantized; `F` never meets a quantized weight. Inputs of a set are computed again for every pass and never
+//! kept, so memory holds the two residual streams, the block and one layer's statistics.
+
+use super::importance::{Factors, attention_importance, normalise};
+use super::layer::{QuantizedLinear, SolveReport};
+use super::report::ImportanceSpread;
+use super::settings::{Importance, Solver, SolverSettings};
+use super::solve;
+use super::statistics::Statistics;
+use crate::device::{ModelOps, SolveOps};
+use crate::model::config::DecoderConfig;
+use crate::model::decoder::{Block, Layout, Projection};
+use anyhow::{Result, bail};
+use std::time::Instant;
+
+/// Some calibration samples, packed, on their way through the decoder.
+pub struct Chunk<T> {
+    /// Rotary tables and sequence bounds.
+    pub layout: Layout<T>,
+    /// Residual stream of the quantized path, `[tokens, hidden]`.
+    pub x_quantized: T,
+    /// Residual stream of the float path; `None` where no setting needs it.
+    pub x_float: Option<T>,
+    /// Which tokens stand for image patches.
+    pub is_vision: Vec<bool>,
+    /// Ids of the samples, in the order of the spans.
+    pub samples: Vec<String>,
+}
+
+/// Whether any part of the method looks at the float path.
+pub fn needs_float_path(settings: &SolverSettings, importance: Importance) -> bool {
+    settings.solver == Solver::Gptaq || importance == Importance::Vlmq
+}
+
+/// A set of layers that read the same input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LayerSet {
+    Attention,
+    Output,
+    Mlp,
+    Down,
+}
+
+impl LayerSet {
+    const ALL: [Self; 4] = [Self::Attention, Self::Output, Self::Mlp, Self::Down];
+
+    fn projections(self) -> &'static [Projection] {
+        match self {
+            Self::Attention => &[Projection::Q, Projection::K, Projection::V],
+            Self::Output => &[Projection::O],
+            Self::Mlp => &[Projection::Gate, Projection::Up],
+            Self::Down => &[Projection::Down],
+        }
+    }
+
+    /// The output projection that ends the attention module or the MLP with this set, if it does.
+    fn residual(self) -> Option<Projection> {
+        match self {
+            Self::Output => Some(Projection::O),
+            Self::Down => Some(Projection::Down),
+            Self::Attention | Self::Mlp => None,
+        }
+    }
+
+    /// The set's input, from the residual stream.
+    fn input<D: ModelOps>(
+        self,
+        device: &D,
+        config: &DecoderConfig,
+        block: &Block<D::Tensor>,
+        x: &D::Tensor,
+        layout: &Layout<D::Tensor>,
+    ) -> Result<D::Tensor> {
+        match self {
+            Self::Attention => block.attention_input(device, config, x),
+            Self::Output => block.output_input(device, config, x, layout),
+            Self::Mlp => block.mlp_input(device, config, x),
+            Self::Down => block.down_input(device, config, x),
+        }
+    }
+}
+
+/// A layer that has its codes.
+pub struct SolvedLayer {
+    /// Which.
+    pub projection: Projection,
+    /// Codes, scales, zeros.
+    pub linear: QuantizedLinear,
+    /// How the solve went.
+    pub report: SolveReport,
+    /// Spread of the importance factors; `None` where all tokens counted alike.
+    pub importance: Option<ImportanceSpread>,
+}
+
+/// Quantizes one block and advances both paths through it.
+pub struct BlockQuantizer<'a, D: ModelOps + SolveOps> {
+    /// Where everything is computed.
+    pub device: &'a D,
+    /// Shape of the decoder.
+    pub config: &'a DecoderConfig,
+    /// The solver's settings.
+    pub settings: &'a SolverSettings,
+    /// How tokens are weighted.
+    pub importance: Importance,
+    /// Number of the block, from 0.
+    pub index: usize,
+    /// The block with its float weights.
+    pub float: Block<D::Tensor>,
+    /// The same block; its weights are replaced as layers are solved.
+    pub quantized: Block<D::Tensor>,
+}
+
+impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
+    /// Solves all seven layers, handing each to `finished` as soon as it has its codes, and leaves the outputs of the
+    /// block in `chunks`. `progress` is told what is under way.
+    pub fn run(
+        &mut self,
+        chunks: &mut [Chunk<D::Tensor>],
+        progress: &mut dyn FnMut(&str),
+        finished: &mut dyn FnMut(SolvedLayer) -> Result<()>,
+    ) -> Result<()> {
+        if self.settings.solver == Solver::Rtn {
+            return self.round_to_nearest(finished);
+        }
+        let factors = self.factors(chunks, progress)?;
+        for set in LayerSet::ALL {
+            // q, k and v weigh tokens differently: one pass and one pair of matrices each, one after the other.
+            let factors = factors.as_deref().filter(|_| matches!(set, LayerSet::Attention | LayerSet::Output));
+            let at_once = if factors.is_some() { 1 } else { set.projections().len() };
+            for projections in set.projections().chunks(at_once) {
+                progress(&format!("block {}: {}", self.index, projections[0].module()));
+                let prepared = self.prepare(set, projections[0], chunks, factors)?;
+                let solved = self.solve_layers(projections, prepared, factors, chunks)?;
+                for layer in solved {
+                    let weight = self.device.upload(layer.linear.dequantize())?;
+                    self.quantized.set_weight(layer.projection, weight);
+                    finished(layer)?;
+                }
+            }
+            if let Some(residual) = set.residual() {
+                self.advance(set, residual, chunks)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn round_to_nearest(&self, finished: &mut dyn FnMut(SolvedLayer) -> Result<()>) -> Result<()> {
+        for projection in Projection::ALL {
+            let weight = self.device.download(&self.float.linear(projection).weight)?;
+            let (linear, report) = solve::round_to_nearest(&weight, self.settings)?;
+            finished(SolvedLayer { projection, linear, report, importance: None })?;
+        }
+        Ok(())
+    }
+
+    /// Normalised importance factors of all tokens, chunk by chunk. In block 0 the paths are equal, the loss vanishes and
+    /// all tokens weigh alike.
+    fn factors(&self, chunks: &[Chunk<D::Tensor>], progress: &mut dyn FnMut(&str)) -> Result<Option<Vec<Factors>>> {
+        if self.importance == Importance::None || self.index == 0 {
+            return Ok(None);
+        }
+        progress(&format!("block {}: importance", self.index));
+        let mut factors = Vec::with_capacity(chunks.len());
+        for chunk in chunks {
+            let Some(x_float) = &chunk.x_float else { bail!("importance needs the float path") };
+            factors.push(attention_importance(
+                self.device,
+                self.config,
+                &self.float,
+                x_float,
+                &chunk.x_quantized,
+                &chunk.layout,
+            )?);
+        }
+        normalise(&mut factors);
+        Ok(Some(factors))
+    }
+
+    /// Accumulates and factors the statistics of layers that read the same input with the same weights. On the last set
+    /// of the attention module or the MLP the float path, which waits for no solve, advances in the same pass.
+    fn prepare(
+        &self,
+        set: LayerSet,
+        projection: Projection,
+        chunks: &mut [Chunk<D::Tensor>],
+        factors: Option<&[Factors]>,
+    ) -> Result<Shared<D::Tensor>> {
+        let start = Instant::now();
+        let with_cross = self.settings.solver == Solver::Gptaq;
+        let (_, in_features) = projection.shape(self.config);
+        let mut statistics = Statistics::new(self.device, in_features, with_cross)?;
+        for (i, chunk) in chunks.iter_mut().enumerate() {
+            let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
+            let f = match &chunk.x_float {
+                Some(x) if with_cross || set.residual().is_some() => {
+                    Some(set.input(self.device, self.config, &self.float, x, &chunk.layout)?)
+                }
+                _ => None,
+            };
+            let g = factors.and_then(|factors| factors[i].of(projection));
+            statistics.accumulate(self.device, &u, f.as_ref().filter(|_| with_cross), g)?;
+            if let (Some(residual), Some(f), Some(x_float)) = (set.residual(), &f, &mut chunk.x_float) {
+                self.float.add_output(self.device, x_float, residual, f)?;
+            }
+            if let (Some(residual), Some(x_float)) = (set.residual(), &chunk.x_float) {
+                self.check_finite(x_float, chunk, residual, "float")?;
+            }
+        }
+        let prepared = solve::prepare(self.device, &statistics, self.settings)?;
+        Ok(Shared { prepared, seconds: start.elapsed().as_secs_f64() })
+    }
+
+    /// Solves layers that share their statistics. The first one's seconds include the shared work.
+    fn solve_layers(
+        &self,
+        projections: &[Projection],
+        shared: Shared<D::Tensor>,
+        factors: Option<&[Factors]>,
+        chunks: &[Chunk<D::Tensor>],
+    ) -> Result<Vec<SolvedLayer>> {
+        let importance = factors.map(|factors| spread(factors, projections[0], chunks));
+        let mut shared_seconds = shared.seconds;
+        projections
+            .iter()
+            .map(|&projection| {
+                let start = Instant::now();
+                let weight = self.device.download(&self.float.linear(projection).weight)?;
+                let (linear, mut report) = solve::solve(self.device, &shared.prepared, &weight, self.settings)?;
+                report.seconds = start.elapsed().as_secs_f64() + std::mem::take(&mut shared_seconds);
+                Ok(SolvedLayer { projection, linear, report, importance: importance.clone() })
+            })
+            .collect()
+    }
+
+    /// Adds the output of the attention module or the MLP to the quantized path's residual stream.
+    fn advance(&self, set: LayerSet, residual: Projection, chunks: &mut [Chunk<D::Tensor>]) -> Result<()> {
+        for chunk in chunks {
+            let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
+            self.quantized.add_output(self.device, &mut chunk.x_quantized, residual, &u)?;
+            self.check_finite(&chunk.x_quantized, chunk, residual, "quantized")?;
+        }
+        Ok(())
+    }
+
+    fn check_finite(&self, x: &D::Tensor, chunk: &Chunk<D::Tensor>, residual: Projection, path: &str) -> Result<()> {
+        let Some(row) = self.device.first_non_finite_row(x)? else { return Ok(()) };
+        let sample = chunk.layout.spans.iter().position(|span| span.q.contains(&row));
+        bail!(
+            "activations behind {} of block {} hold a NaN or an infinity on the {path} path (sample {}); check the \
+             checkpoint's weights and that sample's image",
+            residual.module(),
+            self.index,
+            sample.map_or("?", |i| &chunk.samples[i])
+        )
+    }
+}
+
+/// Factored statistics, for all layers that share them.
+struct Shared<T> {
+    prepared: solve::Prepared<T>,
+    seconds: f64,
+}
+
+fn spread<T>(factors: &[Factors], projection: Projection, chunks: &[Chunk<T>]) -> ImportanceSpread {
+    let tokens = || {
+        let weighted = factors.iter().zip(chunks);
+        weighted.flat_map(|(factors, chunk)| factors.of(projection).into_iter().flatten().zip(&chunk.is_vision))
+    };
+    let mean = |vision: bool| {
+        let (sum, count) = tokens()
+            .filter(|&(_, &is_vision)| is_vision == vision)
+            .fold((0.0, 0usize), |(sum, count), (&g, _)| (sum + f64::from(g), count + 1));
+        if count == 0 { 0.0 } else { sum / count as f64 }
+    };
+    let largest = tokens().map(|(&g, _)| f64::from(g)).fold(0.0, f64::max);
+    ImportanceSpread { vision_mean: mean(true), text_mean: mean(false), largest }
+}

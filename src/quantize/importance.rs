@@ -1,0 +1,104 @@
+//! Token importance from the gradient of the local attention-block loss (paper section 4; method of the README).
+//!
+//! With both paths through the block's *float* attention module `Attn(X) = X + o(attention(norm(X)))`, the loss of a
+//! sample is `L = ‖Attn(X_F) − Attn(X_U)‖²`, and token n's importance for projection j is the mean over channels of
+//! `|∂L / ∂Z_j[n]|`, `Z_j` being the projection's output (bias included) on the quantized path. The backward is written
+//! out: `∂L/∂Z_o = 2 (Attn(X_U) − Attn(X_F))`, then through o, the attention and the rotary embedding.
+
+use crate::device::ModelOps;
+use crate::model::config::DecoderConfig;
+use crate::model::decoder::{Attended, Block, Layout, Projection};
+use anyhow::Result;
+
+/// One importance factor a token, for each projection of the attention module; all `>= 0`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Factors {
+    /// In the order q, k, v, o.
+    pub projections: [Vec<f32>; 4],
+}
+
+impl Factors {
+    /// Factors of one projection; `None` for the MLP, whose tokens all weigh alike.
+    pub fn of(&self, projection: Projection) -> Option<&[f32]> {
+        self.projections.get(projection as usize).map(Vec::as_slice)
+    }
+}
+
+/// Factors of the tokens of some packed samples, not yet normalised. `block` holds float weights; `x_float` and
+/// `x_quantized` are the block's inputs `[tokens, hidden]` on the two paths.
+pub fn attention_importance<D: ModelOps>(
+    device: &D,
+    config: &DecoderConfig,
+    block: &Block<D::Tensor>,
+    x_float: &D::Tensor,
+    x_quantized: &D::Tensor,
+    layout: &Layout<D::Tensor>,
+) -> Result<Factors> {
+    let float_attention = block.output_input(device, config, x_float, layout)?;
+    let float_output = block.linear(Projection::O).apply(device, &float_attention)?;
+
+    let input = block.attention_input(device, config, x_quantized)?;
+    let Attended { q, k, v } = block.attended(device, &input, &layout.rotary)?;
+    let attention = device.attention(&q, &k, &v, &layout.spans, config.attention)?;
+    let output = block.linear(Projection::O).apply(device, &attention)?;
+
+    let mut d_output = device.scaled_difference(&output, &float_output, 2.0)?;
+    device.add_assign(&mut d_output, &device.scaled_difference(x_quantized, x_float, 2.0)?)?;
+    let d_attention = device.matmul(&d_output, &block.linear(Projection::O).weight)?;
+    let (mut d_q, mut d_k, d_v) =
+        device.attention_backward(&q, &k, &v, &d_attention, &layout.spans, config.attention)?;
+    device.rotate(&mut d_q, &layout.rotary, true)?;
+    device.rotate(&mut d_k, &layout.rotary, true)?;
+    Ok(Factors {
+        projections: [
+            device.mean_abs_rows(&d_q)?,
+            device.mean_abs_rows(&d_k)?,
+            device.mean_abs_rows(&d_v)?,
+            device.mean_abs_rows(&d_output)?,
+        ],
+    })
+}
+
+/// Scales each projection's factors so that the mean of `g²` over all tokens is 1: the solve is indifferent to a common
+/// factor, and numbers stay in range. A projection whose factors are all zero (in block 0 the paths are equal, so
+/// all are) weighs its tokens alike: its factors become 1.
+pub fn normalise(chunks: &mut [Factors]) {
+    for projection in 0..4 {
+        let tokens: usize = chunks.iter().map(|chunk| chunk.projections[projection].len()).sum();
+        let factors = || chunks.iter().flat_map(|chunk| &chunk.projections[projection]);
+        // Largest first: squares of factors near 1e-30 vanish in float32, their ratios do not.
+        let largest = factors().copied().fold(0.0f32, f32::max);
+        let sum: f64 = factors().map(|&g| (f64::from(g) / f64::from(largest)).powi(2)).sum();
+        let scale = (tokens as f64 / sum).sqrt() / f64::from(largest);
+        for g in chunks.iter_mut().flat_map(|chunk| &mut chunk.projections[projection]) {
+            *g = if largest > 0.0 { (f64::from(*g) * scale) as f32 } else { 1.0 };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chunk(values: &[f32]) -> Factors {
+        Factors { projections: std::array::from_fn(|_| values.to_vec()) }
+    }
+
+    #[test]
+    fn mean_square_is_one_whatever_the_range() {
+        for scale in [1.0, 1e-30, 1e30] {
+            let mut chunks = [chunk(&[1.0 * scale, 0.0]), chunk(&[3.0 * scale])];
+            normalise(&mut chunks);
+            let squares: f32 = chunks.iter().flat_map(|c| &c.projections[2]).map(|g| g * g).sum();
+            assert!((squares / 3.0 - 1.0).abs() < 1e-6);
+            assert!((chunks[1].projections[2][0] / chunks[0].projections[2][0] - 3.0).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn no_gradient_at_all_weighs_alike() {
+        let mut chunks = [chunk(&[0.0, 0.0])];
+        normalise(&mut chunks);
+        assert_eq!(chunks[0], chunk(&[1.0, 1.0]));
+    }
+}

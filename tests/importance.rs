@@ -1,0 +1,80 @@
+//! Importance factors and statistics against PyTorch autograd in float64 (tests/golden/make_model.py).
+#![cfg(feature = "run")]
+
+mod support;
+
+use support::golden::{Golden, largest_error, relative_error, tests_dir};
+use vlmq::checkpoint::Checkpoint;
+use vlmq::device::{Device, Span, cpu::Cpu};
+use vlmq::model::decoder::{Block, Layout, Projection};
+use vlmq::model::{families, rope};
+use vlmq::quantize::importance::attention_importance;
+use vlmq::quantize::statistics::Statistics;
+
+const CHECKPOINTS: [&str; 5] =
+    ["flat-tied-bf16", "nested-f16-sharded", "rope-parameters-f32", "tiny-qwen2-vl", "tiny-qwen2-vl-narrow"];
+
+#[test]
+fn factors_equal_autograd() {
+    let mut checked = 0;
+    for name in CHECKPOINTS {
+        let file = format!("model/{name}.importance.safetensors");
+        if !tests_dir("golden").join(&file).exists() {
+            continue;
+        }
+        let golden = Golden::read(&file);
+        let folder = match tests_dir("data").join(name).is_dir() {
+            true => tests_dir("data").join(name),
+            false => tests_dir("golden/model").join(name),
+        };
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let config = families::of::<Cpu>(&checkpoint).unwrap().config(&checkpoint).unwrap();
+        let block = Block::load(&Cpu, &checkpoint, &config.decoder, &config.names, 1).unwrap();
+
+        let positions = golden.values("position_ids");
+        let tokens = positions.len() / 3;
+        let positions: Vec<[u32; 3]> =
+            (0..tokens).map(|token| std::array::from_fn(|axis| positions[axis * tokens + token] as u32)).collect();
+        let frequencies = rope::inverse_frequencies(config.decoder.rope_theta, config.decoder.attention.head_dim);
+        let rotary = rope::multimodal(&Cpu, &positions, &frequencies, config.decoder.rope_sections).unwrap();
+        let mut start = 0;
+        let spans = golden.values("lengths").iter().map(|&length| {
+            start += length as usize;
+            Span::own(start - length as usize..start)
+        });
+        let layout = Layout { spans: spans.collect(), rotary };
+
+        let x_float = golden.matrix("x_float");
+        for kind in ["structured", "rounded"] {
+            let x_quantized = golden.matrix(&format!("{kind}.x_quantized"));
+            let factors = attention_importance(&Cpu, &config.decoder, &block, &x_float, &x_quantized, &layout).unwrap();
+            for (projection, letter) in
+                [Projection::Q, Projection::K, Projection::V, Projection::O].into_iter().zip("qkvo".chars())
+            {
+                let expected = golden.values(&format!("{kind}.g_{letter}"));
+                let got = factors.of(projection).unwrap();
+                let (norm, worst) = (relative_error(got, &expected), largest_error(got, &expected));
+                assert!(norm < 1e-4 && worst < 1e-4, "{name} {kind} g_{letter}: {norm:e}, {worst:e}");
+                checked += 1;
+            }
+        }
+    }
+    assert!(checked >= 24);
+}
+
+#[test]
+fn statistics_equal_float64() {
+    for name in &CHECKPOINTS[..3] {
+        let golden = Golden::read(&format!("model/{name}.statistics.safetensors"));
+        let (u, f) = (golden.matrix("q_proj.u"), golden.matrix("q_proj.f"));
+        let g: Vec<f32> = golden.values("q_proj.g").iter().map(|&g| g as f32).collect();
+        let mut statistics = Statistics::new(&Cpu, u.cols(), true).unwrap();
+        statistics.accumulate(&Cpu, &u, Some(&f), Some(&g)).unwrap();
+        let hessian = statistics.full_hessian(&Cpu).unwrap();
+        let cross = Cpu.download(statistics.cross.as_ref().unwrap()).unwrap();
+        for (got, expected) in [(hessian, "q_proj.h"), (cross, "q_proj.c")] {
+            let error = relative_error(got.data(), &golden.values(expected));
+            assert!(error < 1e-5, "{name} {expected}: {error:e}");
+        }
+    }
+}

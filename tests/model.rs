@@ -1,0 +1,136 @@
+//! The model against transformers in float32 (tests/golden/make_model.py).
+#![cfg(feature = "run")]
+
+mod support;
+
+use support::golden::{Golden, largest_error, relative_error, tests_dir};
+use vlmq::calibration::dataset;
+use vlmq::calibration::sequence::{Sequence, SequenceBuilder};
+use vlmq::checkpoint::Checkpoint;
+use vlmq::device::cpu::Cpu;
+use vlmq::evaluate::generate;
+use vlmq::model::families::{self, PixelLimits};
+use vlmq::model::language_model::LanguageModel;
+
+const RANDOM: [&str; 3] = ["flat-tied-bf16", "nested-f16-sharded", "rope-parameters-f32"];
+const TRAINED: [&str; 2] = ["tiny-qwen2-vl", "tiny-qwen2-vl-narrow"];
+
+struct Case {
+    golden: Golden,
+    model: LanguageModel<Cpu>,
+    builder: SequenceBuilder,
+    conversations: Vec<dataset::Conversation>,
+}
+
+impl Case {
+    fn load(name: &str) -> Self {
+        let folder = match TRAINED.contains(&name) {
+            true => tests_dir("data").join(name),
+            false => tests_dir("golden/model").join(name),
+        };
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let vision =
+            families::of::<Cpu>(&checkpoint).unwrap().vision_input(&checkpoint, PixelLimits::default()).unwrap();
+        let data = tests_dir("golden/model").join(format!("{name}.jsonl"));
+        Self {
+            golden: Golden::read(&format!("model/{name}.outputs.safetensors")),
+            model: LanguageModel::load(&Cpu, &checkpoint).unwrap(),
+            builder: SequenceBuilder::new(&folder, vision).unwrap(),
+            conversations: dataset::read(&data, None).unwrap(),
+        }
+    }
+
+    /// Calls `check` with the name and the sequence of every conversation.
+    fn each(name: &str, check: impl Fn(&Self, &str, &Sequence)) {
+        let case = Self::load(name);
+        assert!(case.conversations.len() >= 4);
+        for conversation in &case.conversations {
+            check(&case, &conversation.id, &case.builder.build(conversation).unwrap());
+        }
+    }
+}
+
+#[test]
+fn token_ids_and_positions_equal_transformers() {
+    for name in RANDOM.into_iter().chain(TRAINED) {
+        Case::each(name, |case, id, sequence| {
+            let tokens: Vec<f64> = sequence.tokens.iter().map(|&t| f64::from(t)).collect();
+            assert_eq!(tokens, case.golden.values(&format!("{id}.input_ids")), "{name} {id}");
+            let positions: Vec<f64> =
+                (0..3).flat_map(|axis| sequence.positions.iter().map(move |p| f64::from(p[axis]))).collect();
+            assert_eq!(positions, case.golden.values(&format!("{id}.position_ids")), "{name} {id}");
+        });
+    }
+}
+
+#[test]
+fn vision_features_equal_transformers() {
+    for name in RANDOM.into_iter().chain(TRAINED) {
+        Case::each(name, |case, id, sequence| {
+            let Some(features) = case.model.embedder().image_features(&Cpu, &[sequence]).unwrap() else {
+                assert_eq!(id, "text-only");
+                return;
+            };
+            let (shape, expected) = case.golden.get(&format!("{id}.vision_features"));
+            let first = (features.rows() - shape[0]) * shape[1];
+            let error = largest_error(&features.data()[first..], &expected);
+            assert!(error < 1e-4, "{name} {id}: {error:e}");
+        });
+    }
+}
+
+#[test]
+fn logits_equal_transformers() {
+    for name in RANDOM.into_iter().chain(TRAINED) {
+        Case::each(name, |case, id, sequence| {
+            let features = case.model.embedder().image_features(&Cpu, &[sequence]).unwrap();
+            let (x, layout) = case.model.embedder().embed(&Cpu, &[sequence], features.as_ref()).unwrap();
+            let hidden = case.model.forward(&Cpu, x, &layout).unwrap();
+            let (shape, expected) = case.golden.get(&format!("{id}.logits"));
+            let tokens = sequence.tokens.len() as u32;
+            let rows: Vec<u32> = (tokens - shape[0] as u32..tokens).collect();
+            let logits = case.model.logits(&Cpu, &hidden, &rows).unwrap();
+            let (norm, worst) = (relative_error(logits.data(), &expected), largest_error(logits.data(), &expected));
+            assert!(norm < 1e-4 && worst < 1e-4, "{name} {id}: {norm:e} in norm, {worst:e} at worst");
+        });
+    }
+}
+
+#[test]
+fn packed_sequences_do_not_see_each_other() {
+    let case = Case::load("nested-f16-sharded");
+    let sequences: Vec<Sequence> = case.conversations.iter().map(|c| case.builder.build(c).unwrap()).collect();
+    let all: Vec<&Sequence> = sequences.iter().collect();
+    let features = case.model.embedder().image_features(&Cpu, &all).unwrap();
+    let (x, layout) = case.model.embedder().embed(&Cpu, &all, features.as_ref()).unwrap();
+    let hidden = case.model.forward(&Cpu, x, &layout).unwrap();
+    for (sequence, span) in sequences.iter().zip(&layout.spans) {
+        let rows: Vec<u32> = (span.q.start as u32..span.q.end as u32).collect();
+        let logits = case.model.logits(&Cpu, &hidden, &rows).unwrap();
+        let expected = case.golden.values(&format!("{}.logits", sequence.id));
+        assert!(largest_error(logits.data(), &expected) < 1e-4, "{}", sequence.id);
+    }
+}
+
+#[test]
+fn greedy_decoding_equals_transformers() {
+    for name in TRAINED {
+        let case = Case::load(name);
+        let prompts: Vec<Sequence> = case.conversations.iter().map(|c| case.builder.prompt(c).unwrap()).collect();
+        let prompts: Vec<&Sequence> = prompts.iter().collect();
+        let features = case.model.embedder().image_features(&Cpu, &prompts).unwrap();
+        let ends = case.builder.end_tokens();
+        let decoded =
+            generate::greedy(&Cpu, &case.model, &prompts, features.as_ref(), &vec![24; prompts.len()], ends).unwrap();
+        for (prompt, mut tokens) in prompts.iter().zip(decoded) {
+            let expected = case.golden.values(&format!("{}.generated_ids", prompt.id));
+            if tokens.len() < 24 {
+                // transformers keeps the end token.
+                assert!(ends.contains(&(*expected.last().unwrap() as u32)));
+                tokens.push(*expected.last().unwrap() as u32);
+            }
+            let tokens: Vec<f64> = tokens.into_iter().map(f64::from).collect();
+            assert_eq!(tokens, expected, "{name} {}", prompt.id);
+        }
+    }
+}

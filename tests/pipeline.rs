@@ -1,0 +1,96 @@
+//! The whole method, images to packed file, against a float64 implementation in PyTorch (tests/golden/make_model.py).
+#![cfg(feature = "run")]
+
+mod support;
+
+use support::golden::{Golden, relative_error, tests_dir};
+use vlmq::checkpoint::Checkpoint;
+use vlmq::checkpoint::formats::Format;
+use vlmq::device::cpu::Cpu;
+use vlmq::model::families::PixelLimits;
+use vlmq::quantize::pipeline::{self, PipelineSettings};
+use vlmq::quantize::report::RunReport;
+use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
+
+fn settings(out: std::path::PathBuf, solver: Solver, importance: Importance) -> PipelineSettings {
+    PipelineSettings {
+        model: tests_dir("golden/model/rope-parameters-f32"),
+        calib: Some(tests_dir("golden/model/pipeline.jsonl")),
+        image_root: None,
+        out,
+        format: Format::CompressedTensors,
+        solver: SolverSettings { solver, group_size: Some(32), ..SolverSettings::default() },
+        importance,
+        samples: 512,
+        seed: 0,
+        max_tokens: 2048,
+        pixel_limits: PixelLimits::default(),
+    }
+}
+
+#[test]
+fn codes_of_every_layer_equal_the_float64_pipeline() {
+    let expected_errors: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(tests_dir("golden/model/pipeline.json")).unwrap()).unwrap();
+    for (solver, importance, name) in [
+        (Solver::Gptaq, Importance::Vlmq, "gptaq-vlmq"),
+        (Solver::Gptaq, Importance::None, "gptaq-none"),
+        (Solver::Gptq, Importance::Vlmq, "gptq-vlmq"),
+        (Solver::Gptq, Importance::None, "gptq-none"),
+    ] {
+        let golden = Golden::read(&format!("model/pipeline.{name}.safetensors"));
+        let work = tempfile::tempdir().unwrap();
+        let out = work.path().join("out");
+        let report = pipeline::run(&Cpu, &settings(out.clone(), solver, importance), &mut ()).unwrap();
+        assert_eq!(report.layers.len(), 21);
+        assert_eq!(report.calibration.used, 4);
+        let written = Checkpoint::open(&out).unwrap();
+        let (mut different, mut total) = (0, 0);
+        for layer in &report.layers {
+            let key = &layer.name[layer.name.find("layers.").unwrap()..];
+            let linear = written.packed(&layer.name, layer.rows, layer.cols).unwrap();
+            let expected = golden.values(&format!("{key}.codes"));
+            different += linear.codes.iter().zip(&expected).filter(|&(&code, &e)| f64::from(code) != e).count();
+            total += expected.len();
+            let scales = relative_error(&linear.scales, &golden.values(&format!("{key}.scales")));
+            assert!(scales < 1e-3, "{name} {key}: scales off by {scales:e}");
+            let error = expected_errors["relative_error"][name][key].as_f64().unwrap();
+            let relative = (layer.solve.relative_error - error).abs() / error;
+            assert!(relative < 1e-2, "{name} {key}: error {} against {error}", layer.solve.relative_error);
+        }
+        assert_eq!(total, 86_016);
+        assert!(different * 1000 <= total, "{name}: {different} of {total} codes differ");
+    }
+}
+
+#[test]
+fn same_bytes_whatever_the_number_of_threads() {
+    let run = |threads: usize| -> (Vec<(String, Vec<u8>)>, RunReport) {
+        let work = tempfile::tempdir().unwrap();
+        let out = work.path().join("out");
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let settings = settings(out.clone(), Solver::Gptaq, Importance::Vlmq);
+        let report = pool.install(|| pipeline::run(&Cpu, &settings, &mut ())).unwrap();
+        let mut files: Vec<(String, Vec<u8>)> = std::fs::read_dir(&out)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), std::fs::read(&path).unwrap()))
+            // The report says how long it took.
+            .filter(|(name, _)| name != "report.json")
+            .collect();
+        files.sort();
+        (files, report)
+    };
+    let (one, report) = run(1);
+    assert!(one.iter().any(|(name, _)| name == "model.safetensors"));
+    for threads in [2, 3, 5] {
+        let (files, other) = run(threads);
+        assert_eq!(files.len(), one.len());
+        for (file, expected) in files.iter().zip(&one) {
+            assert!(file == expected, "{} differs on {threads} threads", file.0);
+        }
+        let errors =
+            |report: &RunReport| -> Vec<f64> { report.layers.iter().map(|l| l.solve.relative_error).collect() };
+        assert_eq!(errors(&report), errors(&other));
+    }
+}

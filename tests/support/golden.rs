@@ -1,0 +1,73 @@
+//! Golden tensors, as the scripts in tests/golden wrote them.
+
+use safetensors::{Dtype, SafeTensors};
+use std::path::{Path, PathBuf};
+
+/// A path below tests/.
+pub fn tests_dir(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(path)
+}
+
+/// A file of golden tensors.
+pub struct Golden {
+    name: String,
+    bytes: Vec<u8>,
+}
+
+impl Golden {
+    /// Reads tests/golden/`path`.
+    pub fn read(path: &str) -> Self {
+        let bytes = std::fs::read(tests_dir("golden").join(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
+        Self { name: path.into(), bytes }
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, tensor: &str) -> bool {
+        SafeTensors::deserialize(&self.bytes).unwrap().tensor(tensor).is_ok()
+    }
+
+    /// Shape and values of a tensor; integers and floats alike become f64, which holds them exactly.
+    pub fn get(&self, tensor: &str) -> (Vec<usize>, Vec<f64>) {
+        let file = SafeTensors::deserialize(&self.bytes).unwrap();
+        let view = file.tensor(tensor).unwrap_or_else(|e| panic!("{}: {tensor}: {e}", self.name));
+        fn each<const N: usize>(bytes: &[u8], convert: impl Fn([u8; N]) -> f64) -> Vec<f64> {
+            bytes.chunks_exact(N).map(|chunk| convert(chunk.try_into().unwrap())).collect()
+        }
+        let values = match view.dtype() {
+            Dtype::F32 => each(view.data(), |b| f64::from(f32::from_le_bytes(b))),
+            Dtype::F64 => each(view.data(), f64::from_le_bytes),
+            Dtype::I32 => each(view.data(), |b| f64::from(i32::from_le_bytes(b))),
+            Dtype::I64 => each(view.data(), |b| i64::from_le_bytes(b) as f64),
+            Dtype::U8 => each(view.data(), |b: [u8; 1]| f64::from(b[0])),
+            other => panic!("{}: {tensor} is {other:?}", self.name),
+        };
+        (view.shape().to_vec(), values)
+    }
+
+    /// Values of a tensor.
+    pub fn values(&self, tensor: &str) -> Vec<f64> {
+        self.get(tensor).1
+    }
+
+    /// A two-dimensional tensor as a matrix.
+    pub fn matrix(&self, tensor: &str) -> vlmq::tensor::Matrix {
+        let (shape, values) = self.get(tensor);
+        assert_eq!(shape.len(), 2, "{}: {tensor}", self.name);
+        vlmq::tensor::Matrix::new(shape[0], shape[1], values.iter().map(|&v| v as f32).collect()).unwrap()
+    }
+}
+
+/// ‖got − expected‖ / ‖expected‖.
+pub fn relative_error(got: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    let difference: f64 = got.iter().zip(expected).map(|(&g, e)| (f64::from(g) - e).powi(2)).sum();
+    (difference / expected.iter().map(|e| e * e).sum::<f64>()).sqrt()
+}
+
+/// Largest |got − expected| over the largest |expected|.
+pub fn largest_error(got: &[f32], expected: &[f64]) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    let difference = got.iter().zip(expected).map(|(&g, e)| (f64::from(g) - e).abs()).fold(0.0, f64::max);
+    assert!(got.iter().all(|g| g.is_finite()));
+    difference / expected.iter().map(|e| e.abs()).fold(0.0, f64::max)
+}
