@@ -45,3 +45,12 @@ fn answers_that_cannot_score_are_refused() {
         assert_eq!(metric.score::<&str>("yes", &[]), 0.0);
     }
 }
+
+#[test]
+fn the_assistant_turn_is_no_annotator() {
+    let listed = ["yes".to_owned(), "no".to_owned()];
+    assert_eq!(Metric::Exact.right_answers(Some("ja"), &listed), ["ja", "yes", "no"]);
+    assert_eq!(Metric::Exact.right_answers(None, &listed), ["yes", "no"]);
+    assert_eq!(Metric::Vqa.right_answers(Some("ja"), &listed), ["yes", "no"]);
+    assert_eq!(Metric::Vqa.right_answers(Some("ja"), &[]), ["ja"]);
+}

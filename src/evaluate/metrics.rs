@@ -46,6 +46,15 @@ impl Metric {
         }
     }
 
+    /// The right answers of a sample: its last assistant turn and those in its list.
+    ///
+    /// [`Vqa`](Self::Vqa) takes the list alone where there is one: it counts annotators, and the turn repeats one of
+    /// them.
+    pub fn right_answers<'a>(self, turn: Option<&'a str>, listed: &'a [String]) -> Vec<&'a str> {
+        let turn = turn.filter(|_| self != Self::Vqa || listed.is_empty());
+        turn.into_iter().chain(listed.iter().map(String::as_str)).collect()
+    }
+
     /// Refuses lists of answers that this metric could only score with 0: an empty one, and for [`Vqa`](Self::Vqa) a
     /// single one.
     ///

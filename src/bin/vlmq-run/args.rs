@@ -63,7 +63,7 @@ pub(crate) struct QuantizeArgs {
     /// Folder to write; must not exist.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Evaluate on this data before and after, and print both.
+    /// Evaluate on this data before and after, and print both; its images are relative to it.
     #[arg(long, value_name = "FILE")]
     pub(crate) eval: Option<PathBuf>,
     #[command(flatten)]

@@ -1,7 +1,7 @@
 //! What a person sees of a run while it works, all of it on stderr: bars on a terminal, lines elsewhere.
 
 use crate::text;
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 use vlmq::quantize::report::{LayerReport, Observer, Stage, StageTime};
@@ -87,11 +87,13 @@ impl Progress {
             return None;
         }
         let (what, things) = stage.describe();
-        let template =
-            format!("{what:<15} {{bar:24}} {{pos}}/{{len}} {things}  {{elapsed}} elapsed, {{eta}} left  {{wide_msg}}");
+        let template = format!("{what:<15} {{bar:16}} {{pos}}/{{len}} {things}{{left}}  {{wide_msg}}");
         let bar = self.screen.bars.add(ProgressBar::new(total));
         if let Ok(style) = ProgressStyle::with_template(&template) {
-            bar.set_style(style);
+            bar.set_style(style.with_key("left", |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+                let left = time_left(state.elapsed().as_secs_f64(), state.pos(), state.len().unwrap_or(0));
+                let _ = out.write_str(&left);
+            }));
         }
         // Blocks take long: keep the clock running between events.
         bar.enable_steady_tick(Duration::from_millis(500));
@@ -144,15 +146,20 @@ impl Observer for Progress {
 
 fn progress_line(stage: Stage, done: u64, total: u64, elapsed: f64, step: &str) -> String {
     let (what, things) = stage.describe();
-    let mut line = format!("{what}: {done} of {total} {things}");
-    if done > 0 && done <= total {
-        let left = elapsed * (total - done) as f64 / done as f64;
-        line += &format!(", {} left", text::seconds(left));
-    }
+    let mut line = format!("{what}: {done} of {total} {things}{}", time_left(elapsed, done, total));
     if !step.is_empty() {
         line += &format!(" ({step})");
     }
     line
+}
+
+/// What is left at the pace so far, `, 12 s left`; nothing as long as there is no pace.
+fn time_left(elapsed: f64, done: u64, total: u64) -> String {
+    if done == 0 {
+        return String::new();
+    }
+    let left = elapsed * total.saturating_sub(done) as f64 / done as f64;
+    format!(", {} left", text::seconds(left))
 }
 
 fn layer_header() -> String {
