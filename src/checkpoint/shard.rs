@@ -25,7 +25,9 @@ impl Shard {
     /// Maps `path` and checks its header: length, JSON, and offsets that cover the file without holes or overlaps.
     pub(crate) fn open(path: PathBuf) -> Result<Self> {
         let file = File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let length = file.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
+        let found = file.metadata().with_context(|| format!("cannot read {}", path.display()))?;
+        ensure!(found.is_file(), "{} is not a file", path.display());
+        let length = found.len();
         ensure!(
             length >= 8,
             "{} is not a safetensors file: it has {length} bytes, the header's length alone takes 8. \
@@ -95,7 +97,7 @@ pub(crate) fn weight_files(folder: &Path) -> Result<(Vec<PathBuf>, BTreeMap<Stri
         let mut paths = Vec::new();
         for name in files {
             ensure!(
-                Path::new(name).components().all(|part| matches!(part, Component::Normal(_))),
+                !name.is_empty() && Path::new(name).components().all(|part| matches!(part, Component::Normal(_))),
                 "{} lists the shard {name:?}, which leaves the checkpoint's folder. Correct the index; shards must be \
                  beside it.",
                 index.display()

@@ -244,8 +244,11 @@ fn needs_group_index(settings: &SolverSettings) -> bool {
 /// what all quantized layers share. `lm_head` is always in: a tied one has no tensor, yet is a linear layer to loaders.
 fn left_alone(quantized: &[LinearSpec], others: &[String]) -> Vec<String> {
     let paths: Vec<Vec<&str>> = quantized.iter().map(|linear| linear.module.split('.').collect()).collect();
+    // A block's number stays with the word before it.
+    let numbered = |path: &[&str]| path.iter().position(|part| part.parse::<usize>().is_ok()).unwrap_or(path.len());
     let shared = paths.first().map_or(0, |first| {
-        (0..first.len()).take_while(|&i| paths.iter().all(|path| path.get(i) == Some(&first[i]))).count()
+        let block = numbered(first).saturating_sub(1);
+        (0..block).take_while(|&i| paths.iter().all(|path| path.get(i) == Some(&first[i]))).count()
     });
     let mut patterns = vec![r"(.*\.)?lm_head$".to_owned()];
     for other in others {

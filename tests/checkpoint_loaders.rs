@@ -1,0 +1,46 @@
+//! The loaders named after a run are those of the table this crate was built against.
+
+#[path = "support/checkpoint.rs"]
+mod support;
+
+use std::path::Path;
+use support::settings;
+use vlmq::checkpoint::Format;
+use vlmq::quantize::settings::Order;
+
+#[test]
+fn each_kind_of_file_names_exactly_its_loaders() {
+    use Format::{CompressedTensors as Ct, Dequantized, Gptq};
+    let tf = "transformers + compressed-tensors";
+    let tg = "transformers + optimum + gptqmodel";
+    let humming = "vLLM with Humming kernels";
+    let g128 = Some(128);
+    for (format, bits, group, symmetric, order, expected) in [
+        (Ct, 4, g128, true, Order::ActGroup, vec![tf, "vLLM", "SGLang"]),
+        (Ct, 8, None, true, Order::Act, vec![tf, "vLLM", "SGLang"]),
+        (Ct, 3, g128, true, Order::None, vec![tf, "vLLM"]),
+        (Ct, 2, g128, false, Order::None, vec![tf]),
+        (Ct, 4, g128, false, Order::None, vec![tf, "vLLM", "SGLang"]),
+        (Ct, 4, g128, true, Order::Act, vec!["vLLM"]),
+        (Ct, 3, g128, true, Order::Act, vec![]),
+        (Ct, 4, Some(256), true, Order::None, vec![tf]),
+        (Gptq, 4, g128, true, Order::ActGroup, vec![tg, "vLLM", "SGLang"]),
+        (Gptq, 4, g128, true, Order::Act, vec![tg, "vLLM", "SGLang"]),
+        (Gptq, 4, g128, false, Order::None, vec![tg, humming, "SGLang"]),
+        (Gptq, 3, g128, false, Order::None, vec![tg, humming, "SGLang"]),
+        (Gptq, 3, g128, false, Order::Act, vec![tg]),
+        (Gptq, 4, g128, false, Order::Act, vec![tg, "SGLang"]),
+        (Dequantized, 2, Some(8), false, Order::Act, vec!["transformers", "vLLM", "SGLang"]),
+    ] {
+        let settings = settings(format, bits, group, symmetric, order);
+        let loaders = format.loaders(&settings, Path::new("out/w"));
+        assert!(loaders.iter().all(|loader| loader.command.contains("out/w")));
+        let names: Vec<&str> = loaders.iter().map(|loader| loader.name).collect();
+        assert_eq!(names[0], "vlmq");
+        assert_eq!(names[1..], expected, "{format:?} {bits} {group:?} {symmetric} {order:?}");
+        for loader in &loaders {
+            let dequantizes = loader.command.contains("CompressedTensorsConfig(dequantize=True)");
+            assert_eq!(dequantizes, loader.name == tf && !symmetric, "{}", loader.command);
+        }
+    }
+}

@@ -1,0 +1,208 @@
+"""Other people's software loads what vlmq-run writes, and computes what vlmq computes.
+
+    python tests/interop/check.py --float MODEL --output DIR --dump FILE [--output DIR --dump FILE ...]
+
+MODEL is the float checkpoint that every DIR was quantized from. FILE is what examples/dump_logits.rs writes for DIR:
+
+    sample.N.input_ids       I64 [tokens]
+    sample.N.positions       I64 [3, tokens]
+    sample.N.pixel_values    F32 [patches, 1176]      absent for a text-only sample
+    sample.N.image_grid_thw  I64 [images, 3]          absent for a text-only sample
+    sample.N.logits          F32 [tokens, vocabulary] ours, in float32
+    codes.MODULE             U8  [out, in]            ours; these four for packed formats only, MODULE as in the file
+    scales.MODULE            F32 [out, groups]
+    zeros.MODULE             U8  [out, groups]
+    groups.MODULE            I32 [in]                 group of every column
+
+Checked for every DIR:
+ 1. packed files, unpacked here by plain bit arithmetic, hold exactly our codes, scales, zeros and groups;
+ 2. the float model in float32 with the weights that these stand for gives our logits;
+ 3. the loader that vlmq-run names loads the file, all of it, and gives our logits: transformers with compressed-tensors
+    (asymmetric files with dequantize=True), transformers with gptqmodel, plain transformers for dequantized files.
+
+Relative difference of logits: |a - b| / |b| over all of a sample's tokens, at most 1e-3.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, CompressedTensorsConfig
+
+TOLERANCE = 1e-3
+
+
+class Mismatch(Exception):
+    """A check that failed."""
+
+
+def read(folder):
+    """All tensors of a folder as torch tensors."""
+    tensors = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors.update({name: file.get_tensor(name) for name in file.keys()})
+    return tensors
+
+
+def unpack(words, bits, count):
+    """int32 [words, columns] to [count, columns]: element k is bits k*bits .. k*bits+bits-1 of its column's stream."""
+    words = words.view(np.uint32)
+    stream = ((words[:, None, :] >> np.arange(32, dtype=np.uint32)[None, :, None]) & 1).reshape(-1, words.shape[1])
+    fields = stream[: count * bits].reshape(count, bits, -1)
+    return (fields << np.arange(bits, dtype=np.uint32)[None, :, None]).sum(axis=1).astype(np.int64)
+
+
+def gptq_layers(tensors, config):
+    """Codes, scales, zeros and groups of every layer of a GPTQ v1 file."""
+    bits = config["bits"]
+    for name in [name[: -len(".qweight")] for name in tensors if name.endswith(".qweight")]:
+        groups = tensors[f"{name}.g_idx"].numpy().astype(np.int64)
+        scales = tensors[f"{name}.scales"].float().numpy().T
+        codes = unpack(tensors[f"{name}.qweight"].numpy(), bits, len(groups)).T
+        packed = np.ascontiguousarray(tensors[f"{name}.qzeros"].numpy().T)
+        yield name, codes, scales, unpack(packed, bits, len(codes)) + 1, groups
+
+
+def compressed_layers(tensors, config):
+    """The same of a compressed-tensors file."""
+    (group,) = config["config_groups"].values()
+    bits, symmetric = group["weights"]["num_bits"], group["weights"]["symmetric"]
+    for name in [name[: -len(".weight_packed")] for name in tensors if name.endswith(".weight_packed")]:
+        out, inputs = tensors[f"{name}.weight_shape"].tolist()
+        scales = tensors[f"{name}.weight_scale"].float().numpy()
+        packed = np.ascontiguousarray(tensors[f"{name}.weight_packed"].numpy().T)
+        codes = unpack(packed, bits, inputs).T
+        if symmetric:
+            zeros = np.full(scales.shape, 2 ** (bits - 1))
+        else:
+            zeros = unpack(tensors[f"{name}.weight_zero_point"].numpy(), bits, out)
+        if f"{name}.weight_g_idx" in tensors:
+            groups = tensors[f"{name}.weight_g_idx"].numpy().astype(np.int64)
+        else:
+            groups = np.arange(inputs) // (inputs // scales.shape[1])
+        yield name, codes, scales, zeros, groups
+
+
+def check_codes(layers, dump):
+    """Compares the layers with the dumped ones to the bit; returns their weights by name."""
+    weights = {}
+    for name, codes, scales, zeros, groups in layers:
+        for key, found in (("codes", codes), ("scales", scales), ("zeros", zeros), ("groups", groups)):
+            ours = dump[f"{key}.{name}"].numpy()
+            if not np.array_equal(found, ours):
+                raise Mismatch(f"{key} of {name} differ in {np.mean(found != ours):.3%} of places")
+        weight = scales[:, groups] * (codes - zeros[:, groups]).astype(np.float32)
+        weights[f"{name}.weight"] = torch.from_numpy(weight)
+    dumped = {f"{name[len('codes.'):]}.weight" for name in dump if name.startswith("codes.")}
+    if not weights or dumped != set(weights):
+        raise Mismatch(f"the file holds {len(weights)} quantized layers, the dump {len(dumped)}")
+    return weights
+
+
+def load(folder, **arguments):
+    """Loads a model in float32 on the CPU; no tensor may be missing, left over or of another shape."""
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **arguments
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise Mismatch(f"{kind}: {sorted(info[kind])[:5]}")
+    return model.eval()
+
+
+def worst_difference(model, dump):
+    """Largest relative difference of logits over the dumped samples."""
+    worst = 0.0
+    samples = sorted({name.split(".")[1] for name in dump if name.startswith("sample.")}, key=int)
+    if not samples:
+        raise Mismatch("the dump holds no samples")
+    for sample in samples:
+        get = lambda key: dump.get(f"sample.{sample}.{key}")
+        inputs = {"input_ids": get("input_ids")[None], "position_ids": get("positions")[:, None, :]}
+        if get("pixel_values") is not None:
+            inputs |= {"pixel_values": get("pixel_values"), "image_grid_thw": get("image_grid_thw")}
+        with torch.no_grad():
+            theirs = model(**inputs).logits[0].float()
+        ours = get("logits")
+        worst = max(worst, ((theirs - ours).norm() / ours.norm()).item())
+    return worst
+
+
+def check(float_folder, folder, dump):
+    """Runs all checks of one output; returns lines that say what was found."""
+    config = json.loads((Path(folder) / "config.json").read_text()).get("quantization_config")
+    method = config["quant_method"] if config else None
+    found = []
+
+    def compare(what, model):
+        difference = worst_difference(model, dump)
+        found.append(f"{what}: logits differ by {difference:.1e}")
+        if not difference <= TOLERANCE:
+            raise Mismatch(f"{what}: logits differ by {difference:.1e}, more than {TOLERANCE}")
+
+    if method is None:
+        compare("transformers", load(folder))
+        return found
+
+    layers = {"gptq": gptq_layers, "compressed-tensors": compressed_layers}[method]
+    weights = check_codes(layers(read(folder), config), dump)
+    found.append(f"{len(weights)} layers unpack to exactly our codes, scales, zeros and groups")
+    # The float model's own names, wherever its class keeps the weights: the file's names end as they do.
+    model = load(float_folder)
+    parameters = dict(model.named_parameters())
+    for name, weight in weights.items():
+        tail = name[name.index("layers.") :]
+        (target,) = [key for key in parameters if key.endswith(f"language_model.{tail}")]
+        parameters[target].data.copy_(weight)
+    compare("weights by bit arithmetic, in transformers", model)
+
+    if method == "gptq":
+        model = load(folder, device_map="cpu")
+        compare("transformers + optimum + gptqmodel", model)
+    else:
+        (group,) = config["config_groups"].values()
+        if group["weights"].get("actorder") == "group":
+            found.append("transformers + compressed-tensors: files with weight_g_idx are refused by 0.20, not tried")
+            return found
+        if group["weights"]["symmetric"]:
+            compare("transformers + compressed-tensors", load(folder))
+        else:
+            dequantized = CompressedTensorsConfig(dequantize=True)
+            compare("transformers + compressed-tensors, dequantize=True", load(folder, quantization_config=dequantized))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--float", required=True, help="the float checkpoint")
+    parser.add_argument("--output", action="append", required=True, help="a folder that vlmq-run wrote")
+    parser.add_argument("--dump", action="append", required=True, help="what dump_logits wrote for it, in this order")
+    arguments = parser.parse_args()
+    if len(arguments.output) != len(arguments.dump):
+        parser.error("as many --dump as --output, please")
+    torch.set_num_threads(1)
+
+    failed = 0
+    for folder, dump in zip(arguments.output, arguments.dump):
+        with safe_open(dump, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        try:
+            for line in check(arguments.float, folder, tensors):
+                print(f"ok      {folder}: {line}", flush=True)
+        # Whatever a loader raises is this check's failure, and the other outputs are still worth a look.
+        except Exception as error:
+            failed += 1
+            print(f"FAILED  {folder}: {type(error).__name__}: {error}", flush=True)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
