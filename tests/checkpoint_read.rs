@@ -130,7 +130,8 @@ fn broken_folders_are_named_with_their_cause() {
     let copy = ("y.safetensors", weights.clone());
     let whole = ("model.safetensors", weights);
     let map = |entries: &str| format!(r#"{{"weight_map": {{{entries}}}}}"#);
-    let cases: Vec<(Vec<(&str, Vec<u8>)>, &str)> = vec![
+    type Files = Vec<(&'static str, Vec<u8>)>;
+    let cases: Vec<(Files, &str)> = vec![
         (vec![whole.clone()], "config.json"),
         (vec![("config.json", b"{".to_vec()), whole.clone()], "config.json is not valid JSON"),
         (vec![("config.json", b"[1]".to_vec()), whole], "config.json is not a JSON object"),

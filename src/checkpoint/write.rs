@@ -327,11 +327,12 @@ fn copy_side_files(source: &Path, target: &Path) -> Result<()> {
         let path = entry.path();
         let name = entry.file_name();
         let name_text = name.to_string_lossy();
-        // Follows links: download caches keep the files elsewhere.
-        let kind = fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?;
         if name_text.starts_with('.') {
             continue;
-        } else if kind.is_dir() && name_text == TEMPLATES {
+        }
+        // Follows links: download caches keep the files elsewhere.
+        let kind = fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        if kind.is_dir() && name_text == TEMPLATES {
             let folder = target.join(&name);
             fs::create_dir(&folder).with_context(|| cannot_write(&folder))?;
             copy_side_files(&path, &folder)?;

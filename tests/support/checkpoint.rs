@@ -1,5 +1,6 @@
 //! Checkpoints for tests: the small trained one, hand-made ones, and a plain round-to-nearest to fill files with.
 
+// Each test program includes this file and uses a part of it.
 #![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
@@ -9,17 +10,17 @@ use vlmq::quantize::settings::{Order, ScaleType, SolverSettings};
 use vlmq::tensor::Matrix;
 
 /// A file of tests/data.
-pub fn data(name: &str) -> PathBuf {
+pub(crate) fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
 }
 
 /// A file of tests/golden.
-pub fn golden(name: &str) -> PathBuf {
+pub(crate) fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
 }
 
 /// All linear layers of the decoder.
-pub fn decoder_linears(checkpoint: &Checkpoint) -> Vec<LinearSpec> {
+pub(crate) fn decoder_linears(checkpoint: &Checkpoint) -> Vec<LinearSpec> {
     checkpoint
         .names()
         .filter_map(|name| {
@@ -35,7 +36,13 @@ pub fn decoder_linears(checkpoint: &Checkpoint) -> Vec<LinearSpec> {
 }
 
 /// Settings as a pipeline would complete them for `format` and a bf16 checkpoint.
-pub fn settings(format: Format, bits: u32, group_size: Option<usize>, symmetric: bool, order: Order) -> SolverSettings {
+pub(crate) fn settings(
+    format: Format,
+    bits: u32,
+    group_size: Option<usize>,
+    symmetric: bool,
+    order: Order,
+) -> SolverSettings {
     SolverSettings {
         bits,
         group_size,
@@ -48,7 +55,7 @@ pub fn settings(format: Format, bits: u32, group_size: Option<usize>, symmetric:
 }
 
 /// Round to nearest by the book, with an arbitrary assignment of columns to groups when the order asks for an index.
-pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> QuantizedLinear {
+pub(crate) fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> QuantizedLinear {
     let (rows, cols) = (weight.rows(), weight.cols());
     let group_columns = settings.group_columns(cols);
     let groups = cols / group_columns;
@@ -66,9 +73,12 @@ pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> Quantized
         group_index,
     };
     let top = f32::from(settings.largest_code());
+    let mut members = vec![Vec::new(); groups];
+    for column in 0..cols {
+        members[quantized.group_of(column)].push(column);
+    }
     for row in 0..rows {
-        for group in 0..groups {
-            let columns: Vec<usize> = (0..cols).filter(|&column| quantized.group_of(column) == group).collect();
+        for (group, columns) in members.iter().enumerate() {
             let values = columns.iter().map(|&column| weight.row(row)[column]);
             let (low, high) = values.fold((0f32, 0f32), |(low, high), value| (low.min(value), high.max(value)));
             let (scale, zero) = if settings.symmetric {
@@ -81,7 +91,7 @@ pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> Quantized
             let zero = zero.clamp(f32::from(settings.smallest_zero), top);
             quantized.scales[row * groups + group] = scale;
             quantized.zeros[row * groups + group] = zero as u8;
-            for column in columns {
+            for &column in columns {
                 let code = (weight.row(row)[column] / scale + zero).round().clamp(0.0, top);
                 quantized.codes[row * cols + column] = code as u8;
             }
@@ -91,7 +101,7 @@ pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> Quantized
 }
 
 /// Quantizes every decoder layer of `source` by round to nearest and writes it to `target`; returns what was written.
-pub fn write_rounded(
+pub(crate) fn write_rounded(
     source: &Checkpoint,
     target: &Path,
     format: Format,
@@ -111,21 +121,21 @@ pub fn write_rounded(
 }
 
 /// A tensor of a hand-made file.
-pub struct Made {
-    pub name: &'static str,
-    pub dtype: &'static str,
-    pub shape: Vec<usize>,
-    pub bytes: Vec<u8>,
+pub(crate) struct Made {
+    pub(crate) name: &'static str,
+    pub(crate) dtype: &'static str,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: Vec<u8>,
 }
 
 /// A float32 tensor.
-pub fn made(name: &'static str, shape: &[usize], values: &[f32]) -> Made {
+pub(crate) fn made(name: &'static str, shape: &[usize], values: &[f32]) -> Made {
     let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     Made { name, dtype: "F32", shape: shape.to_vec(), bytes }
 }
 
 /// Bytes of a safetensors file.
-pub fn safetensors(tensors: &[Made]) -> Vec<u8> {
+pub(crate) fn safetensors(tensors: &[Made]) -> Vec<u8> {
     let mut header = serde_json::Map::new();
     header.insert("__metadata__".to_owned(), serde_json::json!({"format": "pt", "origin": "test"}));
     let mut start = 0;
@@ -139,7 +149,7 @@ pub fn safetensors(tensors: &[Made]) -> Vec<u8> {
 }
 
 /// A file with this header, right or wrong.
-pub fn with_header(header: &str, data: Vec<u8>) -> Vec<u8> {
+pub(crate) fn with_header(header: &str, data: Vec<u8>) -> Vec<u8> {
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend(header.as_bytes());
     file.extend(data);
@@ -147,7 +157,7 @@ pub fn with_header(header: &str, data: Vec<u8>) -> Vec<u8> {
 }
 
 /// A checkpoint folder with these files.
-pub fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
+pub(crate) fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for (name, bytes) in files {
         std::fs::write(folder.path().join(name), bytes).unwrap();
@@ -156,7 +166,7 @@ pub fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
 }
 
 /// The whole chain of causes of an error, as the program prints it.
-pub fn message<T>(result: anyhow::Result<T>) -> String {
+pub(crate) fn message<T>(result: anyhow::Result<T>) -> String {
     match result {
         Ok(_) => "no error".to_owned(),
         Err(error) => format!("{error:#}"),
