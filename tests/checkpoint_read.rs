@@ -242,3 +242,28 @@ fn quantizations_that_are_not_read_are_named_when_weights_are_asked_for() {
         assert!(error.contains(cause) && error.contains("config.json"), "wanted {cause:?}, got {error:?}");
     }
 }
+
+#[test]
+fn no_damage_to_a_header_makes_it_panic() {
+    let good = safetensors(&[made("a", &[2, 2], &[1.0; 4]), made("b", &[3], &[2.0; 3])]);
+    let header = 8 + u64::from_le_bytes(*good.first_chunk().unwrap()) as usize;
+    let (mut refused, mut read) = (0, 0);
+    for place in 0..header {
+        for value in [0, 0xff, b'9', b'"', good[place] ^ 1] {
+            let mut bytes = good.clone();
+            bytes[place] = value;
+            let files = with_weights(bytes);
+            match Checkpoint::open(files.path()) {
+                Err(_) => refused += 1,
+                Ok(checkpoint) => {
+                    for name in checkpoint.names() {
+                        let _ =
+                            (checkpoint.matrix(name, 2, 2), checkpoint.vector(name, 3), checkpoint.linear(name, 2, 2));
+                    }
+                    read += 1;
+                }
+            }
+        }
+    }
+    assert!(refused > 100 && read > 50, "{refused} refused, {read} read");
+}
