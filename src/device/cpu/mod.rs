@@ -3,6 +3,7 @@
 pub(crate) mod gemm;
 mod model;
 mod solve;
+pub(crate) mod vector;
 
 use super::Device;
 use crate::tensor::Matrix;

@@ -2,6 +2,7 @@
 //! length of a sequence and not with its square.
 
 use crate::device::cpu::gemm::{View, ViewMut, gemm};
+use crate::device::cpu::vector::{LANES, dispatch, dot, exp, sum};
 use crate::device::{AttentionShape, Span};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
@@ -40,11 +41,13 @@ impl Head<'_> {
             0.0,
             ViewMut::new(&mut scores, block.len(), keys, keys),
         );
-        for (query, row) in block.zip(scores.chunks_exact_mut(keys)) {
-            let (seen, unseen) = row.split_at_mut(visible(query));
-            softmax(seen);
-            unseen.fill(0.0);
-        }
+        dispatch(|| {
+            for (query, row) in block.zip(scores.chunks_exact_mut(keys)) {
+                let (seen, unseen) = row.split_at_mut(visible(query));
+                softmax(seen);
+                unseen.fill(0.0);
+            }
+        });
         (scores, keys)
     }
 }
@@ -117,12 +120,14 @@ pub(super) fn backward(
                         let mut d_p = vec![0.0; block.len() * keys];
                         let values = head.view(v, k_rows.clone(), head.k_column);
                         gemm(1.0, d_out, values.t(), 0.0, ViewMut::new(&mut d_p, block.len(), keys, keys));
-                        for (p, d_p) in scores.chunks_exact_mut(keys).zip(d_p.chunks_exact(keys)) {
-                            let mean: f32 = p.iter().zip(d_p).map(|(p, d)| p * d).sum();
-                            for (p, d) in p.iter_mut().zip(d_p) {
-                                *p *= d - mean;
+                        dispatch(|| {
+                            for (p, d_p) in scores.chunks_exact_mut(keys).zip(d_p.chunks_exact(keys)) {
+                                let mean = dot(p, d_p);
+                                for (p, d) in p.iter_mut().zip(d_p) {
+                                    *p *= d - mean;
+                                }
                             }
-                        }
+                        });
                         let d_s = View::new(&scores, block.len(), keys, keys);
                         let block_d_q = &mut d_q[block.start * dim..block.end * dim];
                         let keys_view = head.view(k, k_rows, head.k_column);
@@ -165,14 +170,21 @@ fn place(target: &mut Matrix, first: usize, column: usize, rows: &[f32], dim: us
     }
 }
 
+#[inline(always)]
 fn softmax(row: &mut [f32]) {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0;
-    for value in row.iter_mut() {
-        *value = (*value - max).exp();
-        sum += *value;
+    let mut largest = [f32::NEG_INFINITY; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let tail = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    for x in chunks {
+        for lane in 0..LANES {
+            largest[lane] = if x[lane] > largest[lane] { x[lane] } else { largest[lane] };
+        }
     }
-    let scale = 1.0 / sum;
+    let max = largest.into_iter().fold(tail, f32::max);
+    for value in row.iter_mut() {
+        *value = exp(*value - max);
+    }
+    let scale = 1.0 / sum(row, |x| x);
     for value in row.iter_mut() {
         *value *= scale;
     }

@@ -1,6 +1,7 @@
 //! Matrix products over fixed row tiles.
 
 use crate::device::cpu::gemm::{View, ViewMut, gemm};
+use crate::device::cpu::vector::{dispatch, dot};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
 use rayon::prelude::*;
@@ -68,24 +69,21 @@ fn few_rows(x: &Matrix, weight: &Matrix, y: &mut Matrix) {
     let tiles: Vec<Vec<f32>> = weight
         .data()
         .par_chunks(FEW_ROWS_TILE * inner)
-        .map(|tile| tile.chunks_exact(inner).flat_map(|w| (0..rows).map(|r| dot(x.row(r), w))).collect::<Vec<f32>>())
+        .map(|tile| {
+            let mut sums = Vec::with_capacity(tile.len() / inner * rows);
+            dispatch(|| {
+                for w in tile.chunks_exact(inner) {
+                    for row in 0..rows {
+                        sums.push(dot(x.row(row), w));
+                    }
+                }
+            });
+            sums
+        })
         .collect();
     for (output, sums) in tiles.iter().flat_map(|tile| tile.chunks_exact(rows)).enumerate() {
         for (row, sum) in sums.iter().enumerate() {
             y.data_mut()[row * outputs + output] += sum;
         }
     }
-}
-
-/// Inner product in 16 partial sums, which the compiler turns into vector instructions.
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; 16];
-    let (a_chunks, b_chunks) = (a.chunks_exact(16), b.chunks_exact(16));
-    let tail: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in a_chunks.zip(b_chunks) {
-        for lane in 0..16 {
-            sums[lane] += x[lane] * y[lane];
-        }
-    }
-    sums.iter().sum::<f32>() + tail
 }
