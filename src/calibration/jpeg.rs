@@ -4,10 +4,8 @@
 ///
 /// Walks segments by their lengths, so that the end of a thumbnail inside a segment does not count.
 pub(super) fn is_complete(bytes: &[u8]) -> bool {
-    const START_OF_SCAN: u8 = 0xda;
     const END_OF_IMAGE: u8 = 0xd9;
     let mut at = 2;
-    let mut scanned = false;
     loop {
         // Entropy-coded data holds 0xff only before 0 (stuffing), a restart marker or the marker that ends it.
         let Some(step) = bytes.get(at..).and_then(|rest| rest.iter().position(|&byte| byte == 0xff)) else {
@@ -17,11 +15,10 @@ pub(super) fn is_complete(bytes: &[u8]) -> bool {
         match bytes.get(at) {
             None => return false,
             Some(0xff) => continue,
-            Some(&END_OF_IMAGE) => return scanned,
+            Some(&END_OF_IMAGE) => return true,
             Some(0x00 | 0x01 | 0xd0..=0xd8) => at += 1,
-            Some(&marker) => {
+            Some(_) => {
                 let Some(&[high, low]) = bytes.get(at + 1..at + 3) else { return false };
-                scanned |= marker == START_OF_SCAN;
                 at += 1 + usize::from(u16::from_be_bytes([high, low])).max(2);
             }
         }

@@ -33,6 +33,7 @@ pub struct PatchSettings {
 
 impl Default for PatchSettings {
     /// What transformers' `Qwen2VLImageProcessor` assumes for keys that a file leaves out.
+    #[expect(clippy::excessive_precision, reason = "the digits under which these constants are known")]
     fn default() -> Self {
         Self {
             patch_size: 14,

@@ -9,12 +9,12 @@ use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior, Value};
 use serde_json::json;
 use std::path::Path;
 
-/// Work one rendering may do, about one unit per instruction or 64 bytes. Real conversations need some hundreds; this
-/// takes a tenth of a second and bounds memory to half a gigabyte.
-const FUEL: u64 = 8_000_000;
+/// Work one rendering may do, about one unit per instruction or 64 bytes: a real conversation needs some hundreds. Bounds
+/// a hostile template's time to a fraction of a second and its memory to 128 MB.
+const FUEL: u64 = 2_000_000;
 
-/// Most bytes one rendering may give.
-const MAX_BYTES: usize = 64 << 20;
+/// Most bytes one rendering may give, some million tokens.
+const MAX_BYTES: usize = 16 << 20;
 
 const NAME: &str = "chat template";
 
@@ -95,7 +95,12 @@ impl ChatTemplate {
             _ => located(&error),
         });
         let text = text.with_context(|| format!("the chat template in {} fails", self.file))?;
-        ensure!(text.len() <= MAX_BYTES, "the chat template in {} gives {} bytes of text", self.file, text.len());
+        ensure!(
+            text.len() <= MAX_BYTES,
+            "the chat template in {} gives {} bytes of text; the limit is {MAX_BYTES}",
+            self.file,
+            text.len()
+        );
         Ok(text)
     }
 

@@ -86,10 +86,41 @@ def make_images(folder):
     Image.fromarray(quadrants).save(folder / "progressive.jpg", quality=90, progressive=True)
 
 
-HUB = {
-    # The constructs of the templates on the hub, written from the facts in the models' cards.
-    "qwen2-vl": "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in content %}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "llava-onevision": "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}{# images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}{# then text #}{% if message['role'] != 'assistant' %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}{{ '\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+TEMPLATES = {
+    # The constructs of Qwen2-VL's and Qwen2.5-VL's templates: a default system turn, counters in namespaces, variables that
+    # nobody sets, content that is a string or parts.
+    "chatml": """{% set pictures = namespace(count=0) %}
+{% for turn in messages %}
+    {% if loop.first and turn['role'] != 'system' %}
+<|im_start|>system
+You are a helpful assistant.<|im_end|>
+    {% endif %}
+<|im_start|>{{ turn['role'] }}
+    {% if turn['content'] is string %}
+{{ turn['content'] }}
+    {%- else %}
+        {%- for item in turn['content'] %}
+            {%- if item['type'] == 'image' or 'image' in item or 'image_url' in item %}
+                {%- set pictures.count = pictures.count + 1 %}
+                {%- if number_images %}Picture {{ pictures.count }}: {% endif %}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif 'text' in item %}
+                {{- item['text'] }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}""",
+    # Those of LLaVA-OneVision's: filters over parts, a marked answer, white space that differs from the prompt's.
+    "filters": "{% for turn in messages %}{{ '<|im_start|>' + turn['role'] + ' ' }}"
+               "{% for item in turn['content'] | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
+               "{% for item in turn['content'] | selectattr('type', 'equalto', 'text') %}"
+               "{% if turn.role == 'assistant' %}{% generation %}{{ '\\n' ~ item.text }}{% endgeneration %}"
+               "{% else %}{{ '\\n' ~ item.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+               "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
     # Everything else a template may use, in one.
     "constructs": """{{- bos_token }}
 {%- if tools is not none and tools %}never{% endif %}
@@ -137,7 +168,7 @@ CHATS = [
 
 def templates():
     out = []
-    for name, template in HUB.items():
+    for name, template in TEMPLATES.items():
         for chat in CHATS:
             for prompt in (False, True):
                 rendered, _ = render_jinja_template(conversations=[chat], chat_template=template, add_generation_prompt=prompt,
@@ -146,8 +177,8 @@ def templates():
     # One string is one text part for Qwen's template: the crate always passes parts.
     for chat in CHATS[1:2]:
         plain = [{"role": m["role"], "content": m["content"][0]["text"]} for m in chat]
-        a = render_jinja_template(conversations=[plain], chat_template=HUB["qwen2-vl"])[0]
-        b = render_jinja_template(conversations=[chat], chat_template=HUB["qwen2-vl"])[0]
+        a = render_jinja_template(conversations=[plain], chat_template=TEMPLATES["chatml"])[0]
+        b = render_jinja_template(conversations=[chat], chat_template=TEMPLATES["chatml"])[0]
         assert a == b
     return out
 
@@ -236,7 +267,7 @@ def main():
                 resize.append({"in": [h, w], "min": lo, "max": hi, "out": list(smart_resize(h, w, 28, lo, hi))})
             except ValueError:
                 resize.append({"in": [h, w], "min": lo, "max": hi, "out": None})
-    cases = {"images": images, "smart_resize": resize, "hub_templates": HUB, "templates": templates(), "sequences": sequences(processor, model)}
+    cases = {"images": images, "smart_resize": resize, "template_sources": TEMPLATES, "templates": templates(), "sequences": sequences(processor, model)}
     (ROOT / "cases.json").write_text(json.dumps(cases, ensure_ascii=False, separators=(",", ":")))
 
 
