@@ -38,7 +38,7 @@ fn factors_equal_autograd() {
         let frequencies = rope::inverse_frequencies(config.decoder.rope_theta, config.decoder.attention.head_dim);
         let rotary = rope::multimodal(&Cpu, &positions, &frequencies, config.decoder.rope_sections).unwrap();
         let mut start = 0;
-        let spans = golden.values("lengths").iter().map(|&length| {
+        let spans = golden.values("lengths").into_iter().map(|length| {
             start += length as usize;
             Span::own(start - length as usize..start)
         });

@@ -64,7 +64,6 @@ fn describe(inspection: &Inspection) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vlmq::device::cpu::Cpu;
     use vlmq::model::inspect::{DecoderShape, LinearKind, Part, Workload, estimate, group_sizes};
     use vlmq::quantize::settings::{Importance, Solver};
 

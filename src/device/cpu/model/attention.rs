@@ -84,6 +84,14 @@ pub(super) fn forward(q: &Matrix, k: &Matrix, v: &Matrix, spans: &[Span], shape:
     Ok(out)
 }
 
+/// Gradients of one key/value head of one span, `[rows, head_dim]` each.
+struct HeadGradients {
+    /// One for each query head that reads this key/value head.
+    queries: Vec<Vec<f32>>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
 /// With P the probabilities, dO the output gradient and s the scale: dV = Pᵀ dO; dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O));
 /// dQ = s dS K; dK = s dSᵀ Q. A task is one key/value head of one span, so that its sums have one fixed order.
 pub(super) fn backward(
@@ -101,7 +109,7 @@ pub(super) fn backward(
     let scale = (dim as f32).powf(-0.5);
     let tasks: Vec<(usize, &Span)> =
         spans.iter().flat_map(|span| (0..shape.kv_heads).map(move |kv_head| (kv_head, span))).collect();
-    let results: Vec<(Vec<Vec<f32>>, Vec<f32>, Vec<f32>)> = tasks
+    let results: Vec<HeadGradients> = tasks
         .par_iter()
         .map(|&(kv_head, span)| {
             let mut d_k = vec![0.0; span.k.len() * dim];
@@ -138,18 +146,18 @@ pub(super) fn backward(
                     d_q
                 })
                 .collect();
-            (d_q, d_k, d_v)
+            HeadGradients { queries: d_q, keys: d_k, values: d_v }
         })
         .collect();
     let mut d_q = Matrix::zeros(q.rows(), q.cols());
     let mut d_k = Matrix::zeros(k.rows(), k.cols());
     let mut d_v = Matrix::zeros(v.rows(), v.cols());
-    for (&(kv_head, span), (heads, keys, values)) in tasks.iter().zip(&results) {
-        for (i, head) in heads.iter().enumerate() {
+    for (&(kv_head, span), gradients) in tasks.iter().zip(&results) {
+        for (i, head) in gradients.queries.iter().enumerate() {
             place(&mut d_q, span.q.start, (kv_head * per_kv + i) * dim, head, dim);
         }
-        place(&mut d_k, span.k.start, kv_head * dim, keys, dim);
-        place(&mut d_v, span.k.start, kv_head * dim, values, dim);
+        place(&mut d_k, span.k.start, kv_head * dim, &gradients.keys, dim);
+        place(&mut d_v, span.k.start, kv_head * dim, &gradients.values, dim);
     }
     Ok((d_q, d_k, d_v))
 }
