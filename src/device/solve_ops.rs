@@ -178,7 +178,8 @@ pub trait SolveOps: Device {
         state: &SolveState<Self::Tensor>,
         columns: Range<usize>,
         rule: GridRule,
-        corrections: Option<(&Factor<Self::Tensor>, &[Range<usize>])>,
+        factor: Option<&Factor<Self::Tensor>>,
+        blocks: &[Range<usize>],
     ) -> Result<GroupGrid>;
 
     /// Quantizes the columns of a block one after the other (method section 3, steps 6 and 7) and updates `state`.

@@ -157,8 +157,9 @@ pub fn solve<D: SolveOps>(
         cross: None,
     };
     let mut out = Assembly::new(rows, group, &prepared.order, settings);
-    let whole_row =
-        (group > BLOCK && group == features).then(|| device.group_grid(&state, 0..features, rule, None)).transpose()?;
+    let whole_row = (group > BLOCK && group == features)
+        .then(|| device.group_grid(&state, 0..features, rule, None, &[]))
+        .transpose()?;
     let mut error = 0.0;
     for span in &prepared.spans {
         let width = span.end - span.start;
@@ -166,7 +167,7 @@ pub fn solve<D: SolveOps>(
         state.cross = prepared.cross.as_ref().map(|_| empty(width)).transpose()?;
         carry(device, prepared, &mut state, 0..span.start, span.start..span.end, 0)?;
         let own_grid = (group > BLOCK && group < features)
-            .then(|| device.group_grid(&state, span.start..span.end, rule, Some((factor, &span.blocks))))
+            .then(|| device.group_grid(&state, span.start..span.end, rule, Some(factor), &span.blocks))
             .transpose()?;
         for block in &span.blocks {
             carry(device, prepared, &mut state, span.start..block.start, block.clone(), block.start - span.start)?;
@@ -266,9 +267,9 @@ fn rule_of(settings: &SolverSettings) -> GridRule {
 fn checked_group(settings: &SolverSettings, features: usize) -> Result<usize> {
     let group = settings.group_columns(features);
     ensure!(features > 0, "a layer without inputs cannot be quantized");
-    if features % group != 0 {
+    if !features.is_multiple_of(group) {
         let works: Vec<String> =
-            [32, 64, 128, 256].iter().filter(|&size| features % size == 0).map(ToString::to_string).collect();
+            [32, 64, 128, 256].iter().filter(|&&size| features.is_multiple_of(size)).map(ToString::to_string).collect();
         let works = if works.is_empty() { "none".into() } else { format!("{} and none", works.join(", ")) };
         bail!("{features} input features are not divisible by the group size {group}; sizes that work: {works}");
     }

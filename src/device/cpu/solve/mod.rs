@@ -95,9 +95,10 @@ impl SolveOps for Cpu {
         state: &SolveState<Matrix>,
         columns: Range<usize>,
         rule: GridRule,
-        corrections: Option<(&Factor<Matrix>, &[Range<usize>])>,
+        factor: Option<&Factor<Matrix>>,
+        blocks: &[Range<usize>],
     ) -> Result<GroupGrid> {
-        quantize_block::group_grid(state, columns, rule, corrections)
+        quantize_block::group_grid(state, columns, rule, factor, blocks)
     }
 
     fn quantize_block(&self, block: &Block<'_, Matrix>, state: &mut SolveState<Matrix>) -> Result<BlockCodes> {

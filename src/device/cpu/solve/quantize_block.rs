@@ -73,11 +73,9 @@ fn quantize_slab(
 ) -> Result<f64> {
     let (rows, columns, width) = (slab.rows, block.columns.clone(), block.columns.len());
     let local = columns.start - block.span..columns.end - block.span;
+    // Corrections acc·Ū_BB, kept apart from the weights until a column's turn comes: they are smaller, and so is their
+    // rounding.
     let mut current = vec![0.0; rows * width];
-    for (row, from) in current.chunks_mut(width).zip(slab.residual.chunks(features)) {
-        row.copy_from_slice(&from[columns.clone()]);
-    }
-    // W₁ = W_B + acc·Ū_BB
     if let Some(factor) = block.factor {
         let mut acc = vec![0.0; rows * width];
         for (r, row) in acc.chunks_mut(width).enumerate() {
@@ -90,14 +88,14 @@ fn quantize_slab(
             1.0,
             View::new(&acc, rows, width, width),
             part(&factor.inverses, columns.clone(), 0..width),
-            1.0,
+            0.0,
             ViewMut::new(&mut current, rows, width, width),
         );
     }
 
     let mut rounded = vec![0.0; rows * width];
     for first in (0..rows).step_by(LANES) {
-        quantize_tile(block, &mut slab, first, &mut current, &mut rounded)?;
+        quantize_tile(block, &mut slab, first, features, &mut current, &mut rounded)?;
     }
 
     let mut difference = vec![0.0; rows * width];
@@ -142,25 +140,29 @@ fn add(to: &mut [f32], more: &[f32]) {
     to.iter_mut().zip(more).for_each(|(to, more)| *to += more);
 }
 
-/// The column loop on up to sixteen rows. `current` `[rows, width]` comes back with each weight as it was just before
-/// rounding, `rounded` with the weight it became.
+/// The column loop on up to sixteen rows. `current` `[rows, width]` brings the corrections of earlier blocks and comes
+/// back with each weight as it was just before rounding, `rounded` with the weight it became.
 fn quantize_tile(
     block: &Block<'_, Matrix>,
     slab: &mut Slab<'_>,
     first: usize,
+    features: usize,
     current: &mut [f32],
     rounded: &mut [f32],
 ) -> Result<()> {
     let (width, groups, largest) = (block.columns.len(), groups_of(block), block.rule.largest_code());
     let rows = (slab.rows - first).min(LANES);
-    let mut w = gather(current, width, first, rows);
+    let mut w = gather(&slab.residual[block.columns.start..], features, width, first, rows);
+    let mut corrections = gather(current, width, width, first, rows);
     let mut grid = match block.grid {
         Some(given) => given_grid(given, slab.first + first, rows),
         None => LaneGrid { scale: [1.0; LANES], zero: [0.0; LANES] },
     };
     for i in 0..width {
         if block.grid.is_none() && i % block.group == 0 {
-            grid = lanes::grid_of(&w[i..i + block.group], &block.rule);
+            let group = i..i + block.group;
+            let now: Vec<Lane> = w[group.clone()].iter().zip(&corrections[group]).map(|(w, d)| sum(w, d)).collect();
+            grid = lanes::grid_of(&now, &block.rule);
             check(&grid, rows, slab.first + first, &block.rule)?;
         }
         if i % block.group == 0 || i == 0 {
@@ -170,6 +172,7 @@ fn quantize_tile(
                 slab.zeros[(first + l) * groups + group] = grid.zero[l] as u8;
             }
         }
+        w[i] = sum(&w[i], &corrections[i]);
         let column = w[i];
         let (level, value) = lanes::round(&column, &grid, largest);
         let codes = lanes::codes(&level, &grid);
@@ -179,28 +182,28 @@ fn quantize_tile(
         }
         let Some(factor) = block.factor else { continue };
         let error: Lane = std::array::from_fn(|l| column[l] - value[l]);
-        let later = &mut w[i + 1..];
+        let later = &mut corrections[i + 1..];
         let place = block.columns.start + i;
         let inverse = &factor.inverses.row(place)[i + 1..width];
         match block.cross {
             None => {
-                for (w, &u) in later.iter_mut().zip(inverse) {
+                for (d, &u) in later.iter_mut().zip(inverse) {
                     for l in 0..LANES {
-                        w[l] -= error[l] * u;
+                        d[l] -= error[l] * u;
                     }
                 }
             }
             Some(cross) => {
                 let cross = &cross.blocks.row(place)[i + 1..width];
-                for ((w, &u), &p) in later.iter_mut().zip(inverse).zip(cross) {
+                for ((d, &u), &p) in later.iter_mut().zip(inverse).zip(cross) {
                     for l in 0..LANES {
-                        w[l] = w[l] - error[l] * u + column[l] * p;
+                        d[l] = d[l] - error[l] * u + column[l] * p;
                     }
                 }
             }
         }
     }
-    for (i, w) in w[..width].iter().enumerate() {
+    for (i, w) in w.iter().enumerate() {
         for l in 0..rows {
             current[(first + l) * width + i] = w[l];
         }
@@ -208,11 +211,15 @@ fn quantize_tile(
     Ok(())
 }
 
-/// Rows `first..first + rows` of `x`, one lane a column; lanes without a row stay 0.
-fn gather(x: &[f32], width: usize, first: usize, rows: usize) -> Vec<Lane> {
+fn sum(a: &Lane, b: &Lane) -> Lane {
+    std::array::from_fn(|l| a[l] + b[l])
+}
+
+/// Rows `first..first + rows` of `x`, `stride` apart, one lane a column; lanes without a row stay 0.
+fn gather(x: &[f32], stride: usize, width: usize, first: usize, rows: usize) -> Vec<Lane> {
     let mut lanes = vec![[0.0; LANES]; width];
     for l in 0..rows {
-        for (lane, &value) in lanes.iter_mut().zip(&x[(first + l) * width..][..width]) {
+        for (lane, &value) in lanes.iter_mut().zip(&x[(first + l) * stride..][..width]) {
             lane[l] = value;
         }
     }
@@ -244,22 +251,23 @@ pub(super) fn group_grid(
     state: &SolveState<Matrix>,
     columns: Range<usize>,
     rule: GridRule,
-    corrections: Option<(&Factor<Matrix>, &[Range<usize>])>,
+    factor: Option<&Factor<Matrix>>,
+    blocks: &[Range<usize>],
 ) -> Result<GroupGrid> {
     let rows = state.residual.rows();
     let (mut scales, mut zeros) = (vec![0.0f32; rows], vec![0u8; rows]);
     scales.par_chunks_mut(SLAB).zip(zeros.par_chunks_mut(SLAB)).enumerate().try_for_each(
         |(slab, (scales, zeros))| {
             let first = slab * SLAB;
-            let weights = match corrections {
-                Some((factor, blocks)) => corrected(state, first..first + scales.len(), &columns, factor, blocks),
+            let weights = match factor {
+                Some(factor) => corrected(state, first..first + scales.len(), &columns, factor, blocks),
                 None => (first..first + scales.len())
                     .flat_map(|row| state.residual.row(row)[columns.clone()].iter().copied())
                     .collect(),
             };
             for tile in (0..scales.len()).step_by(LANES) {
                 let rows = (scales.len() - tile).min(LANES);
-                let grid = lanes::grid_of(&gather(&weights, columns.len(), tile, rows), &rule);
+                let grid = lanes::grid_of(&gather(&weights, columns.len(), columns.len(), tile, rows), &rule);
                 check(&grid, rows, first + tile, &rule)?;
                 for l in 0..rows {
                     scales[tile + l] = grid.scale[l];
