@@ -12,6 +12,7 @@ use vlmq::tensor::Matrix;
 
 /// In and out features of the layer that the project's speed figure is about.
 const FEATURES: usize = 4096;
+const TOKENS: usize = 4608;
 
 /// Uniform values in [-1, 1) from a fixed generator, channel c louder the smaller `c mod 97` is.
 fn noise(rows: usize, cols: usize, mut seed: u64) -> Matrix {
@@ -26,8 +27,8 @@ fn noise(rows: usize, cols: usize, mut seed: u64) -> Matrix {
 fn benches(c: &mut Criterion) {
     let mut group = c.benchmark_group("solve");
     group.sample_size(10);
-    let u = noise(2 * FEATURES, FEATURES, 1);
-    let mut f = noise(2 * FEATURES, FEATURES, 2);
+    let u = noise(TOKENS, FEATURES, 1);
+    let mut f = noise(TOKENS, FEATURES, 2);
     f.data_mut().iter_mut().zip(u.data()).for_each(|(f, u)| *f = u + 0.1 * *f);
     let weight = noise(FEATURES, FEATURES, 3);
     let mut statistics = Statistics::new(&Cpu, FEATURES, true).unwrap();
@@ -53,7 +54,7 @@ fn benches(c: &mut Criterion) {
     group.bench_function("rtn_w3g128_4096", |b| b.iter(|| black_box(round_to_nearest(&weight, &settings).unwrap())));
     let mse = SolverSettings { grid: Grid::Mse, ..settings.clone() };
     group.bench_function("rtn_mse_w3g128_4096", |b| b.iter(|| black_box(round_to_nearest(&weight, &mse).unwrap())));
-    group.bench_function("statistics_4096_8192_tokens", |b| {
+    group.bench_function("statistics_4096_4608_tokens", |b| {
         b.iter(|| statistics.accumulate(&Cpu, &u, Some(&f), None).unwrap())
     });
 }

@@ -3,7 +3,7 @@
     python3 tests/golden/make_solver.py        (needs numpy and safetensors)
 
 Writes tests/golden/solver/solver.safetensors and cases.json. Inputs are exact in float16 and stored once:
-`u`, `f` [tokens, 256], `g` [tokens], `w` [rows, 256] and `w_wide` [few rows, 768]. The wide layer's inputs are three
+`u`, `f` [tokens, 256], `g` [tokens], `w` [rows, 256] and `w_wide` [24, 768]. The wide layer's inputs are three
 copies of `u` (of `f`) side by side, copy c rolled down by 7c tokens. `codes` is one little-endian bit stream a case,
 each starting on a byte; `scales` (float32) and `zeros` (uint8) follow case after case, [rows, groups].
 """
@@ -32,7 +32,7 @@ def inputs():
     w = 0.05 * rng.standard_t(5, (rows, n))
     w[2, 64:128] = 0
     w[3, :64] = np.abs(w[3, :64])
-    w_wide = 0.05 * rng.standard_t(5, (6, 3 * n))
+    w_wide = 0.05 * rng.standard_t(5, (24, 3 * n))
     half = lambda x: x.astype(np.float16)
     return half(u), half(f), g.astype(np.float32), half(w), half(w_wide)
 
