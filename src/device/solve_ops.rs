@@ -121,7 +121,7 @@ pub struct BlockCodes {
 /// Weighted second-order statistics, factorization and blockwise error propagation on float32 tensors.
 pub trait SolveOps: Device {
     /// `hessian += Uᵀ·diag(g²)·U` (upper triangle only) and `cross += (F − U)ᵀ·diag(g²)·U`: u and f `[tokens, in]`,
-    /// hessian and cross `[in, in]`, g `[tokens]`. Tokens with g = 0 are not read. Partial sums stay short enough for
+    /// hessian and cross `[in, in]`, g `[tokens]`. Tokens with g = 0 are not read. Sums are accurate enough for
     /// float32 to be within 1e-6 relative of the exact sum.
     fn accumulate_statistics(
         &self,

@@ -1,23 +1,41 @@
-//! Single-thread product of strided float32 matrices: the one place that calls matrixmultiply.
+//! Single-thread product of strided matrices, float32 or float64: the one place that calls matrixmultiply.
 //!
 //! Callers split work into tiles of fixed size and hand tiles to threads; a tile is always computed by one call of the
 //! same shape, so results do not depend on the number of threads.
 
 use crate::tensor::Matrix;
 
+/// `(rows, inner, columns, alpha, a, row stride, column stride, b, …, beta, c, …)`, as matrixmultiply has it.
+type Product<T> =
+    unsafe fn(usize, usize, usize, T, *const T, isize, isize, *const T, isize, isize, T, *mut T, isize, isize);
+
+/// A number that matrices are made of.
+pub(crate) trait Element: Copy {
+    /// matrixmultiply's function for it.
+    const PRODUCT: Product<Self>;
+}
+
+impl Element for f32 {
+    const PRODUCT: Product<f32> = matrixmultiply::sgemm;
+}
+
+impl Element for f64 {
+    const PRODUCT: Product<f64> = matrixmultiply::dgemm;
+}
+
 /// A strided read-only view: element (r, c) is `data[r * row_stride + c * col_stride]`.
 #[derive(Clone, Copy)]
-pub(crate) struct View<'a> {
-    data: &'a [f32],
+pub(crate) struct View<'a, T = f32> {
+    data: &'a [T],
     rows: usize,
     cols: usize,
     row_stride: usize,
     col_stride: usize,
 }
 
-impl<'a> View<'a> {
+impl<'a, T> View<'a, T> {
     /// Row-major view of `rows` rows of `cols` columns, `row_stride` apart.
-    pub(crate) fn new(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+    pub(crate) fn new(data: &'a [T], rows: usize, cols: usize, row_stride: usize) -> Self {
         assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len(), "view outside its data");
         Self { data, rows, cols, row_stride, col_stride: 1 }
     }
@@ -35,16 +53,16 @@ impl<'a> From<&'a Matrix> for View<'a> {
 }
 
 /// A row-major view to write to, rows `row_stride` apart.
-pub(crate) struct ViewMut<'a> {
-    data: &'a mut [f32],
+pub(crate) struct ViewMut<'a, T = f32> {
+    data: &'a mut [T],
     rows: usize,
     cols: usize,
     row_stride: usize,
 }
 
-impl<'a> ViewMut<'a> {
+impl<'a, T> ViewMut<'a, T> {
     /// Row-major view of `rows` rows of `cols` columns, `row_stride` apart.
-    pub(crate) fn new(data: &'a mut [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
+    pub(crate) fn new(data: &'a mut [T], rows: usize, cols: usize, row_stride: usize) -> Self {
         assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len(), "view outside its data");
         assert!(rows <= 1 || row_stride >= cols, "rows of a mutable view overlap");
         Self { data, rows, cols, row_stride }
@@ -52,13 +70,13 @@ impl<'a> ViewMut<'a> {
 }
 
 /// `c = beta · c + alpha · a · b`. With `beta` 0 the old content of `c` is never read.
-pub(crate) fn gemm(alpha: f32, a: View<'_>, b: View<'_>, beta: f32, c: ViewMut<'_>) {
+pub(crate) fn gemm<T: Element>(alpha: T, a: View<'_, T>, b: View<'_, T>, beta: T, c: ViewMut<'_, T>) {
     assert!(a.cols == b.rows && a.rows == c.rows && b.cols == c.cols, "product of shapes that do not fit");
     // SAFETY: the constructors checked that every element of the three views lies inside its slice, `c` is borrowed
     // mutably and so overlaps neither operand, and its elements are distinct (rows at least `cols` apart).
     #[allow(unsafe_code)]
     unsafe {
-        matrixmultiply::sgemm(
+        (T::PRODUCT)(
             a.rows,
             a.cols,
             b.cols,
