@@ -6,8 +6,11 @@ use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
 use rayon::prelude::*;
 
-/// Rows a thread takes at a time: high enough that packing the right operand again for each tile costs little.
-const TILE_ROWS: usize = 128;
+/// Rows a thread takes at a time. The right operand is packed again for each tile, so the taller the better, as long as
+/// there are enough tiles for many cores.
+fn tile_rows(rows: usize) -> usize {
+    (rows / 16).next_multiple_of(64).clamp(64, 256)
+}
 
 /// Up to this many rows (decoding steps) plain dot products that read each weight once beat packing the weights.
 const FEW_ROWS: usize = 4;
@@ -54,7 +57,8 @@ fn row_tiles(a: &Matrix, b: View<'_>, y: &mut Matrix) {
     if outputs == 0 || inner == 0 {
         return;
     }
-    y.data_mut().par_chunks_mut(TILE_ROWS * outputs).zip(a.data().par_chunks(TILE_ROWS * inner)).for_each(|(y, a)| {
+    let tile = tile_rows(a.rows());
+    y.data_mut().par_chunks_mut(tile * outputs).zip(a.data().par_chunks(tile * inner)).for_each(|(y, a)| {
         let rows = y.len() / outputs;
         gemm(1.0, View::new(a, rows, inner, inner), b, 1.0, ViewMut::new(y, rows, outputs, outputs));
     });
