@@ -16,6 +16,7 @@ use vlmq::evaluate::{self, Evaluation, EvaluationSettings};
 use vlmq::model::families::PixelLimits;
 use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::settings::{CrossTerm, Grid, Importance, Order, Solver, SolverSettings};
+use vlmq::tensor::Matrix;
 
 const CHECKPOINTS: [&str; 2] = ["tiny-qwen2-vl", "tiny-qwen2-vl-narrow"];
 const SEEDS: [u64; 3] = [0, 1, 2];
@@ -43,12 +44,13 @@ fn methods() -> Result<()> {
     ];
     header();
     for checkpoint in CHECKPOINTS {
-        let float = evaluate(&data(checkpoint), None)?;
+        let reference = evaluate::answer_logits(&Cpu, &evaluation(data(checkpoint)))?;
+        let float = evaluate::run(&Cpu, &evaluation(data(checkpoint)), &mut ())?;
         row(checkpoint, "float", "", &[float]);
         for bits in [4, 3, 2] {
             for (name, solver, importance) in methods {
                 let settings = SolverSettings { solver, bits, ..SolverSettings::default() };
-                row(checkpoint, &format!("W{bits} g128"), name, &runs(checkpoint, &settings, importance)?);
+                row(checkpoint, &format!("W{bits} g128"), name, &runs(checkpoint, &reference, &settings, importance)?);
             }
         }
     }
@@ -68,20 +70,31 @@ fn choices() -> Result<()> {
         ("symmetric", |s| s.symmetric = true),
     ];
     header();
-    for checkpoint in CHECKPOINTS {
-        for bits in [3, 2] {
-            for (name, change) in choices {
-                let mut settings = SolverSettings { bits, ..SolverSettings::default() };
-                change(&mut settings);
-                row(checkpoint, &format!("W{bits} g128"), name, &runs(checkpoint, &settings, Importance::Vlmq)?);
-            }
+    // The checkpoint that low bits hurt.
+    let checkpoint = CHECKPOINTS[1];
+    let reference = evaluate::answer_logits(&Cpu, &evaluation(data(checkpoint)))?;
+    for bits in [3, 2] {
+        for (name, change) in choices {
+            let mut settings = SolverSettings { bits, ..SolverSettings::default() };
+            change(&mut settings);
+            row(
+                checkpoint,
+                &format!("W{bits} g128"),
+                name,
+                &runs(checkpoint, &reference, &settings, Importance::Vlmq)?,
+            );
         }
     }
     Ok(())
 }
 
 /// Quantizes and evaluates once for every seed.
-fn runs(checkpoint: &str, solver: &SolverSettings, importance: Importance) -> Result<Vec<Evaluation>> {
+fn runs(
+    checkpoint: &str,
+    reference: &[Matrix],
+    solver: &SolverSettings,
+    importance: Importance,
+) -> Result<Vec<Evaluation>> {
     let seeds = if solver.solver == Solver::Rtn { &SEEDS[..1] } else { &SEEDS };
     let work = tempfile::tempdir()?;
     seeds
@@ -102,15 +115,13 @@ fn runs(checkpoint: &str, solver: &SolverSettings, importance: Importance) -> Re
                 pixel_limits: PixelLimits::default(),
             };
             pipeline::run(&Cpu, &settings, &mut ())?;
-            evaluate(&out, Some(data(checkpoint)))
+            evaluate::run_against(&Cpu, &evaluation(out), reference, &mut ())
         })
         .collect()
 }
 
-fn evaluate(model: &Path, reference: Option<PathBuf>) -> Result<Evaluation> {
-    let settings =
-        EvaluationSettings { reference, ..EvaluationSettings::new(model.to_owned(), data("vqa/eval.jsonl")) };
-    evaluate::run(&Cpu, &settings, &mut ())
+fn evaluation(model: PathBuf) -> EvaluationSettings {
+    EvaluationSettings::new(model, data("vqa/eval.jsonl"))
 }
 
 fn data(path: &str) -> PathBuf {

@@ -17,6 +17,7 @@ use crate::quantize::report::{Observer, Stage, StageClock};
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, ensure};
 use metrics::Metric;
+use rayon::prelude::*;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -73,52 +74,146 @@ impl<D: ModelOps> Evaluated<D> {
     }
 }
 
+/// Where the distributions come from that the divergence is measured from.
+enum Reference<'a, D: ModelOps> {
+    None,
+    Model(Box<Evaluated<D>>),
+    /// Of every sample, `[answer tokens, vocab]`.
+    Kept(&'a [Matrix]),
+}
+
 /// Decodes and scores every sample.
 pub fn run<D: ModelOps>(device: &D, settings: &EvaluationSettings, observer: &mut dyn Observer) -> Result<Evaluation> {
+    let reference = match settings.reference.as_deref() {
+        None => Reference::None,
+        Some(folder) => Reference::Model(Box::new(
+            Evaluated::load(device, folder, settings.pixel_limits)
+                .with_context(|| format!("cannot use {} as the reference", folder.display()))?,
+        )),
+    };
+    score(device, settings, &reference, observer)
+}
+
+/// As [`run`], against logits that [`answer_logits`] found before: one pass of the reference model serves many runs.
+pub fn run_against<D: ModelOps>(
+    device: &D,
+    settings: &EvaluationSettings,
+    reference: &[Matrix],
+    observer: &mut dyn Observer,
+) -> Result<Evaluation> {
+    score(device, settings, &Reference::Kept(reference), observer)
+}
+
+/// Logits of `settings.model` that predict the answer of every sample, `[answer tokens, vocab]` each. All are kept in
+/// memory.
+pub fn answer_logits<D: ModelOps>(device: &D, settings: &EvaluationSettings) -> Result<Vec<Matrix>> {
+    let conversations = read(settings)?;
+    let evaluated = Evaluated::load(device, &settings.model, settings.pixel_limits)?;
+    let mut logits = Vec::with_capacity(conversations.len());
+    for batch in conversations.chunks(BATCH) {
+        let sequences = evaluated.build(batch)?;
+        logits.extend(evaluated.answer_logits(device, &sequences, None)?);
+    }
+    Ok(logits)
+}
+
+fn read(settings: &EvaluationSettings) -> Result<Vec<Conversation>> {
     ensure!(settings.limit != Some(0), "a limit of 0 samples leaves nothing to evaluate");
     let mut conversations = dataset::read(&settings.data, settings.image_root.as_deref())?;
     conversations.truncate(settings.limit.unwrap_or(usize::MAX));
+    Ok(conversations)
+}
+
+fn score<D: ModelOps>(
+    device: &D,
+    settings: &EvaluationSettings,
+    reference: &Reference<'_, D>,
+    observer: &mut dyn Observer,
+) -> Result<Evaluation> {
+    let conversations = read(settings)?;
+    let rules: Vec<(Metric, Vec<String>)> = conversations.iter().map(rule).collect::<Result<_>>()?;
+    if let Reference::Kept(kept) = reference {
+        ensure!(kept.len() == conversations.len(), "{} reference answers for {} samples", kept.len(), rules.len());
+    }
     let evaluated = Evaluated::load(device, &settings.model, settings.pixel_limits)
         .with_context(|| format!("cannot evaluate {}", settings.model.display()))?;
-    let reference = settings
-        .reference
-        .as_deref()
-        .map(|folder| {
-            Evaluated::load(device, folder, settings.pixel_limits)
-                .with_context(|| format!("cannot use {} as the reference", folder.display()))
-        })
-        .transpose()?;
-
     let clock = StageClock::start(Stage::Evaluate, conversations.len() as u64, observer);
     let mut samples = Vec::with_capacity(conversations.len());
-    for batch in conversations.chunks(BATCH) {
-        samples.extend(score_batch(device, &evaluated, reference.as_ref(), batch, settings)?);
+    for (batch, rules) in conversations.chunks(BATCH).zip(rules.chunks(BATCH)) {
+        let kept;
+        let reference = match reference {
+            Reference::Kept(all) => {
+                kept = Reference::Kept(&all[samples.len()..samples.len() + batch.len()]);
+                &kept
+            }
+            Reference::Model(_) | Reference::None => reference,
+        };
+        samples.extend(score_batch(device, &evaluated, reference, batch, rules, settings)?);
         observer.stage_advanced(Stage::Evaluate, samples.len() as u64, "");
     }
     clock.finish(observer);
     Ok(Evaluation::new(samples))
 }
 
+/// How a sample is scored, and its right answers.
+fn rule(conversation: &Conversation) -> Result<(Metric, Vec<String>)> {
+    let metric: Metric = conversation.metric.as_deref().unwrap_or("exact").parse()?;
+    let turn = conversation.answer();
+    let answers = metric.right_answers(turn.as_deref(), &conversation.answers);
+    metric.check_answers(&answers).with_context(|| conversation.origin.clone())?;
+    Ok((metric, answers.into_iter().map(str::to_owned).collect()))
+}
+
+impl<D: ModelOps> Evaluated<D> {
+    fn build(&self, batch: &[Conversation]) -> Result<Vec<Sequence>> {
+        batch.par_iter().map(|conversation| self.builder.build(conversation)).collect()
+    }
+
+    /// Logits of every sequence's answer, `[answer tokens, vocab]`. `features`: those of the sequences' images, computed
+    /// here when absent.
+    fn answer_logits(&self, device: &D, sequences: &[Sequence], features: Option<&D::Tensor>) -> Result<Vec<Matrix>> {
+        let references: Vec<&Sequence> = sequences.iter().collect();
+        let own = match features {
+            Some(_) => None,
+            None => self.model.embedder().image_features(device, &references)?,
+        };
+        let logits = likelihood::answer_logits(device, &self.model, &references, features.or(own.as_ref()))?;
+        let mut first = 0;
+        sequences
+            .iter()
+            .map(|sequence| {
+                let rows = first..first + sequence.answer.len();
+                first = rows.end;
+                slice(&logits, rows)
+            })
+            .collect()
+    }
+}
+
 fn score_batch<D: ModelOps>(
     device: &D,
     evaluated: &Evaluated<D>,
-    reference: Option<&Evaluated<D>>,
+    reference: &Reference<'_, D>,
     batch: &[Conversation],
+    rules: &[(Metric, Vec<String>)],
     settings: &EvaluationSettings,
 ) -> Result<Vec<SampleResult>> {
     let Evaluated { model, builder } = evaluated;
-    let whole: Vec<Sequence> = batch.iter().map(|c| builder.build(c)).collect::<Result<_>>()?;
-    let prompts: Vec<Sequence> = batch.iter().map(|c| builder.prompt(c)).collect::<Result<_>>()?;
-    let (whole_refs, prompt_refs): (Vec<_>, Vec<_>) = (whole.iter().collect(), prompts.iter().collect());
+    let whole = evaluated.build(batch)?;
+    let prompts: Vec<Sequence> = batch.par_iter().map(|c| builder.prompt(c)).collect::<Result<_>>()?;
+    let prompts: Vec<&Sequence> = prompts.iter().collect();
 
     // A prompt has the images of its whole conversation: the vision tower runs once for both.
-    let features = model.embedder().image_features(device, &prompt_refs)?;
+    let features = model.embedder().image_features(device, &prompts)?;
     let limits: Vec<usize> = batch.iter().map(|c| c.max_new_tokens.unwrap_or(settings.max_new_tokens)).collect();
-    let decoded = generate::greedy(device, model, &prompt_refs, features.as_ref(), &limits, builder.end_tokens())?;
-    let logits = likelihood::answer_logits(device, model, &whole_refs, features.as_ref())?;
-    let reference_logits = reference
-        .map(|reference| {
-            let sequences: Vec<Sequence> = batch.iter().map(|c| reference.builder.build(c)).collect::<Result<_>>()?;
+    let decoded = generate::greedy(device, model, &prompts, features.as_ref(), &limits, builder.end_tokens())?;
+    let logits = evaluated.answer_logits(device, &whole, features.as_ref())?;
+    let computed;
+    let reference: Option<&[Matrix]> = match reference {
+        Reference::None => None,
+        Reference::Kept(kept) => Some(kept),
+        Reference::Model(reference) => {
+            let sequences = reference.build(batch)?;
             for (ours, theirs) in whole.iter().zip(&sequences) {
                 ensure!(
                     ours.tokens == theirs.tokens,
@@ -126,31 +221,26 @@ fn score_batch<D: ModelOps>(
                     ours.id
                 );
             }
-            let sequences: Vec<&Sequence> = sequences.iter().collect();
-            let features = reference.model.embedder().image_features(device, &sequences)?;
-            likelihood::answer_logits(device, &reference.model, &sequences, features.as_ref())
-        })
-        .transpose()?;
+            computed = reference.answer_logits(device, &sequences, None)?;
+            Some(&computed)
+        }
+    };
 
-    let mut first_row = 0;
-    batch
-        .iter()
-        .zip(&whole)
-        .zip(decoded)
-        .map(|((conversation, sequence), tokens)| {
-            let answer_tokens = sequence.answer.len();
-            let rows = first_row..first_row + answer_tokens;
-            first_row = rows.end;
-            let own = slice(&logits, rows.clone())?;
-            let kl = match &reference_logits {
-                Some(reference) => Some(likelihood::divergence(&slice(reference, rows)?, &own)?),
-                None => None,
-            };
-            let nll = likelihood::negative_log_likelihood(&own, &sequence.tokens[sequence.answer.clone()]);
-            let answer = builder.decode(&tokens)?.trim().to_owned();
-            let score = score_answer(conversation, &answer)?;
-            let (id, group) = (conversation.id.clone(), conversation.group.clone());
-            Ok(SampleResult { id, group, answer, score, answer_tokens, nll, kl })
+    (0..batch.len())
+        .map(|i| {
+            let (conversation, sequence, (metric, answers)) = (&batch[i], &whole[i], &rules[i]);
+            let kl = reference.map(|reference| likelihood::divergence(&reference[i], &logits[i])).transpose()?;
+            let nll = likelihood::negative_log_likelihood(&logits[i], &sequence.tokens[sequence.answer.clone()]);
+            let answer = builder.decode(&decoded[i])?.trim().to_owned();
+            Ok(SampleResult {
+                id: conversation.id.clone(),
+                group: conversation.group.clone(),
+                score: metric.score(&answer, answers),
+                answer,
+                answer_tokens: sequence.answer.len(),
+                nll,
+                kl,
+            })
         })
         .collect()
 }
@@ -158,15 +248,4 @@ fn score_batch<D: ModelOps>(
 fn slice(matrix: &Matrix, rows: Range<usize>) -> Result<Matrix> {
     let cols = matrix.cols();
     Matrix::new(rows.len(), cols, matrix.data()[rows.start * cols..rows.end * cols].to_vec())
-}
-
-fn score_answer(conversation: &Conversation, text: &str) -> Result<f64> {
-    let metric: Metric = conversation.metric.as_deref().unwrap_or("exact").parse()?;
-    let expected = match conversation.answers.is_empty() {
-        false => conversation.answers.clone(),
-        true => vec![conversation.answer().with_context(|| {
-            format!("{}: no assistant turn and no \"answers\" to score against", conversation.origin)
-        })?],
-    };
-    Ok(metric.score(text, &expected))
 }
