@@ -83,6 +83,8 @@ pub fn run<D: ModelOps + SolveOps>(
     let first_layer = format!("{}.weight", module_name(&config.names, 0, Projection::Q));
     solver.scale_type = settings.format.scale_type(checkpoint.float_type(&first_layer)?);
     solver.smallest_zero = settings.format.smallest_zero();
+    // Rounding to nearest weighs nothing, and the report should not say so.
+    let importance = if solver.solver == Solver::Rtn { Importance::None } else { settings.importance };
     let linears = linear_specs(&config);
     settings.format.check(&linears, &solver)?;
     ensure!(
@@ -97,7 +99,8 @@ pub fn run<D: ModelOps + SolveOps>(
         Solver::Gptq | Solver::Gptaq => calibrate(device, settings, &checkpoint, &config, &mut stages, observer)?,
     };
 
-    let clock = StageClock::start(Stage::Write, 1, observer);
+    let sizes = Sizes::new(&checkpoint, &linears, settings.format, &solver)?;
+    let clock = StageClock::start(Stage::Write, (sizes.before - sizes.float_layers).div_ceil(1_000_000), observer);
     let mut writer = Writer::create(&settings.out, &checkpoint, &linears, settings.format, &solver)?;
     stages.push(clock.finish(observer));
     let mut layers = Vec::with_capacity(linears.len());
@@ -108,7 +111,7 @@ pub fn run<D: ModelOps + SolveOps>(
             device,
             config: &config.decoder,
             settings: &solver,
-            importance: settings.importance,
+            importance,
             index,
             float: load()?,
             quantized: load()?,
@@ -131,15 +134,14 @@ pub fn run<D: ModelOps + SolveOps>(
     stages.push(clock.finish(observer));
     drop(chunks);
 
-    let sizes = Sizes::new(&checkpoint, &linears, settings.format, &solver)?;
     let loaders = settings.format.loaders(&solver, &settings.out);
     let report = RunReport {
         vlmq_version: env!("CARGO_PKG_VERSION"),
         model: settings.model.display().to_string(),
-        family: family.name().into(),
+        family: family.model_type().into(),
         format: settings.format.name().into(),
         device: device.name(),
-        settings: serde_json::to_value(PipelineSettings { solver, ..settings.clone() })?,
+        settings: serde_json::to_value(PipelineSettings { solver, importance, ..settings.clone() })?,
         calibration,
         layers,
         stages,

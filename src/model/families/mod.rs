@@ -45,9 +45,6 @@ pub trait Family<D: ModelOps>: Send + Sync {
     /// `model_type` of config.json.
     fn model_type(&self) -> &'static str;
 
-    /// Name for people.
-    fn name(&self) -> &'static str;
-
     /// Reads config.json and finds the tensor names.
     fn config(&self, checkpoint: &Checkpoint) -> Result<ModelConfig>;
 

@@ -28,10 +28,6 @@ impl<D: ModelOps> Family<D> for Qwen2Vl {
         "qwen2_vl"
     }
 
-    fn name(&self) -> &'static str {
-        "Qwen2-VL"
-    }
-
     fn config(&self, checkpoint: &Checkpoint) -> Result<ModelConfig> {
         let root = Section::root(checkpoint.config())?;
         let decoder = decoder_config(&root)?;
