@@ -29,6 +29,8 @@ def find_params(w):
 
 
 def quantize(w, scale, zero):
+    if not torch.all(scale != 0):
+        return w
     q = torch.clamp(torch.round(w / scale) + zero, 0, 2**BITS - 1)
     return scale * (q - zero)
 
@@ -44,23 +46,24 @@ def column_loop(w, h, c):
     h = torch.cholesky_inverse(h)
     u = torch.linalg.cholesky(h, upper=True)
     p = ALPHA * ((c @ u.T).triu_(1)) @ u
-    q = torch.zeros_like(w)
+    q, losses = torch.zeros_like(w), torch.zeros_like(w)
     for i1 in range(0, N, BLOCK):
         i2 = min(i1 + BLOCK, N)
         w1, u1, p1 = w[:, i1:i2].clone(), u[i1:i2, i1:i2], p[i1:i2, i1:i2]
-        q1, e1 = torch.zeros_like(w1), torch.zeros_like(w1)
+        q1, e1, losses1 = torch.zeros_like(w1), torch.zeros_like(w1), torch.zeros_like(w1)
         for i in range(i2 - i1):
             if (i1 + i) % GROUP == 0:
                 scale, zero = find_params(w[:, i1 + i : i1 + i + GROUP])
             col = w1[:, i]
             rounded = quantize(col.unsqueeze(1), scale, zero).flatten()
             q1[:, i] = rounded
+            losses1[:, i] = (col - rounded) ** 2 / u1[i, i] ** 2
             e = (col - rounded) / u1[i, i]
             w1[:, i:] -= e.unsqueeze(1) @ u1[i, i:].unsqueeze(0) - col.unsqueeze(1) @ p1[i, i:].unsqueeze(0)
             e1[:, i] = e
-        q[:, i1:i2] = q1
+        q[:, i1:i2], losses[:, i1:i2] = q1, losses1 / 2
         w[:, i2:] -= e1 @ u[i1:i2, i2:] - w1 @ p[i1:i2, i2:]
-    return q[:, torch.argsort(perm)]
+    return q[:, torch.argsort(perm)], losses.sum().item()
 
 
 def ours():

@@ -157,15 +157,9 @@ pub trait SolveOps: Device {
         alpha: f32,
     ) -> Result<CrossFactor<Self::Tensor>>;
 
-    /// `c = beta·c + a·b` on the columns and rows of `range`.
-    fn add_product(
-        &self,
-        c: &mut Self::Tensor,
-        a: &Self::Tensor,
-        b: &Self::Tensor,
-        range: &ProductRange,
-        beta: f32,
-    ) -> Result<()>;
+    /// `c += a·b` on the columns and rows of `range`.
+    fn add_product(&self, c: &mut Self::Tensor, a: &Self::Tensor, b: &Self::Tensor, range: &ProductRange)
+    -> Result<()>;
 
     /// `‖x·R‖²_F`, or `‖x‖²_F` without a factor; x `[rows, in]`.
     fn squared_norm(&self, x: &Self::Tensor, factor: Option<&Factor<Self::Tensor>>) -> Result<f64>;

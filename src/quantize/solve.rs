@@ -209,11 +209,11 @@ fn carry<D: SolveOps>(
         return Ok(());
     }
     let range = ProductRange { inner: done, columns, target };
-    device.add_product(&mut state.error, &state.residual, &prepared.factor.root, &range, 1.0)?;
+    device.add_product(&mut state.error, &state.residual, &prepared.factor.root, &range)?;
     if let (Some(cross), Some(carried), Some(term)) = (&mut state.cross, &state.carried, &prepared.cross) {
-        device.add_product(cross, carried, &term.scaled, &range, 1.0)?;
+        device.add_product(cross, carried, &term.scaled, &range)?;
         if let Some(shift) = &state.shift {
-            device.add_product(cross, shift, &prepared.factor.root, &range, 1.0)?;
+            device.add_product(cross, shift, &prepared.factor.root, &range)?;
         }
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! `H = R·Rᵀ` from the last index backwards, and the GPTAQ term in its coordinates.
 
 use super::SLAB;
+use super::kernel::{Packed, TILE};
 use super::product::{part, part_of};
 use crate::device::cpu::gemm::{View, ViewMut, gemm};
 use crate::device::{BLOCK, CrossFactor, Factor, Factored};
@@ -136,22 +137,15 @@ fn unit_inverse(r: &[f64], width: usize) -> Vec<f64> {
 /// `x[:, block] − x[:, later]·r[block, later]ᵀ`.
 fn updated_panel(x: &Matrix, r: &Matrix, block: &Range<usize>) -> Vec<f32> {
     let (n, width) = (x.cols(), block.len());
+    let packed = Packed::transposed(r, block.clone(), block.end..n);
     let mut panel = vec![0.0; block.end * width];
-    panel.par_chunks_mut(SLAB * width).enumerate().for_each(|(slab, out)| {
-        let first = slab * SLAB;
-        let rows = out.len() / width;
+    panel.par_chunks_mut(TILE * width).enumerate().for_each(|(tile, out)| {
+        let first = tile * TILE;
         for (row, i) in out.chunks_mut(width).zip(first..) {
             row.copy_from_slice(&x.row(i)[block.clone()]);
         }
-        if block.end < n {
-            gemm(
-                -1.0,
-                part(x, first..first + rows, block.end..n),
-                part(r, block.clone(), block.end..n).t(),
-                1.0,
-                ViewMut::new(out, rows, width, width),
-            );
-        }
+        let rows = out.len() / width;
+        packed.add_to(-1.0, x.data().get(first * n + block.end..).unwrap_or_default(), n, out, width, rows);
     });
     panel
 }

@@ -47,6 +47,7 @@ pub(super) fn codes(level: &Lane, grid: &LaneGrid) -> [u8; LANES] {
 }
 
 /// Scale and zero of each row's group from the group's weights, one lane a column.
+#[inline(always)]
 pub(super) fn grid_of(group: &[Lane], rule: &GridRule) -> LaneGrid {
     let (mut lo, mut hi) = ([0.0f32; LANES], [0.0f32; LANES]);
     for w in group {
@@ -61,6 +62,7 @@ pub(super) fn grid_of(group: &[Lane], rule: &GridRule) -> LaneGrid {
     }
 }
 
+#[inline(always)]
 fn candidate(lo: &Lane, hi: &Lane, shrink: f32, rule: &GridRule) -> LaneGrid {
     let mut grid = LaneGrid { scale: [0.0; LANES], zero: [0.0; LANES] };
     for l in 0..LANES {
@@ -70,6 +72,7 @@ fn candidate(lo: &Lane, hi: &Lane, shrink: f32, rule: &GridRule) -> LaneGrid {
 }
 
 /// The range `p·[lo, hi]`, p = 1 − k/100, k = 0…79, with the least `Σ|w − q|^2.4`; the widest of equals.
+#[inline(always)]
 fn search(group: &[Lane], lo: &Lane, hi: &Lane, rule: &GridRule) -> LaneGrid {
     let largest = rule.largest_code();
     // Errors in units of the range: powers of tiny weights would underflow.

@@ -2,10 +2,12 @@
 //! rayon and single-thread products do the rest.
 
 mod factor;
+mod kernel;
 mod lanes;
 mod product;
 mod quantize_block;
 mod statistics;
+mod tile;
 
 use super::Cpu;
 use crate::device::{
@@ -81,8 +83,8 @@ impl SolveOps for Cpu {
         Ok(factor::cross_factor(c, factor, blocks, alpha))
     }
 
-    fn add_product(&self, c: &mut Matrix, a: &Matrix, b: &Matrix, range: &ProductRange, beta: f32) -> Result<()> {
-        product::add_product(c, a, b, range, beta);
+    fn add_product(&self, c: &mut Matrix, a: &Matrix, b: &Matrix, range: &ProductRange) -> Result<()> {
+        product::add_product(c, a, b, range);
         Ok(())
     }
 

@@ -1,17 +1,11 @@
 //! Products over slabs of rows.
 
-use super::SLAB;
-use crate::device::cpu::gemm::{View, ViewMut, gemm};
+use super::kernel::{Packed, TILE};
+use crate::device::cpu::gemm::View;
 use crate::device::{Factor, ProductRange};
 use crate::tensor::Matrix;
 use rayon::prelude::*;
 use std::ops::Range;
-
-/// Rows that one task takes of a product over many columns. The other operand is packed anew for each task, so the
-/// taller the better (a fifth of the time at 128 rows), as long as there are enough tasks for many cores.
-fn slab_rows(rows: usize) -> usize {
-    (rows / 16).next_multiple_of(64).clamp(SLAB, 512)
-}
 
 /// Columns of a product that are squared and summed at a time.
 const STRIP: usize = 512;
@@ -29,55 +23,41 @@ pub(super) fn part_of(data: &[f32], stride: usize, rows: Range<usize>, columns: 
     View::new(&data[rows.start * stride + columns.start..], rows.len(), columns.len(), stride)
 }
 
-/// `c = beta·c + a·b` on the columns and rows of `range`.
-pub(super) fn add_product(c: &mut Matrix, a: &Matrix, b: &Matrix, range: &ProductRange, beta: f32) {
-    let (cols, height) = (c.cols(), slab_rows(c.rows()));
-    c.data_mut().par_chunks_mut(height * cols).enumerate().for_each(|(slab, out)| {
+/// `c += a·b` on the columns and rows of `range`.
+pub(super) fn add_product(c: &mut Matrix, a: &Matrix, b: &Matrix, range: &ProductRange) {
+    let cols = c.cols();
+    let packed = Packed::new(b, range.inner.clone(), range.columns.clone());
+    c.data_mut().par_chunks_mut(TILE * cols).enumerate().for_each(|(tile, out)| {
         let rows = out.len() / cols;
-        let first = slab * height;
-        gemm(
-            1.0,
-            part(a, first..first + rows, range.inner.clone()),
-            part(b, range.inner.clone(), range.columns.clone()),
-            beta,
-            ViewMut::new(&mut out[range.target..], rows, range.columns.len(), cols),
-        );
+        let from = &a.data()[tile * TILE * a.cols() + range.inner.start..];
+        packed.add_to(1.0, from, a.cols(), &mut out[range.target..], cols, rows);
     });
 }
 
 /// `‖x·R‖²`, or `‖x‖²` without a factor. The product is made strip by strip and never stored.
 pub(super) fn squared_norm(x: &Matrix, factor: Option<&Factor<Matrix>>) -> f64 {
-    let height = slab_rows(x.rows());
-    let slabs = x.rows().div_ceil(height);
-    let sums: Vec<f64> = (0..slabs)
-        .into_par_iter()
-        .map(|slab| {
-            let rows = slab * height..((slab + 1) * height).min(x.rows());
-            let Some(factor) = factor else {
-                return x.data()[rows.start * x.cols()..rows.end * x.cols()]
-                    .iter()
-                    .map(|&v| f64::from(v) * f64::from(v))
-                    .sum();
-            };
-            let mut product = vec![0.0; rows.len() * STRIP];
-            let mut sum = 0.0;
-            for first in (0..x.cols()).step_by(STRIP) {
-                let strip = first..(first + STRIP).min(x.cols());
-                gemm(
-                    1.0,
-                    part(x, rows.clone(), 0..strip.end),
-                    part(&factor.root, 0..strip.end, strip.clone()),
-                    0.0,
-                    ViewMut::new(&mut product, rows.len(), strip.len(), STRIP),
-                );
-                for row in product.chunks(STRIP) {
-                    sum += scaled_square_sum(&row[..strip.len()], &factor.diagonal[strip.clone()]);
-                }
-            }
-            sum
-        })
-        .collect();
-    sums.iter().sum()
+    let Some(factor) = factor else {
+        let sums: Vec<f64> =
+            x.data().par_chunks(1 << 14).map(|part| part.iter().map(|&v| f64::from(v).powi(2)).sum()).collect();
+        return sums.iter().sum();
+    };
+    let mut total = 0.0;
+    for first in (0..x.cols()).step_by(STRIP) {
+        let strip = first..(first + STRIP).min(x.cols());
+        let packed = Packed::new(&factor.root, 0..strip.end, strip.clone());
+        let tiles = x.data().par_chunks(TILE * x.cols());
+        let sums: Vec<f64> = tiles
+            .map(|tile| {
+                let rows = tile.len() / x.cols();
+                let mut product = vec![0.0; rows * strip.len()];
+                packed.add_to(1.0, tile, x.cols(), &mut product, strip.len(), rows);
+                let diagonal = &factor.diagonal[strip.clone()];
+                product.chunks(strip.len()).map(|row| scaled_square_sum(row, diagonal)).sum()
+            })
+            .collect();
+        total += sums.iter().sum::<f64>();
+    }
+    total
 }
 
 /// `Σ (x_j · d_j)²`.

@@ -1,26 +1,28 @@
 //! One block of columns, quantized column by column (method section 3, steps 6 and 7).
 
 use super::SLAB;
-use super::lanes::{self, LANES, Lane, LaneGrid};
+use super::lanes::LANES;
 use super::product::{part, part_of, scaled_square_sum};
+use super::tile::{GridOf, Tile, check, gather, groups_of};
 use crate::device::cpu::gemm::{View, ViewMut, gemm};
 use crate::device::{BLOCK, Block, BlockCodes, Factor, GridRule, GroupGrid, SolveState};
 use crate::tensor::Matrix;
-use anyhow::{Result, bail};
+use anyhow::Result;
+use pulp::Arch;
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// One task's rows of everything that the block reads and writes.
-struct Slab<'a> {
-    first: usize,
-    rows: usize,
-    residual: &'a mut [f32],
-    carried: Option<&'a mut [f32]>,
-    shift: Option<&'a mut [f32]>,
-    error: &'a mut [f32],
-    codes: &'a mut [u8],
-    scales: &'a mut [f32],
-    zeros: &'a mut [u8],
+pub(super) struct Slab<'a> {
+    pub(super) first: usize,
+    pub(super) rows: usize,
+    pub(super) residual: &'a mut [f32],
+    pub(super) carried: Option<&'a mut [f32]>,
+    pub(super) shift: Option<&'a mut [f32]>,
+    pub(super) error: &'a mut [f32],
+    pub(super) codes: &'a mut [u8],
+    pub(super) scales: &'a mut [f32],
+    pub(super) zeros: &'a mut [u8],
 }
 
 /// See [`SolveOps::quantize_block`](crate::device::SolveOps::quantize_block).
@@ -59,11 +61,6 @@ pub(super) fn quantize_block(block: &Block<'_, Matrix>, state: &mut SolveState<M
     Ok(out)
 }
 
-/// Groups that a block brings scales for.
-fn groups_of(block: &Block<'_, Matrix>) -> usize {
-    if block.grid.is_some() { 1 } else { block.columns.len() / block.group }
-}
-
 fn quantize_slab(
     block: &Block<'_, Matrix>,
     mut slab: Slab<'_>,
@@ -95,7 +92,8 @@ fn quantize_slab(
 
     let mut rounded = vec![0.0; rows * width];
     for first in (0..rows).step_by(LANES) {
-        quantize_tile(block, &mut slab, first, features, &mut current, &mut rounded)?;
+        let (current, rounded) = (&mut current, &mut rounded);
+        Arch::new().dispatch(Tile { block, slab: &mut slab, first, features, current, rounded })?;
     }
 
     let mut difference = vec![0.0; rows * width];
@@ -140,112 +138,6 @@ fn add(to: &mut [f32], more: &[f32]) {
     to.iter_mut().zip(more).for_each(|(to, more)| *to += more);
 }
 
-/// The column loop on up to sixteen rows. `current` `[rows, width]` brings the corrections of earlier blocks and comes
-/// back with each weight as it was just before rounding, `rounded` with the weight it became.
-fn quantize_tile(
-    block: &Block<'_, Matrix>,
-    slab: &mut Slab<'_>,
-    first: usize,
-    features: usize,
-    current: &mut [f32],
-    rounded: &mut [f32],
-) -> Result<()> {
-    let (width, groups, largest) = (block.columns.len(), groups_of(block), block.rule.largest_code());
-    let rows = (slab.rows - first).min(LANES);
-    let mut w = gather(&slab.residual[block.columns.start..], features, width, first, rows);
-    let mut corrections = gather(current, width, width, first, rows);
-    let mut grid = match block.grid {
-        Some(given) => given_grid(given, slab.first + first, rows),
-        None => LaneGrid { scale: [1.0; LANES], zero: [0.0; LANES] },
-    };
-    for i in 0..width {
-        if block.grid.is_none() && i % block.group == 0 {
-            let group = i..i + block.group;
-            let now: Vec<Lane> = w[group.clone()].iter().zip(&corrections[group]).map(|(w, d)| sum(w, d)).collect();
-            grid = lanes::grid_of(&now, &block.rule);
-            check(&grid, rows, slab.first + first, &block.rule)?;
-        }
-        if i % block.group == 0 || i == 0 {
-            let group = if block.grid.is_some() { 0 } else { i / block.group };
-            for l in 0..rows {
-                slab.scales[(first + l) * groups + group] = grid.scale[l];
-                slab.zeros[(first + l) * groups + group] = grid.zero[l] as u8;
-            }
-        }
-        w[i] = sum(&w[i], &corrections[i]);
-        let column = w[i];
-        let (level, value) = lanes::round(&column, &grid, largest);
-        let codes = lanes::codes(&level, &grid);
-        for l in 0..rows {
-            slab.codes[(first + l) * width + i] = codes[l];
-            rounded[(first + l) * width + i] = value[l];
-        }
-        let Some(factor) = block.factor else { continue };
-        let error: Lane = std::array::from_fn(|l| column[l] - value[l]);
-        let later = &mut corrections[i + 1..];
-        let place = block.columns.start + i;
-        let inverse = &factor.inverses.row(place)[i + 1..width];
-        match block.cross {
-            None => {
-                for (d, &u) in later.iter_mut().zip(inverse) {
-                    for l in 0..LANES {
-                        d[l] -= error[l] * u;
-                    }
-                }
-            }
-            Some(cross) => {
-                let cross = &cross.blocks.row(place)[i + 1..width];
-                for ((d, &u), &p) in later.iter_mut().zip(inverse).zip(cross) {
-                    for l in 0..LANES {
-                        d[l] = d[l] - error[l] * u + column[l] * p;
-                    }
-                }
-            }
-        }
-    }
-    for (i, w) in w.iter().enumerate() {
-        for l in 0..rows {
-            current[(first + l) * width + i] = w[l];
-        }
-    }
-    Ok(())
-}
-
-fn sum(a: &Lane, b: &Lane) -> Lane {
-    std::array::from_fn(|l| a[l] + b[l])
-}
-
-/// Rows `first..first + rows` of `x`, `stride` apart, one lane a column; lanes without a row stay 0.
-fn gather(x: &[f32], stride: usize, width: usize, first: usize, rows: usize) -> Vec<Lane> {
-    let mut lanes = vec![[0.0; LANES]; width];
-    for l in 0..rows {
-        for (lane, &value) in lanes.iter_mut().zip(&x[(first + l) * stride..][..width]) {
-            lane[l] = value;
-        }
-    }
-    lanes
-}
-
-fn given_grid(grid: &GroupGrid, first: usize, rows: usize) -> LaneGrid {
-    let mut lanes = LaneGrid { scale: [1.0; LANES], zero: [0.0; LANES] };
-    for l in 0..rows {
-        lanes.scale[l] = grid.scales[first + l];
-        lanes.zero[l] = f32::from(grid.zeros[first + l]);
-    }
-    lanes
-}
-
-fn check(grid: &LaneGrid, rows: usize, first: usize, rule: &GridRule) -> Result<()> {
-    if let Some(l) = grid.scale[..rows].iter().position(|s| !s.is_finite()) {
-        bail!(
-            "the scale of a group of weights in output row {} does not fit {:?}: weights too large or not finite",
-            first + l,
-            rule.scale_type
-        );
-    }
-    Ok(())
-}
-
 /// See [`SolveOps::group_grid`](crate::device::SolveOps::group_grid).
 pub(super) fn group_grid(
     state: &SolveState<Matrix>,
@@ -267,7 +159,8 @@ pub(super) fn group_grid(
             };
             for tile in (0..scales.len()).step_by(LANES) {
                 let rows = (scales.len() - tile).min(LANES);
-                let grid = lanes::grid_of(&gather(&weights, columns.len(), columns.len(), tile, rows), &rule);
+                let group = gather(&weights, columns.len(), columns.len(), tile, rows);
+                let grid = Arch::new().dispatch(GridOf { group: &group, rule: &rule });
                 check(&grid, rows, first + tile, &rule)?;
                 for l in 0..rows {
                     scales[tile + l] = grid.scale[l];
