@@ -2,7 +2,7 @@
 
     python tests/interop/check.py --float MODEL --output DIR --dump FILE [--output DIR --dump FILE ...]
 
-MODEL is the float checkpoint that every DIR was quantized from. FILE is what examples/dump_logits.rs writes for DIR:
+MODEL is the float checkpoint that every DIR was quantized from. FILE is what dump_logits.rs beside this script writes for DIR:
 
     sample.N.input_ids       I64 [tokens]
     sample.N.positions       I64 [3, tokens]
@@ -17,8 +17,8 @@ MODEL is the float checkpoint that every DIR was quantized from. FILE is what ex
 Checked for every DIR:
  1. packed files, unpacked here by plain bit arithmetic, hold exactly our codes, scales, zeros and groups;
  2. the float model in float32 with the weights that these stand for gives our logits;
- 3. the loader that vlmq-run names loads the file, all of it, and gives our logits: transformers with compressed-tensors
-    (asymmetric files with dequantize=True), transformers with gptqmodel, plain transformers for dequantized files.
+ 3. every call of transformers that vlmq-run names for the file (report.json) loads it, all of it, and gives our logits:
+    with compressed-tensors (asymmetric files with dequantize=True), with gptqmodel, plainly for dequantized files.
 
 Relative difference of logits: |a - b| / |b| over all tokens of all samples, at most 1e-3. With dequantize=True the package
 multiplies in the dtype of the scales, which rounds each weight once more; that this is all it does is checked to the bit.
@@ -29,6 +29,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -138,6 +139,20 @@ def difference(model, dump):
     return (apart / size) ** 0.5
 
 
+def named_calls(folder):
+    """Keyword arguments of the calls of transformers that vlmq-run prints for a folder, by the loader's name."""
+    loaders = json.loads((Path(folder) / "report.json").read_text())["loaders"]
+    names = {
+        "AutoModelForImageTextToText": SimpleNamespace(from_pretrained=lambda folder, **arguments: arguments),
+        "CompressedTensorsConfig": CompressedTensorsConfig,
+    }
+    return {
+        loader["name"]: eval(loader["command"], names)
+        for loader in loaders
+        if loader["name"].startswith("transformers")
+    }
+
+
 def parameter_of(model, name):
     """The parameter that the file calls `name`; files and classes differ in the prefix."""
     tail = name[name.index("layers.") :]
@@ -157,37 +172,31 @@ def check(float_folder, folder, dump):
             raise Mismatch(f"{what}: logits differ by {apart:.1e}, more than {TOLERANCE}")
         found.append(f"{what}: logits differ by {apart:.1e}")
 
-    if method is None:
-        compare("transformers", load(folder))
-        return found
+    calls, weights = named_calls(folder), {}
+    if method is not None:
+        layers = {"gptq": gptq_layers, "compressed-tensors": compressed_layers}[method]
+        tensors = read(folder)
+        weights = check_codes(layers(tensors, config), dump)
+        found.append(f"{len(weights)} layers unpack to exactly our codes, scales, zeros and groups")
+        model = load(float_folder)
+        for name, weight in weights.items():
+            parameter_of(model, name).copy_(weight)
+        compare("weights by bit arithmetic, in transformers", model)
 
-    layers = {"gptq": gptq_layers, "compressed-tensors": compressed_layers}[method]
-    tensors = read(folder)
-    weights = check_codes(layers(tensors, config), dump)
-    found.append(f"{len(weights)} layers unpack to exactly our codes, scales, zeros and groups")
-    model = load(float_folder)
-    for name, weight in weights.items():
-        parameter_of(model, name).copy_(weight)
-    compare("weights by bit arithmetic, in transformers", model)
-
-    if method == "gptq":
-        model = load(folder, device_map="cpu")
-        compare("transformers + optimum + gptqmodel", model)
-    else:
-        (group,) = config["config_groups"].values()
-        if group["weights"].get("actorder") == "group":
-            found.append("transformers + compressed-tensors: files with weight_g_idx are refused by 0.20, not tried")
-            return found
-        if group["weights"]["symmetric"]:
-            compare("transformers + compressed-tensors", load(folder))
-        else:
-            dequantized = CompressedTensorsConfig(dequantize=True)
-            model = load(folder, quantization_config=dequantized)
-            for name, weight in weights.items():
-                rounded = weight.to(tensors[f"{name}_scale"].dtype).float()
-                if not torch.equal(parameter_of(model, name), rounded):
-                    raise Mismatch(f"dequantize=True does not load {name} as our weight in the dtype of its scales")
-            compare("transformers + compressed-tensors, dequantize=True", model)
+    # The one file that transformers does not load: compressed-tensors 0.20 refuses a weight_g_idx.
+    index = method == "compressed-tensors" and any(name.endswith(".weight_g_idx") for name in tensors)
+    if bool(calls) == index:
+        raise Mismatch(f"vlmq-run names {sorted(calls) or 'no call of transformers'}")
+    for loader, arguments in calls.items():
+        model = load(folder, **arguments)
+        dequantized = getattr(arguments.get("quantization_config"), "dequantize", False)
+        for name, weight in weights.items() if dequantized else ():
+            rounded = weight.to(tensors[f"{name}_scale"].dtype).float()
+            if not torch.equal(parameter_of(model, name), rounded):
+                raise Mismatch(f"dequantize=True does not load {name} as our weight in the dtype of its scales")
+        compare(f"{loader}{', dequantize=True' if dequantized else ''}", model)
+    if index:
+        found.append("vlmq-run names no call of transformers: compressed-tensors 0.20 refuses weight_g_idx")
     return found
 
 
@@ -200,6 +209,8 @@ def main():
     if len(arguments.output) != len(arguments.dump):
         parser.error("as many --dump as --output, please")
     torch.set_num_threads(1)
+    # Loaders talk on stdout; that is for results.
+    results, sys.stdout = sys.stdout, sys.stderr
 
     failed = 0
     for folder, dump in zip(arguments.output, arguments.dump):
@@ -207,11 +218,11 @@ def main():
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         try:
             for line in check(arguments.float, folder, tensors):
-                print(f"ok      {folder}: {line}", flush=True)
+                print(f"ok      {Path(folder).name}: {line}", file=results, flush=True)
         # Whatever a loader raises is this check's failure, and the other outputs are still worth a look.
         except Exception as error:
             failed += 1
-            print(f"FAILED  {folder}: {type(error).__name__}: {error}", flush=True)
+            print(f"FAILED  {Path(folder).name}: {type(error).__name__}: {error}", file=results, flush=True)
     sys.exit(1 if failed else 0)
 
 
