@@ -1,5 +1,7 @@
 //! The forms of calibration data, and everything that must be refused with a clear message.
 
+#![cfg(feature = "run")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;

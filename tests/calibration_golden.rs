@@ -1,33 +1,30 @@
 //! Calibration data against transformers, torchvision and Pillow: goldens of tests/golden/make_calibration.py.
 
+#![cfg(feature = "run")]
+
+mod support;
+
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use support::{data, golden};
 use vlmq::calibration::dataset::{self, Conversation, ImageSource, Message, Part};
 use vlmq::calibration::image::decode;
 use vlmq::calibration::processor::PatchSettings;
 use vlmq::calibration::sequence::{QwenVision, Sequence, SequenceBuilder, collect};
 use vlmq::calibration::template::ChatTemplate;
 
-fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/calibration")
-}
-
-fn data() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data")
-}
-
 fn cases() -> Value {
-    serde_json::from_slice(&std::fs::read(golden().join("cases.json")).unwrap()).unwrap()
+    serde_json::from_slice(&std::fs::read(golden("calibration/cases.json")).unwrap()).unwrap()
 }
 
 fn settings() -> Arc<PatchSettings> {
-    Arc::new(PatchSettings::read(&data().join("tiny-qwen2-vl"), None, None).unwrap())
+    Arc::new(PatchSettings::read(&data("tiny-qwen2-vl"), None, None).unwrap())
 }
 
 fn builder() -> SequenceBuilder {
     let vision = QwenVision::new(PatchSettings::clone(&settings()), 613);
-    SequenceBuilder::new(&data().join("tiny-qwen2-vl"), Box::new(vision)).unwrap()
+    SequenceBuilder::new(&data("tiny-qwen2-vl"), Box::new(vision)).unwrap()
 }
 
 fn open(path: PathBuf) -> image::RgbImage {
@@ -50,8 +47,9 @@ fn decoding_equals_pillow() {
     let mut exact = 0;
     for case in list(&cases(), "images", 30).iter().filter(|case| case["decoded"] == true) {
         let name = case["file"].as_str().unwrap();
-        let ours = open(golden().join("images").join(name));
-        let theirs = image::open(golden().join("decoded").join(format!("{name}.png"))).unwrap().into_rgb8();
+        let ours = open(golden("calibration").join("images").join(name));
+        let theirs =
+            image::open(golden("calibration").join("decoded").join(format!("{name}.png"))).unwrap().into_rgb8();
         assert_eq!(ours.dimensions(), theirs.dimensions(), "{name}");
         if case["exact"] == true {
             assert!(ours == theirs, "{name} differs");
@@ -88,8 +86,8 @@ fn patches_equal_torchvision() {
     let settings = settings();
     for case in list(&cases(), "images", 30).iter().filter(|case| case["resized"] == true) {
         let name = case["file"].as_str().unwrap();
-        let ours = settings.prepare(&open(golden().join("images").join(name))).unwrap();
-        let theirs = image::open(golden().join("resized").join(name)).unwrap().into_rgb8();
+        let ours = settings.prepare(&open(golden("calibration").join("images").join(name))).unwrap();
+        let theirs = image::open(golden("calibration").join("resized").join(name)).unwrap().into_rgb8();
         assert!(*ours.pixels() == theirs, "{name}: resized pixels differ");
         assert_eq!([ours.grid_height, ours.grid_width], numbers(&case["grid"])[..], "{name}");
         let patches = ours.patches();
@@ -100,7 +98,7 @@ fn patches_equal_torchvision() {
             assert!((f64::from(patches.data()[at]) - value).abs() <= 1e-6, "{name} at {at}");
         }
         if let Some(file) = case["values"].as_str() {
-            let bytes = std::fs::read(golden().join(file)).unwrap();
+            let bytes = std::fs::read(golden("calibration").join(file)).unwrap();
             let values = bytes.chunks_exact(4).map(|four| f32::from_le_bytes(four.try_into().unwrap()));
             assert_eq!(bytes.len(), patches.data().len() * 4);
             let worst = values.zip(patches.data()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
@@ -141,7 +139,7 @@ fn conversation(case: &Value) -> Conversation {
     let path = folder.path().join("one.jsonl");
     let line = serde_json::json!({"id": case["id"], "messages": case["messages"]});
     std::fs::write(&path, line.to_string()).unwrap();
-    let root = if case["where"] == "vqa" { data().join("vqa") } else { golden() };
+    let root = if case["where"] == "vqa" { data("vqa") } else { golden("calibration") };
     dataset::read(&path, Some(&root)).unwrap().remove(0)
 }
 
@@ -185,7 +183,7 @@ fn tokens_and_positions_equal_transformers() {
 
 #[test]
 fn the_data_of_the_project_collects_whole_and_in_order() {
-    let all = dataset::read(&data().join("vqa/calib.jsonl"), None).unwrap();
+    let all = dataset::read(&data("vqa/calib.jsonl"), None).unwrap();
     assert_eq!(all.len(), 256);
     let first = &all[0];
     assert_eq!((first.id.as_str(), first.group.as_deref()), ("calib-0000", Some("exists")));

@@ -1,10 +1,9 @@
 //! The loaders named after a run are those of the table this crate was built against.
 
-#[path = "support/checkpoint.rs"]
 mod support;
 
 use std::path::Path;
-use support::settings;
+use support::checkpoint::settings;
 use vlmq::checkpoint::Format;
 use vlmq::quantize::settings::Order;
 

@@ -1,10 +1,10 @@
 //! Reading: exact values for every dtype and layout, one clear error for every broken folder.
 
-#[path = "support/checkpoint.rs"]
 mod support;
 
 use std::fs;
-use support::*;
+use support::checkpoint::*;
+use support::message;
 use vlmq::checkpoint::Checkpoint;
 use vlmq::quantize::settings::ScaleType;
 

@@ -1,12 +1,12 @@
 //! A quantized checkpoint holds what was written, copies all else to the byte, and appears whole or not at all.
 
-#[path = "support/checkpoint.rs"]
 mod support;
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use support::*;
+use support::checkpoint::*;
+use support::{data, message};
 use vlmq::checkpoint::{Checkpoint, Format, LinearSpec, Writer};
 use vlmq::quantize::settings::Order;
 

@@ -2,36 +2,21 @@
 
 #![cfg(feature = "run")]
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+mod support;
+
+use std::path::Path;
+use support::program::{names_in, stderr, stdout, text, vlmq_run};
 
 const BITS_HELP: &str = "[possible values: 2, 3, 4, 8]";
 
-fn vlmq_run<S: AsRef<std::ffi::OsStr>>(arguments: &[S]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_vlmq-run")).args(arguments).output().unwrap()
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8(output.stderr.clone()).unwrap()
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8(output.stdout.clone()).unwrap()
-}
-
 fn data(path: &str) -> String {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(path).to_str().unwrap().to_owned()
+    text(support::data(path))
 }
 
 /// A `quantize` command line that only lacks its fault.
 fn quantize(model: &str, out: &Path, extra: &[&str]) -> Vec<String> {
     let fixed = ["quantize", model, "--calib", &data("vqa/calib.jsonl"), "--out", out.to_str().unwrap()];
     fixed.iter().chain(extra).map(|&argument| argument.to_owned()).collect()
-}
-
-/// Everything in `folder`, by name.
-fn entries(folder: &Path) -> Vec<PathBuf> {
-    std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect()
 }
 
 #[test]
@@ -124,7 +109,7 @@ fn absurd_settings_are_exit_code_2_and_touch_nothing() {
         let output = vlmq_run(&quantize(&data("tiny-qwen2-vl"), &out, extra));
         assert_eq!(output.status.code(), Some(2), "{extra:?}: {}", stderr(&output));
         assert!(stderr(&output).contains(reason), "{extra:?}: {}", stderr(&output));
-        assert!(entries(folder.path()).is_empty(), "{extra:?}");
+        assert!(names_in(folder.path()).is_empty(), "{extra:?}");
     }
 }
 
@@ -150,7 +135,7 @@ fn a_missing_checkpoint_is_one_error_line() {
         assert!(message.starts_with("error: ") && message.contains(model), "{message}");
         assert_eq!(message.lines().count(), 1, "{message}");
         assert!(output.stdout.is_empty());
-        assert!(entries(folder.path()).is_empty(), "{arguments:?}");
+        assert!(names_in(folder.path()).is_empty(), "{arguments:?}");
     }
 }
 
@@ -165,9 +150,9 @@ fn an_output_folder_that_exists_is_left_alone() {
         let output = vlmq_run(&quantize(&data("tiny-qwen2-vl"), &out, extra));
         assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
         let message = stderr(&output);
-        assert!(message.contains("already exists") && message.contains("--out"), "{message}");
-        assert_eq!(entries(folder.path()), std::slice::from_ref(&out));
-        assert_eq!(entries(&out), [out.join("mine")]);
+        assert!(message.contains("exists") && message.contains("--out"), "{message}");
+        assert_eq!(names_in(folder.path()), ["out"]);
+        assert_eq!(names_in(&out), ["mine"]);
     }
 }
 

@@ -3,7 +3,8 @@
 
 mod support;
 
-use support::golden::{Golden, largest_error, relative_error, tests_dir};
+use support::golden::{Golden, largest_error, relative_error};
+use support::{data, golden};
 use vlmq::checkpoint::Checkpoint;
 use vlmq::device::{Device, Span, cpu::Cpu};
 use vlmq::model::decoder::{Block, Layout, Projection};
@@ -19,13 +20,13 @@ fn factors_equal_autograd() {
     let mut checked = 0;
     for name in CHECKPOINTS {
         let file = format!("model/{name}.importance.safetensors");
-        if !tests_dir("golden").join(&file).exists() {
+        if !golden(&file).exists() {
             continue;
         }
         let golden = Golden::read(&file);
-        let folder = match tests_dir("data").join(name).is_dir() {
-            true => tests_dir("data").join(name),
-            false => tests_dir("golden/model").join(name),
+        let folder = match data(name).is_dir() {
+            true => data(name),
+            false => golden("model").join(name),
         };
         let checkpoint = Checkpoint::open(&folder).unwrap();
         let config = families::of::<Cpu>(&checkpoint).unwrap().config(&checkpoint).unwrap();

@@ -3,7 +3,8 @@
 
 mod support;
 
-use support::golden::{Golden, largest_error, relative_error, tests_dir};
+use support::golden::{Golden, largest_error, relative_error};
+use support::{data, golden};
 use vlmq::calibration::dataset;
 use vlmq::calibration::sequence::{Sequence, SequenceBuilder};
 use vlmq::checkpoint::Checkpoint;
@@ -24,14 +25,14 @@ struct Case {
 
 impl Case {
     fn load(name: &str) -> Self {
-        let folder = match TRAINED.contains(&name) {
-            true => tests_dir("data").join(name),
-            false => tests_dir("golden/model").join(name),
+        let folder = match TRAINED.contains(name) {
+            true => data(name),
+            false => golden("model").join(name),
         };
         let checkpoint = Checkpoint::open(&folder).unwrap();
         let vision =
             families::of::<Cpu>(&checkpoint).unwrap().vision_input(&checkpoint, PixelLimits::default()).unwrap();
-        let data = tests_dir("golden/model").join(format!("{name}.jsonl"));
+        let data = golden("model").join(format!("{name}.jsonl"));
         Self {
             golden: Golden::read(&format!("model/{name}.outputs.safetensors")),
             model: LanguageModel::load(&Cpu, &checkpoint).unwrap(),

@@ -1,11 +1,11 @@
 //! The packer against a bit-by-bit one, exhaustively in the small, and the layouts of both formats against golden files.
 
-#[path = "support/checkpoint.rs"]
 mod support;
 
 use safetensors::SafeTensors;
 use std::fs;
-use support::*;
+use support::checkpoint::*;
+use support::{golden, message};
 use vlmq::checkpoint::{Checkpoint, Format, LinearSpec};
 use vlmq::quantize::QuantizedLinear;
 use vlmq::quantize::pack::{pack, packed_words, unpack};

@@ -3,7 +3,8 @@
 
 mod support;
 
-use support::golden::{Golden, relative_error, tests_dir};
+use support::golden;
+use support::golden::{Golden, relative_error};
 use vlmq::checkpoint::Checkpoint;
 use vlmq::checkpoint::formats::Format;
 use vlmq::device::cpu::Cpu;
@@ -14,8 +15,8 @@ use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
 
 fn settings(out: std::path::PathBuf, solver: Solver, importance: Importance) -> PipelineSettings {
     PipelineSettings {
-        model: tests_dir("golden/model/rope-parameters-f32"),
-        calib: Some(tests_dir("golden/model/pipeline.jsonl")),
+        model: golden("model/rope-parameters-f32"),
+        calib: Some(golden("model/pipeline.jsonl")),
         image_root: None,
         out,
         format: Format::CompressedTensors,
@@ -31,7 +32,7 @@ fn settings(out: std::path::PathBuf, solver: Solver, importance: Importance) -> 
 #[test]
 fn codes_of_every_layer_equal_the_float64_pipeline() {
     let expected_errors: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(tests_dir("golden/model/pipeline.json")).unwrap()).unwrap();
+        serde_json::from_slice(&std::fs::read(golden("model/pipeline.json")).unwrap()).unwrap();
     for (solver, importance, name) in [
         (Solver::Gptaq, Importance::Vlmq, "gptaq-vlmq"),
         (Solver::Gptaq, Importance::None, "gptaq-none"),

@@ -9,6 +9,7 @@ mod forms;
 pub mod image;
 mod jpeg;
 mod json;
+pub mod positions;
 pub mod processor;
 pub mod sequence;
 pub mod source;

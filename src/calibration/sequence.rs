@@ -2,9 +2,9 @@
 
 use super::dataset::{Conversation, Message, Part};
 use super::image::{ImagePatches, decode};
+use super::positions::mrope_positions;
 use super::processor::{PatchSettings, read_json};
 use super::template::ChatTemplate;
-use crate::model::positions::mrope_positions;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use image::RgbImage;
 use rayon::prelude::*;

@@ -47,6 +47,23 @@ fn widen<const N: usize>(bytes: &[u8], decode: impl Fn([u8; N]) -> f32 + Sync) -
     values
 }
 
+/// Index of the first NaN or infinity among the bytes of `float`: an exponent of all ones.
+pub(crate) fn first_non_finite(float: ScaleType, bytes: &[u8]) -> Option<usize> {
+    match float {
+        ScaleType::F16 => first::<2>(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
+        ScaleType::Bf16 => first::<2>(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
+        ScaleType::F32 => first::<4>(bytes, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
+    }
+}
+
+fn first<const N: usize>(bytes: &[u8], found: impl Fn([u8; N]) -> bool + Sync) -> Option<usize> {
+    // Every value is looked at, without branches: whole chunks are nearly always clean.
+    let any = |chunk: &[u8]| chunk.as_chunks::<N>().0.iter().fold(false, |any, &value| any | found(value));
+    let chunk = bytes.par_chunks(CHUNK * N).position_first(any)?;
+    let within = bytes[chunk * CHUNK * N..].as_chunks::<N>().0.iter().position(|&value| found(value))?;
+    Some(chunk * CHUNK + within)
+}
+
 /// `values` rounded to `float`, as bytes.
 pub(crate) fn bytes_from_floats(float: ScaleType, values: &[f32]) -> Vec<u8> {
     match float {

@@ -1,7 +1,7 @@
 //! Reading a checkpoint: config.json and tensors, mapped into memory and converted when they are asked for.
 
 use super::config::{Quantization, parse_quantization, quantization_entry};
-use super::convert::{float_type, floats_from_bytes};
+use super::convert::{first_non_finite, float_type, floats_from_bytes};
 use super::formats::{compressed_tensors, gptq};
 use super::shard::{INDEX, Shard, weight_files};
 use crate::quantize::QuantizedLinear;
@@ -142,17 +142,24 @@ impl Checkpoint {
 
     fn floats(&self, name: &str, tensor: StoredTensor<'_>, rows: usize, cols: usize) -> Result<Matrix> {
         let float = self.float_type_of(name, tensor.dtype)?;
-        let values = floats_from_bytes(float, tensor.bytes);
-        if let Some(index) = values.iter().position(|value| !value.is_finite()) {
-            bail!(
-                "tensor {name} in {} holds {} at row {}, column {}. The checkpoint is broken; get it again.",
-                self.file_of(name),
-                values[index],
-                index / cols,
-                index % cols
-            );
-        }
-        Matrix::new(rows, cols, values)
+        self.check_finite(name)?;
+        Matrix::new(rows, cols, floats_from_bytes(float, tensor.bytes))
+    }
+
+    /// Refuses a tensor `name` of floats that holds a NaN or an infinity.
+    pub(crate) fn check_finite(&self, name: &str) -> Result<()> {
+        let tensor = self.tensor(name)?;
+        let Some(float) = float_type(tensor.dtype) else { return Ok(()) };
+        let Some(index) = first_non_finite(float, tensor.bytes) else { return Ok(()) };
+        let size = tensor.bytes.len() / tensor.shape.iter().product::<usize>();
+        let value = floats_from_bytes(float, &tensor.bytes[index * size..][..size])[0];
+        let cols = tensor.shape.get(1..).map_or(1, |inner| inner.iter().product());
+        // One dimension is a row.
+        let (row, column) = if tensor.shape.len() < 2 { (0, index) } else { (index / cols, index % cols) };
+        bail!(
+            "tensor {name} in {} holds {value} at row {row}, column {column}. The checkpoint is broken; get it again.",
+            self.file_of(name)
+        )
     }
 
     fn float_type_of(&self, name: &str, dtype: Dtype) -> Result<ScaleType> {
@@ -200,6 +207,16 @@ impl Checkpoint {
     /// Whether config.json announces a quantization, known or not.
     pub fn is_quantized(&self) -> bool {
         quantization_entry(&self.config).is_some()
+    }
+
+    /// Refuses a checkpoint that is quantized already.
+    pub(crate) fn refuse_quantized(&self) -> Result<()> {
+        ensure!(
+            !self.is_quantized(),
+            "{} is already quantized (config.json has a quantization_config). Start from the float checkpoint.",
+            self.folder.display()
+        );
+        Ok(())
     }
 
     /// Codes, scales and zeros of the linear layer `module` (its name on disk, without `.weight`).

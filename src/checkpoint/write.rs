@@ -43,9 +43,10 @@ impl Writer {
     /// sub-folders only `additional_chat_templates`, others are left behind with a warning. In config.json nothing but
     /// `quantization_config` is added.
     ///
-    /// Errors, before anything is created, when `target` exists, when the checkpoint is quantized already, when a layer is
-    /// missing, listed twice or of another shape, and when the format cannot hold a layer ([`Format::check`]); then for
-    /// any failure to write, in which case what was written is removed.
+    /// Errors, before anything is created, for a target as [`check_target`] refuses it, when the checkpoint is quantized
+    /// already, when a layer is missing, listed twice or of another shape, and when the format cannot hold a layer
+    /// ([`Format::check`]); then for a copied tensor that holds a NaN or an infinity, and for any failure to write, in
+    /// which case what was written is removed.
     pub fn create(
         target: &Path,
         checkpoint: &Checkpoint,
@@ -65,15 +66,8 @@ impl Writer {
         format: Format,
         settings: &SolverSettings,
     ) -> Result<Self> {
-        refuse_existing(target)?;
-        ensure!(
-            !checkpoint.is_quantized(),
-            "{} is already quantized (config.json has a quantization_config). Start from the float checkpoint.",
-            checkpoint.folder().display()
-        );
-        format.check(quantized, settings)?;
-        let linears = check_linears(checkpoint, quantized, format, settings)?;
-        let tensors = planned_tensors(checkpoint, &linears, format, settings)?;
+        check_target(target)?;
+        let (linears, tensors) = Self::check(checkpoint, quantized, format, settings)?;
         let mut metadata: BTreeMap<String, String> = checkpoint.metadata().into_iter().collect();
         metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
         let plan = Plan::new(&tensors, shard_bytes, &metadata)?;
@@ -111,11 +105,27 @@ impl Writer {
         }
         for name in checkpoint.names() {
             if let Some(&place) = writer.plan.places.get(name).filter(|_| !writer.replaced(name)) {
+                checkpoint.check_finite(name)?;
                 writer.put(place, checkpoint.tensor(name)?.bytes)?;
                 writer.written.insert(name.to_owned());
             }
         }
         Ok(writer)
+    }
+
+    /// What the headers alone can tell of a plan: [`create`](Self::create)'s errors about checkpoint, layers and settings.
+    /// Returns the layers by name, and the new checkpoint's tensors in the order of the old.
+    pub(crate) fn check(
+        checkpoint: &Checkpoint,
+        quantized: &[LinearSpec],
+        format: Format,
+        settings: &SolverSettings,
+    ) -> Result<(HashMap<String, LinearSpec>, Vec<TensorSpec>)> {
+        checkpoint.refuse_quantized()?;
+        format.check(quantized, settings)?;
+        let linears = check_linears(checkpoint, quantized, format, settings)?;
+        let tensors = planned_tensors(checkpoint, &linears, format, settings)?;
+        Ok((linears, tensors))
     }
 
     /// Whether the tensor `name` of the source is a weight that is quantized.
@@ -179,11 +189,18 @@ fn cannot_write(path: &Path) -> String {
     format!("cannot write {}", path.display())
 }
 
+/// Refuses an output folder that could not be created: one that exists, has no name, or lies where nothing can be written.
+/// Asks the system by creating a folder beside it and removing it at once.
+pub fn check_target(target: &Path) -> Result<()> {
+    refuse_existing(target)?;
+    temporary_beside(target).map(drop)
+}
+
 fn refuse_existing(target: &Path) -> Result<()> {
     // A dangling link exists too, and a rename would replace it.
     ensure!(
         fs::symlink_metadata(target).is_err(),
-        "{} exists. Remove it or choose another output folder.",
+        "{} exists. Remove it or choose another output folder with --out.",
         target.display()
     );
     Ok(())
@@ -292,17 +309,24 @@ fn new_config(checkpoint: &Checkpoint, quantization: Option<&serde_json::Value>)
 fn temporary_beside(target: &Path) -> Result<TempDir> {
     let name = target
         .file_name()
-        .with_context(|| format!("{} is no name for an output folder", target.display()))?
+        .with_context(|| format!("{:?} is no name for an output folder; choose another --out", target.display()))?
         .to_string_lossy();
     let parent = parent_of(target);
-    fs::create_dir_all(parent).with_context(|| format!("cannot create the folder {}", parent.display()))?;
+    ensure!(
+        parent.is_dir(),
+        "the output {} cannot be written: there is no folder {}; create it first",
+        target.display(),
+        parent.display()
+    );
     let prefix = format!(".{name}.partial-");
     let mut builder = tempfile::Builder::new();
     builder.prefix(&prefix);
     // What is private while it is temporary would stay so under its final name.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-    builder.tempdir_in(parent).with_context(|| format!("cannot create a folder in {}", parent.display()))
+    builder
+        .tempdir_in(parent)
+        .with_context(|| format!("cannot create a folder in {}; choose another --out", parent.display()))
 }
 
 /// Creates `path` with `length` bytes of space.

@@ -13,7 +13,7 @@ use crate::checkpoint::Checkpoint;
 use crate::device::ModelOps;
 use crate::model::families::{self, PixelLimits};
 use crate::model::language_model::LanguageModel;
-use crate::quantize::report::{Observer, Stage, StageClock};
+use crate::progress::{Observer, Stage, StageClock};
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, ensure};
 use metrics::Metric;
@@ -206,8 +206,10 @@ fn score_batch<D: ModelOps>(
     // A prompt has the images of its whole conversation: the vision tower runs once for both.
     let features = model.embedder().image_features(device, &prompts)?;
     let limits: Vec<usize> = batch.iter().map(|c| c.max_new_tokens.unwrap_or(settings.max_new_tokens)).collect();
-    let decoded = generate::greedy(device, model, &prompts, features.as_ref(), &limits, builder.end_tokens())?;
-    let logits = evaluated.answer_logits(device, &whole, features.as_ref())?;
+    let which = || format!("samples {} to {}", batch[0].id, batch[batch.len() - 1].id);
+    let decoded = generate::greedy(device, model, &prompts, features.as_ref(), &limits, builder.end_tokens())
+        .with_context(which)?;
+    let logits = evaluated.answer_logits(device, &whole, features.as_ref()).with_context(which)?;
     let computed;
     let reference: Option<&[Matrix]> = match reference {
         Reference::None => None,

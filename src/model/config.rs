@@ -1,29 +1,43 @@
 //! Reading config.json: sections, needed keys, and what every family's decoder has in common.
 
+use crate::checkpoint::Checkpoint;
 use crate::device::{Activation, AttentionShape};
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
+use std::path::PathBuf;
 
-/// One object of config.json, which knows its own name for errors.
+/// Largest number a config.json may give: no tensor has a longer side, and products of two still fit 64 bits.
+const LARGEST: u64 = 1 << 31;
+
+/// One object of config.json, which knows its file and its own name for errors.
 #[derive(Clone, Debug)]
 pub struct Section<'a> {
+    file: PathBuf,
     name: String,
     values: &'a Map<String, Value>,
 }
 
 impl<'a> Section<'a> {
     /// The whole file.
-    pub fn root(config: &'a Value) -> Result<Self> {
-        let values = config.as_object().context("config.json: not a JSON object")?;
-        Ok(Self { name: String::new(), values })
+    pub fn root(checkpoint: &'a Checkpoint) -> Result<Self> {
+        let file = checkpoint.folder().join("config.json");
+        let values = checkpoint.config().as_object().with_context(|| format!("{}: not an object", file.display()))?;
+        Ok(Self { file, name: String::new(), values })
+    }
+
+    /// The file and a key of it, for errors.
+    pub fn at(&self, key: &str) -> String {
+        format!("{}: {}{key}", self.file.display(), self.name)
     }
 
     /// The object under `key`, if there is one.
     pub fn section(&self, key: &str) -> Result<Option<Self>> {
         match self.values.get(key) {
             None | Some(Value::Null) => Ok(None),
-            Some(Value::Object(values)) => Ok(Some(Self { name: format!("{}{key}.", self.name), values })),
-            Some(_) => bail!("config.json: {}{key} is not an object", self.name),
+            Some(Value::Object(values)) => {
+                Ok(Some(Self { file: self.file.clone(), name: format!("{}{key}.", self.name), values }))
+            }
+            Some(_) => bail!("{} is not an object", self.at(key)),
         }
     }
 
@@ -33,17 +47,19 @@ impl<'a> Section<'a> {
     }
 
     fn needed(&self, key: &str) -> Result<&'a Value> {
-        self.get(key).with_context(|| format!("config.json: needed key {}{key} is missing", self.name))
+        self.get(key).with_context(|| format!("{} is missing; get the original config.json again", self.at(key)))
     }
 
     fn wrong(&self, key: &str, expected: &str) -> String {
-        format!("config.json: {}{key} is {}, not {expected}", self.name, self.values[key])
+        // A value may be a long list; its beginning tells which it is.
+        let value: String = self.values[key].to_string().chars().take(60).collect();
+        format!("{} is {value}, not {expected}", self.at(key))
     }
 
     /// A needed positive count.
     pub fn count(&self, key: &str) -> Result<usize> {
-        let value = self.needed(key)?.as_u64().filter(|n| (1..=1 << 32).contains(n));
-        Ok(value.with_context(|| self.wrong(key, "a positive number"))? as usize)
+        let value = self.needed(key)?.as_u64().filter(|n| (1..=LARGEST).contains(n));
+        Ok(value.with_context(|| self.wrong(key, "a whole number from 1 to 2^31"))? as usize)
     }
 
     /// A positive count, or the model class's default where the file leaves it out.
@@ -77,7 +93,10 @@ impl<'a> Section<'a> {
     pub fn counts(&self, key: &str) -> Result<Vec<usize>> {
         let list = self.needed(key)?.as_array().with_context(|| self.wrong(key, "a list"))?;
         list.iter()
-            .map(|value| value.as_u64().map(|n| n as usize).with_context(|| self.wrong(key, "a list of counts")))
+            .map(|value| {
+                let count = value.as_u64().filter(|&count| count <= LARGEST);
+                Ok(count.with_context(|| self.wrong(key, "a list of whole numbers up to 2^31"))? as usize)
+            })
             .collect()
     }
 
@@ -91,10 +110,9 @@ impl<'a> Section<'a> {
             "gelu" => Activation::Gelu,
             "gelu_pytorch_tanh" => Activation::GeluTanh,
             "quick_gelu" => Activation::QuickGelu,
-            other => bail!(
-                "config.json: {}{key} is {other:?}; known are silu, gelu, gelu_pytorch_tanh, quick_gelu",
-                self.name
-            ),
+            other => {
+                bail!("{} is {other:?}; known are silu, gelu, gelu_pytorch_tanh, quick_gelu", self.at(key))
+            }
         })
     }
 }

@@ -8,7 +8,7 @@ use crate::calibration::image::ImagePatches;
 use crate::calibration::sequence::Sequence;
 use crate::checkpoint::Checkpoint;
 use crate::device::{ModelOps, Span};
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 
 /// What turns sequences into the decoder's input: embedding table, vision tower, rotary frequencies.
 pub struct Embedder<D: ModelOps> {
@@ -63,6 +63,13 @@ impl<D: ModelOps> Embedder<D> {
             device.scatter_rows(&mut x, &places, features)?;
         }
         let spans = spans(sequences.iter().map(|s| s.tokens.len()));
+        if let Some(row) = device.first_non_finite_row(&x)? {
+            let sample = spans.iter().position(|span| span.q.contains(&row)).map_or("?", |i| &sequences[i].id);
+            bail!(
+                "the image features of sample {sample} hold a NaN or an infinity; check the weights of the vision tower \
+                 and that sample's images"
+            );
+        }
         Ok((x, Layout { rotary: self.rotary(device, &positions)?, spans }))
     }
 
@@ -74,6 +81,15 @@ impl<D: ModelOps> Embedder<D> {
     fn rotary(&self, device: &D, positions: &[[u32; 3]]) -> Result<crate::device::Rotary<D::Tensor>> {
         rope::multimodal(device, positions, &self.frequencies, self.rope_sections)
     }
+}
+
+/// Refuses a residual stream behind block `index` that is broken: scores made of it would look like answers.
+fn check_finite<D: ModelOps>(device: &D, x: &D::Tensor, index: usize) -> Result<()> {
+    ensure!(
+        device.first_non_finite_row(x)?.is_none(),
+        "activations behind block {index} hold a NaN or an infinity; check the weights of that block"
+    );
+    Ok(())
 }
 
 /// Consecutive spans of the given lengths.
@@ -134,11 +150,12 @@ impl<D: ModelOps> LanguageModel<D> {
 
     /// Runs all blocks and the last norm over packed sequences: `[tokens, hidden]` → `[tokens, hidden]`.
     pub fn forward(&self, device: &D, mut x: D::Tensor, layout: &Layout<D::Tensor>) -> Result<D::Tensor> {
-        for block in &self.blocks {
+        for (index, block) in self.blocks.iter().enumerate() {
             let attention = block.output_input(device, &self.decoder, &x, layout)?;
             block.add_output(device, &mut x, Projection::O, &attention)?;
             let inner = block.down_input(device, &self.decoder, &x)?;
             block.add_output(device, &mut x, Projection::Down, &inner)?;
+            check_finite(device, &x, index)?;
         }
         device.rms_norm(&x, &self.norm, self.decoder.norm_eps)
     }
@@ -174,6 +191,7 @@ impl<D: ModelOps> LanguageModel<D> {
             block.add_output(device, &mut x, Projection::O, &q)?;
             let inner = block.down_input(device, &self.decoder, &x)?;
             block.add_output(device, &mut x, Projection::Down, &inner)?;
+            check_finite(device, &x, index)?;
         }
         device.rms_norm(&x, &self.norm, self.decoder.norm_eps)
     }

@@ -3,8 +3,6 @@
 pub mod config;
 pub mod decoder;
 pub mod families;
-pub mod inspect;
 pub mod language_model;
-pub mod positions;
 pub mod rope;
 pub mod vision;

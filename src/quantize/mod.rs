@@ -14,6 +14,8 @@ pub mod block;
 #[cfg(feature = "run")]
 pub mod importance;
 #[cfg(feature = "run")]
+pub mod inspect;
+#[cfg(feature = "run")]
 pub mod pipeline;
 
 pub use layer::{QuantizedLinear, SolveReport};

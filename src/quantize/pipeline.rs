@@ -1,19 +1,18 @@
 //! From a checkpoint and conversations to a quantized checkpoint.
 
 use super::block::{BlockQuantizer, Chunk, SolvedLayer, needs_float_path};
-use super::report::{
-    CalibrationCounts, LayerReport, LoaderReport, Observer, RunReport, Stage, StageClock, StageTime, peak_memory_bytes,
-};
+use super::report::{CalibrationCounts, LayerReport, RunObserver, RunReport, peak_memory_bytes};
 use super::settings::{Importance, Solver, SolverSettings};
 use crate::calibration::dataset;
 use crate::calibration::sequence::{Collected, Sequence, SequenceBuilder, collect};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::{Format, LinearSpec};
-use crate::checkpoint::write::Writer;
+use crate::checkpoint::write::{Writer, check_target};
 use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Block, Projection, module_name};
 use crate::model::families::{self, ModelConfig, PixelLimits};
 use crate::model::language_model::Embedder;
+use crate::progress::{Observer, Stage, StageClock, StageTime};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use std::path::PathBuf;
@@ -52,7 +51,8 @@ pub struct PipelineSettings {
 }
 
 impl PipelineSettings {
-    /// Refuses what can be refused without reading a file: wrong values, a missing checkpoint, an output that exists.
+    /// Refuses what can be refused without reading a file: wrong values, a missing checkpoint, an output that exists or
+    /// could not be created.
     pub fn check(&self) -> Result<()> {
         let (model, out) = (&self.model, &self.out);
         self.solver.validate()?;
@@ -62,8 +62,7 @@ impl PipelineSettings {
             "the solvers gptq and gptaq need calibration data: give a file with --calib"
         );
         ensure!(model.is_dir(), "{}: no such folder; give the folder of a Hugging Face checkpoint", model.display());
-        ensure!(!out.exists(), "{}: already exists; remove it or choose another --out", out.display());
-        Ok(())
+        check_target(out)
     }
 }
 
@@ -72,11 +71,12 @@ impl PipelineSettings {
 pub fn run<D: ModelOps + SolveOps>(
     device: &D,
     settings: &PipelineSettings,
-    observer: &mut dyn Observer,
+    observer: &mut dyn RunObserver,
 ) -> Result<RunReport> {
     let start = Instant::now();
     settings.check()?;
     let checkpoint = Checkpoint::open(&settings.model)?;
+    checkpoint.refuse_quantized()?;
     let family = families::of::<D>(&checkpoint)?;
     let config = family.config(&checkpoint)?;
     let mut solver = settings.solver.clone();
@@ -86,12 +86,7 @@ pub fn run<D: ModelOps + SolveOps>(
     // Rounding to nearest weighs nothing, and the report should not say so.
     let importance = if solver.solver == Solver::Rtn { Importance::None } else { settings.importance };
     let linears = linear_specs(&config);
-    settings.format.check(&linears, &solver)?;
-    ensure!(
-        !checkpoint.is_quantized(),
-        "{}: already quantized; start from the float checkpoint",
-        settings.model.display()
-    );
+    Writer::check(&checkpoint, &linears, settings.format, &solver)?;
 
     let mut stages = Vec::new();
     let (mut chunks, calibration) = match solver.solver {
@@ -150,7 +145,7 @@ pub fn run<D: ModelOps + SolveOps>(
         bytes_before: sizes.before,
         bytes_after: sizes.before - sizes.float_layers + sizes.quantized_layers,
         quantized_bytes: sizes.quantized_layers,
-        loaders: loaders.into_iter().map(|l| LoaderReport { name: l.name.into(), command: l.command }).collect(),
+        loaders,
     };
     writer.add_file("report.json", &serde_json::to_vec_pretty(&report)?)?;
     writer.finish()?;

@@ -1,94 +1,17 @@
-//! What a run says of itself: events while it works, and `report.json` beside the output.
+//! What a quantization run says of itself: layers as they finish, and `report.json` beside the output.
 
-use crate::quantize::SolveReport;
+use super::SolveReport;
+use crate::checkpoint::formats::Loader;
+use crate::progress::{Observer, StageTime};
 use serde::Serialize;
-use std::fmt;
-use std::time::Instant;
 
-/// The long parts of a run, in the order in which they happen. Each is a unit of progress with a total.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Stage {
-    /// Reading conversations and images; counts samples.
-    Data,
-    /// Running the vision tower; counts samples.
-    Vision,
-    /// Quantizing the decoder; counts decoder blocks.
-    Blocks,
-    /// Writing tensors that keep their precision; counts megabytes.
-    Write,
-    /// Answering questions; counts samples.
-    Evaluate,
-}
-
-impl Stage {
-    /// What is done, and of what things the progress counts how many.
-    pub fn describe(self) -> (&'static str, &'static str) {
-        match self {
-            Self::Data => ("reading data", "samples"),
-            Self::Vision => ("encoding images", "samples"),
-            Self::Blocks => ("quantizing", "blocks"),
-            Self::Write => ("writing", "MB"),
-            Self::Evaluate => ("evaluating", "samples"),
-        }
-    }
-}
-
-impl fmt::Display for Stage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.describe().0)
-    }
-}
-
-/// Listens to a run. Calls come from the thread that runs it, in order; what a user must know beyond them goes to
-/// [`log::warn!`]. `()` listens to nothing.
-pub trait Observer {
-    /// `stage` begins; it will count up to `total`.
-    fn stage_started(&mut self, _stage: Stage, _total: u64) {}
-
-    /// `stage` has come to `done` of its total. `step` names what is under way, such as `block 3: importance 12/256`;
-    /// the call may repeat a `done` to show a new step.
-    fn stage_advanced(&mut self, _stage: Stage, _done: u64, _step: &str) {}
-
-    /// A stage is over.
-    fn stage_finished(&mut self, _time: &StageTime) {}
-
+/// Listens to a quantization run: to its stages, and to layers as they finish. `()` listens to nothing.
+pub trait RunObserver: Observer {
     /// A linear layer has its codes.
     fn layer_finished(&mut self, _layer: &LayerReport) {}
 }
 
-impl Observer for () {}
-
-/// Time spent in a stage.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct StageTime {
-    /// Which.
-    pub stage: Stage,
-    /// Wall-clock seconds.
-    pub seconds: f64,
-}
-
-/// A stage under way: tells the observer of its beginning and end and measures what lies between.
-#[derive(Debug)]
-pub struct StageClock {
-    stage: Stage,
-    start: Instant,
-}
-
-impl StageClock {
-    /// Begins `stage`, which will count up to `total`.
-    pub fn start(stage: Stage, total: u64, observer: &mut dyn Observer) -> Self {
-        observer.stage_started(stage, total);
-        Self { stage, start: Instant::now() }
-    }
-
-    /// Ends the stage.
-    pub fn finish(self, observer: &mut dyn Observer) -> StageTime {
-        let time = StageTime { stage: self.stage, seconds: self.start.elapsed().as_secs_f64() };
-        observer.stage_finished(&time);
-        time
-    }
-}
+impl RunObserver for () {}
 
 /// Spread of a layer's importance factors g over the calibration tokens, scaled so that the mean of g² is 1 (paper
 /// section 4). All alike is 1 everywhere.
@@ -137,15 +60,6 @@ pub struct CalibrationCounts {
     pub text_tokens: usize,
 }
 
-/// A loader that takes the written checkpoint as it is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct LoaderReport {
-    /// The loader's name.
-    pub name: String,
-    /// What to type, or to write in Python.
-    pub command: String,
-}
-
 /// All that a finished run has to say; `report.json` is this structure.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RunReport {
@@ -178,7 +92,7 @@ pub struct RunReport {
     /// Bytes of the quantized layers in the written checkpoint: codes, scales, zeros, indices.
     pub quantized_bytes: u64,
     /// Loaders that take exactly this checkpoint.
-    pub loaders: Vec<LoaderReport>,
+    pub loaders: Vec<Loader>,
 }
 
 impl RunReport {

@@ -1,26 +1,13 @@
 //! Checkpoints for tests: the small trained one, hand-made ones, and a plain round-to-nearest to fill files with.
 
-// Each test program includes this file and uses a part of it.
-#![allow(dead_code)]
-
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use vlmq::checkpoint::{Checkpoint, Format, LinearSpec, Writer};
 use vlmq::quantize::QuantizedLinear;
 use vlmq::quantize::settings::{Order, ScaleType, SolverSettings};
 use vlmq::tensor::Matrix;
 
-/// A file of tests/data.
-pub(crate) fn data(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
-}
-
-/// A file of tests/golden.
-pub(crate) fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
-}
-
 /// All linear layers of the decoder.
-pub(crate) fn decoder_linears(checkpoint: &Checkpoint) -> Vec<LinearSpec> {
+pub fn decoder_linears(checkpoint: &Checkpoint) -> Vec<LinearSpec> {
     checkpoint
         .names()
         .filter_map(|name| {
@@ -36,13 +23,7 @@ pub(crate) fn decoder_linears(checkpoint: &Checkpoint) -> Vec<LinearSpec> {
 }
 
 /// Settings as a pipeline would complete them for `format` and a bf16 checkpoint.
-pub(crate) fn settings(
-    format: Format,
-    bits: u32,
-    group_size: Option<usize>,
-    symmetric: bool,
-    order: Order,
-) -> SolverSettings {
+pub fn settings(format: Format, bits: u32, group_size: Option<usize>, symmetric: bool, order: Order) -> SolverSettings {
     SolverSettings {
         bits,
         group_size,
@@ -55,7 +36,7 @@ pub(crate) fn settings(
 }
 
 /// Round to nearest by the book, with an arbitrary assignment of columns to groups when the order asks for an index.
-pub(crate) fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> QuantizedLinear {
+pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> QuantizedLinear {
     let (rows, cols) = (weight.rows(), weight.cols());
     let group_columns = settings.group_columns(cols);
     let groups = cols / group_columns;
@@ -101,7 +82,7 @@ pub(crate) fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> Qu
 }
 
 /// Quantizes every decoder layer of `source` by round to nearest and writes it to `target`; returns what was written.
-pub(crate) fn write_rounded(
+pub fn write_rounded(
     source: &Checkpoint,
     target: &Path,
     format: Format,
@@ -121,21 +102,21 @@ pub(crate) fn write_rounded(
 }
 
 /// A tensor of a hand-made file.
-pub(crate) struct Made {
-    pub(crate) name: &'static str,
-    pub(crate) dtype: &'static str,
-    pub(crate) shape: Vec<usize>,
-    pub(crate) bytes: Vec<u8>,
+pub struct Made {
+    pub name: &'static str,
+    pub dtype: &'static str,
+    pub shape: Vec<usize>,
+    pub bytes: Vec<u8>,
 }
 
 /// A float32 tensor.
-pub(crate) fn made(name: &'static str, shape: &[usize], values: &[f32]) -> Made {
+pub fn made(name: &'static str, shape: &[usize], values: &[f32]) -> Made {
     let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     Made { name, dtype: "F32", shape: shape.to_vec(), bytes }
 }
 
 /// Bytes of a safetensors file.
-pub(crate) fn safetensors(tensors: &[Made]) -> Vec<u8> {
+pub fn safetensors(tensors: &[Made]) -> Vec<u8> {
     let mut header = serde_json::Map::new();
     header.insert("__metadata__".to_owned(), serde_json::json!({"format": "pt", "origin": "test"}));
     let mut start = 0;
@@ -149,7 +130,7 @@ pub(crate) fn safetensors(tensors: &[Made]) -> Vec<u8> {
 }
 
 /// A file with this header, right or wrong.
-pub(crate) fn with_header(header: &str, data: Vec<u8>) -> Vec<u8> {
+pub fn with_header(header: &str, data: Vec<u8>) -> Vec<u8> {
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend(header.as_bytes());
     file.extend(data);
@@ -157,18 +138,10 @@ pub(crate) fn with_header(header: &str, data: Vec<u8>) -> Vec<u8> {
 }
 
 /// A checkpoint folder with these files.
-pub(crate) fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
+pub fn folder(files: &[(&str, Vec<u8>)]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for (name, bytes) in files {
         std::fs::write(folder.path().join(name), bytes).unwrap();
     }
     folder
-}
-
-/// The whole chain of causes of an error, as the program prints it.
-pub(crate) fn message<T>(result: anyhow::Result<T>) -> String {
-    match result {
-        Ok(_) => "no error".to_owned(),
-        Err(error) => format!("{error:#}"),
-    }
 }

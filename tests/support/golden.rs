@@ -1,12 +1,6 @@
 //! Golden tensors, as the scripts in tests/golden wrote them.
 
 use safetensors::{Dtype, SafeTensors};
-use std::path::{Path, PathBuf};
-
-/// A path below tests/.
-pub fn tests_dir(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(path)
-}
 
 /// A file of golden tensors.
 pub struct Golden {
@@ -17,7 +11,7 @@ pub struct Golden {
 impl Golden {
     /// Reads tests/golden/`path`.
     pub fn read(path: &str) -> Self {
-        let bytes = std::fs::read(tests_dir("golden").join(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
+        let bytes = std::fs::read(super::golden(path)).unwrap_or_else(|e| panic!("{path}: {e}"));
         Self { name: path.into(), bytes }
     }
 

@@ -4,7 +4,7 @@ use crate::args::InspectArgs;
 use crate::{print_lines, text};
 use anyhow::Result;
 use vlmq::device::cpu::Cpu;
-use vlmq::model::inspect::{self, Inspection};
+use vlmq::quantize::inspect::{self, Inspection};
 
 pub(crate) fn run(args: &InspectArgs) -> Result<()> {
     let inspection = inspect::inspect(&Cpu, &args.model)?;
@@ -64,7 +64,7 @@ fn describe(inspection: &Inspection) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vlmq::model::inspect::{DecoderShape, LinearKind, Part, Workload, estimate, group_sizes};
+    use vlmq::quantize::inspect::{DecoderShape, LinearKind, Part, Workload, estimate, group_sizes};
     use vlmq::quantize::settings::{Importance, Solver};
 
     #[test]

@@ -4,7 +4,8 @@ use crate::text;
 use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
-use vlmq::quantize::report::{LayerReport, Observer, Stage, StageTime};
+use vlmq::progress::{Observer, Stage, StageTime};
+use vlmq::quantize::report::{LayerReport, RunObserver};
 
 /// Time between two lines of progress where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
@@ -131,7 +132,9 @@ impl Observer for Progress {
             self.screen.print(&format!("{}: done in {}", time.stage, text::seconds(time.seconds)));
         }
     }
+}
 
+impl RunObserver for Progress {
     fn layer_finished(&mut self, layer: &LayerReport) {
         if self.screen.style == Style::Silent {
             return;

@@ -100,9 +100,11 @@ fn comparison(before: &Evaluation, after: &Evaluation) -> Vec<String> {
 mod tests {
     use super::*;
     use clap::Parser;
+    use vlmq::checkpoint::formats::Loader;
     use vlmq::evaluate::SampleResult;
+    use vlmq::progress::{Stage, StageTime};
     use vlmq::quantize::SolveReport;
-    use vlmq::quantize::report::{CalibrationCounts, LayerReport, LoaderReport, Stage, StageTime};
+    use vlmq::quantize::report::{CalibrationCounts, LayerReport};
 
     fn settings() -> PipelineSettings {
         let line = ["vlmq-run", "quantize", "m", "--calib", "c", "--out", "o"];
@@ -140,7 +142,7 @@ mod tests {
             bytes_before: 2 << 20,
             bytes_after: 1 << 20,
             quantized_bytes: 35,
-            loaders: vec![LoaderReport { name: "vLLM".into(), command: "vllm serve o".into() }],
+            loaders: vec![Loader { name: "vLLM", command: "vllm serve o".into() }],
         };
         let expected = "\
 wrote o (gptq)

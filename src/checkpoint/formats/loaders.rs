@@ -7,10 +7,11 @@
 
 use super::{Format, needs_group_index};
 use crate::quantize::settings::SolverSettings;
+use serde::Serialize;
 use std::path::Path;
 
 /// A program that loads the file, and what to type.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Loader {
     /// The program, with the packages that it needs.
     pub name: &'static str,

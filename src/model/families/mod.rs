@@ -62,7 +62,7 @@ fn registry<D: ModelOps>() -> [&'static dyn Family<D>; 1] {
 
 /// The family of a checkpoint, by `model_type`.
 pub fn of<D: ModelOps>(checkpoint: &Checkpoint) -> Result<&'static dyn Family<D>> {
-    let model_type = Section::root(checkpoint.config())?.text("model_type")?;
+    let model_type = Section::root(checkpoint)?.text("model_type")?;
     let families = registry::<D>();
     families.into_iter().find(|family| family.model_type() == model_type).with_context(|| {
         let known: Vec<&str> = families.iter().map(|family| family.model_type()).collect();

@@ -11,7 +11,7 @@ use crate::model::decoder::Linear;
 use crate::model::rope;
 use crate::model::vision::{FusedAttention, LayerNorm, Mlp};
 use crate::tensor::Matrix;
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 /// Where generations of transformers have put the decoder.
 const DECODER_PREFIXES: [&str; 2] = ["model.language_model.", "model."];
@@ -29,20 +29,36 @@ impl<D: ModelOps> Family<D> for Qwen2Vl {
     }
 
     fn config(&self, checkpoint: &Checkpoint) -> Result<ModelConfig> {
-        let root = Section::root(checkpoint.config())?;
+        let root = Section::root(checkpoint)?;
         let decoder = decoder_config(&root)?;
         let probe = "layers.0.input_layernorm.weight";
         let prefix = checkpoint.prefix(&DECODER_PREFIXES, probe)?.to_owned();
+        // A wild number of layers must not become a list of as many.
+        let last = format!("{prefix}layers.{}.input_layernorm.weight", decoder.layers - 1);
+        ensure!(
+            checkpoint.contains(&last),
+            "{} is {}, but there is no tensor {last}; weights and config.json do not belong together, or a file is missing",
+            text_section(&root)?.at("num_hidden_layers"),
+            decoder.layers
+        );
         let names = DecoderNames { prefix, head: "lm_head.weight".into() };
         Ok(ModelConfig { decoder, names, image_token: root.token("image_token_id")? })
     }
 
     fn vision_input(&self, checkpoint: &Checkpoint, limits: PixelLimits) -> Result<Box<dyn VisionInput>> {
-        let image_token = Section::root(checkpoint.config())?.token("image_token_id")?;
-        Ok(Box::new(QwenVision::new(
-            PatchSettings::read(checkpoint.folder(), limits.min_pixels, limits.max_pixels)?,
-            image_token,
-        )))
+        let root = Section::root(checkpoint)?;
+        let image_token = root.token("image_token_id")?;
+        let settings = PatchSettings::read(checkpoint.folder(), limits.min_pixels, limits.max_pixels)?;
+        let model = Patches::read(&vision_section(&root)?)?;
+        let processor = [settings.patch_size, settings.temporal_patch_size, settings.merge_size];
+        ensure!(
+            processor == [model.side, model.frames, model.merge],
+            "{} asks for [patch_size, temporal_patch_size, spatial_merge_size] of {:?}, but the image processor's file \
+             says {processor:?}; take both files from the same checkpoint",
+            root.at("vision_config"),
+            [model.side, model.frames, model.merge]
+        );
+        Ok(Box::new(QwenVision::new(settings, image_token)))
     }
 
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {
@@ -50,19 +66,45 @@ impl<D: ModelOps> Family<D> for Qwen2Vl {
     }
 }
 
+/// Hub originals keep the text keys at the root, transformers from 4.52 on in text_config.
+fn text_section<'a>(root: &Section<'a>) -> Result<Section<'a>> {
+    Ok(root.section("text_config")?.unwrap_or_else(|| root.clone()))
+}
+
+fn vision_section<'a>(root: &Section<'a>) -> Result<Section<'a>> {
+    root.section("vision_config")?.with_context(|| format!("{} is missing", root.at("vision_config")))
+}
+
+/// How the vision tower cuts images; Hub files leave out what equals the class's defaults.
+struct Patches {
+    side: usize,
+    frames: usize,
+    merge: usize,
+}
+
+impl Patches {
+    fn read(vision: &Section<'_>) -> Result<Self> {
+        Ok(Self {
+            side: vision.count_or("patch_size", 14)?,
+            frames: vision.count_or("temporal_patch_size", 2)?,
+            merge: vision.count_or("spatial_merge_size", 2)?,
+        })
+    }
+}
+
 fn decoder_config(root: &Section<'_>) -> Result<DecoderConfig> {
-    // Hub originals keep the text keys at the root, transformers from 4.52 on in text_config.
-    let text = root.section("text_config")?.unwrap_or_else(|| root.clone());
+    let text = text_section(root)?;
     let hidden = text.count("hidden_size")?;
     let heads = text.count("num_attention_heads")?;
     let kv_heads = text.count_or("num_key_value_heads", heads)?;
     let head_dim = text.count_or("head_dim", hidden / heads)?;
     ensure!(
-        heads.is_multiple_of(kv_heads) && head_dim.is_multiple_of(2),
-        "config.json: {heads} attention heads of {head_dim} do not share {kv_heads} key/value heads evenly"
+        heads.is_multiple_of(kv_heads) && head_dim > 0 && head_dim.is_multiple_of(2),
+        "{}: {heads} attention heads of width {head_dim} do not share {kv_heads} key/value heads evenly",
+        text.at("num_attention_heads")
     );
     if text.flag_or("use_sliding_window", false)? {
-        bail!("config.json: use_sliding_window is true; sliding-window attention is not supported for qwen2_vl");
+        bail!("{} is true; sliding-window attention is not supported for qwen2_vl", text.at("use_sliding_window"));
     }
     // transformers 5 keeps theta and sections together in rope_parameters, older ones apart.
     let rope = match text.section("rope_parameters")? {
@@ -70,25 +112,23 @@ fn decoder_config(root: &Section<'_>) -> Result<DecoderConfig> {
         None => text.section("rope_scaling")?,
     };
     let Some(rope) = rope else {
-        bail!("config.json: rope_scaling (or rope_parameters) with mrope_section is missing")
+        bail!("{} (or rope_parameters) with mrope_section is missing", text.at("rope_scaling"))
     };
     for key in ["rope_type", "type"] {
         if rope.get(key).is_some() && !matches!(rope.text(key)?, "mrope" | "default") {
-            bail!(
-                "config.json: rope type {:?} is not supported for qwen2_vl; known are mrope, default",
-                rope.text(key)?
-            );
+            bail!("{} is {:?}, not supported for qwen2_vl; known are mrope, default", rope.at(key), rope.text(key)?);
         }
     }
     let rope_theta =
         if rope.get("rope_theta").is_some() { rope.positive("rope_theta")? } else { text.positive("rope_theta")? };
     let sections = rope.counts("mrope_section")?;
     let Ok(rope_sections) = <[usize; 3]>::try_from(sections) else {
-        bail!("config.json: mrope_section needs three numbers (temporal, height, width)");
+        bail!("{} needs three numbers (temporal, height, width)", rope.at("mrope_section"));
     };
     ensure!(
         rope_sections.iter().sum::<usize>() == head_dim / 2,
-        "config.json: mrope_section {rope_sections:?} does not add up to half the head width {head_dim}"
+        "{} {rope_sections:?} does not add up to half the head width {head_dim}",
+        rope.at("mrope_section")
     );
     // The flag may stand at the root or in text_config; either one ties the head to the embedding.
     let tied = root.flag_or("tie_word_embeddings", false)? || text.flag_or("tie_word_embeddings", false)?;
@@ -127,17 +167,13 @@ struct Tower<T> {
 
 impl<T> Tower<T> {
     fn load<D: ModelOps<Tensor = T>>(device: &D, checkpoint: &Checkpoint) -> Result<Self> {
-        let root = Section::root(checkpoint.config())?;
+        let root = Section::root(checkpoint)?;
         let output = decoder_config(&root)?.hidden;
-        let Some(vision) = root.section("vision_config")? else {
-            bail!("config.json: needed key vision_config is missing");
-        };
-        // Hub files leave out what equals the class's defaults. `hidden_size` is the output width here.
+        let vision = vision_section(&root)?;
+        let Patches { side, frames, merge } = Patches::read(&vision)?;
+        // `hidden_size` is the output width here.
         let width = vision.count_or("embed_dim", 1280)?;
         let heads = vision.count_or("num_heads", 16)?;
-        let merge = vision.count_or("spatial_merge_size", 2)?;
-        let patch = vision.count_or("patch_size", 14)?;
-        let temporal = vision.count_or("temporal_patch_size", 2)?;
         let channels = match vision.get("in_channels") {
             Some(_) => vision.count("in_channels")?,
             None => vision.count_or("in_chans", 3)?,
@@ -146,7 +182,8 @@ impl<T> Tower<T> {
         let inner = width * vision.count_or("mlp_ratio", 4)?;
         ensure!(
             width.is_multiple_of(heads) && (width / heads).is_multiple_of(4),
-            "config.json: vision_config of width {width} with {heads} heads has no whole rotary halves"
+            "{} is {width}, which {heads} heads do not share in multiples of 4, as the rotary embedding needs",
+            vision.at("embed_dim")
         );
         let prefix = checkpoint.prefix(&VISION_PREFIXES, "patch_embed.proj.weight")?;
         let block = |i: usize| -> Result<TowerBlock<T>> {
@@ -162,7 +199,7 @@ impl<T> Tower<T> {
         let merged = width * merge * merge;
         let at = format!("{prefix}merger");
         let fc = (format!("{at}.mlp.0"), format!("{at}.mlp.2"));
-        let patch_values = channels * temporal * patch * patch;
+        let patch_values = channels * frames * side * side;
         Ok(Self {
             embedding: Linear::load(
                 device,

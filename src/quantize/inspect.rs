@@ -1,11 +1,11 @@
 //! What a checkpoint holds, what would be quantized, and what that would cost.
 
-use super::config::Section;
-use super::decoder::{Projection, module_name};
-use super::families::{self, ModelConfig};
+use super::settings::{Importance, Solver, SolverSettings};
 use crate::checkpoint::Checkpoint;
 use crate::device::ModelOps;
-use crate::quantize::settings::{Importance, Solver, SolverSettings};
+use crate::model::config::Section;
+use crate::model::decoder::{Projection, module_name};
+use crate::model::families::{self, ModelConfig};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
 use serde::Serialize;
@@ -206,7 +206,7 @@ pub fn inspect<D: ModelOps>(device: &D, folder: &Path) -> Result<Inspection> {
     let parts = parts(&checkpoint, &config)?;
     Ok(Inspection {
         model: folder.display().to_string(),
-        family: Section::root(checkpoint.config())?.text("model_type")?.to_owned(),
+        family: Section::root(&checkpoint)?.text("model_type")?.to_owned(),
         quantization,
         decoder: shape,
         bytes: parts.iter().map(|part| part.bytes).sum(),

@@ -1,0 +1,160 @@
+//! The rules of the house, read off the sources: who may use whom, where `unsafe` may stand, what must not be left lying.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// What each module of the library may use of the others. Data walks one way: nothing points back.
+///
+/// Two kinds of plain data cross the line: solved layers and settings (`quantize::…`), which a file format needs to be
+/// written, and `progress`, which every long run reports to.
+const MAY_USE: &[(&str, &[&str])] = &[
+    ("evaluate", &["progress", "model", "calibration", "checkpoint", "device", "tensor"]),
+    ("quantize", &["progress", "model", "calibration", "checkpoint", "device", "tensor"]),
+    ("model", &["calibration", "checkpoint", "device", "tensor"]),
+    ("calibration", &["tensor"]),
+    ("checkpoint", &["quantize::QuantizedLinear", "quantize::settings", "quantize::pack", "tensor"]),
+    ("device", &["tensor"]),
+    ("progress", &[]),
+    ("tensor", &[]),
+];
+
+/// The files that may hold `unsafe`, each block with its reason.
+const MAY_BE_UNSAFE: &[&str] = &["src/device/cpu/gemm.rs", "src/checkpoint/shard.rs"];
+
+/// More lines than this want to be two files.
+const LONGEST: usize = 450;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Text files below `folder`, relative to the crate, with their contents.
+fn files(folder: &str, extensions: &[&str]) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut folders: Vec<PathBuf> = vec![root().join(folder)];
+    while let Some(folder) = folders.pop() {
+        let Ok(entries) = fs::read_dir(&folder) else { continue };
+        for path in entries.map(|entry| entry.unwrap().path()) {
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| extensions.contains(&e.to_str().unwrap())) {
+                let name = path.strip_prefix(root()).unwrap().to_str().unwrap().replace('\\', "/");
+                found.push((name, fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn sources() -> Vec<(String, String)> {
+    let found = files("src", &["rs"]);
+    assert!(found.len() > 40, "the sources were not found");
+    found
+}
+
+/// Lines of code with their numbers, without comments.
+fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    text.lines().enumerate().map(|(i, line)| (i + 1, line.split("//").next().unwrap())).filter(|(_, l)| !l.is_empty())
+}
+
+#[test]
+fn nothing_points_back() {
+    let mut wrong = Vec::new();
+    let mut seen = 0;
+    for (name, text) in sources() {
+        let Some(module) = name.strip_prefix("src/").and_then(|rest| rest.split(['/', '.']).next()) else { continue };
+        // lib.rs names the modules, and a program sees only what the library shows.
+        if ["lib", "bin"].contains(&module) {
+            continue;
+        }
+        let Some((_, allowed)) = MAY_USE.iter().find(|(other, _)| *other == module) else {
+            wrong.push(format!("{name}: the module {module} is not in this test's list"));
+            continue;
+        };
+        for (line, code) in code(&text) {
+            if code.contains("use vlmq::") || code.contains("use crate::{") {
+                wrong.push(format!("{name}:{line}: write `use crate::module::…`, one module a line: {code}"));
+            }
+            // Whole paths in the code count like `use`.
+            for path in code.split("crate::").skip(1) {
+                seen += 1;
+                let used = |of: &str| {
+                    path == of || path.strip_prefix(of).is_some_and(|rest| !rest.starts_with(char::is_alphanumeric))
+                };
+                if !used(module) && !allowed.iter().any(|allowed| used(allowed)) {
+                    wrong.push(format!("{name}:{line}: {module} may not use crate::{path}"));
+                }
+            }
+        }
+    }
+    assert!(seen > 80, "only {seen} uses were found");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn unsafe_stands_where_it_may_and_says_why() {
+    let mut blocks = 0;
+    for (name, text) in sources() {
+        let lines: Vec<&str> = text.lines().collect();
+        for (number, line) in code(&text) {
+            // A block; the type of a foreign function is none.
+            if !line.contains("unsafe {") && !line.contains("unsafe impl") && !line.contains("pub unsafe fn") {
+                continue;
+            }
+            blocks += 1;
+            assert!(
+                MAY_BE_UNSAFE.contains(&name.as_str()),
+                "{name}:{number} is not among the files that may be unsafe"
+            );
+            let before = &lines[number.saturating_sub(8)..number];
+            assert!(
+                before.iter().any(|line| line.contains("// SAFETY:")),
+                "{name}:{number} does not say why it is sound"
+            );
+        }
+        assert!(
+            !text.contains("allow(unsafe_code)") || MAY_BE_UNSAFE.contains(&name.as_str()),
+            "{name} lifts the ban on unsafe code"
+        );
+    }
+    assert!(blocks >= MAY_BE_UNSAFE.len(), "the search finds too little: {blocks} blocks");
+}
+
+#[test]
+fn files_are_short() {
+    for (name, text) in sources() {
+        assert!(text.lines().count() <= LONGEST, "{name} has {} lines", text.lines().count());
+    }
+}
+
+#[test]
+fn nothing_is_left_lying() {
+    // In two pieces each, so that this file does not find itself.
+    let words = [["TO", "DO"], ["FIX", "ME"], ["XX", "X"], ["un", "implemented!"], ["to", "do!("], ["db", "g!("]];
+    let homes = [["/ro", "ot/"], ["/ho", "me/"], ["/wo", "rk/"], ["/Use", "rs/"], ["/tm", "p/"], ["C:", "\\"]];
+    let kinds = ["rs", "py", "toml", "md", "sh", "txt", "cu", "cuh", "h"];
+    let folders = ["src", "tests", "benches", "kernels", ".ci"];
+    let mut all: Vec<(String, String)> = folders.iter().flat_map(|folder| files(folder, &kinds)).collect();
+    for name in ["build.rs", "Cargo.toml", "README.md", ".ci/run"] {
+        if let Ok(text) = fs::read_to_string(root().join(name)) {
+            all.push((name.to_owned(), text));
+        }
+    }
+    for (name, text) in &all {
+        for (number, line) in text.lines().enumerate() {
+            for word in words.iter().chain(&homes).map(|pieces| pieces.concat()) {
+                assert!(!line.contains(&word), "{name}:{}: {word} in {line:?}", number + 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn names_of_metrics_agree() {
+    #[cfg(feature = "run")]
+    assert_eq!(
+        vlmq::evaluate::metrics::Metric::ALL.map(vlmq::evaluate::metrics::Metric::name),
+        vlmq::calibration::dataset::METRICS
+    );
+}

@@ -1,0 +1,180 @@
+//! The built program, and copies of checkpoints for it to read.
+
+use serde_json::{Map, Value};
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// Runs the program.
+pub fn vlmq_run<S: AsRef<OsStr>>(arguments: &[S]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vlmq-run")).args(arguments).output().unwrap()
+}
+
+/// Runs the program, which must succeed, and returns what it prints.
+pub fn succeed<S: AsRef<OsStr> + std::fmt::Debug>(arguments: &[S]) -> String {
+    let output = vlmq_run(arguments);
+    assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", stderr(&output));
+    stdout(&output)
+}
+
+/// What the program wrote on stderr.
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// What the program wrote on stdout.
+pub fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+/// A path as an argument.
+pub fn text(path: impl AsRef<Path>) -> String {
+    path.as_ref().to_str().unwrap().to_owned()
+}
+
+/// Names in `folder`, sorted.
+pub fn names_in(folder: &Path) -> Vec<String> {
+    let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    names
+}
+
+/// Every file of a flat folder with its bytes, sorted by name.
+pub fn files_of(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    names_in(folder).into_iter().map(|name| (name.clone(), fs::read(folder.join(name)).unwrap())).collect()
+}
+
+/// Copies the files of a flat folder.
+pub fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for (name, bytes) in files_of(from) {
+        fs::write(to.join(name), bytes).unwrap();
+    }
+}
+
+/// Reads a JSON file.
+pub fn read_json(path: impl AsRef<Path>) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+/// Changes a JSON file that holds an object.
+pub fn edit_json(path: &Path, edit: impl FnOnce(&mut Map<String, Value>)) {
+    let mut value = read_json(path);
+    edit(value.as_object_mut().unwrap());
+    fs::write(path, value.to_string()).unwrap();
+}
+
+/// Changes the header of a safetensors file.
+pub fn edit_header(path: &Path, edit: impl FnOnce(&mut Map<String, Value>)) {
+    let bytes = fs::read(path).unwrap();
+    let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: Value = serde_json::from_slice(&bytes[8..end]).unwrap();
+    edit(header.as_object_mut().unwrap());
+    fs::write(path, super::checkpoint::with_header(&header.to_string(), bytes[end..].to_vec())).unwrap();
+}
+
+/// Changes the bytes of one tensor.
+pub fn edit_tensor(path: &Path, name: &str, edit: impl FnOnce(&mut [u8])) {
+    let mut bytes = fs::read(path).unwrap();
+    let end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..end]).unwrap();
+    let offset = |i: usize| end + header[name]["data_offsets"][i].as_u64().unwrap() as usize;
+    edit(&mut bytes[offset(0)..offset(1)]);
+    fs::write(path, bytes).unwrap();
+}
+
+/// A copy of a small checkpoint and its data, to be broken, and an empty folder to write to.
+pub struct Bench {
+    folder: tempfile::TempDir,
+}
+
+impl Bench {
+    /// With the bf16 checkpoint in one file, or the f16 one in three.
+    pub fn new(checkpoint: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let bench = Self { folder };
+        copy_folder(&super::golden("model").join(checkpoint), &bench.model());
+        let images = super::golden("model/images");
+        bench.write_data(&[&question(&text(images.join("gradient-70x42.png")))]);
+        fs::create_dir(bench.outputs()).unwrap();
+        bench
+    }
+
+    /// The checkpoint.
+    pub fn model(&self) -> PathBuf {
+        self.folder.path().join("model")
+    }
+
+    /// A file of the checkpoint.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.model().join(name)
+    }
+
+    /// Calibration and evaluation data.
+    pub fn data(&self) -> PathBuf {
+        self.folder.path().join("data.jsonl")
+    }
+
+    /// Replaces the data.
+    pub fn write_data(&self, lines: &[&str]) {
+        fs::write(self.data(), lines.join("\n")).unwrap();
+    }
+
+    /// The folder in which nothing may be left.
+    pub fn outputs(&self) -> PathBuf {
+        self.folder.path().join("outputs")
+    }
+
+    /// A command line that quantizes, with further flags.
+    pub fn quantize(&self, extra: &[&str]) -> Vec<String> {
+        let (model, data, out) = (text(self.model()), text(self.data()), text(self.outputs().join("out")));
+        let fixed = ["quantize", &model, "--calib", &data, "--out", &out];
+        let group: &[&str] = if extra.contains(&"--group-size") { &[] } else { &["--group-size", "32"] };
+        fixed.iter().chain(group).chain(extra).map(|&argument| argument.to_owned()).collect()
+    }
+
+    /// A command line that evaluates, with further flags. Text without a question cannot be evaluated: see
+    /// [`write_data`](Self::write_data).
+    pub fn eval(&self, extra: &[&str]) -> Vec<String> {
+        let (model, data, json) = (text(self.model()), text(self.data()), text(self.outputs().join("scores.json")));
+        let fixed = ["eval", &model, &data, "--json", &json];
+        fixed.iter().chain(extra).map(|&argument| argument.to_owned()).collect()
+    }
+
+    /// A command line that inspects.
+    pub fn inspect(&self) -> Vec<String> {
+        vec!["inspect".to_owned(), text(self.model())]
+    }
+
+    /// Asserts that a command line fails as it should: exit code 1, one error on one line that contains all of `says`,
+    /// nothing on stdout, nothing written.
+    pub fn refused(&self, arguments: &[String], says: &[&str]) {
+        self.check_refusal(&vlmq_run(arguments), &format!("{arguments:?}"), says);
+    }
+
+    /// As [`refused`](Self::refused), of a run that is over.
+    pub fn check_refusal(&self, output: &Output, what: &str, says: &[&str]) {
+        let errors = stderr(output);
+        assert_eq!(output.status.code(), Some(1), "{what} expects {says:?}: {errors}{}", stdout(output));
+        let last = errors.lines().last().unwrap_or_default();
+        assert!(last.starts_with("error: "), "{what}: {errors}");
+        assert_eq!(errors.matches("error:").count(), 1, "{what}: {errors}");
+        assert!(!errors.contains("panicked"), "{what}: {errors}");
+        for part in says {
+            assert!(last.contains(part), "{what}: {part:?} is not in {last:?}");
+        }
+        assert!(output.stdout.is_empty(), "{what}: {}", stdout(output));
+        assert_eq!(names_in(&self.outputs()), [""; 0], "{what} leaves files behind");
+    }
+}
+
+/// A line of data: one image, a question, an answer.
+pub fn question(image: &str) -> String {
+    serde_json::json!({"id": "q", "messages": [
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what shape?"}]},
+        {"role": "assistant", "content": "square"},
+    ]})
+    .to_string()
+}
