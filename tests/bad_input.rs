@@ -219,7 +219,7 @@ fn configurations() {
         ("head_dim", json!(1 << 30), "half the head width"),
         ("rms_norm_eps", json!(-1e-6), "not a positive number"),
         ("rms_norm_eps", json!("small"), "not a positive number"),
-        ("rms_norm_eps", json!(1e308), "rms_norm_eps"),
+        ("rms_norm_eps", json!(1e308), "not a positive number"),
         ("rope_theta", json!(0), "not a positive number"),
         ("rope_scaling", json!({"type": "mrope", "mrope_section": [1, 1]}), "three numbers"),
         ("rope_scaling", json!({"type": "mrope", "mrope_section": [9, 9, 9]}), "half the head width"),

@@ -50,7 +50,7 @@ fn wrong_usage_is_exit_code_2_with_a_reason() {
     let cases: &[(&[&str], &str)] = &[
         (&[], "Usage"),
         (&["polish"], "polish"),
-        (&["quantize"], "--calib"),
+        (&["quantize"], "--out"),
         (&["quantize", "m", "--out", "o"], "--calib"),
         (&["quantize", "m", "--calib", "c"], "--out"),
         (&["eval", "m"], "DATA"),

@@ -121,7 +121,7 @@ fn a_whole_run_prints_scores_and_writes_a_checkpoint() {
 #[test]
 fn every_solver_and_format_can_be_evaluated() {
     let runs: &[&[&str]] = &[
-        &["--solver", "rtn", "--format", "compressed-tensors", "--bits", "8"],
+        &["--solver", "rtn", "--format", "compressed-tensors", "--bits", "8", "--order", "act"],
         &["--solver", "rtn", "--format", "gptq", "--group-size", "none"],
         &["--solver", "rtn", "--format", "dequantized", "--symmetric"],
         &["--solver", "gptq", "--format", "compressed-tensors", "--order", "act", "--bits", "4"],
@@ -132,7 +132,7 @@ fn every_solver_and_format_can_be_evaluated() {
         &["--solver", "gptaq", "--format", "dequantized", "--order", "act", "--alpha", "1", "--damp", "0.1"],
     ];
     for run in runs {
-        let bench = bench("rope-parameters-f32");
+        let bench = bench(FLAT);
         let extra: Vec<String> = with_images(run);
         let extra: Vec<&str> = extra.iter().map(String::as_str).chain(["--quiet"]).collect();
         let mut arguments = bench.quantize(&extra);

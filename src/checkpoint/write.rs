@@ -225,7 +225,7 @@ fn check_linears(
         let shape = checkpoint.tensor(&name)?.shape;
         ensure!(
             shape == [linear.out_features, linear.in_features],
-            "tensor {name} in {} has shape {shape:?}, not [{}, {}]",
+            "tensor {name} in {} has shape {shape:?}, but config.json asks for [{}, {}]",
             checkpoint.file_of(&name),
             linear.out_features,
             linear.in_features

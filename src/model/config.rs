@@ -69,8 +69,8 @@ impl<'a> Section<'a> {
 
     /// A needed positive real number.
     pub fn positive(&self, key: &str) -> Result<f64> {
-        let value = self.needed(key)?.as_f64().filter(|x| x.is_finite() && *x > 0.0);
-        value.with_context(|| self.wrong(key, "a positive number"))
+        let value = self.needed(key)?.as_f64().filter(|&x| x as f32 > 0.0 && (x as f32).is_finite());
+        value.with_context(|| self.wrong(key, "a positive number that float32 can hold"))
     }
 
     /// A needed token id.

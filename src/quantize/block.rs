@@ -13,7 +13,7 @@ use super::statistics::Statistics;
 use crate::device::{ModelOps, SolveOps};
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::{Block, Layout, Projection};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use std::time::Instant;
 
 /// Some calibration samples, packed, on their way through the decoder.
@@ -150,7 +150,8 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
     fn round_to_nearest(&self, finished: &mut dyn FnMut(SolvedLayer) -> Result<()>) -> Result<()> {
         for projection in Projection::ALL {
             let weight = self.device.download(&self.float.linear(projection).weight)?;
-            let (linear, report) = solve::round_to_nearest(&weight, self.settings)?;
+            let (linear, report) =
+                solve::round_to_nearest(&weight, self.settings).with_context(|| self.place(projection))?;
             finished(SolvedLayer { projection, linear, report, importance: None })?;
         }
         Ok(())
@@ -209,7 +210,8 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
                 self.check_finite(x_float, chunk, residual, "float")?;
             }
         }
-        let prepared = solve::prepare(self.device, &statistics, self.settings)?;
+        let prepared =
+            solve::prepare(self.device, &statistics, self.settings).with_context(|| self.place(projection))?;
         Ok(Shared { prepared, seconds: start.elapsed().as_secs_f64() })
     }
 
@@ -228,7 +230,8 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             .map(|&projection| {
                 let start = Instant::now();
                 let weight = self.device.download(&self.float.linear(projection).weight)?;
-                let (linear, mut report) = solve::solve(self.device, &shared.prepared, &weight, self.settings)?;
+                let (linear, mut report) = solve::solve(self.device, &shared.prepared, &weight, self.settings)
+                    .with_context(|| self.place(projection))?;
                 report.seconds = start.elapsed().as_secs_f64() + std::mem::take(&mut shared_seconds);
                 Ok(SolvedLayer { projection, linear, report, importance: importance.clone() })
             })
@@ -243,6 +246,11 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             self.check_finite(&chunk.x_quantized, chunk, residual, "quantized")?;
         }
         Ok(())
+    }
+
+    /// A layer's name in errors.
+    fn place(&self, projection: Projection) -> String {
+        format!("cannot quantize {} of block {}", projection.module(), self.index)
     }
 
     fn check_finite(&self, x: &D::Tensor, chunk: &Chunk<D::Tensor>, residual: Projection, path: &str) -> Result<()> {

@@ -108,6 +108,11 @@ impl SolverSettings {
         self.group_size.unwrap_or(in_features)
     }
 
+    /// Whether columns leave their groups, so that a layer must say which column is in which. Round-to-nearest has no order.
+    pub fn has_group_index(&self) -> bool {
+        self.solver != Solver::Rtn && self.order == Order::Act && self.group_size.is_some()
+    }
+
     /// Refuses settings that no solve can honour.
     pub fn validate(&self) -> Result<()> {
         ensure!(matches!(self.bits, 2 | 3 | 4 | 8), "bits must be 2, 3, 4 or 8, not {}", self.bits);

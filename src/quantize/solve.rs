@@ -313,7 +313,7 @@ impl<'a> Assembly<'a> {
         let features = order.len();
         let groups = features / group;
         let (mut group_index, mut group_places) = (None, (0..groups).collect());
-        if settings.solver != Solver::Rtn && settings.order == Order::Act && groups > 1 {
+        if settings.has_group_index() {
             // Columns leave their groups: groups are numbered as they form and the layer carries an index.
             let mut index = vec![0; features];
             order.iter().enumerate().for_each(|(place, &column)| index[column as usize] = (place / group) as u32);

@@ -5,7 +5,7 @@
 //! asymmetric; `weight_shape` I64 `[2]`; `weight_g_idx` I32 `[in]` only when groups are not runs of columns. The package
 //! thinks in signed codes and stores them plus `2^(bits−1)`, which is our unsigned code.
 
-use super::{LinearSpec, TensorSpec, group_index, needs_group_index, words_of};
+use super::{LinearSpec, TensorSpec, group_index, words_of};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::Packing;
 use crate::checkpoint::convert::{bytes_from_floats, bytes_from_words, dtype_of};
@@ -29,7 +29,7 @@ pub(super) fn specs(linear: &LinearSpec, settings: &SolverSettings) -> Vec<Tenso
     if !settings.symmetric {
         specs.push(spec("weight_zero_point", Dtype::I32, &[packed_words(out, bits), groups]));
     }
-    if needs_group_index(settings) {
+    if settings.has_group_index() {
         specs.push(spec("weight_g_idx", Dtype::I32, &[inputs]));
     }
     specs
@@ -74,7 +74,7 @@ pub(super) fn config(left_alone: &[String], settings: &SolverSettings) -> Value 
     // 0.20 on refuse it instead of reading the columns in the wrong groups.
     let actorder = match settings.order {
         Order::None => None,
-        _ if needs_group_index(settings) => Some("group"),
+        _ if settings.has_group_index() => Some("group"),
         Order::ActGroup | Order::Act => Some("static"),
     };
     if let Some(actorder) = actorder {

@@ -4,7 +4,7 @@
 //! `[groups, out·bits/32]`, rows packed along the output features, each field holding `zero − 1`; `scales` F16
 //! `[groups, out]`; `g_idx` I32 `[in]`, the group of every input column. A bias stays where it is.
 
-use super::{LinearSpec, TensorSpec, group_index, needs_group_index, words_of};
+use super::{LinearSpec, TensorSpec, group_index, words_of};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::Packing;
 use crate::checkpoint::convert::{bytes_from_floats, bytes_from_words, dtype_of};
@@ -61,7 +61,7 @@ pub(super) fn config(quantized: &[LinearSpec], left_alone: &[String], settings: 
         "bits": settings.bits,
         // Whole rows are written as a group of −1.
         "group_size": settings.group_size.map_or(-1, |size| size as i64),
-        "desc_act": needs_group_index(settings),
+        "desc_act": settings.has_group_index(),
         "sym": settings.symmetric,
         "lm_head": false,
         "checkpoint_format": "gptq",

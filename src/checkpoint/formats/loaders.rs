@@ -5,7 +5,7 @@
 //! `desc_act`). From their sources: vLLM with Marlin kernels for 4 and 8 bits and Humming for 2 and 3, SGLang. A combination
 //! that is not known to load is left out.
 
-use super::{Format, needs_group_index};
+use super::Format;
 use crate::quantize::settings::SolverSettings;
 use serde::Serialize;
 use std::path::Path;
@@ -26,7 +26,7 @@ impl Format {
         let wide = matches!(settings.bits, 4 | 8);
         // Marlin and the kernels beside it are built for these groups only.
         let common_group = matches!(settings.group_size, None | Some(32 | 64 | 128));
-        let index = needs_group_index(settings);
+        let index = settings.has_group_index();
         let transformers = |arguments: &str| {
             format!("AutoModelForImageTextToText.from_pretrained({:?}{arguments})", folder.to_string())
         };

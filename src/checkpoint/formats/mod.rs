@@ -200,7 +200,7 @@ fn check_layer(linear: &LinearSpec, settings: &SolverSettings, quantized: &Quant
         quantized.bits == settings.bits
             && quantized.symmetric == settings.symmetric
             && quantized.group_columns == settings.group_columns(linear.in_features)
-            && quantized.group_index.is_some() == needs_group_index(settings),
+            && quantized.group_index.is_some() == settings.has_group_index(),
         "{module} was quantized with other settings than the file was planned for"
     );
     let grid = linear.out_features * quantized.groups();
@@ -230,11 +230,6 @@ fn check_layer(linear: &LinearSpec, settings: &SolverSettings, quantized: &Quant
         ensure!(quantized.zeros.iter().all(|&zero| zero == middle), "{module} is symmetric with a zero off the middle");
     }
     Ok(())
-}
-
-/// Whether groups are not consecutive runs of columns, so that the file must say which column is in which.
-fn needs_group_index(settings: &SolverSettings) -> bool {
-    settings.order == crate::quantize::settings::Order::Act && settings.group_size.is_some()
 }
 
 /// Regular expressions, matched from the start of a module's name, for all linear layers that are not quantized.
