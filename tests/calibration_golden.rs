@@ -5,7 +5,7 @@
 mod support;
 
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use support::{data, golden};
 use vlmq::calibration::dataset::{self, Conversation, ImageSource, Message, Part};

@@ -23,11 +23,11 @@ fn factors_equal_autograd() {
         if !golden(&file).exists() {
             continue;
         }
-        let golden = Golden::read(&file);
         let folder = match data(name).is_dir() {
             true => data(name),
             false => golden("model").join(name),
         };
+        let golden = Golden::read(&file);
         let checkpoint = Checkpoint::open(&folder).unwrap();
         let config = families::of::<Cpu>(&checkpoint).unwrap().config(&checkpoint).unwrap();
         let block = Block::load(&Cpu, &checkpoint, &config.decoder, &config.names, 1).unwrap();

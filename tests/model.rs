@@ -25,7 +25,7 @@ struct Case {
 
 impl Case {
     fn load(name: &str) -> Self {
-        let folder = match TRAINED.contains(name) {
+        let folder = match TRAINED.contains(&name) {
             true => data(name),
             false => golden("model").join(name),
         };

@@ -1,7 +1,7 @@
 //! The solve of one layer (method section 3): written once, over the operations of a device.
 
 use super::order::{Span, processing_order, spans};
-use super::settings::{CrossTerm, Order, Solver, SolverSettings};
+use super::settings::{CrossTerm, Solver, SolverSettings};
 use super::statistics::Statistics;
 use super::{QuantizedLinear, SolveReport};
 use crate::device::cpu::Cpu;
