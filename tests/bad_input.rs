@@ -337,7 +337,7 @@ fn data_files() {
     bench.refused(&bench.quantize(&["--image-root", "no/such/folder"]), &["no/such/folder", "not a folder"]);
     bench.refused(&bench.quantize(&["--max-tokens", "5"]), &["all 1", "longer than 5 tokens", "--max-tokens"]);
     bench.write_data(&[r#"{"text": "nothing to answer"}"#]);
-    bench.refused(&bench.eval(&[]), &["data.jsonl:1", "asks no question"]);
+    bench.refused(&bench.eval(&[]), &["data.jsonl:1", "no right answer is given"]);
     fs::remove_file(bench.data()).unwrap();
     bench.refused(&bench.quantize(&[]), &["cannot read the data file", "data.jsonl"]);
     bench.refused(&bench.eval(&[]), &["cannot read the data file", "data.jsonl"]);
@@ -375,6 +375,9 @@ fn images() {
         bench.write_data(&[r#"{"text": "fine"}"#, &question(&image)]);
         says.push("data.jsonl:2");
         bench.refused(&bench.quantize(&[]), &says);
+        // Plain text has no answer to score.
+        bench.write_data(&[&question(&image)]);
+        *says.last_mut().unwrap() = "data.jsonl:1";
         bench.refused(&bench.eval(&[]), &says);
     }
     let long = image::RgbImage::new(2010, 10);
