@@ -29,6 +29,10 @@ fn each_kind_of_file_names_exactly_its_loaders() {
         (Gptq, 3, g128, false, Order::None, vec![tg, humming, "SGLang"]),
         (Gptq, 3, g128, false, Order::Act, vec![tg]),
         (Gptq, 4, g128, false, Order::Act, vec![tg, "SGLang"]),
+        (Gptq, 4, None, true, Order::None, vec![tg, "vLLM", "SGLang"]),
+        (Gptq, 8, Some(256), true, Order::None, vec![tg]),
+        (Gptq, 3, Some(8), false, Order::None, vec![]),
+        (Gptq, 4, Some(2048), false, Order::None, vec![]),
         (Dequantized, 2, Some(8), false, Order::Act, vec!["transformers", "vLLM", "SGLang"]),
     ] {
         let settings = settings(format, bits, group, symmetric, order);
@@ -40,6 +44,8 @@ fn each_kind_of_file_names_exactly_its_loaders() {
         for loader in &loaders {
             let dequantizes = loader.command.contains("CompressedTensorsConfig(dequantize=True)");
             assert_eq!(dequantizes, loader.name == tf && !symmetric, "{}", loader.command);
+            let chooses = loader.command.contains("GPTQConfig(bits=4, backend=\"torch\")");
+            assert_eq!(chooses, loader.name == tg && bits == 4 && group != g128, "{}", loader.command);
         }
     }
 }

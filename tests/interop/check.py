@@ -32,11 +32,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# gptqmodel compiles a forward pass for every layer, for minutes, where one pass is wanted.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText, CompressedTensorsConfig
+from transformers import AutoModelForImageTextToText, CompressedTensorsConfig, GPTQConfig
 
 TOLERANCE = 1e-3
 
@@ -145,6 +147,7 @@ def named_calls(folder):
     names = {
         "AutoModelForImageTextToText": SimpleNamespace(from_pretrained=lambda folder, **arguments: arguments),
         "CompressedTensorsConfig": CompressedTensorsConfig,
+        "GPTQConfig": GPTQConfig,
     }
     return {
         loader["name"]: eval(loader["command"], names)

@@ -61,7 +61,16 @@ impl Format {
                 }
             }
             Self::Gptq => {
-                add("transformers + optimum + gptqmodel", transformers(""));
+                // Sizes of gptqmodel's plain kernel. At 4 bits it chooses one for a CPU that fails with some of them.
+                let choice = format!(", quantization_config=GPTQConfig(bits={}, backend=\"torch\")", settings.bits);
+                let arguments = match (settings.bits, settings.group_size) {
+                    (4, None | Some(16 | 512 | 1024)) => Some(choice.as_str()),
+                    (_, None | Some(16 | 32 | 64 | 128 | 256 | 512 | 1024)) => Some(""),
+                    _ => None,
+                };
+                if let Some(arguments) = arguments {
+                    add("transformers + optimum + gptqmodel", transformers(arguments));
+                }
                 if common_group && wide && settings.symmetric {
                     add("vLLM", vllm(""));
                 } else if common_group && !index {
