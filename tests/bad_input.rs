@@ -335,6 +335,8 @@ fn data_files() {
     bench.refused(&bench.eval(&[]), &["data.jsonl", "UTF-8"]);
     bench.write_data(&[&good]);
     bench.refused(&bench.quantize(&["--image-root", "no/such/folder"]), &["no/such/folder", "not a folder"]);
+    let says = ["--min-pixels and --max-pixels as given", "no image can be both"];
+    bench.refused(&bench.quantize(&["--max-pixels", "1"]), &says);
     bench.refused(&bench.quantize(&["--max-tokens", "5"]), &["all 1", "longer than 5 tokens", "--max-tokens"]);
     bench.write_data(&[r#"{"text": "nothing to answer"}"#]);
     bench.refused(&bench.eval(&[]), &["data.jsonl:1", "no right answer is given"]);

@@ -25,7 +25,7 @@ fn factors_equal_autograd() {
         }
         let folder = match data(name).is_dir() {
             true => data(name),
-            false => golden("model").join(name),
+            false => support::golden("model").join(name),
         };
         let golden = Golden::read(&file);
         let checkpoint = Checkpoint::open(&folder).unwrap();

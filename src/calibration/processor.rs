@@ -76,7 +76,10 @@ impl PatchSettings {
         let mut settings = Self::from_config(&config).with_context(|| path.display().to_string())?;
         settings.min_pixels = min_pixels.unwrap_or(settings.min_pixels);
         settings.max_pixels = max_pixels.unwrap_or(settings.max_pixels);
-        settings.validate().with_context(|| path.display().to_string())?;
+        settings.validate().with_context(|| match (min_pixels, max_pixels) {
+            (None, None) => path.display().to_string(),
+            _ => format!("{} with --min-pixels and --max-pixels as given", path.display()),
+        })?;
         Ok(settings)
     }
 
@@ -127,7 +130,11 @@ impl PatchSettings {
         }
         let (min, max) = (self.min_pixels, self.max_pixels);
         ensure!(min > 0 && min <= max, "at least {min} and at most {max} pixels: no image can be both");
-        ensure!(max as u64 <= super::image::MAX_PIXELS, "max_pixels {max} is above {}", super::image::MAX_PIXELS);
+        ensure!(
+            max as u64 <= super::image::MAX_PIXELS,
+            "max_pixels {max} is above {}, the most an image may have",
+            super::image::MAX_PIXELS
+        );
         let factor = self.rescale_factor;
         ensure!(factor.is_finite() && factor > 0.0, "`rescale_factor` is {factor}; expected a positive number");
         ensure!(self.mean.iter().all(|mean| mean.is_finite()), "`image_mean` is not finite");

@@ -4,6 +4,7 @@ use crate::args::EvalArgs;
 use crate::progress::Screen;
 use crate::{print_lines, text};
 use anyhow::{Context, Result, ensure};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::{self, Evaluation};
@@ -42,17 +43,23 @@ fn check_target(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes beside the target and renames, so that a full disk leaves no half file under the target's name.
+/// Writes beside the target and renames, so that a full disk leaves no half file under the target's name. Pipes and devices
+/// are written as they are: a rename would put a plain file in their place.
 fn write_json(path: &Path, evaluation: &Evaluation) -> Result<()> {
+    let cannot_write = || format!("--json {}: cannot write", path.display());
+    let text = serde_json::to_string_pretty(evaluation)? + "\n";
+    if path.metadata().is_ok_and(|found| !found.is_file()) {
+        let mut file = std::fs::OpenOptions::new().write(true).open(path).with_context(cannot_write)?;
+        return file.write_all(text.as_bytes()).with_context(cannot_write);
+    }
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
     let partial = PathBuf::from(partial);
-    let text = serde_json::to_string_pretty(evaluation)? + "\n";
     let written = std::fs::write(&partial, text).and_then(|()| std::fs::rename(&partial, path));
     if written.is_err() {
         let _ = std::fs::remove_file(&partial);
     }
-    written.with_context(|| format!("--json {}: cannot write", path.display()))
+    written.with_context(cannot_write)
 }
 
 #[cfg(test)]
@@ -90,6 +97,19 @@ total  2   50.00%  0.2500   -";
         write_json(&path, &evaluation()).unwrap();
         let value: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         assert_eq!((&value["n"], &value["kl"]), (&2.into(), &serde_json::Value::Null));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    /// Through a link, so that a mistake replaces the link and not the device.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn devices_stay_devices() {
+        let folder = tempfile::tempdir().unwrap();
+        let link = folder.path().join("full");
+        std::os::unix::fs::symlink("/dev/full", &link).unwrap();
+        let error = write_json(&link, &evaluation()).unwrap_err();
+        assert!(format!("{error:#}").contains("cannot write"), "{error:#}");
+        assert!(link.is_symlink());
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
