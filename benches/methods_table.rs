@@ -28,13 +28,14 @@ type Change = fn(&mut SolverSettings);
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
-        [] => methods(),
+        [] => methods(&CHECKPOINTS),
+        [name] if CHECKPOINTS.contains(name) => methods(&[name]),
         ["choices"] => choices(),
-        other => bail!("unknown arguments {other:?}; none, or: choices"),
+        other => bail!("unknown arguments {other:?}; none, one of {CHECKPOINTS:?}, or: choices"),
     }
 }
 
-fn methods() -> Result<()> {
+fn methods(checkpoints: &[&str]) -> Result<()> {
     let methods: [(&str, Solver, Importance); 5] = [
         ("round to nearest", Solver::Rtn, Importance::None),
         ("GPTQ", Solver::Gptq, Importance::None),
@@ -43,7 +44,7 @@ fn methods() -> Result<()> {
         ("VLMQ on GPTAQ", Solver::Gptaq, Importance::Vlmq),
     ];
     header();
-    for checkpoint in CHECKPOINTS {
+    for &checkpoint in checkpoints {
         let reference = evaluate::answer_logits(&Cpu, &evaluation(data(checkpoint)))?;
         let float = evaluate::run(&Cpu, &evaluation(data(checkpoint)), &mut ())?;
         row(checkpoint, "float", "", &[float]);

@@ -131,7 +131,7 @@ pub fn run<D: ModelOps + SolveOps>(
 
     let loaders = settings.format.loaders(&solver, &settings.out);
     let report = RunReport {
-        vlmq_version: env!("CARGO_PKG_VERSION"),
+        vlmq_version: env!("VLMQ_VERSION"),
         model: settings.model.display().to_string(),
         family: family.model_type().into(),
         format: settings.format.name().into(),

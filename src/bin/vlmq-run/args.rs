@@ -17,7 +17,7 @@ const MAX_NEW_TOKENS: usize = 64;
 
 /// Quantizes vision-language models after training (VLMQ, arXiv 2508.03351) and measures what that costs.
 #[derive(Debug, Parser)]
-#[command(name = "vlmq-run", version, max_term_width = 110)]
+#[command(name = "vlmq-run", version = env!("VLMQ_VERSION"), max_term_width = 110)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,

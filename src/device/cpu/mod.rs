@@ -2,6 +2,7 @@
 
 pub(crate) mod gemm;
 mod model;
+pub(crate) mod packed;
 mod solve;
 pub(crate) mod vector;
 

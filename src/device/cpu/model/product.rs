@@ -1,16 +1,15 @@
-//! Matrix products over fixed row tiles.
+//! Products of activations by weights.
 
-use crate::device::cpu::gemm::{View, ViewMut, gemm};
+use crate::device::cpu::packed::{Packed, TILE};
 use crate::device::cpu::vector::{dispatch, dot};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
 use rayon::prelude::*;
+use std::ops::Range;
 
-/// Rows a thread takes at a time. The right operand is packed again for each tile, so the taller the better, as long as
-/// there are enough tiles for many cores.
-fn tile_rows(rows: usize) -> usize {
-    (rows / 16).next_multiple_of(64).clamp(64, 256)
-}
+/// Columns of the right operand that are packed at a time: enough to pay for laying out the rows that run over them,
+/// few enough for their sums to stay in cache.
+const STRIP: usize = 512;
 
 /// Up to this many rows (decoding steps) plain dot products that read each weight once beat packing the weights.
 const FEW_ROWS: usize = 4;
@@ -38,7 +37,7 @@ pub(super) fn linear(x: &Matrix, weight: &Matrix, bias: Option<&Matrix>) -> Resu
     if x.rows() <= FEW_ROWS {
         few_rows(x, weight, &mut y);
     } else {
-        row_tiles(x, View::from(weight).t(), &mut y);
+        add_product(x, &mut y, |outputs| Packed::transposed(weight, outputs, 0..weight.cols()));
     }
     Ok(y)
 }
@@ -47,21 +46,22 @@ pub(super) fn linear(x: &Matrix, weight: &Matrix, bias: Option<&Matrix>) -> Resu
 pub(super) fn matmul(a: &Matrix, b: &Matrix) -> Result<Matrix> {
     ensure!(a.cols() == b.rows(), "{}x{} times {}x{}", a.rows(), a.cols(), b.rows(), b.cols());
     let mut y = Matrix::zeros(a.rows(), b.cols());
-    row_tiles(a, View::from(b), &mut y);
+    add_product(a, &mut y, |columns| Packed::new(b, 0..b.rows(), columns));
     Ok(y)
 }
 
-/// `y += a · b`, threads over tiles of rows.
-fn row_tiles(a: &Matrix, b: View<'_>, y: &mut Matrix) {
+/// `y += a · b`, `packed` giving some columns of b; threads over tiles of rows.
+fn add_product(a: &Matrix, y: &mut Matrix, packed: impl Fn(Range<usize>) -> Packed) {
     let (inner, outputs) = (a.cols(), y.cols());
     if outputs == 0 || inner == 0 {
         return;
     }
-    let tile = tile_rows(a.rows());
-    y.data_mut().par_chunks_mut(tile * outputs).zip(a.data().par_chunks(tile * inner)).for_each(|(y, a)| {
-        let rows = y.len() / outputs;
-        gemm(1.0, View::new(a, rows, inner, inner), b, 1.0, ViewMut::new(y, rows, outputs, outputs));
-    });
+    for first in (0..outputs).step_by(STRIP) {
+        let packed = packed(first..(first + STRIP).min(outputs));
+        y.data_mut().par_chunks_mut(TILE * outputs).zip(a.data().par_chunks(TILE * inner)).for_each(|(y, a)| {
+            packed.add_to(1.0, a, inner, &mut y[first..], outputs, a.len() / inner);
+        });
+    }
 }
 
 /// `y += x · weightᵀ` for a handful of rows, threads over tiles of outputs.

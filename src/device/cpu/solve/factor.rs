@@ -1,9 +1,9 @@
 //! `H = R·Rᵀ` from the last index backwards, and the GPTAQ term in its coordinates.
 
 use super::SLAB;
-use super::kernel::{Packed, TILE};
 use super::product::{part, part_of};
 use crate::device::cpu::gemm::{View, ViewMut, gemm};
+use crate::device::cpu::packed::{Packed, TILE};
 use crate::device::{BLOCK, CrossFactor, Factor, Factored};
 use crate::tensor::Matrix;
 use rayon::prelude::*;

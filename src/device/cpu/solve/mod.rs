@@ -2,7 +2,6 @@
 //! rayon and single-thread products do the rest.
 
 mod factor;
-mod kernel;
 mod lanes;
 mod product;
 mod quantize_block;

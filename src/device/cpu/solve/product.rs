@@ -1,7 +1,7 @@
 //! Products over slabs of rows.
 
-use super::kernel::{Packed, TILE};
 use crate::device::cpu::gemm::View;
+use crate::device::cpu::packed::{Packed, TILE};
 use crate::device::{Factor, ProductRange};
 use crate::tensor::Matrix;
 use rayon::prelude::*;

@@ -1,8 +1,8 @@
 //! Product of a tall matrix by one that is read again and again, packed once.
 //!
-//! The factor of a layer multiplies every slab of the layer's rows. A general product packs it anew for each slab and
-//! loses a third of its speed to that; here strips of its columns are laid out once, and sixty-four rows at a time run
-//! over them in registers.
+//! A layer's weight multiplies every token, and a layer's factor every row of its weight. A general product packs that
+//! operand anew for each slab of the other and loses a third to a half of its speed to that; here strips of its columns
+//! are laid out once, and sixty-four rows at a time run over them in registers.
 
 use crate::tensor::Matrix;
 use pulp::{Arch, Simd, WithSimd};
@@ -13,13 +13,13 @@ use std::ops::Range;
 const STRIP: usize = 6;
 
 /// Rows that run over the strips together.
-pub(super) const TILE: usize = 64;
+pub(crate) const TILE: usize = 64;
 
 /// Products that are summed in one go: sums of more lose digits and leave the cache.
 const DEPTH: usize = 256;
 
 /// A matrix `[inner, columns]`, strip by strip: element (k, c) is `data[(c / STRIP · inner + k) · STRIP + c % STRIP]`.
-pub(super) struct Packed {
+pub(crate) struct Packed {
     data: Vec<f32>,
     inner: usize,
     columns: usize,
@@ -27,7 +27,7 @@ pub(super) struct Packed {
 
 impl Packed {
     /// Rows and columns of `b`.
-    pub(super) fn new(b: &Matrix, rows: Range<usize>, columns: Range<usize>) -> Self {
+    pub(crate) fn new(b: &Matrix, rows: Range<usize>, columns: Range<usize>) -> Self {
         Self::fill(rows.len(), columns.len(), |first, strip| {
             let from = columns.start + first..(columns.start + first + STRIP).min(columns.end);
             for (to, row) in strip.chunks_mut(STRIP).zip(rows.clone()) {
@@ -38,7 +38,7 @@ impl Packed {
     }
 
     /// The same part, transposed: `columns` run along the inner dimension.
-    pub(super) fn transposed(b: &Matrix, rows: Range<usize>, columns: Range<usize>) -> Self {
+    pub(crate) fn transposed(b: &Matrix, rows: Range<usize>, columns: Range<usize>) -> Self {
         Self::fill(columns.len(), rows.len(), |first, strip| {
             for (j, row) in (rows.start + first..(rows.start + first + STRIP).min(rows.end)).enumerate() {
                 for (to, &value) in strip.chunks_mut(STRIP).zip(&b.row(row)[columns.clone()]) {
@@ -58,7 +58,7 @@ impl Packed {
 
     /// `c = c + alpha·a·b` for up to [`TILE`] rows: `a` their values along the inner dimension, `a_stride` apart from
     /// row to row, `c` their results, `c_stride` apart.
-    pub(super) fn add_to(&self, alpha: f32, a: &[f32], a_stride: usize, c: &mut [f32], c_stride: usize, rows: usize) {
+    pub(crate) fn add_to(&self, alpha: f32, a: &[f32], a_stride: usize, c: &mut [f32], c_stride: usize, rows: usize) {
         Arch::new().dispatch(Tile { packed: self, alpha, a, a_stride, c, c_stride, rows });
     }
 }
