@@ -6,7 +6,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use std::hint::black_box;
 use vlmq::device::cpu::Cpu;
 use vlmq::quantize::settings::{Grid, Solver, SolverSettings};
-use vlmq::quantize::solve::{prepare, round_to_nearest, solve};
+use vlmq::quantize::solve::{prepare, round_to_nearest, solve, solve_layer};
 use vlmq::quantize::statistics::Statistics;
 use vlmq::tensor::Matrix;
 
@@ -44,6 +44,9 @@ fn benches(c: &mut Criterion) {
     let prepared = prepare(&Cpu, &statistics, &settings).unwrap();
     group.bench_function("prepare_4096", |b| b.iter(|| black_box(prepare(&Cpu, &statistics, &settings).unwrap())));
     group.bench_function("solve_4096", |b| b.iter(|| black_box(solve(&Cpu, &prepared, &weight, &settings).unwrap())));
+    group.bench_function("solve_and_report_4096", |b| {
+        b.iter(|| black_box(solve_layer(&Cpu, &prepared, &statistics.hessian, &weight, &settings).unwrap()))
+    });
     let gptq = SolverSettings { solver: Solver::Gptq, ..settings.clone() };
     group.bench_function("gptq_w3g128_4096", |b| {
         b.iter(|| {

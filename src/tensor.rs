@@ -1,6 +1,7 @@
 //! Dense row-major matrices on the host, the currency between modules.
 
 use anyhow::{Result, ensure};
+use rayon::prelude::*;
 
 /// A dense row-major float32 matrix on the host: element (r, c) is `data[r * cols + c]`.
 ///
@@ -62,6 +63,15 @@ impl Matrix {
     /// Row `r`, to write to.
     pub fn row_mut(&mut self, r: usize) -> &mut [f32] {
         &mut self.data[r * self.cols..(r + 1) * self.cols]
+    }
+
+    /// Row and column of the first value that is NaN or infinite.
+    pub fn first_non_finite(&self) -> Option<(usize, usize)> {
+        // Without a way out inside, the loop runs on vectors.
+        let clean = |row: &[f32]| row.iter().fold(true, |all, v| all & v.is_finite());
+        let row = self.data.par_chunks(self.cols.max(1)).position_first(|row| !clean(row))?;
+        let column = self.row(row).iter().position(|v| !v.is_finite())?;
+        Some((row, column))
     }
 
     /// The same values under another shape. Errors when the sizes disagree.

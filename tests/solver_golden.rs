@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use vlmq::device::cpu::Cpu;
 use vlmq::quantize::plain::quantize_layer;
 use vlmq::quantize::settings::{CrossTerm, Grid, Order, ScaleType, Solver, SolverSettings};
-use vlmq::quantize::solve::{Prepared, prepare, round_to_nearest, solve};
+use vlmq::quantize::solve::{Prepared, prepare, round_to_nearest, solve_layer};
 use vlmq::quantize::statistics::Statistics;
 use vlmq::quantize::{QuantizedLinear, SolveReport};
 use vlmq::tensor::Matrix;
@@ -116,7 +116,7 @@ fn run(case: &Case, statistics: &Statistics<Matrix>, weight: &Matrix) -> (Quanti
         return round_to_nearest(weight, &settings).unwrap();
     }
     let prepared: Prepared<Matrix> = prepare(&Cpu, statistics, &settings).unwrap();
-    solve(&Cpu, &prepared, weight, &settings).unwrap()
+    solve_layer(&Cpu, &prepared, &statistics.hessian, weight, &settings).unwrap()
 }
 
 /// Codes, counted for one value of one setting.

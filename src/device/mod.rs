@@ -27,11 +27,20 @@ pub trait Device: Send + Sync + 'static {
     /// Name for logs and reports, such as `cpu`.
     fn name(&self) -> String;
 
+    /// A tensor of zeros.
+    fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Tensor>;
+
+    /// Fills a tensor with zeros.
+    fn clear(&self, tensor: &mut Self::Tensor) -> Result<()>;
+
     /// Copies a host matrix to the device.
     fn upload(&self, matrix: Matrix) -> Result<Self::Tensor>;
 
     /// Copies a tensor back to the host.
     fn download(&self, tensor: &Self::Tensor) -> Result<Matrix>;
+
+    /// Index of the first row that holds a NaN or an infinity, if any.
+    fn first_non_finite_row(&self, tensor: &Self::Tensor) -> Result<Option<usize>>;
 
     /// `(rows, cols)` of a tensor.
     fn shape(&self, tensor: &Self::Tensor) -> (usize, usize);

@@ -131,7 +131,4 @@ pub trait ModelOps: Device {
 
     /// Mean over columns of the absolute values, one value a row (the importance factor, paper section 4).
     fn mean_abs_rows(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
-
-    /// Index of the first row that holds a NaN or an infinity, if any.
-    fn first_non_finite_row(&self, x: &Self::Tensor) -> Result<Option<usize>>;
 }

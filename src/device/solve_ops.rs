@@ -135,9 +135,6 @@ pub trait SolveOps: Device {
     /// Diagonal of a square tensor.
     fn diagonal(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
 
-    /// Whether every value is finite.
-    fn all_finite(&self, x: &Self::Tensor) -> Result<bool>;
-
     /// A symmetric matrix, given by its upper triangle, in processing order (upper triangle).
     fn permute_symmetric(&self, x: &Self::Tensor, how: PermuteSymmetric<'_>) -> Result<Self::Tensor>;
 
@@ -161,8 +158,11 @@ pub trait SolveOps: Device {
     fn add_product(&self, c: &mut Self::Tensor, a: &Self::Tensor, b: &Self::Tensor, range: &ProductRange)
     -> Result<()>;
 
-    /// `‖x·R‖²_F`, or `‖x‖²_F` without a factor; x `[rows, in]`.
-    fn squared_norm(&self, x: &Self::Tensor, factor: Option<&Factor<Self::Tensor>>) -> Result<f64>;
+    /// `‖x‖²_F`.
+    fn squared_norm(&self, x: &Self::Tensor) -> Result<f64>;
+
+    /// `‖x‖²_H = tr(x·H·xᵀ)`: x `[rows, in]`, `h` by its upper triangle.
+    fn weighted_squared_norm(&self, x: &Self::Tensor, h: &Self::Tensor) -> Result<f64>;
 
     /// Scales and zeros `[rows, 1]` of the one group `columns`, from its weights as they are before its first column is
     /// quantized: `W + (error + cross)·R̄⁻¹` on the group, whose `blocks` make up the current span. Without a factor,

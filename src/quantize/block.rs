@@ -122,9 +122,6 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         progress: &mut dyn FnMut(&str),
         finished: &mut dyn FnMut(SolvedLayer) -> Result<()>,
     ) -> Result<()> {
-        if self.settings.solver == Solver::Rtn {
-            return self.round_to_nearest(finished);
-        }
         let factors = self.factors(chunks, progress)?;
         for set in LayerSet::ALL {
             // q, k and v weigh tokens differently: one pass and one pair of matrices each, one after the other.
@@ -143,16 +140,6 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             if let Some(residual) = set.residual() {
                 self.advance(set, residual, chunks)?;
             }
-        }
-        Ok(())
-    }
-
-    fn round_to_nearest(&self, finished: &mut dyn FnMut(SolvedLayer) -> Result<()>) -> Result<()> {
-        for projection in Projection::ALL {
-            let weight = self.device.download(&self.float.linear(projection).weight)?;
-            let (linear, report) =
-                solve::round_to_nearest(&weight, self.settings).with_context(|| self.place(projection))?;
-            finished(SolvedLayer { projection, linear, report, importance: None })?;
         }
         Ok(())
     }
@@ -205,14 +192,12 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             statistics.accumulate(self.device, &u, f.as_ref().filter(|_| with_cross), g)?;
             if let (Some(residual), Some(f), Some(x_float)) = (set.residual(), &f, &mut chunk.x_float) {
                 self.float.add_output(self.device, x_float, residual, f)?;
-            }
-            if let (Some(residual), Some(x_float)) = (set.residual(), &chunk.x_float) {
-                self.check_finite(x_float, chunk, residual, "float")?;
+                self.check_finite(x_float, &chunk.layout, &chunk.samples, residual, "float")?;
             }
         }
         let prepared =
             solve::prepare(self.device, &statistics, self.settings).with_context(|| self.place(projection))?;
-        Ok(Shared { prepared, seconds: start.elapsed().as_secs_f64() })
+        Ok(Shared { prepared, hessian: statistics.hessian, seconds: start.elapsed().as_secs_f64() })
     }
 
     /// Solves layers that share their statistics. The first one's seconds include the shared work.
@@ -230,8 +215,9 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             .map(|&projection| {
                 let start = Instant::now();
                 let weight = self.device.download(&self.float.linear(projection).weight)?;
-                let (linear, mut report) = solve::solve(self.device, &shared.prepared, &weight, self.settings)
-                    .with_context(|| self.place(projection))?;
+                let (linear, mut report) =
+                    solve::solve_layer(self.device, &shared.prepared, &shared.hessian, &weight, self.settings)
+                        .with_context(|| self.place(projection))?;
                 report.seconds = start.elapsed().as_secs_f64() + std::mem::take(&mut shared_seconds);
                 Ok(SolvedLayer { projection, linear, report, importance: importance.clone() })
             })
@@ -243,32 +229,61 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         for chunk in chunks {
             let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
             self.quantized.add_output(self.device, &mut chunk.x_quantized, residual, &u)?;
-            self.check_finite(&chunk.x_quantized, chunk, residual, "quantized")?;
+            self.check_finite(&chunk.x_quantized, &chunk.layout, &chunk.samples, residual, "quantized")?;
         }
         Ok(())
     }
 
-    /// A layer's name in errors.
     fn place(&self, projection: Projection) -> String {
-        format!("cannot quantize {} of block {}", projection.module(), self.index)
+        place(projection, self.index)
     }
 
-    fn check_finite(&self, x: &D::Tensor, chunk: &Chunk<D::Tensor>, residual: Projection, path: &str) -> Result<()> {
+    fn check_finite(
+        &self,
+        x: &D::Tensor,
+        layout: &Layout<D::Tensor>,
+        samples: &[String],
+        residual: Projection,
+        path: &str,
+    ) -> Result<()> {
         let Some(row) = self.device.first_non_finite_row(x)? else { return Ok(()) };
-        let sample = chunk.layout.spans.iter().position(|span| span.q.contains(&row));
+        let sample = layout.spans.iter().position(|span| span.q.contains(&row));
         bail!(
             "activations behind {} of block {} hold a NaN or an infinity on the {path} path (sample {}); check the \
              checkpoint's weights and that sample's image",
             residual.module(),
             self.index,
-            sample.map_or("?", |i| &chunk.samples[i])
+            sample.map_or("?", |i| &samples[i])
         )
     }
+}
+
+/// Rounds all layers of a block to the nearest codes: no path runs, only the float weights are read.
+pub fn round_to_nearest<D: ModelOps>(
+    device: &D,
+    settings: &SolverSettings,
+    index: usize,
+    float: &Block<D::Tensor>,
+    finished: &mut dyn FnMut(SolvedLayer) -> Result<()>,
+) -> Result<()> {
+    for projection in Projection::ALL {
+        let weight = device.download(&float.linear(projection).weight)?;
+        let (linear, report) = solve::round_to_nearest(&weight, settings).with_context(|| place(projection, index))?;
+        finished(SolvedLayer { projection, linear, report, importance: None })?;
+    }
+    Ok(())
+}
+
+/// A layer's name in errors.
+fn place(projection: Projection, index: usize) -> String {
+    format!("cannot quantize {} of block {index}", projection.module())
 }
 
 /// Factored statistics, for all layers that share them.
 struct Shared<T> {
     prepared: solve::Prepared<T>,
+    /// For the errors' reference, `‖W‖²_H`.
+    hessian: T,
     seconds: f64,
 }
 

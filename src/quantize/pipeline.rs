@@ -1,6 +1,6 @@
 //! From a checkpoint and conversations to a quantized checkpoint.
 
-use super::block::{BlockQuantizer, Chunk, SolvedLayer, needs_float_path};
+use super::block::{BlockQuantizer, Chunk, SolvedLayer, needs_float_path, round_to_nearest};
 use super::report::{CalibrationCounts, LayerReport, RunObserver, RunReport, peak_memory_bytes};
 use super::settings::{Importance, Solver, SolverSettings};
 use crate::calibration::dataset;
@@ -102,28 +102,27 @@ pub fn run<D: ModelOps + SolveOps>(
     let clock = StageClock::start(Stage::Blocks, config.decoder.layers as u64, observer);
     for index in 0..config.decoder.layers {
         let load = || Block::load(device, &checkpoint, &config.decoder, &config.names, index);
-        let mut quantizer = BlockQuantizer {
-            device,
-            config: &config.decoder,
-            settings: &solver,
-            importance,
-            index,
-            float: load()?,
-            quantized: load()?,
-        };
+        let float = load()?;
         let shared = std::cell::RefCell::new(&mut *observer);
-        quantizer.run(
-            &mut chunks,
-            &mut |step| shared.borrow_mut().stage_advanced(Stage::Blocks, index as u64, step),
-            &mut |layer| {
-                let name = module_name(&config.names, index, layer.projection);
-                writer.write(&name, &layer.linear).with_context(|| format!("cannot write {name}"))?;
-                let report = layer_report(name, index, layer);
-                shared.borrow_mut().layer_finished(&report);
-                layers.push(report);
-                Ok(())
-            },
-        )?;
+        let mut finished = |layer: SolvedLayer| {
+            let name = module_name(&config.names, index, layer.projection);
+            writer.write(&name, &layer.linear).with_context(|| format!("cannot write {name}"))?;
+            let report = layer_report(name, index, layer);
+            shared.borrow_mut().layer_finished(&report);
+            layers.push(report);
+            Ok(())
+        };
+        match solver.solver {
+            Solver::Rtn => round_to_nearest(device, &solver, index, &float, &mut finished)?,
+            Solver::Gptq | Solver::Gptaq => {
+                let (config, quantized) = (&config.decoder, load()?);
+                BlockQuantizer { device, config, settings: &solver, importance, index, float, quantized }.run(
+                    &mut chunks,
+                    &mut |step| shared.borrow_mut().stage_advanced(Stage::Blocks, index as u64, step),
+                    &mut finished,
+                )?;
+            }
+        }
         observer.stage_advanced(Stage::Blocks, index as u64 + 1, "");
     }
     stages.push(clock.finish(observer));

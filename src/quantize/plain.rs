@@ -1,7 +1,7 @@
 //! The solver as a library call on plain matrices, with no model around it.
 
 use super::settings::{Solver, SolverSettings};
-use super::solve::{prepare, round_to_nearest, solve};
+use super::solve::{prepare, round_to_nearest, solve_layer};
 use super::statistics::Statistics;
 use super::{QuantizedLinear, SolveReport};
 use crate::device::SolveOps;
@@ -85,14 +85,14 @@ pub fn quantize_layer<D: SolveOps>(
     let upload = |matrix: &Matrix| device.upload(matrix.clone());
     statistics.accumulate(device, &upload(u)?, f.map(upload).transpose()?.as_ref(), g)?;
     let prepared = prepare(device, &statistics, settings)?;
-    let (linear, mut report) = solve(device, &prepared, weight, settings)?;
+    let (linear, mut report) = solve_layer(device, &prepared, &statistics.hessian, weight, settings)?;
     report.seconds += prepared.seconds();
     Ok(QuantizedLayer { linear, order: prepared.order().to_vec(), report })
 }
 
 fn check_finite(what: &str, x: &Matrix) -> Result<()> {
-    if let Some(at) = x.data().iter().position(|v| !v.is_finite()) {
-        bail!("{what}: value [{}, {}] is {}, not a finite number", at / x.cols(), at % x.cols(), x.data()[at]);
+    if let Some((row, column)) = x.first_non_finite() {
+        bail!("{what}: value [{row}, {column}] is {}, not a finite number", x.row(row)[column]);
     }
     Ok(())
 }

@@ -66,8 +66,8 @@ pub fn prepare<D: SolveOps>(
     ensure!(settings.solver != Solver::Rtn, "round-to-nearest takes no statistics: call round_to_nearest");
     let mut diagonal = device.diagonal(&statistics.hessian)?;
     let group = checked_group(settings, diagonal.len())?;
-    let finite = device.all_finite(&statistics.hessian)?;
-    ensure!(finite, "the statistics H hold a NaN or an infinity: check the layer's inputs");
+    let broken = device.first_non_finite_row(&statistics.hessian)?;
+    ensure!(broken.is_none(), "the statistics H hold a NaN or an infinity: check the layer's inputs");
     ensure!(diagonal.iter().any(|&h| h > 0.0), "the statistics H are all zero: no calibration token reaches the layer");
     let dead: Vec<usize> = (0..diagonal.len()).filter(|&i| diagonal[i] == 0.0).collect();
     dead.iter().for_each(|&i| diagonal[i] = 1.0);
@@ -95,8 +95,11 @@ pub fn prepare<D: SolveOps>(
     };
     let cross = match (settings.solver, &statistics.cross) {
         (Solver::Gptaq, Some(cross)) => {
-            let finite = device.all_finite(cross)?;
-            ensure!(finite, "the cross statistics C hold a NaN or an infinity: check the layer's float-path inputs");
+            let broken = device.first_non_finite_row(cross)?;
+            ensure!(
+                broken.is_none(),
+                "the cross statistics C hold a NaN or an infinity: check the layer's float-path inputs"
+            );
             let permuted = device.permute(cross, &order)?;
             Some(device.cross_factor(permuted, &factor, &blocks, settings.alpha as f32)?)
         }
@@ -117,19 +120,41 @@ pub fn prepare<D: SolveOps>(
     })
 }
 
-/// Quantizes `weight` `[out, in]` with GPTQ or GPTAQ.
+/// Quantizes `weight` `[out, in]` with GPTQ or GPTAQ and reports on it. `hessian`: H of the statistics that `prepared`
+/// was made from, undamped.
 ///
 /// The report's seconds are those of this call; add [`Prepared::seconds`] where the layer is the one that the
-/// preparation was made for. Errors when the weight has another width than the statistics or holds a NaN or an
-/// infinity, when `settings` disagree with those of the preparation in anything that it depends on, or when a scale
-/// does not fit its storage type.
+/// preparation was made for. Errors as [`solve`] does.
+pub fn solve_layer<D: SolveOps>(
+    device: &D,
+    prepared: &Prepared<D::Tensor>,
+    hessian: &D::Tensor,
+    weight: &Matrix,
+    settings: &SolverSettings,
+) -> Result<(QuantizedLinear, SolveReport)> {
+    let start = Instant::now();
+    let (linear, error) = solve(device, prepared, weight, settings)?;
+    let norm = device.weighted_squared_norm(&device.upload(weight.clone())?, hessian)?;
+    let report = SolveReport {
+        relative_error: if error == 0.0 { 0.0 } else { error / norm },
+        damp: Some(prepared.damp),
+        dead_inputs: prepared.dead.len(),
+        tokens: prepared.tokens,
+        seconds: start.elapsed().as_secs_f64(),
+    };
+    Ok((linear, report))
+}
+
+/// Quantizes `weight` `[out, in]` with GPTQ or GPTAQ: the layer and its error `‖Ŵ−W‖²_H`, H undamped.
+///
+/// Errors when the weight has another width than the statistics or holds a NaN or an infinity, when `settings` disagree
+/// with those of the preparation in anything that it depends on, or when a scale does not fit its storage type.
 pub fn solve<D: SolveOps>(
     device: &D,
     prepared: &Prepared<D::Tensor>,
     weight: &Matrix,
     settings: &SolverSettings,
-) -> Result<(QuantizedLinear, SolveReport)> {
-    let start = Instant::now();
+) -> Result<(QuantizedLinear, f64)> {
     settings.validate()?;
     let made = &prepared.settings;
     ensure!(
@@ -145,16 +170,14 @@ pub fn solve<D: SolveOps>(
     let factor = &prepared.factor;
 
     let permuted = device.upload(permuted(weight, &prepared.order, &prepared.dead))?;
-    let damping = |norm: f64| prepared.absolute_damp * norm;
-    let weight_norm = device.squared_norm(&permuted, Some(factor))? - damping(device.squared_norm(&permuted, None)?);
-    let empty = |cols| device.upload(Matrix::zeros(rows, cols));
+    let first_width = prepared.spans[0].end;
     let quantized_cross = prepared.cross.is_some() && settings.cross_term == CrossTerm::Quantized;
     let mut state = SolveState {
         residual: permuted,
-        carried: prepared.cross.as_ref().map(|_| empty(features)).transpose()?,
-        shift: quantized_cross.then(|| empty(features)).transpose()?,
-        error: empty(0)?,
-        cross: None,
+        carried: prepared.cross.as_ref().map(|_| device.zeros(rows, features)).transpose()?,
+        shift: quantized_cross.then(|| device.zeros(rows, features)).transpose()?,
+        error: device.zeros(rows, first_width)?,
+        cross: prepared.cross.as_ref().map(|_| device.zeros(rows, first_width)).transpose()?,
     };
     let mut out = Assembly::new(rows, group, &prepared.order, settings);
     let whole_row = (group > BLOCK && group == features)
@@ -163,8 +186,13 @@ pub fn solve<D: SolveOps>(
     let mut error = 0.0;
     for span in &prepared.spans {
         let width = span.end - span.start;
-        state.error = empty(width)?;
-        state.cross = prepared.cross.as_ref().map(|_| empty(width)).transpose()?;
+        if device.shape(&state.error).1 == width {
+            device.clear(&mut state.error)?;
+            state.cross.as_mut().map(|cross| device.clear(cross)).transpose()?;
+        } else {
+            state.error = device.zeros(rows, width)?;
+            state.cross = prepared.cross.as_ref().map(|_| device.zeros(rows, width)).transpose()?;
+        }
         carry(device, prepared, &mut state, 0..span.start, span.start..span.end, 0)?;
         let own_grid = (group > BLOCK && group < features)
             .then(|| device.group_grid(&state, span.start..span.end, rule, Some(factor), &span.blocks))
@@ -185,15 +213,9 @@ pub fn solve<D: SolveOps>(
             out.place(&job.columns, &codes);
         }
     }
-    let error = (error - damping(device.squared_norm(&state.residual, None)?)).max(0.0);
-    let report = SolveReport {
-        relative_error: if error == 0.0 { 0.0 } else { error / weight_norm },
-        damp: Some(prepared.damp),
-        dead_inputs: prepared.dead.len(),
-        tokens: prepared.tokens,
-        seconds: start.elapsed().as_secs_f64(),
-    };
-    Ok((out.linear, report))
+    // The factor is that of the damped matrix.
+    let damping = prepared.absolute_damp * device.squared_norm(&state.residual)?;
+    Ok((out.linear, (error - damping).max(0.0)))
 }
 
 /// Brings `columns` of the current span up to date with the columns `done`; `target` is their place in the span.
@@ -232,7 +254,7 @@ pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> Result<(Q
     let order: Vec<u32> = (0..features as u32).collect();
     let rule = rule_of(settings);
     // No product is made, so there is nothing for another device to be faster at.
-    let weight_norm = Cpu.squared_norm(weight, None)?;
+    let weight_norm = Cpu.squared_norm(weight)?;
     let mut state =
         SolveState { residual: weight.clone(), carried: None, shift: None, error: Matrix::default(), cross: None };
     let mut out = Assembly::new(weight.rows(), group, &order, settings);
@@ -279,8 +301,8 @@ fn checked_group(settings: &SolverSettings, features: usize) -> Result<usize> {
 fn check_weight(weight: &Matrix, features: usize) -> Result<()> {
     ensure!(weight.cols() == features, "the weight has {} columns, the statistics {features} inputs", weight.cols());
     ensure!(weight.rows() > 0, "the weight has no rows");
-    if let Some(at) = weight.data().iter().position(|w| !w.is_finite()) {
-        bail!("weight [{}, {}] is {}, not a finite number", at / features, at % features, weight.data()[at]);
+    if let Some((row, column)) = weight.first_non_finite() {
+        bail!("weight [{row}, {column}] is {}, not a finite number", weight.row(row)[column]);
     }
     Ok(())
 }

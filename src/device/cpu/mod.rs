@@ -9,6 +9,7 @@ pub(crate) mod vector;
 use super::Device;
 use crate::tensor::Matrix;
 use anyhow::Result;
+use rayon::prelude::*;
 
 /// The CPU. Threads come from the surrounding rayon pool.
 #[derive(Clone, Copy, Debug, Default)]
@@ -21,12 +22,25 @@ impl Device for Cpu {
         "cpu".into()
     }
 
+    fn zeros(&self, rows: usize, cols: usize) -> Result<Matrix> {
+        Ok(Matrix::zeros(rows, cols))
+    }
+
+    fn clear(&self, tensor: &mut Matrix) -> Result<()> {
+        tensor.data_mut().par_chunks_mut(1 << 16).for_each(|chunk| chunk.fill(0.0));
+        Ok(())
+    }
+
     fn upload(&self, matrix: Matrix) -> Result<Matrix> {
         Ok(matrix)
     }
 
     fn download(&self, tensor: &Matrix) -> Result<Matrix> {
         Ok(tensor.clone())
+    }
+
+    fn first_non_finite_row(&self, tensor: &Matrix) -> Result<Option<usize>> {
+        Ok(tensor.first_non_finite().map(|(row, _)| row))
     }
 
     fn shape(&self, tensor: &Matrix) -> (usize, usize) {

@@ -1,26 +1,40 @@
 //! Product of a tall matrix by one that is read again and again, packed once.
 //!
-//! A layer's weight multiplies every token, and a layer's factor every row of its weight. A general product packs that
-//! operand anew for each slab of the other and loses a third to a half of its speed to that; here strips of its columns
-//! are laid out once, and sixty-four rows at a time run over them in registers.
+//! A layer's weight multiplies every token, and a layer's factor every row of its weight. A general product packs both
+//! operands anew for each slab and loses a third to a half of its speed to that; here strips of the right operand's
+//! columns are laid out once, and the left one is read where it lies, a value at a time, six rows side by side.
 
 use crate::tensor::Matrix;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Columns of a strip: with four AVX-512 vectors of rows, 24 sums in registers.
-const STRIP: usize = 6;
+/// Columns of a strip: four AVX-512 vectors.
+const STRIP: usize = 64;
 
-/// Rows that run over the strips together.
-pub(crate) const TILE: usize = 64;
+/// Rows whose sums stand in registers together: with four vectors of columns 24 sums, of 32 registers with AVX-512;
+/// with two vectors 12, of 16 without.
+const ROWS: usize = 6;
 
-/// Products that are summed in one go: sums of more lose digits and leave the cache.
+/// Rows that one task takes.
+const TILE: usize = 16 * ROWS;
+
+/// Products that are summed in one go: a strip this deep (32 KiB) stays in the first cache, and longer sums lose digits.
 const DEPTH: usize = 256;
 
-/// A matrix `[inner, columns]`, strip by strip: element (k, c) is `data[(c / STRIP · inner + k) · STRIP + c % STRIP]`.
+/// Side of the squares in which a matrix is transposed: rows of a large one lie powers of two apart, and reading down a
+/// whole column would throw every cache line out before its next value is wanted.
+const SIDE: usize = 16;
+
+/// A row of a strip, on cache lines of its own: a vector that straddles two costs two loads.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line([f32; STRIP]);
+
+/// A matrix `[inner, columns]`, strip by strip: element (k, c) is `data[c / STRIP · inner + k].0[c % STRIP]`, zeros in what
+/// the last strip lacks.
 pub(crate) struct Packed {
-    data: Vec<f32>,
+    data: Vec<Line>,
     inner: usize,
     columns: usize,
 }
@@ -28,36 +42,74 @@ pub(crate) struct Packed {
 impl Packed {
     /// Rows and columns of `b`.
     pub(crate) fn new(b: &Matrix, rows: Range<usize>, columns: Range<usize>) -> Self {
-        Self::fill(rows.len(), columns.len(), |first, strip| {
-            let from = columns.start + first..(columns.start + first + STRIP).min(columns.end);
-            for (to, row) in strip.chunks_mut(STRIP).zip(rows.clone()) {
-                // Six values: a call of memmove would cost more than they do.
-                to.iter_mut().zip(&b.row(row)[from.clone()]).for_each(|(to, &value)| *to = value);
+        Self::fill(rows.len(), columns.len(), |strip, out| {
+            let from = columns.start + strip.start..columns.start + strip.end;
+            for (to, row) in out.iter_mut().zip(rows.clone()) {
+                to.0[..from.len()].copy_from_slice(&b.row(row)[from.clone()]);
             }
         })
     }
 
-    /// The same part, transposed: `columns` run along the inner dimension.
+    /// Some columns of the upper triangle of `b`, down to the last of them that holds a value.
+    pub(crate) fn upper_triangle(b: &Matrix, columns: Range<usize>) -> Self {
+        Self::fill(columns.end, columns.len(), |strip, out| {
+            let from = columns.start + strip.start..columns.start + strip.end;
+            for (row, to) in out.iter_mut().enumerate().take(from.end) {
+                let below = row.saturating_sub(from.start);
+                to.0[below..from.len()].copy_from_slice(&b.row(row)[from.start + below..from.end]);
+            }
+        })
+    }
+
+    /// Rows and columns of `b`, transposed: `columns` run along the inner dimension.
     pub(crate) fn transposed(b: &Matrix, rows: Range<usize>, columns: Range<usize>) -> Self {
-        Self::fill(columns.len(), rows.len(), |first, strip| {
-            for (j, row) in (rows.start + first..(rows.start + first + STRIP).min(rows.end)).enumerate() {
-                for (to, &value) in strip.chunks_mut(STRIP).zip(&b.row(row)[columns.clone()]) {
-                    to[j] = value;
+        Self::fill(columns.len(), rows.len(), |strip, out| {
+            for (index, out) in out.chunks_mut(SIDE).enumerate() {
+                let inner = columns.start + index * SIDE..columns.start + index * SIDE + out.len();
+                for first in strip.clone().step_by(SIDE) {
+                    let square = rows.start + first..rows.start + (first + SIDE).min(strip.end);
+                    for (c, row) in square.enumerate() {
+                        for (to, &value) in out.iter_mut().zip(&b.row(row)[inner.clone()]) {
+                            to.0[first % STRIP + c] = value;
+                        }
+                    }
                 }
             }
         })
     }
 
-    fn fill(inner: usize, columns: usize, strip: impl Fn(usize, &mut [f32]) + Sync) -> Self {
-        let mut data = vec![0.0; columns.div_ceil(STRIP) * STRIP * inner];
+    fn fill(inner: usize, columns: usize, strip: impl Fn(Range<usize>, &mut [Line]) + Sync) -> Self {
+        let mut data = vec![Line([0.0; STRIP]); columns.div_ceil(STRIP) * inner];
         if inner > 0 {
-            data.par_chunks_mut(STRIP * inner).enumerate().for_each(|(index, out)| strip(index * STRIP, out));
+            data.par_chunks_mut(inner).enumerate().for_each(|(index, out)| {
+                let first = index * STRIP;
+                strip(first..(first + STRIP).min(columns), out);
+            });
         }
         Self { data, inner, columns }
     }
 
-    /// `c = c + alpha·a·b` for up to [`TILE`] rows: `a` their values along the inner dimension, `a_stride` apart from
-    /// row to row, `c` their results, `c_stride` apart.
+    /// `c[:, first..] += alpha·a·b`, tiles of rows on all threads. `a`: rows `a_stride` apart, of which as many values as
+    /// the inner dimension are read; `c`: rows `c_stride` apart, as many as fill the slice.
+    pub(crate) fn add_product(
+        &self,
+        alpha: f32,
+        a: &[f32],
+        a_stride: usize,
+        c: &mut [f32],
+        c_stride: usize,
+        first: usize,
+    ) {
+        if self.inner == 0 || self.columns == 0 {
+            return;
+        }
+        c.par_chunks_mut(TILE * c_stride).enumerate().for_each(|(tile, c)| {
+            let rows = c.len() / c_stride;
+            self.add_to(alpha, &a[tile * TILE * a_stride..], a_stride, &mut c[first..], c_stride, rows);
+        });
+    }
+
+    /// The same for `rows` rows on this thread, from the first column of `c`.
     pub(crate) fn add_to(&self, alpha: f32, a: &[f32], a_stride: usize, c: &mut [f32], c_stride: usize, rows: usize) {
         Arch::new().dispatch(Tile { packed: self, alpha, a, a_stride, c, c_stride, rows });
     }
@@ -80,80 +132,52 @@ impl WithSimd for Tile<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Tile { packed, alpha, a, a_stride, c, c_stride, rows } = self;
-        let inner = packed.inner;
-        let mut sums = vec![[[0.0f32; TILE]; STRIP]; packed.columns.div_ceil(STRIP)];
-        let mut lanes = vec![[0.0f32; TILE]; DEPTH.min(inner)];
-        for first in (0..inner).step_by(DEPTH) {
-            let depth = DEPTH.min(inner - first);
-            transpose(&a[first..], a_stride, rows, &mut lanes[..depth]);
-            for (index, sums) in sums.iter_mut().enumerate() {
-                let strip = &packed.data[(index * inner + first) * STRIP..][..depth * STRIP];
-                // As many vectors as leave room for the operands: 32 registers with AVX-512, else 16.
-                if S::F32_LANES == 16 {
-                    multiply::<S, 4>(simd, &lanes[..depth], strip, sums);
-                } else {
-                    multiply::<S, 2>(simd, &lanes[..depth], strip, sums);
-                }
-            }
-        }
-        for (index, sums) in sums.iter().enumerate() {
-            let columns = index * STRIP..((index + 1) * STRIP).min(packed.columns);
-            for row in 0..rows {
-                for (out, sum) in c[row * c_stride..][columns.clone()].iter_mut().zip(sums) {
-                    *out += alpha * sum[row];
+        for first in (0..packed.inner).step_by(DEPTH) {
+            let inner = first..(first + DEPTH).min(packed.inner);
+            for (index, strip) in packed.data.chunks_exact(packed.inner).enumerate() {
+                let strip = &strip[inner.clone()];
+                let columns = index * STRIP..((index + 1) * STRIP).min(packed.columns);
+                for top in (0..rows).step_by(ROWS) {
+                    // Rows past the last repeat it, and their sums are dropped.
+                    let left = std::array::from_fn(|r| &a[(top + r).min(rows - 1) * a_stride..][inner.clone()]);
+                    let mut sums = [[0.0; STRIP]; ROWS];
+                    if S::F32_LANES == 16 {
+                        multiply::<S, 4>(simd, left, strip, &mut sums);
+                    } else {
+                        multiply::<S, 2>(simd, left, strip, &mut sums);
+                    }
+                    for (row, sums) in (top..rows).zip(&sums) {
+                        let out = &mut c[row * c_stride..][columns.clone()];
+                        out.iter_mut().zip(sums).for_each(|(out, sum)| *out += alpha * sum);
+                    }
                 }
             }
         }
     }
 }
 
-/// `lanes[k][row] = a[row · stride + k]`, square by square: rows of a large matrix lie powers of two apart, and reading
-/// down a column would throw every cache line out before its next value is wanted.
-#[inline(always)]
-fn transpose(a: &[f32], stride: usize, rows: usize, lanes: &mut [[f32; TILE]]) {
-    const SIDE: usize = 16;
-    for (index, lanes) in lanes.chunks_mut(SIDE).enumerate() {
-        for first in (0..rows).step_by(SIDE) {
-            let mut square = [[0.0f32; SIDE]; SIDE];
-            for (row, to) in (first..rows).zip(&mut square) {
-                let from = &a[row * stride + index * SIDE..];
-                match from.first_chunk::<SIDE>() {
-                    Some(from) if lanes.len() == SIDE => *to = *from,
-                    _ => to[..lanes.len()].copy_from_slice(&from[..lanes.len()]),
-                }
-            }
-            for (k, lane) in lanes.iter_mut().enumerate() {
-                let to: &mut [f32; SIDE] = (&mut lane[first..first + SIDE]).try_into().expect("a sixteenth of a tile");
-                *to = std::array::from_fn(|l| square[l][k]);
-            }
-        }
-    }
-}
-
-/// `sums[c][r] += Σ_k lanes[k][r]·strip[k][c]`.
+/// `sums[r][c] = Σ_k left[r][k]·strip[k][c]`.
 #[inline(always)]
 fn multiply<S: Simd, const VECTORS: usize>(
     simd: S,
-    lanes: &[[f32; TILE]],
-    strip: &[f32],
-    out: &mut [[f32; TILE]; STRIP],
+    left: [&[f32]; ROWS],
+    strip: &[Line],
+    out: &mut [[f32; STRIP]; ROWS],
 ) {
-    for first in (0..TILE / S::F32_LANES).step_by(VECTORS) {
-        let mut sums = [[simd.splat_f32s(0.0); VECTORS]; STRIP];
-        for (lane, factors) in lanes.iter().zip(strip.as_chunks::<STRIP>().0) {
-            let lane = &S::as_simd_f32s(lane).0[first..first + VECTORS];
-            for c in 0..STRIP {
-                let factor = simd.splat_f32s(factors[c]);
+    let left = left.map(|row| &row[..strip.len()]);
+    for first in (0..STRIP / S::F32_LANES).step_by(VECTORS) {
+        let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
+        for (k, columns) in strip.iter().enumerate() {
+            let columns = &S::as_simd_f32s(&columns.0).0[first..first + VECTORS];
+            for r in 0..ROWS {
+                let factor = simd.splat_f32s(left[r][k]);
                 for v in 0..VECTORS {
-                    sums[c][v] = simd.mul_add_e_f32s(lane[v], factor, sums[c][v]);
+                    sums[r][v] = simd.mul_add_e_f32s(columns[v], factor, sums[r][v]);
                 }
             }
         }
-        for c in 0..STRIP {
-            let out = &mut S::as_mut_simd_f32s(&mut out[c]).0[first..first + VECTORS];
-            for v in 0..VECTORS {
-                out[v] = simd.add_f32s(out[v], sums[c][v]);
-            }
+        for r in 0..ROWS {
+            S::as_mut_simd_f32s(&mut out[r]).0[first..first + VECTORS].copy_from_slice(&sums[r]);
         }
     }
 }

@@ -107,11 +107,6 @@ pub(super) fn mean_abs_rows(x: &Matrix) -> Vec<f32> {
     x.data().par_chunks(cols).map(|row| sum(row, f32::abs) / cols as f32).collect()
 }
 
-pub(super) fn first_non_finite_row(x: &Matrix) -> Option<usize> {
-    // 0·v is 0 for every finite v and NaN for all else, and sums without branches.
-    x.data().par_chunks(x.cols().max(1)).position_first(|row| sum(row, |v| v * 0.0) != 0.0)
-}
-
 fn activate_tile(values: &mut [f32], activation: Activation) {
     // One loop a nonlinearity, so that none has a choice inside.
     dispatch(|| match activation {

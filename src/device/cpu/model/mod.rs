@@ -109,8 +109,4 @@ impl ModelOps for Cpu {
     fn mean_abs_rows(&self, x: &Matrix) -> Result<Vec<f32>> {
         Ok(elementwise::mean_abs_rows(x))
     }
-
-    fn first_non_finite_row(&self, x: &Matrix) -> Result<Option<usize>> {
-        Ok(elementwise::first_non_finite_row(x))
-    }
 }

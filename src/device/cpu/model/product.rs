@@ -1,6 +1,6 @@
 //! Products of activations by weights.
 
-use crate::device::cpu::packed::{Packed, TILE};
+use crate::device::cpu::packed::Packed;
 use crate::device::cpu::vector::{dispatch, dot};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
@@ -58,9 +58,7 @@ fn add_product(a: &Matrix, y: &mut Matrix, packed: impl Fn(Range<usize>) -> Pack
     }
     for first in (0..outputs).step_by(STRIP) {
         let packed = packed(first..(first + STRIP).min(outputs));
-        y.data_mut().par_chunks_mut(TILE * outputs).zip(a.data().par_chunks(TILE * inner)).for_each(|(y, a)| {
-            packed.add_to(1.0, a, inner, &mut y[first..], outputs, a.len() / inner);
-        });
+        packed.add_product(1.0, a.data(), inner, y.data_mut(), outputs, first);
     }
 }
 

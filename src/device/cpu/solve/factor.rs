@@ -1,9 +1,7 @@
 //! `H = R·Rᵀ` from the last index backwards, and the GPTAQ term in its coordinates.
 
-use super::SLAB;
-use super::product::{part, part_of};
-use crate::device::cpu::gemm::{View, ViewMut, gemm};
-use crate::device::cpu::packed::{Packed, TILE};
+use crate::device::cpu::packed::Packed;
+use crate::device::cpu::vector::dispatch;
 use crate::device::{BLOCK, CrossFactor, Factor, Factored};
 use crate::tensor::Matrix;
 use rayon::prelude::*;
@@ -19,23 +17,23 @@ pub(super) fn factor(mut h: Matrix, blocks: &[Range<usize>]) -> Factored<Matrix>
         let width = block.len();
         let panel = updated_panel(&h, &h, block);
         let mut root: Vec<f64> = panel[block.start * width..].iter().map(|&v| f64::from(v)).collect();
-        if let Err(pivot) = factor_block(&mut root, width) {
+        if let Err(pivot) = dispatch(|| factor_block(&mut root, width)) {
             return Factored::NotPositive { pivot: block.start + pivot };
         }
         for (i, d) in diagonal[block.clone()].iter_mut().enumerate() {
             *d = root[i * width + i] as f32;
         }
-        let inverse = unit_inverse(&root, width);
+        let inverse = dispatch(|| unit_inverse(&root, width));
         // R_BB⁻ᵀ = Ū_BBᵀ·diag(R_BB)⁻¹ finishes the rows above the block.
-        let mut finish = vec![0.0f32; width * width];
+        let mut finish = Matrix::zeros(width, width);
         for i in 0..width {
             for j in i..width {
-                finish[j * width + i] = (inverse[i * width + j] / root[i * width + i]) as f32;
+                finish.row_mut(j)[i] = (inverse[i * width + j] / root[i * width + i]) as f32;
                 inverses.row_mut(block.start + i)[j] = inverse[i * width + j] as f32;
                 h.row_mut(block.start + i)[block.start + j] = root[i * width + j] as f32;
             }
         }
-        write_panel(&mut h, &panel, block, View::new(&finish, width, width, width));
+        write_panel(&mut h, &panel, block, &Packed::new(&finish, 0..width, 0..width));
     }
     let scale: Vec<f32> = diagonal.iter().map(|d| 1.0 / d).collect();
     h.data_mut().par_chunks_mut(n).enumerate().for_each(|(i, row)| {
@@ -56,16 +54,11 @@ pub(super) fn cross_factor(
     let n = c.cols();
     for block in blocks.iter().rev() {
         let panel = updated_panel(&c, &factor.root, block);
-        write_panel(&mut c, &panel, block, part(&factor.inverses, block.clone(), 0..block.len()).t());
         let width = block.len();
+        let right = Packed::transposed(&factor.inverses, block.clone(), 0..width);
+        write_panel(&mut c, &panel, block, &right);
         let mut corner = vec![0.0; width * width];
-        gemm(
-            1.0,
-            part_of(&panel, width, block.clone(), 0..width),
-            part(&factor.inverses, block.clone(), 0..width).t(),
-            0.0,
-            ViewMut::new(&mut corner, width, width, width),
-        );
+        right.add_to(1.0, &panel[block.start * width..], width, &mut corner, width, width);
         for (i, row) in corner.chunks(width).enumerate() {
             c.row_mut(block.start + i)[block.clone()].copy_from_slice(row);
         }
@@ -77,20 +70,16 @@ pub(super) fn cross_factor(
     });
     let mut products = Matrix::zeros(n, BLOCK);
     for block in blocks {
-        let width = block.len();
-        gemm(
-            1.0,
-            part(&c, block.clone(), block.clone()),
-            part(&factor.inverses, block.clone(), 0..width),
-            0.0,
-            ViewMut::new(&mut products.data_mut()[block.start * BLOCK..], width, width, BLOCK),
-        );
+        let inverse = Packed::new(&factor.inverses, block.clone(), 0..block.len());
+        let to = &mut products.data_mut()[block.start * BLOCK..];
+        inverse.add_to(1.0, &c.data()[block.start * n + block.start..], n, to, BLOCK, block.len());
     }
     CrossFactor { scaled: c, blocks: products }
 }
 
 /// `A = R·Rᵀ` in place on the upper triangle, from the last column backwards. Errs with the first pivot that is not
 /// positive.
+#[inline(always)]
 fn factor_block(a: &mut [f64], width: usize) -> Result<(), usize> {
     let mut column = vec![0.0; width];
     for j in (0..width).rev() {
@@ -116,6 +105,7 @@ fn factor_block(a: &mut [f64], width: usize) -> Result<(), usize> {
 }
 
 /// Inverse of `R·diag(R)⁻¹`, R upper triangular.
+#[inline(always)]
 fn unit_inverse(r: &[f64], width: usize) -> Vec<f64> {
     let mut inverse = vec![0.0; width * width];
     for i in (0..width).rev() {
@@ -139,29 +129,15 @@ fn updated_panel(x: &Matrix, r: &Matrix, block: &Range<usize>) -> Vec<f32> {
     let (n, width) = (x.cols(), block.len());
     let packed = Packed::transposed(r, block.clone(), block.end..n);
     let mut panel = vec![0.0; block.end * width];
-    panel.par_chunks_mut(TILE * width).enumerate().for_each(|(tile, out)| {
-        let first = tile * TILE;
-        for (row, i) in out.chunks_mut(width).zip(first..) {
-            row.copy_from_slice(&x.row(i)[block.clone()]);
-        }
-        let rows = out.len() / width;
-        packed.add_to(-1.0, x.data().get(first * n + block.end..).unwrap_or_default(), n, out, width, rows);
-    });
+    panel.par_chunks_mut(width).enumerate().for_each(|(i, row)| row.copy_from_slice(&x.row(i)[block.clone()]));
+    packed.add_product(-1.0, x.data().get(block.end..).unwrap_or_default(), n, &mut panel, width, 0);
     panel
 }
 
 /// `x[..block.start, block] = panel·right`.
-fn write_panel(x: &mut Matrix, panel: &[f32], block: &Range<usize>, right: View<'_>) {
+fn write_panel(x: &mut Matrix, panel: &[f32], block: &Range<usize>, right: &Packed) {
     let (n, width) = (x.cols(), block.len());
-    x.data_mut()[..block.start * n].par_chunks_mut(SLAB * n).enumerate().for_each(|(slab, out)| {
-        let first = slab * SLAB;
-        let rows = out.len() / n;
-        gemm(
-            1.0,
-            part_of(panel, width, first..first + rows, 0..width),
-            right,
-            0.0,
-            ViewMut::new(&mut out[block.start..], rows, width, n),
-        );
-    });
+    let above = &mut x.data_mut()[..block.start * n];
+    above.par_chunks_mut(n).for_each(|row| row[block.clone()].fill(0.0));
+    right.add_product(1.0, panel, width, above, n, block.start);
 }

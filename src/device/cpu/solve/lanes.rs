@@ -10,6 +10,11 @@ pub(super) const LANES: usize = 16;
 /// One value of each of the rows.
 pub(super) type Lane = [f32; LANES];
 
+/// A column's lanes where many lie side by side: on a cache line of their own, or every vector costs two loads.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Column(pub(super) Lane);
+
 /// Adding and subtracting 1.5·2²³ rounds a value below 2²² to the nearest integer, ties to even, without SSE4's
 /// rounding instruction, which the baseline x86-64 target lacks.
 const ROUND: f32 = 12_582_912.0;

@@ -39,20 +39,24 @@ impl SolveOps for Cpu {
         Ok((0..x.rows()).map(|i| x.row(i)[i]).collect())
     }
 
-    fn all_finite(&self, x: &Matrix) -> Result<bool> {
-        Ok(x.data().par_chunks(1 << 16).all(|chunk| chunk.iter().fold(true, |all, v| all & v.is_finite())))
-    }
-
     fn permute_symmetric(&self, x: &Matrix, how: PermuteSymmetric<'_>) -> Result<Matrix> {
-        let order = how.order;
-        let mut out = Matrix::zeros(x.rows(), x.cols());
-        out.data_mut().par_chunks_mut(x.cols().max(1)).enumerate().for_each(|(i, row)| {
-            let a = order[i] as usize;
-            for (value, &b) in row[i..].iter_mut().zip(&order[i..]) {
-                let b = b as usize;
-                *value = x.row(a.min(b))[a.max(b)];
+        // Where the order turns a pair around, the value is read down a column: sixteen rows at a time take neighbours of
+        // it from the same cache lines.
+        const ROWS: usize = 16;
+        let (n, order) = (x.cols(), how.order);
+        let mut out = Matrix::zeros(n, n);
+        out.data_mut().par_chunks_mut((ROWS * n).max(1)).enumerate().for_each(|(tile, rows)| {
+            let first = tile * ROWS;
+            for j in first..n {
+                let b = order[j] as usize;
+                for (row, &a) in rows.chunks_mut(n).zip(&order[first..=j]) {
+                    let a = a as usize;
+                    row[j] = x.row(a.min(b))[a.max(b)];
+                }
             }
-            row[i] = how.diagonal[a];
+            for (i, row) in (first..).zip(rows.chunks_mut(n)) {
+                row[i] = how.diagonal[order[i] as usize];
+            }
         });
         Ok(out)
     }
@@ -87,8 +91,12 @@ impl SolveOps for Cpu {
         Ok(())
     }
 
-    fn squared_norm(&self, x: &Matrix, factor: Option<&Factor<Matrix>>) -> Result<f64> {
-        Ok(product::squared_norm(x, factor))
+    fn squared_norm(&self, x: &Matrix) -> Result<f64> {
+        Ok(product::squared_norm(x))
+    }
+
+    fn weighted_squared_norm(&self, x: &Matrix, h: &Matrix) -> Result<f64> {
+        Ok(product::weighted_squared_norm(x, h))
     }
 
     fn group_grid(

@@ -1,13 +1,14 @@
 //! Products over slabs of rows.
 
+use crate::device::ProductRange;
 use crate::device::cpu::gemm::View;
-use crate::device::cpu::packed::{Packed, TILE};
-use crate::device::{Factor, ProductRange};
+use crate::device::cpu::packed::Packed;
+use crate::device::cpu::vector::{LANES, dispatch};
 use crate::tensor::Matrix;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Columns of a product that are squared and summed at a time.
+/// Columns of a product that are made and summed at a time.
 const STRIP: usize = 512;
 
 /// View of `rows` and `columns` of a matrix.
@@ -27,32 +28,32 @@ pub(super) fn part_of(data: &[f32], stride: usize, rows: Range<usize>, columns: 
 pub(super) fn add_product(c: &mut Matrix, a: &Matrix, b: &Matrix, range: &ProductRange) {
     let cols = c.cols();
     let packed = Packed::new(b, range.inner.clone(), range.columns.clone());
-    c.data_mut().par_chunks_mut(TILE * cols).enumerate().for_each(|(tile, out)| {
-        let rows = out.len() / cols;
-        let from = &a.data()[tile * TILE * a.cols() + range.inner.start..];
-        packed.add_to(1.0, from, a.cols(), &mut out[range.target..], cols, rows);
-    });
+    packed.add_product(1.0, &a.data()[range.inner.start..], a.cols(), c.data_mut(), cols, range.target);
 }
 
-/// `‖x·R‖²`, or `‖x‖²` without a factor. The product is made strip by strip and never stored.
-pub(super) fn squared_norm(x: &Matrix, factor: Option<&Factor<Matrix>>) -> f64 {
-    let Some(factor) = factor else {
-        let sums: Vec<f64> =
-            x.data().par_chunks(1 << 14).map(|part| part.iter().map(|&v| f64::from(v).powi(2)).sum()).collect();
-        return sums.iter().sum();
-    };
+/// `‖x‖²`.
+pub(super) fn squared_norm(x: &Matrix) -> f64 {
+    let sums: Vec<f64> = x.data().par_chunks(1 << 14).map(|part| dispatch(|| dot_in_f64(part, part))).collect();
+    sums.iter().sum()
+}
+
+/// `tr(x·H·xᵀ) = Σ x ∘ (2·x·triu(H) − x·diag(H))`, from the upper triangle of H, strip by strip of its columns.
+pub(super) fn weighted_squared_norm(x: &Matrix, h: &Matrix) -> f64 {
+    let (rows, features) = (x.rows(), x.cols());
+    let mut product = Matrix::zeros(rows, STRIP.min(features));
     let mut total = 0.0;
-    for first in (0..x.cols()).step_by(STRIP) {
-        let strip = first..(first + STRIP).min(x.cols());
-        let packed = Packed::new(&factor.root, 0..strip.end, strip.clone());
-        let tiles = x.data().par_chunks(TILE * x.cols());
-        let sums: Vec<f64> = tiles
-            .map(|tile| {
-                let rows = tile.len() / x.cols();
-                let mut product = vec![0.0; rows * strip.len()];
-                packed.add_to(1.0, tile, x.cols(), &mut product, strip.len(), rows);
-                let diagonal = &factor.diagonal[strip.clone()];
-                product.chunks(strip.len()).map(|row| scaled_square_sum(row, diagonal)).sum()
+    for strip in (0..features).step_by(STRIP).map(|first| first..(first + STRIP).min(features)) {
+        let width = product.cols();
+        product.data_mut().par_chunks_mut(width).for_each(|row| row.fill(0.0));
+        Packed::upper_triangle(h, strip.clone()).add_product(2.0, x.data(), features, product.data_mut(), width, 0);
+        let diagonal: Vec<f32> = strip.clone().map(|i| h.row(i)[i]).collect();
+        let sums: Vec<f64> = (0..rows)
+            .into_par_iter()
+            .map(|row| {
+                let x = &x.row(row)[strip.clone()];
+                let mut scaled = x.to_vec();
+                scaled.iter_mut().zip(product.row(row)).zip(&diagonal).for_each(|((x, p), d)| *x = p - *x * d);
+                dispatch(|| dot_in_f64(x, &scaled))
             })
             .collect();
         total += sums.iter().sum::<f64>();
@@ -60,7 +61,27 @@ pub(super) fn squared_norm(x: &Matrix, factor: Option<&Factor<Matrix>>) -> f64 {
     total
 }
 
-/// `Σ (x_j · d_j)²`.
+/// `Σ (x_j · d_j)²`, in as many partial sums as a reduction has.
+#[inline(always)]
 pub(super) fn scaled_square_sum(x: &[f32], d: &[f32]) -> f64 {
-    x.iter().zip(d).map(|(&x, &d)| (f64::from(x) * f64::from(d)).powi(2)).sum()
+    let mut sums = [0.0f64; LANES];
+    for (x, d) in x.chunks(LANES).zip(d.chunks(LANES)) {
+        for ((sum, &x), &d) in sums.iter_mut().zip(x).zip(d) {
+            let scaled = f64::from(x) * f64::from(d);
+            *sum += scaled * scaled;
+        }
+    }
+    sums.iter().sum()
+}
+
+/// `Σ x_j · y_j` in float64.
+#[inline(always)]
+fn dot_in_f64(x: &[f32], y: &[f32]) -> f64 {
+    let mut sums = [0.0f64; LANES];
+    for (x, y) in x.chunks(LANES).zip(y.chunks(LANES)) {
+        for ((sum, &x), &y) in sums.iter_mut().zip(x).zip(y) {
+            *sum += f64::from(x) * f64::from(y);
+        }
+    }
+    sums.iter().sum()
 }

@@ -1,14 +1,15 @@
 //! One block of columns, quantized column by column (method section 3, steps 6 and 7).
 
 use super::SLAB;
-use super::lanes::LANES;
+use super::lanes::{LANES, Lane};
 use super::product::{part, part_of, scaled_square_sum};
-use super::tile::{GridOf, Tile, check, gather, groups_of};
+use super::tile::{GridOf, check, gather, groups_of, quantize_tile};
 use crate::device::cpu::gemm::{View, ViewMut, gemm};
+use crate::device::cpu::packed::Packed;
 use crate::device::{BLOCK, Block, BlockCodes, Factor, GridRule, GroupGrid, SolveState};
 use crate::tensor::Matrix;
 use anyhow::Result;
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -55,15 +56,58 @@ pub(super) fn quantize_block(block: &Block<'_, Matrix>, state: &mut SolveState<M
         });
     }
     let cross = state.cross.as_ref();
-    let errors: Vec<f64> =
-        slabs.into_par_iter().map(|slab| quantize_slab(block, slab, cross, features, span)).collect::<Result<_>>()?;
+    let products = block.factor.map(|factor| Products {
+        inverse: Packed::new(&factor.inverses, block.columns.clone(), 0..width),
+        root: Packed::new(&factor.root, block.columns.clone(), block.columns.clone()),
+        shift: block.cross.map(|term| Packed::new(&term.blocks, block.columns.clone(), 0..width)),
+        diagonal: &factor.diagonal[block.columns.clone()],
+    });
+    let products = products.as_ref();
+    let errors: Vec<f64> = slabs
+        .into_par_iter()
+        .map(|slab| Arch::new().dispatch(QuantizeSlab { block, slab, products, cross, features, span }))
+        .collect::<Result<_>>()?;
     out.error = errors.iter().sum();
     Ok(out)
 }
 
-fn quantize_slab(
+/// A block's triangles, packed once for all slabs.
+struct Products<'a> {
+    /// Ū_BB.
+    inverse: Packed,
+    /// R̄_BB.
+    root: Packed,
+    /// P_BB, for GPTAQ.
+    shift: Option<Packed>,
+    /// Of R.
+    diagonal: &'a [f32],
+}
+
+/// The arguments of [`quantize_slab`], which is compiled for the widest vectors that the CPU has.
+struct QuantizeSlab<'a, 'b> {
+    block: &'a Block<'a, Matrix>,
+    slab: Slab<'b>,
+    products: Option<&'a Products<'a>>,
+    cross: Option<&'a Matrix>,
+    features: usize,
+    span: usize,
+}
+
+impl WithSimd for QuantizeSlab<'_, '_> {
+    type Output = Result<f64>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Result<f64> {
+        quantize_slab(simd, self.block, self.slab, self.products, self.cross, self.features, self.span)
+    }
+}
+
+#[inline(always)]
+fn quantize_slab<S: Simd>(
+    simd: S,
     block: &Block<'_, Matrix>,
     mut slab: Slab<'_>,
+    products: Option<&Products<'_>>,
     cross: Option<&Matrix>,
     features: usize,
     span: usize,
@@ -73,7 +117,7 @@ fn quantize_slab(
     // Corrections acc·Ū_BB, kept apart from the weights until a column's turn comes: they are smaller, and so is their
     // rounding.
     let mut current = vec![0.0; rows * width];
-    if let Some(factor) = block.factor {
+    if let Some(products) = products {
         let mut acc = vec![0.0; rows * width];
         for (r, row) in acc.chunks_mut(width).enumerate() {
             row.copy_from_slice(&slab.error[r * span..][local.clone()]);
@@ -81,28 +125,16 @@ fn quantize_slab(
                 add(row, &cross.row(slab.first + r)[local.clone()]);
             }
         }
-        gemm(
-            1.0,
-            View::new(&acc, rows, width, width),
-            part(&factor.inverses, columns.clone(), 0..width),
-            0.0,
-            ViewMut::new(&mut current, rows, width, width),
-        );
+        products.inverse.add_to(1.0, &acc, width, &mut current, width, rows);
     }
 
     let mut rounded = vec![0.0; rows * width];
     for first in (0..rows).step_by(LANES) {
-        let (current, rounded) = (&mut current, &mut rounded);
-        Arch::new().dispatch(Tile { block, slab: &mut slab, first, features, current, rounded })?;
+        quantize_tile(simd, block, &mut slab, first, features, &mut current, &mut rounded)?;
     }
 
-    let mut difference = vec![0.0; rows * width];
-    for (r, row) in difference.chunks_mut(width).enumerate() {
-        let residual = &mut slab.residual[r * features..][columns.clone()];
-        for ((d, w), q) in row.iter_mut().zip(residual).zip(&rounded[r * width..]) {
-            *w -= q;
-            *d = *w;
-        }
+    for (residual, rounded) in slab.residual.chunks_mut(features).zip(rounded.chunks(width)) {
+        residual[columns.clone()].iter_mut().zip(rounded).for_each(|(w, q)| *w -= q);
     }
     if let Some(carried) = slab.carried.as_deref_mut() {
         let keep = if slab.shift.is_some() { &rounded } else { &current };
@@ -110,30 +142,21 @@ fn quantize_slab(
             row[columns.clone()].copy_from_slice(from);
         }
     }
-    let Some(factor) = block.factor else {
-        return Ok(difference.iter().map(|&v| f64::from(v).powi(2)).sum());
+    let difference = &slab.residual[columns.start..];
+    let Some(products) = products else {
+        let ones = vec![1.0; width];
+        return Ok(difference.chunks(features).map(|row| scaled_square_sum(&row[..width], &ones)).sum());
     };
-    if let (Some(shift), Some(term)) = (slab.shift.as_deref_mut(), block.cross) {
+    if let (Some(shift), Some(term)) = (slab.shift.as_deref_mut(), &products.shift) {
         current.iter_mut().zip(&rounded).for_each(|(w, q)| *w -= q);
-        gemm(
-            1.0,
-            View::new(&current, rows, width, width),
-            part(&term.blocks, columns.clone(), 0..width),
-            0.0,
-            ViewMut::new(&mut shift[columns.start..], rows, width, features),
-        );
+        term.add_to(1.0, &current, width, &mut shift[columns.start..], features, rows);
     }
-    gemm(
-        1.0,
-        View::new(&difference, rows, width, width),
-        part(&factor.root, columns.clone(), columns.clone()),
-        1.0,
-        ViewMut::new(&mut slab.error[local.start..], rows, width, span),
-    );
-    let diagonal = &factor.diagonal[columns];
-    Ok(slab.error.chunks(span).map(|row| scaled_square_sum(&row[local.clone()], diagonal)).sum())
+    products.root.add_to(1.0, difference, features, &mut slab.error[local.start..], span, rows);
+    let error = |row: &[f32]| scaled_square_sum(&row[local.clone()], products.diagonal);
+    Ok(slab.error.chunks(span).map(error).sum())
 }
 
+#[inline(always)]
 fn add(to: &mut [f32], more: &[f32]) {
     to.iter_mut().zip(more).for_each(|(to, more)| *to += more);
 }
@@ -160,6 +183,7 @@ pub(super) fn group_grid(
             for tile in (0..scales.len()).step_by(LANES) {
                 let rows = (scales.len() - tile).min(LANES);
                 let group = gather(&weights, columns.len(), columns.len(), tile, rows);
+                let group: Vec<Lane> = group.iter().map(|column| column.0).collect();
                 let grid = Arch::new().dispatch(GridOf { group: &group, rule: &rule });
                 check(&grid, rows, first + tile, &rule)?;
                 for l in 0..rows {

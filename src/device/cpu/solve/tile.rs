@@ -1,36 +1,16 @@
 //! Sixteen rows of a block, column by column.
 
-use super::lanes::{self, LANES, Lane, LaneGrid};
+use super::lanes::{self, Column, LANES, Lane, LaneGrid};
 use super::quantize_block::Slab;
 use crate::device::{Block, GridRule, GroupGrid};
 use crate::tensor::Matrix;
 use anyhow::{Result, bail};
 use pulp::{Simd, WithSimd};
 
-/// The column loop on up to sixteen rows. `current` `[rows, width]` brings the corrections of earlier blocks and comes
-/// back with each weight as it was just before rounding, `rounded` with the weight it became.
-pub(super) struct Tile<'a, 'b> {
-    pub(super) block: &'a Block<'a, Matrix>,
-    pub(super) slab: &'a mut Slab<'b>,
-    pub(super) first: usize,
-    pub(super) features: usize,
-    pub(super) current: &'a mut [f32],
-    pub(super) rounded: &'a mut [f32],
-}
-
-impl WithSimd for Tile<'_, '_> {
-    type Output = Result<()>;
-
-    /// Plain loops, compiled for the widest vectors that the CPU has.
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> Result<()> {
-        let Tile { block, slab, first, features, current, rounded } = self;
-        quantize_tile(simd, block, slab, first, features, current, rounded)
-    }
-}
-
+/// The column loop on up to sixteen rows of a slab, from its row `first`. `current` `[rows, width]` brings the corrections
+/// of earlier blocks and comes back with each weight as it was just before rounding, `rounded` with the weight it became.
 #[inline(always)]
-fn quantize_tile<S: Simd>(
+pub(super) fn quantize_tile<S: Simd>(
     simd: S,
     block: &Block<'_, Matrix>,
     slab: &mut Slab<'_>,
@@ -50,7 +30,8 @@ fn quantize_tile<S: Simd>(
     for i in 0..width {
         if block.grid.is_none() && i % block.group == 0 {
             let group = i..i + block.group;
-            let now: Vec<Lane> = w[group.clone()].iter().zip(&corrections[group]).map(|(w, d)| sum(w, d)).collect();
+            let now: Vec<Lane> =
+                w[group.clone()].iter().zip(&corrections[group]).map(|(w, d)| sum(&w.0, &d.0)).collect();
             grid = lanes::grid_of(&now, &block.rule);
             check(&grid, rows, slab.first + first, &block.rule)?;
         }
@@ -61,8 +42,8 @@ fn quantize_tile<S: Simd>(
                 slab.zeros[(first + l) * groups + group] = grid.zero[l] as u8;
             }
         }
-        w[i] = sum(&w[i], &corrections[i]);
-        let column = w[i];
+        let column = sum(&w[i].0, &corrections[i].0);
+        w[i].0 = column;
         let (level, value) = lanes::round(&column, &grid, largest);
         let codes = lanes::codes(&level, &grid);
         for l in 0..rows {
@@ -73,29 +54,33 @@ fn quantize_tile<S: Simd>(
         let error: Lane = std::array::from_fn(|l| column[l] - value[l]);
         let place = block.columns.start + i;
         let later = &mut corrections[i + 1..];
-        propagate(simd, later, &error, &factor.inverses.row(place)[i + 1..width], -1.0);
-        if let Some(cross) = block.cross {
-            propagate(simd, later, &column, &cross.blocks.row(place)[i + 1..width], 1.0);
+        let inverse = &factor.inverses.row(place)[i + 1..width];
+        match block.cross {
+            Some(cross) => {
+                let blocks = &cross.blocks.row(place)[i + 1..width];
+                for ((d, &u), &p) in later.iter_mut().zip(inverse).zip(blocks) {
+                    propagate(simd, &mut d.0, &error, -u);
+                    propagate(simd, &mut d.0, &column, p);
+                }
+            }
+            None => later.iter_mut().zip(inverse).for_each(|(d, &u)| propagate(simd, &mut d.0, &error, -u)),
         }
     }
     for (i, w) in w.iter().enumerate() {
         for l in 0..rows {
-            current[(first + l) * width + i] = w[l];
+            current[(first + l) * width + i] = w.0[l];
         }
     }
     Ok(())
 }
 
-/// `later[k] += sign · lane · factors[k]`, product and sum rounded apart. Spelled out: left to itself the compiler
-/// vectorizes along k and gathers.
+/// `d += lane · factor`, product and sum rounded apart. Spelled out: left to itself the compiler vectorizes along the
+/// columns and gathers.
 #[inline(always)]
-fn propagate<S: Simd>(simd: S, later: &mut [Lane], lane: &Lane, factors: &[f32], sign: f32) {
-    let lane = S::as_simd_f32s(lane).0;
-    for (d, &factor) in later.iter_mut().zip(factors) {
-        let factor = simd.splat_f32s(sign * factor);
-        for (d, &x) in S::as_mut_simd_f32s(d).0.iter_mut().zip(lane) {
-            *d = simd.add_f32s(*d, simd.mul_f32s(x, factor));
-        }
+fn propagate<S: Simd>(simd: S, d: &mut Lane, lane: &Lane, factor: f32) {
+    let factor = simd.splat_f32s(factor);
+    for (d, &x) in S::as_mut_simd_f32s(d).0.iter_mut().zip(S::as_simd_f32s(lane).0) {
+        *d = simd.add_f32s(*d, simd.mul_f32s(x, factor));
     }
 }
 
@@ -121,11 +106,11 @@ impl WithSimd for GridOf<'_> {
 
 /// Rows `first..first + rows` of `x`, `stride` apart, one lane a column; lanes without a row stay 0.
 #[inline(always)]
-pub(super) fn gather(x: &[f32], stride: usize, width: usize, first: usize, rows: usize) -> Vec<Lane> {
-    let mut lanes = vec![[0.0; LANES]; width];
+pub(super) fn gather(x: &[f32], stride: usize, width: usize, first: usize, rows: usize) -> Vec<Column> {
+    let mut lanes = vec![Column([0.0; LANES]); width];
     for l in 0..rows {
         for (lane, &value) in lanes.iter_mut().zip(&x[(first + l) * stride..][..width]) {
-            lane[l] = value;
+            lane.0[l] = value;
         }
     }
     lanes
