@@ -66,17 +66,25 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
   }
 
   static const uint64_t default_seed = from_environment("VLMQ_EMULATOR_SEED", 0);
-  static const uint64_t max_workers =
-      from_environment("VLMQ_EMULATOR_THREADS", std::max(1u, std::thread::hardware_concurrency()));
+  // ThreadSanitizer finds races between threads that never ran at once; a second worker would
+  // double its fibers.
+  static const uint64_t max_workers = from_environment(
+      "VLMQ_EMULATOR_THREADS", kFindRaces ? 1 : std::max(1u, std::thread::hardware_concurrency()));
   const Launch what{
       kernel, grid, block, shared_bytes, entry, arguments, seed_is_set ? set_seed : default_seed};
   // An OS thread takes some 20 us to start: not worth it below this many CUDA threads.
   const uint64_t count =
       blocks * threads < 4096 ? 1 : std::max<uint64_t>(1, std::min(max_workers, blocks));
+  Random random{what.seed * 2 + 1};
+  const uint64_t first_block =
+      random.below(static_cast<uint32_t>(std::min<uint64_t>(blocks, 0xffffffffu)));
+  const bool backwards = random.next() & 1;
   std::atomic<uint64_t> next{0};
   const auto work = [&](Worker* with) {
-    for (uint64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;)
-      with->run_block(what, i);
+    for (uint64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
+      const uint64_t at = (i + first_block) % blocks;
+      with->run_block(what, backwards ? blocks - 1 - at : at);
+    }
   };
   // All are taken before any starts: the pool's lock would order one worker's blocks before
   // another's for ThreadSanitizer.
@@ -86,7 +94,7 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
   for (uint64_t i = 1; i < count; ++i) helpers.emplace_back(work, workers[i]);
   work(workers[0]);
   for (std::thread& helper : helpers) helper.join();
-  acquire(const_cast<Launch*>(&what));
+  acquire(&what.ended);
   for (Worker* each : workers) give_back(each);
 }
 

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -15,12 +16,13 @@ thread_local Worker* worker;
 
 namespace {
 
+constexpr size_t kTokenBytes = (2 * kBarriers + kMaxWarps * (kLanes + 1)) * 8;
+
 std::mutex one_report;
 
-void* map(void* where, size_t bytes) {
-  const int fixed = where != nullptr ? MAP_FIXED : 0;
-  void* got = mmap(where, bytes, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
+void* map(size_t bytes) {
+  void* got = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (got == MAP_FAILED) {
     std::fprintf(stderr, "emulator: no memory for %zu bytes\n", bytes);
     std::abort();
@@ -55,14 +57,14 @@ void switch_to(Worker& w, Thread& from, Thread& to, bool from_ends) {
   current = &to;
 #if defined(VLMQ_SANITIZE_ADDRESS)
   const bool to_host = &to == &w.host;
-  __sanitizer_start_switch_fiber(from_ends ? nullptr : &from.sanitizer,
+  __sanitizer_start_switch_fiber(from_ends ? nullptr : &from.fake_stack,
                                  to_host ? w.host_stack : w.stacks + to.linear * kStackBytes,
                                  to_host ? w.host_stack_bytes : kStackBytes);
   from.context.switch_to(to.context);
-  __sanitizer_finish_switch_fiber(from.sanitizer, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #elif defined(VLMQ_SANITIZE_THREAD)
   (void)w, (void)from_ends;
-  __tsan_switch_to_fiber(to.sanitizer, 1);  // 1: no edge between the two
+  __tsan_switch_to_fiber(to.fiber, 1);  // 1: no edge between the two
   from.context.switch_to(to.context);
 #else
   (void)w, (void)from_ends;
@@ -118,12 +120,13 @@ void shuffle(Random& random, unsigned char* values, unsigned count) {
     w.host_stack_bytes = bytes;
   }
 #endif
+  acquire(&w.launch->begun);
   w.launch->entry(w.launch->arguments);
   Thread& thread = *self();
   thread.exited = true;
   thread.warp->exited |= 1u << thread.lane;
   check_no_one_waits_for(thread);
-  release(const_cast<Launch*>(w.launch));
+  release(&w.launch->ended);
   Thread* next = --w.live == 0 ? &w.host : next_thread(w, thread.warp);
   if (next == nullptr) report_deadlock();
   switch_to(w, thread, *next, true);
@@ -166,43 +169,43 @@ void switch_away(bool stay_in_warp) {
 }
 
 Worker* Worker::create() {
-  auto* created = static_cast<Worker*>(map(nullptr, sizeof(Worker)));
-  created->stacks = static_cast<char*>(map(nullptr, kMaxThreads * kStackBytes));
-  if (!kFindRaces) {
+  auto* created = static_cast<Worker*>(map(sizeof(Worker)));
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  for (char*& stacks : created->stack_sets) {
+    stacks = static_cast<char*>(map(kMaxThreads * kStackBytes));
     // An overflow faults instead of changing the neighbour's variables.
-    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    for (unsigned i = 0; i < kMaxThreads; ++i)
-      mprotect(created->stacks + i * kStackBytes, page, PROT_NONE);
+    for (unsigned i = 0; i < kMaxThreads; ++i) mprotect(stacks + i * kStackBytes, page, PROT_NONE);
   }
   return created;
 }
 
-// Exactly the size asked for, so that AddressSanitizer sees the first byte beyond; fresh for each
-// block, and NaN.
+// Of exactly the size asked for, so that AddressSanitizer sees the first byte beyond; fresh for
+// each block, and NaN.
 void Worker::provide_shared() {
   const size_t bytes = launch->shared_bytes;
   if (kFindRaces) {
-    // A new mapping makes ThreadSanitizer forget the previous block's accesses; blocks are not
-    // ordered.
-    if (shared_capacity != 0) munmap(shared, shared_capacity);
-    shared_capacity = bytes;
-    shared = bytes == 0 ? nullptr : static_cast<unsigned char*>(map(nullptr, bytes));
-  } else {
-#if defined(VLMQ_SANITIZE_ADDRESS)
-    const bool fresh = true;
-#else
-    const bool fresh = bytes > shared_capacity;
-#endif
-    if (fresh) {
-      std::free(shared);
-      void* got = nullptr;
-      if (posix_memalign(&got, 128, bytes == 0 ? 1 : bytes) != 0) fail({nullptr, 0}, "no memory");
-      shared = static_cast<unsigned char*>(got);
-      shared_capacity = bytes;
-    }
+    // A new mapping has no history: what the previous block did in the same place is no race.
+    shared = bytes == 0 ? nullptr : static_cast<unsigned char*>(map(bytes));
+    tokens = static_cast<char*>(map(kTokenBytes));
+  } else if (shared == nullptr || bytes > shared_capacity) {
+    std::free(shared);
+    void* got = nullptr;
+    if (posix_memalign(&got, 128, bytes == 0 ? 1 : bytes) != 0) fail({nullptr, 0}, "no memory");
+    shared = static_cast<unsigned char*>(got);
   }
+  shared_capacity = std::max(shared_capacity, bytes);
   for (size_t i = 0; i < bytes; ++i) shared[i] = 0xff;
   view.shared = shared;
+}
+
+void Worker::return_shared() {
+#if defined(VLMQ_SANITIZE_ADDRESS)
+  std::free(shared);
+  shared = nullptr;
+#elif defined(VLMQ_SANITIZE_THREAD)
+  if (shared != nullptr) munmap(shared, launch->shared_bytes);
+  munmap(tokens, kTokenBytes);
+#endif
 }
 
 void Worker::start_thread(unsigned id) {
@@ -219,10 +222,10 @@ void Worker::start_thread(unsigned id) {
   // Tops of stacks 64 KiB apart fall into the same cache sets: spread them.
   const size_t offset = id % 16 * 256;
   thread.context.prepare(stacks + id * kStackBytes, kStackBytes - offset, thread_main);
+  thread.fake_stack = nullptr;
 #if defined(VLMQ_SANITIZE_THREAD)
-  thread.sanitizer = __tsan_create_fiber(0);
-#else
-  thread.sanitizer = nullptr;
+  if (fibers[id] == nullptr) fibers[id] = __tsan_create_fiber(0);
+  thread.fiber = fibers[id];
 #endif
 }
 
@@ -240,7 +243,10 @@ void Worker::start_block(uint64_t index) {
   if (random.state == 0) random.state = 1;
   random.next();
   provide_shared();
-  if (kFindRaces) map(stacks, thread_count * kStackBytes);  // as for shared memory
+  release(&launch->begun);
+  const unsigned set = random.below(kFiberSets);
+  stacks = stack_sets[set];
+  fibers = fiber_sets[set];
   for (Barrier& barrier : barriers) {
     barrier.expected = barrier.arrived = 0;
     for (unsigned i = 0; i < warp_count; ++i) barrier.waiting[i] = 0;
@@ -272,13 +278,11 @@ void Worker::run_block(const Launch& what, uint64_t index) {
   host.linear = kMaxThreads;
   start_block(index);
 #if defined(VLMQ_SANITIZE_THREAD)
-  host.sanitizer = __tsan_get_current_fiber();
+  host.fiber = __tsan_get_current_fiber();
 #endif
   host_stack = nullptr;
   switch_to(*this, host, *next_thread(*this, nullptr), false);
-#if defined(VLMQ_SANITIZE_THREAD)
-  for (unsigned i = 0; i < thread_count; ++i) __tsan_destroy_fiber(threads[i].sanitizer);
-#endif
+  return_shared();
   current = nullptr;
   launch = nullptr;
   worker = nullptr;
@@ -303,7 +307,7 @@ static void meet(Barrier& at, unsigned expected, const char* name, uint32_t deta
     thread.waits_at = name, thread.site = site, thread.detail = detail;
     fail(site, "divergent barrier: others wait at %s:%d", at.site.file, at.site.line);
   }
-  char* token = &at.tokens[at.epoch % 2];
+  void* token = w.token(at);
   release(token);
   at.waiting[&*thread.warp - w.warps] |= 1u << thread.lane;
   if (++at.arrived == at.expected) {

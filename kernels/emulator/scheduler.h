@@ -23,6 +23,8 @@ constexpr size_t kStackBytes = 256 << 10;  // instrumented frames are several ti
 constexpr size_t kStackBytes = 64 << 10;
 #endif
 
+constexpr unsigned kFiberSets = kFindRaces ? 2 : 1;
+
 struct Launch {
   const char* kernel;
   dim3 grid, block;
@@ -30,6 +32,9 @@ struct Launch {
   void (*entry)(const void*);
   const void* arguments;
   uint64_t seed;
+  // ThreadSanitizer's edges from the host to the threads and back. Blocks are not ordered among
+  // themselves.
+  mutable char begun = 0, ended = 0;
 };
 
 // xorshift64*: schedules need variety, not quality.
@@ -55,7 +60,8 @@ struct Thread : ThreadView {
   uint32_t detail;
   bool exited;
   Context context;
-  void* sanitizer;  // the fiber of ThreadSanitizer, the fake stack of AddressSanitizer
+  void* fake_stack;  // AddressSanitizer's
+  void* fiber;       // ThreadSanitizer's
   // Copies in order of issue, in a ring; groups are numbered by the commits before them.
   unsigned first_copy, end_copy, commits;
 };
@@ -84,7 +90,6 @@ struct Rendezvous {
   unsigned leaving;
   Rendezvous* next;
   LaneData lanes[kLanes];
-  char token;
 };
 
 struct Warp {
@@ -102,9 +107,6 @@ struct Barrier {
   unsigned expected, arrived, epoch;
   Site site;
   uint32_t waiting[kMaxWarps];
-  // Two tokens in turn: with one, a late waker would also acquire what was released for the next
-  // epoch, hiding races.
-  char tokens[2];
 };
 
 struct Worker {
@@ -120,17 +122,36 @@ struct Worker {
   Thread host;  // the OS thread itself, which a block returns to
   const void* host_stack;
   size_t host_stack_bytes;
-  char* stacks;
+  char* stacks;  // of the running block
   unsigned char* shared;
   size_t shared_capacity;
+  // ThreadSanitizer needs 0.4 ms and some 600 KB for a fiber, so they serve again. A fiber that
+  // goes on in another block orders the two blocks up to the barriers of the first; two sets, drawn
+  // for each block, leave neighbours unordered.
+  char* stack_sets[kFiberSets];
+  void* fiber_sets[kFiberSets][kMaxThreads];
+  void** fibers;  // of the running block
+  // What barriers and meetings release and acquire, 8 bytes each: new for each block, or they would
+  // order blocks.
+  char* tokens;
   Worker* next_free;
 
   static Worker* create();
+  // Two tokens a barrier in turn: with one, a late waker would also acquire what was released for
+  // the next epoch, which hides races.
+  void* token(const Barrier& barrier) {
+    return tokens + ((&barrier - barriers) * 2 + barrier.epoch % 2) * 8;
+  }
+  void* token(const Warp& warp, const Rendezvous& meeting) {
+    return tokens +
+           (2 * kBarriers + (&warp - warps) * (kLanes + 1) + (&meeting - warp.meetings)) * 8;
+  }
   void run_block(const Launch& launch, uint64_t index);
 
  private:
   void start_block(uint64_t index);
   void provide_shared();
+  void return_shared();
   void start_thread(unsigned id);
 };
 

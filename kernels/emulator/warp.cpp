@@ -73,15 +73,18 @@ void leave(Rendezvous& meeting) {
 
 // Rounding inside the tensor core is not modelled: products are exact in float32, sums rounded to
 // nearest in order of k.
+using Row = float __attribute__((vector_size(32)));
+
 template <int K>
-void multiply_tile(const float (&a)[16][K], const float (&b)[K][8], float (&d)[16][8]) {
-  for (int row = 0; row < 16; ++row) {
-    float sum[8];
-    for (int col = 0; col < 8; ++col) sum[col] = d[row][col];
+void multiply_tile(const float (&a)[16][K], const Row (&b)[K], Row (&d)[16]) {
+  constexpr int kRows = 8;  // at once: their sums do not wait for one another
+  for (int row = 0; row < 16; row += kRows) {
+    Row sum[kRows];
+    for (int i = 0; i < kRows; ++i) sum[i] = d[row + i];
     for (int k = 0; k < K; ++k) {
-      for (int col = 0; col < 8; ++col) sum[col] += a[row][k] * b[k][col];
+      for (int i = 0; i < kRows; ++i) sum[i] += a[row + i][k] * b[k];
     }
-    for (int col = 0; col < 8; ++col) d[row][col] = sum[col];
+    for (int i = 0; i < kRows; ++i) d[row + i] = sum[i];
   }
 }
 
@@ -93,7 +96,7 @@ void widen_all(const uint16_t* bits, float* values) {
 // The layouts of PTX's mma.m16n8k16: lane = 4 g + t holds rows g and g + 8, and pairs of neighbours
 // along k.
 template <class T>
-void multiply_16bit(LaneData (&lanes)[kLanes], float (&d)[16][8]) {
+void multiply_16bit(LaneData (&lanes)[kLanes], Row (&d)[16]) {
   alignas(64) uint16_t a_bits[16][16], b_bits[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4 * 2;
@@ -108,16 +111,18 @@ void multiply_16bit(LaneData (&lanes)[kLanes], float (&d)[16][8]) {
       b_bits[t + 8 * i + 1][g] = static_cast<uint16_t>(in.b[i] >> 16);
     }
   }
-  alignas(64) float a[16][16], b[16][8];
+  alignas(64) float a[16][16];
+  Row b[16];
   widen_all<T, 256>(&a_bits[0][0], &a[0][0]);
-  widen_all<T, 128>(&b_bits[0][0], &b[0][0]);
+  widen_all<T, 128>(&b_bits[0][0], reinterpret_cast<float*>(b));
   multiply_tile<16>(a, b, d);
 }
 
 // mma.m16n8k8 of tf32: single elements, k = t and t + 4. The lowest 13 bits are not looked at, as
 // on the device.
-void multiply_tf32(LaneData (&lanes)[kLanes], float (&d)[16][8]) {
-  alignas(64) float a[16][8], b[8][8];
+void multiply_tf32(LaneData (&lanes)[kLanes], Row (&d)[16]) {
+  alignas(64) float a[16][8];
+  Row b[8];
   for (int lane = 0; lane < 32; ++lane) {
     const int g = lane / 4, t = lane % 4;
     const auto& in = lanes[lane].multiply;
@@ -128,7 +133,7 @@ void multiply_tf32(LaneData (&lanes)[kLanes], float (&d)[16][8]) {
 }
 
 void multiply_warp(Operand operand, LaneData (&lanes)[kLanes]) {
-  alignas(64) float d[16][8];
+  Row d[16];
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i)
       d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = lanes[lane].multiply.d[i];
@@ -164,9 +169,10 @@ void check_no_one_waits_for(Thread& leaver) {
 void sync_warp(uint32_t mask, Site site) {
   // The whole-warp default is right for the block's last warp too, which may lack lanes.
   Rendezvous& meeting = arrive("__syncwarp", mask & self()->warp->exists, false, site);
-  release(&meeting.token);
+  void* token = worker->token(*self()->warp, meeting);
+  release(token);
   close_or_wait(meeting);
-  acquire(&meeting.token);
+  acquire(token);
   leave(meeting);
 }
 
