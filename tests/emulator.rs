@@ -56,14 +56,14 @@ const fn planted(name: &'static str, plain: Tells, address: Tells, thread: Tells
 const PLANTED: &[Planted] = &[
     planted("missing_barrier", Output, Output, RACE),
     planted("missing_trailing_barrier", Output, Output, RACE),
-    always("divergent_barrier", "divergent barrier: others wait at tests/emulator/barriers.cu"),
-    always("skipped_barrier", "emulator: deadlock"),
+    always("divergent_barrier", "emulator: divergent barrier: others wait at tests/emulator/barriers.cu"),
+    always("exit_before_barrier", "emulator: barrier after exit"),
     always("named_barrier_count", "emulator: deadlock"),
     planted("global_read_beyond", Nothing, BEYOND, Nothing),
     planted("global_write_beyond", Nothing, BEYOND, RACE),
     planted("shared_beyond", Nothing, BEYOND, Nothing),
     always("misaligned_vector", "misaligned vector load"),
-    planted("misaligned_cast", Nothing, Message("runtime error: load of misaligned address"), Nothing),
+    planted("misaligned_cast", Nothing, Message("misaligned address 0x"), Nothing),
     planted("uninitialised_shared", Output, Output, Output),
     planted("undefined_shift", Nothing, Message("runtime error: shift exponent 32"), Nothing),
     planted("missing_wait", Output, Output, RACE),
@@ -72,7 +72,7 @@ const PLANTED: &[Planted] = &[
     planted("copy_beyond", Nothing, BEYOND, Nothing),
     always("divergent_shuffle", "divergent: other lanes wait at another call of it"),
     always("divergent_operation", "divergent: other lanes wait at another operation"),
-    always("exited_lane", "emulator: "),
+    always("exited_lane", "returned from the kernel"),
     always("outside_its_mask", "the calling lane is outside its own mask"),
     always("source_outside_mask", "reads a lane outside the mask"),
     planted("missing_syncwarp", Output, Output, RACE),
@@ -120,13 +120,13 @@ fn defects_are_seen(variant: Variant) {
             Message(message) => message,
             Nothing => continue,
         };
-        for seed in 0..2 {
-            let run = kernels::run_under(variant, &["child"], &[("VLMQ_PLANTED", &format!("{} {seed}", planted.name))]);
-            let printed = kernels::text(&run);
-            // A message must also have ended the process.
-            if !printed.contains(expected) || run.status.success() != matches!(tells, Output) {
-                missed.push(format!("{} with seed {seed}: no {expected:?} in\n{printed}", planted.name));
-            }
+        // Some seed or other: any schedule must do.
+        let case = format!("{} {}", planted.name, planted.name.len());
+        let run = kernels::run_under(variant, &["child"], &[("VLMQ_PLANTED", &case)]);
+        let printed = kernels::text(&run);
+        // A message must also have ended the process.
+        if !printed.contains(expected) || run.status.success() != matches!(tells, Output) {
+            missed.push(format!("{case}: no {expected:?} in\n{printed}"));
         }
     }
     assert!(missed.is_empty(), "{variant:?} misses\n{}", missed.join("\n"));
@@ -147,7 +147,7 @@ fn defects_are_seen_by_the_thread_sanitizer() {
     defects_are_seen(Variant::Thread);
 }
 
-/// Two schedules by chance right are one thing; all of many, each defect's output is wrong in most.
+/// A defect that only some schedules show would slip through tests of a few seeds.
 #[test]
 fn wrong_outputs_do_not_depend_on_luck() {
     for planted in PLANTED.iter().filter(|planted| matches!(planted.plain, Output)) {

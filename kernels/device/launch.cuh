@@ -38,6 +38,7 @@ vlmq_status launch(const char* name, void (*kernel)(Parameters...), dim3 grid, d
       [](const void* pointer) {
         const Call& called = *static_cast<const Call*>(pointer);
         std::apply(called.kernel, called.arguments);
+        emulator::finish_copies();
       },
       &call);
   return VLMQ_OK;

@@ -41,4 +41,10 @@ inline void wait_copies(unsigned groups_in_flight) {
   for (Copy copy; next_copy_due(groups_in_flight, &copy);) perform(copy);
 }
 
+// A thread that returns lets its copies go on: what another thread reads of them is a race.
+inline void finish_copies() {
+  commit_copies();
+  wait_copies(0);
+}
+
 }  // namespace vlmq::emulator

@@ -4,13 +4,16 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(VLMQ_EMULATOR_UCONTEXT)
+#define VLMQ_EMULATOR_UCONTEXT
+#endif
+#if defined(VLMQ_EMULATOR_UCONTEXT)
 #include <ucontext.h>
 #endif
 
 namespace vlmq::emulator {
 
-#if defined(__x86_64__)
+#if !defined(VLMQ_EMULATOR_UCONTEXT)
 
 // Saves the callee-saved registers on the running stack, its pointer in *save, and goes on where
 // `load` was saved.

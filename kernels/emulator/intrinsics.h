@@ -73,6 +73,8 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   return result;
 }
 
+[[noreturn]] inline void __trap(VLMQ_SITE_ALONE) { vlmq::emulator::fail(site, "__trap"); }
+
 template <class T>
 T __ldg(const T* pointer) {
   return *pointer;

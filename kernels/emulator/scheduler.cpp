@@ -37,19 +37,27 @@ bool same_place(const Thread& a, const Thread& b) {
           (a.site.line == b.site.line && a.site.file == b.site.file && a.detail == b.detail));
 }
 
+// One line for each place, with the threads that are there.
 void report_threads(const Worker& w) {
-  for (unsigned first = 0, end; first < w.thread_count; first = end) {
+  bool told[kMaxThreads] = {};
+  for (unsigned first = 0; first < w.thread_count; ++first) {
     const Thread& thread = w.threads[first];
-    for (end = first + 1; end < w.thread_count && same_place(thread, w.threads[end]);) ++end;
-    std::fprintf(stderr, "  threads %u-%u: ", first, end - 1);
+    if (told[first]) continue;
     if (thread.exited) {
-      std::fprintf(stderr, "exited\n");
+      std::fprintf(stderr, "  returned: threads");
     } else if (thread.waits_at == nullptr) {
-      std::fprintf(stderr, "running\n");
+      std::fprintf(stderr, "  able to run: threads");
     } else {
-      std::fprintf(stderr, "at %s (0x%x), %s:%d\n", thread.waits_at, thread.detail,
+      std::fprintf(stderr, "  at %s (0x%x), %s:%d: threads", thread.waits_at, thread.detail,
                    thread.site.file, thread.site.line);
     }
+    for (unsigned i = first; i < w.thread_count; ++i) {
+      if (!same_place(thread, w.threads[i])) continue;
+      const unsigned start = i;
+      for (; i < w.thread_count && same_place(thread, w.threads[i]); ++i) told[i] = true;
+      std::fprintf(stderr, start + 1 == i ? " %u" : " %u-%u", start, i - 1);
+    }
+    std::fprintf(stderr, "\n");
   }
 }
 
@@ -126,6 +134,10 @@ void shuffle(Random& random, unsigned char* values, unsigned count) {
   thread.exited = true;
   thread.warp->exited |= 1u << thread.lane;
   check_no_one_waits_for(thread);
+  if (w.barriers[0].arrived != 0) {
+    fail(w.barriers[0].site,
+         "barrier after exit: a thread returns while others wait at __syncthreads");
+  }
   release(&w.launch->ended);
   Thread* next = --w.live == 0 ? &w.host : next_thread(w, thread.warp);
   if (next == nullptr) report_deadlock();

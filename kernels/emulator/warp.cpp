@@ -189,8 +189,8 @@ uint32_t ballot(const char* operation, uint32_t mask, bool predicate, Site site)
 }
 
 uint64_t shuffle(const char* operation, uint32_t mask, uint64_t value, unsigned source, Site site) {
-  if ((mask >> source & 1) == 0) fail_at(operation, mask, site, "reads a lane outside the mask");
   Rendezvous& meeting = arrive(operation, mask, true, site);
+  if ((mask >> source & 1) == 0) fail_at(operation, mask, site, "reads a lane outside the mask");
   meeting.lanes[self()->lane].value = value;
   close_or_wait(meeting);
   const uint64_t got = meeting.lanes[source].value;

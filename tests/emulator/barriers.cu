@@ -45,11 +45,12 @@ __global__ void divergent_barrier(int defect, const float* input, float* output)
   output[base + t] = s[kThreads - 1 - t];
 }
 
-__global__ void skipped_barrier(int defect, const float* input, float* output) {
+__global__ void exit_before_barrier(int defect, const float* input, float* output) {
   float* s = shared_floats();
   const unsigned t = threadIdx.x, base = blockIdx.x * kThreads;
   s[t] = input[base + t];
-  if (defect == 0 || t != 5) __syncthreads();
+  if (defect != 0 && t == 5) return;
+  __syncthreads();
   output[base + t] = s[kThreads - 1 - t];
 }
 
@@ -75,5 +76,5 @@ __global__ void named_barrier_count(int defect, const float* input, float* outpu
 VLMQ_PLANTED(missing_barrier)
 VLMQ_PLANTED(missing_trailing_barrier)
 VLMQ_PLANTED(divergent_barrier)
-VLMQ_PLANTED(skipped_barrier)
+VLMQ_PLANTED(exit_before_barrier)
 VLMQ_PLANTED(named_barrier_count)

@@ -52,7 +52,7 @@ impl Variant {
     /// For the kernels, and for linking.
     fn flags(self) -> &'static [&'static str] {
         match self {
-            Variant::Plain => &["-O2", "-g1"],
+            Variant::Plain => &["-O2", "-g"],
             Variant::Address => {
                 &["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
             }
@@ -63,9 +63,9 @@ impl Variant {
     /// For the emulator's runtime, which is never instrumented: its accesses would count as the kernel's.
     fn runtime_flags(self) -> &'static [&'static str] {
         match self {
-            Variant::Plain => &["-O3", "-g1"],
-            Variant::Address => &["-O3", "-g1", "-DVLMQ_SANITIZE_ADDRESS"],
-            Variant::Thread => &["-O3", "-g1", "-DVLMQ_SANITIZE_THREAD"],
+            Variant::Plain => &["-O3", "-g"],
+            Variant::Address => &["-O3", "-g", "-DVLMQ_SANITIZE_ADDRESS"],
+            Variant::Thread => &["-O3", "-g", "-DVLMQ_SANITIZE_THREAD"],
         }
     }
 }
