@@ -104,7 +104,7 @@ pub fn run_under(variant: Variant, tests: &[&str], environment: &[(&str, &str)])
     let mut child = Command::new("setarch");
     child.args([std::env::consts::ARCH, "-R", "env"]);
     if let Some(runtime) = runtime {
-        let found = Command::new(compiler()).arg(format!("-print-file-name={runtime}")).output().unwrap();
+        let found = tool(compiler()).arg(format!("-print-file-name={runtime}")).output().unwrap();
         let found = String::from_utf8(found.stdout).unwrap();
         assert!(Path::new(found.trim()).is_absolute(), "{} has no {runtime}: install gcc's", compiler());
         child.arg(format!("LD_PRELOAD={}", found.trim()));
@@ -196,7 +196,7 @@ pub fn build(name: &str, folder: &str, variant: Variant) -> PathBuf {
     let same_objects = fs::read_to_string(&list).is_ok_and(|before| before == objects);
     if !same_objects || jobs.iter().any(|(_, object)| modified(object) > made) {
         let unfinished = target.join(format!("lib{name}.so.new"));
-        let mut linker = Command::new(compiler());
+        let mut linker = tool(compiler());
         linker.args(["-shared", "-pthread", "-Wl,-Bsymbolic", "-o"]).arg(&unfinished).args(variant.flags());
         let output = linker.args(jobs.iter().map(|(_, object)| object)).output().unwrap();
         assert!(output.status.success(), "{name}: {}", text(&output));
@@ -207,6 +207,13 @@ pub fn build(name: &str, folder: &str, variant: Variant) -> PathBuf {
     library
 }
 
+/// A program that runs without the sanitizer that may be preloaded into this one.
+fn tool(name: &str) -> Command {
+    let mut command = Command::new(name);
+    command.env_remove("LD_PRELOAD");
+    command
+}
+
 /// The C++ compiler.
 fn compiler() -> &'static str {
     static FOUND: OnceLock<String> = OnceLock::new();
@@ -214,7 +221,7 @@ fn compiler() -> &'static str {
         if let Ok(named) = std::env::var("CXX") {
             return named;
         }
-        let runs = |name: &&str| Command::new(name).arg("--version").output().is_ok_and(|o| o.status.success());
+        let runs = |name: &&str| tool(name).arg("--version").output().is_ok_and(|o| o.status.success());
         let found = ["g++", "c++"].into_iter().find(runs);
         found.expect("the emulator's tests need a C++17 compiler: install g++, or name one in CXX").to_owned()
     })
@@ -235,7 +242,7 @@ fn common_flags() -> Vec<&'static str> {
 }
 
 fn compile(root: &Path, source: &Path, object: &Path, common: &[&str], variant: Variant) -> Result<(), String> {
-    let mut command = Command::new(compiler());
+    let mut command = tool(compiler());
     command.current_dir(root).args(common);
     if source.extension().is_some_and(|e| e == "cu") {
         // nvcc's pragmas are the host compiler's unknown ones.
