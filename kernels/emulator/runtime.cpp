@@ -1,0 +1,107 @@
+// Launches: checks the configuration as a GPU would and spreads the blocks over OS threads.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "emulator/scheduler.h"
+
+namespace vlmq::emulator {
+
+namespace {
+
+// What sm_80 offers a block; other GPUs of compute capability 8 have less, newer ones more.
+constexpr size_t kMaxSharedBytes = 163 << 10;
+
+std::mutex free_workers_lock;
+Worker* free_workers;
+
+Worker* take_worker() {
+  const std::lock_guard<std::mutex> held(free_workers_lock);
+  if (free_workers == nullptr) return Worker::create();
+  Worker* taken = free_workers;
+  free_workers = taken->next_free;
+  return taken;
+}
+
+void give_back(Worker* given) {
+  const std::lock_guard<std::mutex> held(free_workers_lock);
+  given->next_free = free_workers;
+  free_workers = given;
+}
+
+uint64_t from_environment(const char* name, uint64_t otherwise) {
+  const char* text = std::getenv(name);
+  if (text == nullptr || *text == '\0') return otherwise;
+  char* end = nullptr;
+  const uint64_t value = std::strtoull(text, &end, 10);
+  if (*end != '\0') fail({nullptr, 0}, "%s=%s is not a number", name, text);
+  return value;
+}
+
+// Of the calling OS thread, so that tests which run side by side each have their own.
+thread_local bool seed_is_set;
+thread_local uint64_t set_seed;
+
+}  // namespace
+
+void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+            void (*entry)(const void*), const void* arguments) {
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  const Site nowhere{nullptr, 0};
+  if (current != nullptr) fail(nowhere, "kernel %s is launched from a kernel", kernel);
+  if (threads == 0 || threads > kMaxThreads || block.z > 64) {
+    fail(nowhere, "kernel %s: block of %u x %u x %u threads", kernel, block.x, block.y, block.z);
+  }
+  if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+    fail(nowhere, "kernel %s: grid of %u x %u x %u blocks", kernel, grid.x, grid.y, grid.z);
+  }
+  if (shared_bytes > kMaxSharedBytes) {
+    fail(nowhere, "kernel %s: %zu bytes of shared memory, sm_80 has %zu", kernel, shared_bytes,
+         kMaxSharedBytes);
+  }
+
+  static const uint64_t default_seed = from_environment("VLMQ_EMULATOR_SEED", 0);
+  // ThreadSanitizer finds races between threads that never ran at once; a second worker would
+  // double its fibers.
+  static const uint64_t max_workers = from_environment(
+      "VLMQ_EMULATOR_THREADS", kFindRaces ? 1 : std::max(1u, std::thread::hardware_concurrency()));
+  const Launch what{
+      kernel, grid, block, shared_bytes, entry, arguments, seed_is_set ? set_seed : default_seed};
+  // An OS thread takes some 20 us to start: not worth it below this many CUDA threads.
+  const uint64_t count =
+      blocks * threads < 4096 ? 1 : std::max<uint64_t>(1, std::min(max_workers, blocks));
+  Random random{what.seed * 2 + 1};
+  const uint64_t first_block =
+      random.below(static_cast<uint32_t>(std::min<uint64_t>(blocks, 0xffffffffu)));
+  const bool backwards = random.next() & 1;
+  std::atomic<uint64_t> next{0};
+  const auto work = [&](Worker* with) {
+    for (uint64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
+      const uint64_t at = (i + first_block) % blocks;
+      with->run_block(what, backwards ? blocks - 1 - at : at);
+    }
+  };
+  // All are taken before any starts: the pool's lock would order one worker's blocks before
+  // another's for ThreadSanitizer.
+  std::vector<Worker*> workers(count);
+  for (Worker*& each : workers) each = take_worker();
+  std::vector<std::thread> helpers;
+  for (uint64_t i = 1; i < count; ++i) helpers.emplace_back(work, workers[i]);
+  work(workers[0]);
+  for (std::thread& helper : helpers) helper.join();
+  acquire(&what.ended);
+  for (Worker* each : workers) give_back(each);
+}
+
+}  // namespace vlmq::emulator
+
+// The schedule of the launches that follow on the calling OS thread.
+extern "C" __attribute__((visibility("default"))) void vlmq_emulator_set_seed(uint64_t seed) {
+  vlmq::emulator::seed_is_set = true;
+  vlmq::emulator::set_seed = seed;
+}
