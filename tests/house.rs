@@ -19,7 +19,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
 ];
 
 /// The files that may hold `unsafe`, each block with its reason.
-const MAY_BE_UNSAFE: &[&str] = &["src/device/cpu/gemm.rs", "src/checkpoint/shard.rs"];
+const MAY_BE_UNSAFE: &[&str] = &["src/device/cpu/gemm.rs", "src/checkpoint/shard.rs", GENERATED];
+
+/// Made by bindgen from kernels/include/vlmq.h.
+const GENERATED: &str = "src/device/cuda/bindings.rs";
 
 /// More lines than this want to be two files.
 const LONGEST: usize = 450;
@@ -118,12 +121,12 @@ fn unsafe_stands_where_it_may_and_says_why() {
             "{name} lifts the ban on unsafe code"
         );
     }
-    assert!(blocks >= MAY_BE_UNSAFE.len(), "the search finds too little: {blocks} blocks");
+    assert!(blocks >= MAY_BE_UNSAFE.len() - 1, "the search finds too little: {blocks} blocks");
 }
 
 #[test]
 fn files_are_short() {
-    for (name, text) in sources() {
+    for (name, text) in sources().into_iter().filter(|(name, _)| name != GENERATED) {
         assert!(text.lines().count() <= LONGEST, "{name} has {} lines", text.lines().count());
     }
 }

@@ -5,6 +5,7 @@
 //! the solver.
 
 pub mod cpu;
+pub mod cuda;
 mod grid;
 mod model_ops;
 mod solve_ops;

@@ -13,6 +13,7 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::SystemTime;
+use vlmq::device::cuda::bindings::{vlmq_status, vlmq_stream};
 
 /// How a library is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +82,24 @@ pub fn open(name: &str, folder: &str, variant: Variant) -> Library {
     let path = build(name, folder, variant);
     // SAFETY: the library is made of this crate's own sources; its initializers only set up the emulator's variables.
     unsafe { Library::new(&path) }.unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Calls a function of the C API on host memory, which is the emulator's device memory: `name` as in vlmq.h, `A` its
+/// argument struct. The caller answers for the pointers.
+pub fn call<A>(name: &str, args: &A) -> vlmq_status {
+    // SAFETY: every call of the C API has this signature.
+    let found = unsafe { kernels().get::<unsafe extern "C" fn(*const A, vlmq_stream) -> vlmq_status>(name.as_bytes()) };
+    // SAFETY: the struct outlives the call, which returns when the kernels have run.
+    unsafe { found.unwrap_or_else(|error| panic!("{error}"))(args, std::ptr::null_mut()) }
+}
+
+/// Bytes of work space that a call asks for; `name` without `_workspace_bytes`.
+pub fn workspace_bytes<A>(name: &str, args: &A) -> usize {
+    let name = format!("{name}_workspace_bytes");
+    // SAFETY: every such function of the C API has this signature.
+    let found = unsafe { kernels().get::<unsafe extern "C" fn(*const A) -> usize>(name.as_bytes()) };
+    // SAFETY: the struct outlives the call.
+    unsafe { found.unwrap_or_else(|error| panic!("{error}"))(args) }
 }
 
 /// Sets the schedule of the launches that follow on this OS thread.
