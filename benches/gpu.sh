@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# All that has to run on a GPU, on a machine that has the CUDA runtime but no Rust.
+#
+#   benches/gpu.sh pack             here, with a CUDA toolkit: builds everything, leaves target/vlmq-gpu.tar.gz
+#   vlmq-gpu/gpu.sh [RESULTS.md]    there, in the unpacked folder: tests, sanitizer, end to end, every benchmark
+#
+# PyTorch with CUDA, where python3 has it, is measured beside. Under 8 minutes on one GPU; the first failure ends it.
+set -euo pipefail
+
+pack() {
+  cd "$(dirname "$0")/.."
+  local folder=target/vlmq-gpu executable
+  rm -rf "$folder"
+  mkdir -p "$folder/tests/data"
+  export VLMQ_CUDA=require
+  built() {
+    cargo "$@" --release --message-format=json-render-diagnostics |
+      python3 -c 'import json, sys; [print(m["executable"]) for m in map(json.loads, sys.stdin) if m.get("executable")]'
+  }
+  for executable in $(built test --no-run --test device_cuda) $(built bench --no-run --bench kernels) $(built build --bin vlmq-run); do
+    strip -o "$folder/$(basename "$executable" | sed 's/-[0-9a-f]\{16\}$//')" "$executable"
+  done
+  cp benches/gpu.sh benches/gpu_reference.py benches/wide_checkpoint.py "$folder"
+  cp -r tests/data/tiny-qwen2-vl tests/data/tiny-qwen2-vl-narrow tests/data/vqa "$folder/tests/data"
+  tar -C target -czf target/vlmq-gpu.tar.gz vlmq-gpu
+  du -h target/vlmq-gpu.tar.gz
+}
+
+run() {
+  cd "$(dirname "$0")"
+  local results=${1:-RESULTS.md} model=tests/data/tiny-qwen2-vl calib=tests/data/vqa/calib.jsonl questions=tests/data/vqa/eval.jsonl
+  local work
+  work=$(mktemp -d)
+  trap "rm -rf '$work'" EXIT
+  export VLMQ_TEST_GPU=0
+  exec > >(tee "$results") 2>&1
+  echo "# $(date -u +%F), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
+
+  echo; echo "## Operations against the CPU"; echo '```'
+  ./device_cuda
+  echo '```'
+  if command -v compute-sanitizer > /dev/null; then
+    for tool in memcheck racecheck synccheck initcheck; do
+      echo; echo "## compute-sanitizer, $tool"; echo '```'
+      compute-sanitizer --tool $tool --error-exitcode 1 ./device_cuda operations | tail -3
+      echo '```'
+    done
+  else
+    echo; echo "compute-sanitizer is not installed: not run."
+  fi
+
+  echo; echo "## The small checkpoint, from the images on"; echo '```'
+  for device in cpu cuda; do
+    ./vlmq-run quantize $model --calib $calib --samples 64 --device $device --quiet --out "$work/$device"
+    ./vlmq-run eval "$work/$device" $questions --reference $model --device cpu --quiet --json "$work/$device.json" > /dev/null
+  done
+  python3 - "$work" << 'PYTHON'
+import json, sys
+cpu, cuda = (json.load(open(f"{sys.argv[1]}/{device}.json")) for device in ("cpu", "cuda"))
+print(f"accuracy: {cpu['score']} quantized on the CPU, {cuda['score']} on the GPU; KL from float {cpu['kl']} and {cuda['kl']}")
+assert abs(cuda["kl"] / cpu["kl"] - 1) < 0.1, "KL is more than 10 % apart"
+PYTHON
+  echo '```'
+
+  if python3 -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null; then
+    python3 gpu_reference.py "$work/reference.json" > /dev/null
+    export VLMQ_BENCH_REFERENCE=$work/reference.json
+  else
+    echo; echo "PyTorch with CUDA is not installed: nothing is measured beside."
+  fi
+  echo; echo "## Operations"
+  ./kernels
+
+  if python3 -c 'import numpy' 2> /dev/null; then
+    echo; echo "## Blocks of a 7B model, 4 of its 28"; echo '```'
+    python3 wide_checkpoint.py "$work/wide" --hidden 3584 --intermediate 18944 --heads 28 --kv-heads 4 --blocks 4
+    ./vlmq-run quantize "$work/wide" --calib $calib --samples 256 --device cuda --quiet --out "$work/wide-w3"
+    echo '```'
+  fi
+}
+
+if [[ ${1:-} == pack ]]; then pack; else run "$@"; fi

@@ -1,0 +1,173 @@
+//! The operations of a device, each with what it is measured by: `cargo bench --bench kernels [-- FILTER]`.
+//!
+//! On the first GPU where there is one, on the CPU in any case. Each line: time (median of the runs), TFLOP/s, GB/s, and the
+//! larger of its shares of what this machine reaches in the same run: the rate of a large plain matrix product, and that
+//! of a large copy. `VLMQ_BENCH_REFERENCE=FILE`, written by gpu_reference.py on the same machine, adds how many times as
+//! long PyTorch takes. Work is counted as the method needs it: half of a symmetric product, n³/3 for a factorization.
+
+use anyhow::Result;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+use vlmq::device::cpu::Cpu;
+use vlmq::device::cuda::{Cuda, Precision};
+use vlmq::device::{Activation, AttentionShape, ModelOps, SolveOps, Span};
+use vlmq::quantize::settings::{Solver, SolverSettings};
+use vlmq::quantize::solve::{prepare, solve};
+use vlmq::quantize::statistics::Statistics;
+use vlmq::tensor::Matrix;
+
+/// Time spent on one line, at most about; a line is run twice at least.
+const BUDGET: Duration = Duration::from_secs(2);
+
+fn main() -> Result<()> {
+    // cargo passes --bench.
+    let filter: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
+    let filter = filter.first().map_or("", String::as_str);
+    match Cuda::open(0, Precision::Bf16) {
+        Ok(cuda) => {
+            let layers = [(4096, 4096), (3584, 18944), (18944, 3584)];
+            Bench::new(&cuda, filter, 8192)?.all(&layers, 32_768)?;
+        }
+        Err(why) => println!("no GPU is measured: {why:#}\n"),
+    }
+    Bench::new(&Cpu, filter, 2048)?.all(&[(1024, 1024)], 2048)
+}
+
+/// Prints lines.
+struct Bench<'a, D> {
+    device: &'a D,
+    filter: &'a str,
+    /// Operations a second of a large plain product.
+    product: f64,
+    /// Bytes a second, read and written, of a large copy.
+    copy: f64,
+    /// Seconds that PyTorch takes, by line.
+    reference: BTreeMap<String, f64>,
+}
+
+impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
+    /// Measures the machine's rates by squares of `side`.
+    fn new(device: &'a D, filter: &'a str, side: usize) -> Result<Self> {
+        let square = device.upload_model(noise(side, side, 1))?;
+        let tiny = device.upload(Matrix::zeros(1, 1))?;
+        let work = 2.0 * (side as f64).powi(3);
+        let product = work / median(device, &tiny, || device.linear(&square, &square, None).map(drop))?;
+        let long = device.upload(Matrix::zeros(4 * side, side))?;
+        let bytes = 2.0 * 4.0 * 4.0 * (side as f64).powi(2);
+        let copy = bytes / median(device, &tiny, || device.slice_rows(&long, 0..4 * side).map(drop))?;
+        let reference = match std::env::var_os("VLMQ_BENCH_REFERENCE") {
+            Some(file) => serde_json::from_slice(&std::fs::read(file)?)?,
+            None => BTreeMap::new(),
+        };
+        println!("{}", device.name());
+        println!(
+            "measured rates: plain product {:.2} TFLOP/s, copy {:.1} GB/s (read and written)",
+            product / 1e12,
+            copy / 1e9
+        );
+        println!("| operation | ms | TFLOP/s | GB/s | of the measured rate | PyTorch takes |\n|---|---|---|---|---|---|");
+        Ok(Self { device, filter, product, copy, reference })
+    }
+
+    /// Every operation: layers `[out, in]`, and statistics of so many tokens.
+    fn all(&self, layers: &[(usize, usize)], tokens: usize) -> Result<()> {
+        for &(out, inputs) in layers {
+            self.layer(out, inputs, tokens)?;
+        }
+        self.block(tokens.min(8192))?;
+        println!();
+        Ok(())
+    }
+
+    fn layer(&self, out: usize, inputs: usize, tokens: usize) -> Result<()> {
+        let device = self.device;
+        let wanted = ["hessian", "statistics", "prepare", "solve"].map(|what| format!("{what} {out}x{inputs}"));
+        if !wanted.iter().any(|name| name.contains(self.filter)) {
+            return Ok(());
+        }
+        let (d, t, rows) = (inputs as f64, tokens as f64, out as f64);
+        let u = device.upload_model(noise(tokens, inputs, 2))?;
+        let f = device.upload_model(noise(tokens, inputs, 3))?;
+        let g: Vec<f32> = (0..tokens).map(|token| 0.5 + (token % 7) as f32 / 7.0).collect();
+        let mut hessian = Statistics::new(device, inputs, false)?;
+        self.line(&wanted[0], t * d * d, t * d * 2.0 + d * d * 4.0, || hessian.accumulate(device, &u, None, Some(&g)))?;
+        let mut statistics = Statistics::new(device, inputs, true)?;
+        self.line(&wanted[1], 3.0 * t * d * d, t * d * 4.0 + d * d * 12.0, || {
+            statistics.accumulate(device, &u, Some(&f), Some(&g))
+        })?;
+        let settings = SolverSettings::default();
+        self.line(&wanted[2], 2.0 * d.powi(3) / 3.0, d * d * 16.0, || {
+            prepare(device, &statistics, &settings).map(drop)
+        })?;
+        let prepared = prepare(device, &statistics, &settings)?;
+        let weight = noise(out, inputs, 4);
+        self.line(&wanted[3], 2.0 * rows * d * d, rows * d * 9.0 + d * d * 8.0, || {
+            solve(device, &prepared, &weight, &settings).map(drop)
+        })?;
+        let gptq = SolverSettings { solver: Solver::Gptq, ..settings };
+        self.line(&format!("gptq {}", wanted[3]), 4.0 * d.powi(3) / 12.0 + rows * d * d, rows * d * 9.0, || {
+            solve(device, &prepare(device, &hessian, &gptq)?, &weight, &gptq).map(drop)
+        })
+    }
+
+    /// What calibration runs, at the widths of a 7B model.
+    fn block(&self, tokens: usize) -> Result<()> {
+        let device = self.device;
+        let (hidden, length, shape) =
+            (3584, 512, AttentionShape { heads: 28, kv_heads: 4, head_dim: 128, causal: true });
+        let (t, h, l) = (tokens as f64, hidden as f64, length as f64);
+        let x = device.upload_model(noise(tokens, hidden, 5))?;
+        let weight = device.upload_model(Matrix::row_vector(vec![1.0; hidden]))?;
+        self.line("rms_norm", 4.0 * t * h, 4.0 * t * h, || device.rms_norm(&x, &weight, 1e-6).map(drop))?;
+        self.line("gated silu", 8.0 * t * h, 6.0 * t * h, || device.gated(&x, &x, Activation::Silu).map(drop))?;
+        let keys = device.upload_model(noise(tokens, shape.kv_heads * shape.head_dim, 6))?;
+        let spans: Vec<Span> = (0..tokens / length).map(|i| Span::own(i * length..(i + 1) * length)).collect();
+        let (work, bytes) = (2.0 * t * l * h, 2.0 * t * h * 2.3);
+        self.line("attention", work, bytes, || device.attention(&x, &keys, &keys, &spans, shape).map(drop))?;
+        self.line("attention backward", 3.5 * work, 2.0 * bytes, || {
+            device.attention_backward(&x, &keys, &keys, &x, &spans, shape).map(drop)
+        })
+    }
+
+    fn line(&self, name: &str, work: f64, bytes: f64, mut run: impl FnMut() -> Result<()>) -> Result<()> {
+        if !name.contains(self.filter) {
+            return Ok(());
+        }
+        let tiny = self.device.upload(Matrix::zeros(1, 1))?;
+        let seconds = median(self.device, &tiny, &mut run)?;
+        let share = (work / seconds / self.product).max(bytes / seconds / self.copy);
+        let times = self.reference.get(name).map_or("–".into(), |reference| format!("{:.1} times", reference / seconds));
+        println!(
+            "| {name} | {:.3} | {:.2} | {:.1} | {:.0} % | {times} |",
+            seconds * 1e3,
+            work / seconds / 1e12,
+            bytes / seconds / 1e9,
+            share * 100.0
+        );
+        Ok(())
+    }
+}
+
+/// Median seconds of `run`, finished work counted: reading anything back waits for all before it.
+fn median<D: SolveOps>(device: &D, tiny: &D::Tensor, mut run: impl FnMut() -> Result<()>) -> Result<f64> {
+    run()?;
+    let (mut times, start) = (Vec::new(), Instant::now());
+    while times.len() < 2 || (start.elapsed() < BUDGET && times.len() < 50) {
+        device.diagonal(tiny)?;
+        let one = Instant::now();
+        run()?;
+        device.diagonal(tiny)?;
+        times.push(one.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
+}
+
+/// Uniform values in [-1, 1) from a fixed generator.
+fn noise(rows: usize, cols: usize, mut seed: u64) -> Matrix {
+    let data = (0..rows * cols).map(|_| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 40) as f32 / 8_388_608.0 - 1.0
+    });
+    Matrix::new(rows, cols, data.collect()).expect("as many values as the shape has")
+}
