@@ -39,10 +39,11 @@ struct Inversion {
   const int32_t* status;
 };
 
-/// x[rows, cols] = beta x[rows, cols] + alpha x[rows, inner] x[inner, cols].
 struct Range {
   int64_t first, end;
 };
+
+/// x[rows, cols] = beta x[rows, cols] + alpha x[rows, inner] x[inner, cols].
 vlmq_status multiply(const Inversion& of, Range rows, Range cols, Range inner, float alpha,
                      float beta, vlmq_stream stream) {
   ProductJob product = {};

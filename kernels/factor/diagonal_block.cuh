@@ -56,11 +56,12 @@ __device__ __forceinline__ void factor_panel_triangle(DiagonalShared& shared, in
     }
 #pragma unroll
     for (int k = 0; k < c; ++k) {
-      // Rows below k of this column are not part of the triangle and are never read again.
+      // Entries of column k below row k are not part of the triangle: no right one depends on them.
       a[k] -= scaled * __shfl_sync(kAll, a[c], k);
     }
     a[c] = scaled;
   }
+  __syncwarp();  // the upper lanes have read what the lower ones write
   if (lane < kPanel) {
 #pragma unroll
     for (int c = 0; c < kPanel; ++c) {
