@@ -1,0 +1,466 @@
+//! kernels/factor: the factorization, the GPTAQ term and the inverse, on the emulator.
+
+mod support;
+
+use std::ops::Range;
+use std::ptr::{null, null_mut};
+use support::floats::{Floats, accepted, every_schedule, integers, is_poison, noise, refused};
+use support::golden::relative_error;
+use support::kernels::{self, Variant};
+use vlmq::device::cpu::Cpu;
+use vlmq::device::cuda::bindings::*;
+use vlmq::device::{BLOCK, Factor, Factored, SolveOps};
+use vlmq::tensor::Matrix;
+
+/// Ends of blocks of `width` columns, the last narrower.
+fn blocks(n: usize, width: usize) -> Vec<i32> {
+    (0..n.div_ceil(width)).map(|i| ((i + 1) * width).min(n) as i32).collect()
+}
+
+fn ranges(ends: &[i32]) -> Vec<Range<usize>> {
+    let starts = std::iter::once(0).chain(ends.iter().copied());
+    starts.zip(ends).map(|(start, &end)| start as usize..end as usize).collect()
+}
+
+/// Sizes and blocks: odd ones, uneven ones, and one of more than a span of 512 columns.
+fn cases() -> Vec<(usize, Vec<i32>)> {
+    let mut cases: Vec<_> = [1, 5, 17, 33, 127, 128, 129, 300].map(|n| (n, blocks(n, 128))).to_vec();
+    cases.extend([(300, blocks(300, 96)), (70, vec![1, 33, 70]), (530, blocks(530, 96))]);
+    match Variant::current() {
+        Variant::Plain => cases,
+        Variant::Address => vec![(17, vec![17]), (70, vec![1, 33, 70]), (150, blocks(150, 96))],
+        Variant::Thread => vec![(5, vec![5]), (40, vec![17, 40])],
+    }
+}
+
+/// The sizes alone, each once.
+fn sizes() -> Vec<usize> {
+    let mut sizes: Vec<usize> = cases().into_iter().map(|(n, _)| n).collect();
+    sizes.sort_unstable();
+    sizes.dedup();
+    sizes
+}
+
+/// The values on and above the diagonal, and below it what the kernels must not read.
+fn upper(values: &[f32], n: usize) -> Vec<f32> {
+    values.iter().enumerate().map(|(i, &v)| if i / n <= i % n { v } else { f32::NAN }).collect()
+}
+
+/// XᵀX/m of inputs whose columns differ in size and lean on one another, damped: condition number about 1e4.
+fn hessian(n: usize, damp: f64) -> Vec<f32> {
+    let tokens = n + n / 2 + 3;
+    let x = noise(tokens * n, 20);
+    let size = noise(n, 21);
+    let column = |t: usize, j: usize| {
+        let own = f64::from(x[t * n + j]);
+        let first = f64::from(x[t * n]);
+        (own + 0.7 * first) * f64::from(size[j]).exp()
+    };
+    let columns: Vec<Vec<f64>> = (0..n).map(|j| (0..tokens).map(|t| column(t, j)).collect()).collect();
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>() / tokens as f64;
+    let mut h = vec![0.0; n * n];
+    for i in 0..n {
+        for j in i..n {
+            h[i * n + j] = dot(&columns[i], &columns[j]);
+        }
+    }
+    let mean = (0..n).map(|i| h[i * n + i]).sum::<f64>() / n as f64;
+    (0..n).for_each(|i| h[i * n + i] += damp * mean);
+    h.into_iter().map(|v| v as f32).collect()
+}
+
+/// R with H = R·Rᵀ in float64, by the book: column by column from the last, from H's upper triangle.
+fn reference_root(h: &[f32], n: usize) -> Vec<f64> {
+    let mut r = vec![0.0f64; n * n];
+    for j in (0..n).rev() {
+        for i in (0..=j).rev() {
+            let known: f64 = (j + 1..n).map(|k| r[i * n + k] * r[j * n + k]).sum();
+            let left = f64::from(h[i * n + j]) - known;
+            r[i * n + j] = if i == j { left.sqrt() } else { left / r[j * n + j] };
+        }
+    }
+    r
+}
+
+/// Inverse of the upper triangle of rows and columns `range` of r.
+fn reference_inverse(r: &[f64], n: usize, range: Range<usize>) -> Vec<f64> {
+    let (width, first) = (range.len(), range.start);
+    let at = |i: usize, j: usize| r[(first + i) * n + first + j];
+    let mut inverse = vec![0.0; width * width];
+    for j in 0..width {
+        for i in (0..=j).rev() {
+            let known: f64 = (i + 1..=j).map(|k| at(i, k) * inverse[k * width + j]).sum();
+            inverse[i * width + j] = (f64::from(u8::from(i == j)) - known) / at(i, i);
+        }
+    }
+    inverse
+}
+
+/// Rows of each block holding a matrix of the block, as `inverses` and `products` do.
+fn by_blocks(n: usize, ends: &[i32], of: impl Fn(Range<usize>) -> Vec<f64>) -> Vec<f64> {
+    let mut all = vec![0.0; n * BLOCK];
+    for block in ranges(ends) {
+        for (i, row) in of(block.clone()).chunks(block.len()).enumerate() {
+            all[(block.start + i) * BLOCK..][..block.len()].copy_from_slice(row);
+        }
+    }
+    all
+}
+
+/// What vlmq_factor leaves, or the pivot it names.
+fn factor(h: &[f32], n: usize, ends: &[i32]) -> Result<Factor<Matrix>, usize> {
+    let mut got = every_schedule("a factorization", || {
+        let (mut h, mut inverses) = (Floats::in_out(h, 0), Floats::output(n * BLOCK, 0));
+        let (mut diagonal, mut status) = (Floats::output(n, 0), 77);
+        let mut args = vlmq_factor_args {
+            h: h.ptr_mut(),
+            inverses: inverses.ptr_mut(),
+            diagonal: diagonal.ptr_mut(),
+            blocks: ends.as_ptr(),
+            block_count: ends.len() as i64,
+            n: n as i64,
+            status: &raw mut status,
+            workspace: null_mut(),
+            workspace_bytes: 0,
+        };
+        args.workspace_bytes = kernels::workspace_bytes("vlmq_factor", &args);
+        let mut workspace = Floats::output(args.workspace_bytes / 4, 0);
+        args.workspace = workspace.ptr_mut().cast();
+        accepted("vlmq_factor", &args);
+        for buffer in [&h, &inverses, &diagonal, &workspace] {
+            buffer.values();
+        }
+        // After a failure the other outputs are undefined.
+        let outputs = [h.values(), inverses.values(), diagonal.values()];
+        let used: &[&[f32]] = if status == -1 { &outputs } else { &[] };
+        [&used.concat(), &[status as f32][..]].concat()
+    });
+    let status = got.pop().unwrap();
+    if status != -1.0 {
+        return Err(status as usize);
+    }
+    let diagonal = got.split_off(n * n + n * BLOCK);
+    let inverses = Matrix::new(n, BLOCK, got.split_off(n * n)).unwrap();
+    Ok(Factor { root: Matrix::new(n, n, got).unwrap(), inverses, diagonal })
+}
+
+/// ‖R·Rᵀ − H‖ / ‖H‖ with R = root·diag.
+fn backward_error(factor: &Factor<Matrix>, h: &[f32], n: usize) -> f64 {
+    let r: Vec<f64> =
+        factor.root.data().iter().enumerate().map(|(i, &v)| f64::from(v) * f64::from(factor.diagonal[i % n])).collect();
+    let (mut difference, mut size) = (0.0, 0.0);
+    for i in 0..n {
+        for j in i..n {
+            let product: f64 = (j..n).map(|k| r[i * n + k] * r[j * n + k]).sum();
+            let weight = if i == j { 1.0 } else { 2.0 };
+            difference += weight * (product - f64::from(h[i * n + j])).powi(2);
+            size += weight * f64::from(h[i * n + j]).powi(2);
+        }
+    }
+    (difference / size).sqrt()
+}
+
+fn cpu_factor(h: &[f32], n: usize, ends: &[i32]) -> Factored<Matrix> {
+    Cpu.factor(Matrix::new(n, n, h.to_vec()).unwrap(), &ranges(ends)).unwrap()
+}
+
+fn widened(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&v| f64::from(v)).collect()
+}
+
+#[test]
+fn factors_match_float64_and_the_cpu() {
+    for (n, ends) in cases() {
+        let h = hessian(n, 1e-3);
+        let got = factor(&upper(&h, n), n, &ends).unwrap();
+        let error = backward_error(&got, &h, n);
+        assert!(error <= 1e-6, "n {n}: H is off by {error:.1e}");
+
+        let r = reference_root(&h, n);
+        let unit: Vec<f64> = (0..n * n).map(|i| r[i] / r[i % n * n + i % n]).collect();
+        let diagonal: Vec<f64> = (0..n).map(|i| r[i * n + i]).collect();
+        let inverses = by_blocks(n, &ends, |block| reference_inverse(&unit, n, block));
+        let parts = [
+            ("root", got.root.data(), &unit),
+            ("inverses", got.inverses.data(), &inverses),
+            ("diagonal", &got.diagonal, &diagonal),
+        ];
+        for (name, values, expected) in parts {
+            let error = relative_error(values, expected);
+            assert!(error <= 1e-5, "n {n}: {name} is off by {error:.1e}");
+        }
+        let Factored::Done(cpu) = cpu_factor(&h, n, &ends) else { panic!("n {n}: the CPU refuses") };
+        for (values, expected) in [(&got.root, &cpu.root), (&got.inverses, &cpu.inverses)] {
+            let error = relative_error(values.data(), &widened(expected.data()));
+            assert!(error <= 1e-5, "n {n}: {error:.1e} from the CPU");
+        }
+    }
+}
+
+/// R̄ = I + N with N integer, from even rows to odd columns, so that N² = 0, and diag(R) powers of two: all sums are
+/// exact, whatever their order.
+fn exact_root(n: usize) -> (Vec<f32>, Vec<f32>) {
+    let draw = integers(n * n, 22, 12);
+    let mut root = vec![0.0; n * n];
+    for i in 0..n {
+        root[i * n + i] = 1.0;
+        for j in i + 1..n {
+            if i % 2 == 0 && j % 2 == 1 && draw[i * n + j].abs() <= 2.0 {
+                root[i * n + j] = draw[i * n + j];
+            }
+        }
+    }
+    let diagonal = integers(n, 23, 1).into_iter().map(f32::exp2).collect();
+    (root, diagonal)
+}
+
+#[test]
+fn exact_factors_are_found_exactly() {
+    for (n, ends) in cases() {
+        let (root, diagonal) = exact_root(n);
+        let r: Vec<f32> = root.iter().enumerate().map(|(i, v)| v * diagonal[i % n]).collect();
+        let product = |i: usize, j: usize| (0..n).map(|k| r[i * n + k] * r[j * n + k]).sum::<f32>();
+        let h: Vec<f32> = (0..n * n).map(|i| product(i / n, i % n)).collect();
+        let got = factor(&upper(&h, n), n, &ends).unwrap();
+        assert!(got.root.data() == root, "n {n}: root");
+        assert!(got.diagonal == diagonal, "n {n}: diagonal");
+        let unit = widened(&root);
+        let inverses = by_blocks(n, &ends, |block| reference_inverse(&unit, n, block));
+        assert!(widened(got.inverses.data()) == inverses, "n {n}: inverses");
+    }
+}
+
+#[test]
+fn the_pivot_that_fails_is_the_cpus() {
+    // Pivots at the ends of blocks and panels, and two of them; blocks; the value on the diagonal.
+    let all: &[(usize, &[usize], usize, f32)] = &[
+        (40, &[3, 30], 17, -1.0),
+        (40, &[39], 40, f32::NAN),
+        (140, &[0], 128, 0.0),
+        (140, &[12], 96, f32::INFINITY),
+        (300, &[299], 128, -1.0),
+        (300, &[255], 128, f32::NAN),
+        (300, &[127, 200], 96, -1.0),
+        (300, &[40, 41], 128, 0.0),
+    ];
+    let plain = Variant::current() == Variant::Plain;
+    for &(n, places, width, value) in &all[..if plain { all.len() } else { 2 }] {
+        let mut h = hessian(n, 1e-3);
+        places.iter().for_each(|&i| h[i * n + i] = value);
+        let ends = blocks(n, width);
+        let Factored::NotPositive { pivot } = cpu_factor(&h, n, &ends) else { panic!("the CPU accepts {places:?}") };
+        assert_eq!(pivot, *places.iter().max().unwrap());
+        assert_eq!(factor(&upper(&h, n), n, &ends).err(), Some(pivot), "{places:?} {value}, blocks of {width}");
+    }
+}
+
+#[test]
+fn a_pivot_that_an_update_spoils_is_the_cpus() {
+    let n = if Variant::current() == Variant::Plain { 200 } else { 40 };
+    // Row 30 leans on the last column by more than its own size.
+    let mut h = hessian(n, 1e-2);
+    h[30 * n + n - 1] = 1.5 * (h[30 * n + 30] * h[n * n - 1]).sqrt();
+    let ends = blocks(n, 128);
+    let Factored::NotPositive { pivot } = cpu_factor(&h, n, &ends) else { panic!("the CPU accepts") };
+    assert_eq!(pivot, 30);
+    assert_eq!(factor(&upper(&h, n), n, &ends).err(), Some(30));
+}
+
+#[test]
+fn cross_factors_match_float64_and_the_cpu() {
+    for (n, ends) in cases() {
+        let (h, c, alpha) = (hessian(n, 1e-3), noise(n * n, 24), 0.25f32);
+        let Factored::Done(of) = cpu_factor(&h, n, &ends) else { panic!("n {n}: the CPU refuses") };
+        let got = every_schedule("a cross factor", || {
+            let (mut c, mut products) = (Floats::in_out(&upper(&c, n), 0), Floats::output(n * BLOCK, 0));
+            let args = vlmq_cross_factor_args {
+                c: c.ptr_mut(),
+                root: of.root.data().as_ptr(),
+                inverses: of.inverses.data().as_ptr(),
+                diagonal: of.diagonal.as_ptr(),
+                products: products.ptr_mut(),
+                blocks: ends.as_ptr(),
+                block_count: ends.len() as i64,
+                n: n as i64,
+                alpha,
+                workspace: null_mut(),
+                workspace_bytes: 0,
+            };
+            assert_eq!(kernels::workspace_bytes("vlmq_cross_factor", &args), 0);
+            accepted("vlmq_cross_factor", &args);
+            [c.values(), products.values()].concat()
+        });
+        let (scaled, products) = got.split_at(n * n);
+
+        // The factor as given, so that its own rounding does not count: M = alpha triu(C R^-T, 1) diag(R)^-1.
+        let d = widened(&of.diagonal);
+        let r: Vec<f64> = widened(of.root.data()).iter().enumerate().map(|(i, v)| v * d[i % n]).collect();
+        let inverse = reference_inverse(&r, n, 0..n);
+        let entry = |i: usize, j: usize| -> f64 {
+            let sum: f64 = (j..n).map(|k| f64::from(c[i * n + k]) * inverse[j * n + k]).sum();
+            if j > i { f64::from(alpha) * sum / d[j] } else { 0.0 }
+        };
+        let m: Vec<f64> = (0..n * n).map(|index| entry(index / n, index % n)).collect();
+        let p = by_blocks(n, &ends, |block| {
+            let unit = reference_inverse(&widened(of.root.data()), n, block.clone());
+            let width = block.len();
+            let at = |i: usize, k: usize| m[(block.start + i) * n + block.start + k];
+            let entry = |i: usize, j: usize| (i..=j).map(|k| at(i, k) * unit[k * width + j]).sum();
+            (0..width * width).map(|index| entry(index / width, index % width)).collect()
+        });
+        let cpu = Cpu.cross_factor(Matrix::new(n, n, c.clone()).unwrap(), &of, &ranges(&ends), alpha).unwrap();
+        let parts = [("M", scaled, &m, cpu.scaled.data()), ("P", products, &p, cpu.blocks.data())];
+        for (name, values, expected, cpu) in parts {
+            if n == 1 {
+                assert!(values.iter().all(|&v| v == 0.0), "{name} of one column");
+                continue;
+            }
+            let error = relative_error(values, expected);
+            assert!(error <= 1e-5, "n {n}: {name} is off by {error:.1e}");
+            let error = relative_error(values, &widened(cpu));
+            assert!(error <= 1e-5, "n {n}: {name} is {error:.1e} from the CPU's");
+        }
+    }
+}
+
+fn cholesky_inverse(h: &[f32], n: usize, damp: f32) -> (i32, Vec<f32>) {
+    let mut status = 77;
+    let mut args = vlmq_cholesky_inverse_args {
+        h: null_mut(),
+        damp,
+        n: n as i64,
+        status: &raw mut status,
+        workspace: null_mut(),
+        workspace_bytes: 0,
+    };
+    args.workspace_bytes = kernels::workspace_bytes("vlmq_cholesky_inverse", &args);
+    let values = every_schedule("an inverse", || {
+        let (mut h, mut workspace) = (Floats::in_out(h, 0), Floats::output(args.workspace_bytes / 4, 0));
+        let args = vlmq_cholesky_inverse_args { h: h.ptr_mut(), workspace: workspace.ptr_mut().cast(), ..args };
+        accepted("vlmq_cholesky_inverse", &args);
+        workspace.values();
+        h.values().to_vec()
+    });
+    (status, values)
+}
+
+#[test]
+fn inverse_factors_match_float64() {
+    for n in sizes() {
+        let (h, damp) = (hessian(n, 0.0), 0.01f32);
+        let (status, u) = cholesky_inverse(&upper(&h, n), n, damp);
+        assert_eq!(status, -1, "n {n}");
+        let mean = (0..n).map(|i| f64::from(h[i * n + i])).sum::<f64>() / n as f64;
+        let mut damped = h;
+        (0..n).for_each(|i| damped[i * n + i] = (f64::from(damped[i * n + i]) + f64::from(damp) * mean) as f32);
+        let expected = reference_inverse(&reference_root(&damped, n), n, 0..n);
+        let error = relative_error(&u, &expected);
+        assert!(error <= 1e-5, "n {n}: U is off by {error:.1e}");
+        assert!((0..n * n).all(|i| i / n <= i % n || u[i] == 0.0), "n {n}: zeros below the diagonal");
+    }
+}
+
+#[test]
+fn exact_inverses_are_found_exactly_and_failures_told() {
+    for n in sizes() {
+        let (root, diagonal) = exact_root(n);
+        let r: Vec<f32> = root.iter().enumerate().map(|(i, v)| v * diagonal[i % n]).collect();
+        let product = |i: usize, j: usize| (0..n).map(|k| r[i * n + k] * r[j * n + k]).sum::<f32>();
+        let mut h: Vec<f32> = (0..n * n).map(|i| product(i / n, i % n)).collect();
+        let (status, u) = cholesky_inverse(&upper(&h, n), n, 0.0);
+        assert_eq!(status, -1);
+        let inverse = |i: usize| if i / n == i % n { 1.0 } else { -root[i] } / diagonal[i / n];
+        assert!((0..n * n).all(|i| u[i] == inverse(i)), "n {n}");
+        h[n / 2 * n + n / 2] = -4.0;
+        assert_eq!(cholesky_inverse(&upper(&h, n), n, 0.0).0, (n / 2) as i32, "n {n}");
+    }
+}
+
+#[test]
+fn bad_arguments_are_refused() {
+    let mut h = Floats::output(4, 0);
+    let (x, mut status) = ([1.0f32; 4 * BLOCK], 77);
+    let mut inverses = Floats::output(2 * BLOCK, 0);
+    let ends = [1, 2];
+    let good = vlmq_factor_args {
+        h: h.ptr_mut(),
+        inverses: inverses.ptr_mut(),
+        diagonal: inverses.ptr_mut(),
+        blocks: ends.as_ptr(),
+        block_count: 2,
+        n: 2,
+        status: &raw mut status,
+        workspace: inverses.ptr_mut().cast(),
+        workspace_bytes: 1 << 20,
+    };
+    refused("vlmq_factor", &vlmq_factor_args { h: null_mut(), ..good }, "no h");
+    refused("vlmq_factor", &vlmq_factor_args { inverses: null_mut(), ..good }, "no inverses");
+    refused("vlmq_factor", &vlmq_factor_args { diagonal: null_mut(), ..good }, "no diagonal");
+    refused("vlmq_factor", &vlmq_factor_args { status: null_mut(), ..good }, "no status");
+    refused("vlmq_factor", &vlmq_factor_args { workspace: null_mut(), ..good }, "no work space");
+    refused("vlmq_factor", &vlmq_factor_args { workspace_bytes: 100, ..good }, "little work space");
+    refused("vlmq_factor", &vlmq_factor_args { n: -1, ..good }, "negative");
+    for (ends, n) in [(vec![2], 3), (vec![1, 1], 1), (vec![2, 1], 1), (vec![129], 129), (vec![0, 2], 2), (vec![], 2)] {
+        let blocks = if ends.is_empty() { null() } else { ends.as_ptr() };
+        let args = vlmq_factor_args { blocks, block_count: ends.len() as i64, n, ..good };
+        refused("vlmq_factor", &args, "blocks that do not cover the columns");
+        let args = vlmq_cross_factor_args { blocks, block_count: ends.len() as i64, n, ..cross(&mut h, &x, &ends) };
+        refused("vlmq_cross_factor", &args, "blocks that do not cover the columns");
+    }
+    assert_eq!(status, 77);
+    let good = cross(&mut h, &x, &ends);
+    refused("vlmq_cross_factor", &vlmq_cross_factor_args { c: null_mut(), ..good }, "no c");
+    refused("vlmq_cross_factor", &vlmq_cross_factor_args { root: null(), ..good }, "no root");
+    refused("vlmq_cross_factor", &vlmq_cross_factor_args { inverses: null(), ..good }, "no inverses");
+    refused("vlmq_cross_factor", &vlmq_cross_factor_args { diagonal: null(), ..good }, "no diagonal");
+    refused("vlmq_cross_factor", &vlmq_cross_factor_args { products: null_mut(), ..good }, "no products");
+    refused("vlmq_cross_factor", &vlmq_cross_factor_args { n: -1, ..good }, "negative");
+    accepted("vlmq_cross_factor", &vlmq_cross_factor_args { n: 0, c: null_mut(), ..good });
+    let good = vlmq_cholesky_inverse_args {
+        h: h.ptr_mut(),
+        damp: 0.01,
+        n: 2,
+        status: &raw mut status,
+        workspace: inverses.ptr_mut().cast(),
+        workspace_bytes: 1 << 20,
+    };
+    refused("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { h: null_mut(), ..good }, "no h");
+    refused("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { damp: -0.5, ..good }, "negative damping");
+    refused("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { damp: f32::NAN, ..good }, "no damping");
+    refused("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { n: -1, ..good }, "negative");
+    refused("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { status: null_mut(), ..good }, "no status");
+    refused("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { workspace_bytes: 9, ..good }, "little work space");
+    refused("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { workspace: null_mut(), ..good }, "no work space");
+    accepted("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { n: 0, h: null_mut(), ..good });
+    assert_eq!(status, -1, "nothing to factor");
+    assert!(h.values().iter().chain(inverses.values()).all(|&v| is_poison(v)));
+}
+
+fn cross(c: &mut Floats, x: &[f32], ends: &[i32]) -> vlmq_cross_factor_args {
+    vlmq_cross_factor_args {
+        c: c.ptr_mut(),
+        root: x.as_ptr(),
+        inverses: x.as_ptr(),
+        diagonal: x.as_ptr(),
+        products: c.ptr_mut(),
+        blocks: ends.as_ptr(),
+        block_count: ends.len() as i64,
+        n: 2,
+        alpha: 1.0,
+        workspace: null_mut(),
+        workspace_bytes: 0,
+    }
+}
+
+#[test]
+fn small_cases_pass_under_the_sanitizers() {
+    if Variant::current() == Variant::Plain {
+        let tests = [
+            "factors_match_float64_and_the_cpu",
+            "the_pivot_that_fails_is_the_cpus",
+            "cross_factors_match_float64_and_the_cpu",
+            "inverse_factors_match_float64",
+        ];
+        kernels::pass_under_sanitizers(&tests, &[("vlmq_kernels", "kernels")]);
+    }
+}
