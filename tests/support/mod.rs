@@ -5,6 +5,7 @@
 
 pub mod checkpoint;
 pub mod golden;
+pub mod guarded;
 pub mod kernels;
 #[cfg(feature = "run")]
 pub mod program;
