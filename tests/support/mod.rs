@@ -6,6 +6,7 @@
 pub mod checkpoint;
 pub mod floats;
 pub mod golden;
+pub mod guarded;
 pub mod kernels;
 #[cfg(feature = "run")]
 pub mod program;

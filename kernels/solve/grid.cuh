@@ -1,0 +1,174 @@
+// The grid of codes of a group of weights, and rounding to it. Every product, sum and quotient is
+// rounded by itself, as the CPU device rounds it: the same weights give the same codes.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "device/types.cuh"
+#include "format/bits.cuh"
+#include "vlmq.h"
+
+namespace vlmq {
+
+struct Grid {
+  float scale, zero;
+};
+
+struct Rounded {
+  float level;  // code - zero
+  float value;
+};
+
+/// Steps of the range search.
+constexpr int kSteps = 80;
+
+__host__ __device__ constexpr float largest_code(int bits) {
+  return static_cast<float>((1 << bits) - 1);
+}
+
+__device__ __forceinline__ Rounded round_to_grid(float w, Grid grid, float largest) {
+  // Both ends are integers, so clamping before rounding is clamping after it, and what is left is
+  // below 2^22, where adding and subtracting 1.5 * 2^23 rounds to an integer, ties to even.
+  constexpr float kRound = 12582912.0f;
+  float x = fminf(__fdiv_rn(w, grid.scale), __fsub_rn(largest, grid.zero));
+  x = fmaxf(x, -grid.zero);
+  const float level = __fsub_rn(__fadd_rn(x, kRound), kRound);
+  return {level, __fmul_rn(grid.scale, level)};
+}
+
+/// An integer below 2^8 stands in the lowest byte of itself plus 2^23.
+__device__ __forceinline__ uint8_t byte_of(float integer) {
+  return static_cast<uint8_t>(__float_as_uint(__fadd_rn(integer, 8388608.0f)) & 0xff);
+}
+
+__device__ __forceinline__ uint8_t code_of(Rounded rounded, Grid grid) {
+  return byte_of(__fadd_rn(rounded.level, grid.zero));
+}
+
+__device__ __forceinline__ float round_scale(float scale, vlmq_dtype type) {
+  switch (type) {
+    case VLMQ_F16:
+      scale = to_float(from_float<f16>(scale));
+      return scale == 0.0f ? to_float(from_bits<f16>(1)) : scale;
+    case VLMQ_BF16:
+      scale = to_float(from_float<bf16>(scale));
+      return scale == 0.0f ? to_float(from_bits<bf16>(1)) : scale;
+    default:
+      return scale == 0.0f ? __uint_as_float(1) : scale;
+  }
+}
+
+/// Scale and zero for weights in [lo, hi], lo <= 0 <= hi; a scale that its type cannot hold is
+/// infinite.
+__device__ __forceinline__ Grid grid_of_range(float lo, float hi, const vlmq_grid_rule& rule) {
+  const float largest = largest_code(rule.bits);
+  const float middle = static_cast<float>(1 << (rule.bits - 1));
+  if (lo == 0.0f && hi == 0.0f) return {1.0f, middle};
+  const float range = rule.symmetric ? __fmul_rn(2.0f, fmaxf(hi, -lo)) : __fsub_rn(hi, lo);
+  const float scale = round_scale(__fdiv_rn(range, largest), rule.scale_type);
+  if (rule.symmetric) return {scale, middle};
+  const float zero = rintf(__fdiv_rn(-lo, scale));
+  return {scale, fminf(fmaxf(zero, static_cast<float>(rule.smallest_zero)), largest)};
+}
+
+/// |x|^2.4 = a a^(1/5) with a = x^2, within 1e-6 relative. z = a^(-1/5) comes from Newton's
+/// z (6 - a z^5) / 5; its start, linear in the bits of a, is within 3.3 %, and three steps square
+/// that error away.
+__device__ __forceinline__ float power(float x) {
+  const float a = __fmul_rn(x, x);
+  const float start = __fsub_rn(1277920000.0f, __fmul_rn(0.2f, __int2float_rn(__float_as_int(a))));
+  float z = __int_as_float(__float2int_rz(start));
+#pragma unroll
+  for (int step = 0; step < 3; ++step) {
+    const float z2 = __fmul_rn(z, z);
+    const float az5 = __fmul_rn(__fmul_rn(__fmul_rn(a, z2), z2), z);
+    z = __fmul_rn(z, __fsub_rn(1.2f, __fmul_rn(0.2f, az5)));
+  }
+  const float z2 = __fmul_rn(z, z);
+  return __fmul_rn(a, __fmul_rn(__fmul_rn(a, z2), z2));
+}
+
+/// Candidate k of the range search.
+__device__ __forceinline__ Grid shrunken_grid(float lo, float hi, int k,
+                                              const vlmq_grid_rule& rule) {
+  const float shrink = __fsub_rn(1.0f, __fdiv_rn(__int2float_rn(k), 100.0f));
+  return grid_of_range(__fmul_rn(lo, shrink), __fmul_rn(hi, shrink), rule);
+}
+
+/// The grid of a group of `count` weights, found by kLanes neighbouring lanes together; all lanes
+/// of the warp must come. `weights(i)` may be called for any i by any of the row's lanes.
+template <int kLanes, class Weights>
+__device__ __forceinline__ Grid grid_of_group(const Weights& weights, int count,
+                                              const vlmq_grid_rule& rule) {
+  static_assert(kLanes <= 32 && 32 % kLanes == 0, "a row's lanes lie in one warp");
+  constexpr unsigned kWarp = 0xffffffffu;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  float lo = 0.0f, hi = 0.0f;
+  for (int i = lane; i < count; i += kLanes) {
+    const float w = weights(i);
+    lo = fminf(lo, w);
+    hi = fmaxf(hi, w);
+  }
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    lo = fminf(lo, __shfl_xor_sync(kWarp, lo, distance));
+    hi = fmaxf(hi, __shfl_xor_sync(kWarp, hi, distance));
+  }
+  if (rule.grid == VLMQ_MINMAX) return grid_of_range(lo, hi, rule);
+
+  // Each lane tries candidates of its own, from the first weight to the last: a sum that lanes
+  // shared would round otherwise than the CPU's, and choose otherwise among candidates that are
+  // nearly alike. Errors are in units of the range: powers of tiny weights would underflow.
+  const float largest = largest_code(rule.bits);
+  const float unit = __fdiv_rn(1.0f, fmaxf(fmaxf(hi, -lo), 1.17549435e-38f));
+  double least = __int_as_float(0x7f800000);  // infinity
+  int best = 0;
+  for (int k = lane; k < kSteps; k += kLanes) {
+    const Grid grid = shrunken_grid(lo, hi, k, rule);
+    double loss = 0.0;
+    for (int i = 0; i < count; ++i) {
+      const float w = weights(i);
+      const float error = __fsub_rn(w, round_to_grid(w, grid, largest).value);
+      loss = __dadd_rn(loss, static_cast<double>(power(__fmul_rn(error, unit))));
+    }
+    if (loss < least) {
+      least = loss;
+      best = k;
+    }
+  }
+  // The widest range of equals: the smallest k.
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    const double other = __shfl_xor_sync(kWarp, least, distance);
+    const int k = __shfl_xor_sync(kWarp, best, distance);
+    if (other < least || (other == least && k < best)) {
+      least = other;
+      best = k;
+    }
+  }
+  return shrunken_grid(lo, hi, best, rule);
+}
+
+/// Tells the host of the first row whose scale does not fit.
+__device__ __forceinline__ void check_scale(float scale, long long row, int32_t* status) {
+  if (!(fabsf(scale) < __int_as_float(0x7f800000))) atomicMin(status, static_cast<int>(row));
+}
+
+/// The number in an enum that a C caller filled: C++ may not read one that has no name as an enum.
+template <class Enum>
+int number_in(const Enum& named) {
+  static_assert(sizeof(Enum) == sizeof(int), "an enum of C is an int");
+  int number;
+  std::memcpy(&number, &named, sizeof number);
+  return number;
+}
+
+inline bool valid_rule(const vlmq_grid_rule& rule) {
+  const int grid = number_in(rule.grid), type = number_in(rule.scale_type);
+  return valid_bits(rule.bits) && (grid == VLMQ_MINMAX || grid == VLMQ_MSE) &&
+         (type == VLMQ_F32 || type == VLMQ_BF16 || type == VLMQ_F16) && rule.smallest_zero >= 0 &&
+         rule.smallest_zero < 1 << rule.bits;
+}
+
+}  // namespace vlmq

@@ -1,0 +1,237 @@
+// The grid of one group that is wider than a block, from its weights as they are before its first
+// column is quantized: W + acc root^-1, by substitution over the group's blocks.
+//
+// One launch a block of columns: with S = acc root^-1 of the blocks before it in the work space,
+// S_B = (acc_B - S root[before, B]) inverse_B, tiles of rows on their own. Then one launch finds
+// the grids, a warp a row.
+#include "device/launch.cuh"
+#include "solve/grid.cuh"
+#include "solve/tile.cuh"
+
+namespace vlmq {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kLanes = 8;        // of a row: each holds four columns of every 32
+constexpr int kRowsPerLane = 2;  // the factor is read from shared memory once for two rows
+constexpr int kQuads = VLMQ_BLOCK / (4 * kLanes);
+constexpr int kHalf = kThreads / kLanes;
+constexpr int kRows = kHalf * kRowsPerLane;
+constexpr int kDepth = 32;               // rows of the factor that are staged together
+constexpr int kLeftStride = kDepth + 4;  // rows of a warp four banks apart
+constexpr int kTileStride = VLMQ_BLOCK + 4;
+constexpr int kRight = kDepth * VLMQ_BLOCK;
+constexpr int kLeft = kRows * kLeftStride;
+constexpr size_t kShared = (2 * (kRight + kLeft) + kRows * kTileStride) * sizeof(float);
+static_assert(kShared <= 163 << 10, "sm_80 has 163 KiB of shared memory for a block");
+
+/// Row stride of the work space: rows start at multiples of 16 bytes.
+__host__ __device__ constexpr long long solved_stride(long long columns) {
+  return (columns + 3) / 4 * 4;
+}
+
+/// Sums of a lane: rows thread / kLanes and kHalf further, columns 32 j + 4 lane.
+using Sums = float4[kRowsPerLane][kQuads];
+
+/// sums += left right for kDepth values of the inner dimension.
+__device__ __forceinline__ void multiply_slice(Sums& sums, const float* left, int left_stride,
+                                               const float* right) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
+  for (int k = 0; k < kDepth; k += 4) {
+    float4 a[kRowsPerLane];
+#pragma unroll
+    for (int r = 0; r < kRowsPerLane; ++r) {
+      a[r] = load_vector<float4>(left + (thread / kLanes + r * kHalf) * left_stride + k);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+#pragma unroll
+      for (int j = 0; j < kQuads; ++j) {
+        const float4 b =
+            load_vector<float4>(right + (k + e) * VLMQ_BLOCK + j * 4 * kLanes + 4 * lane);
+#pragma unroll
+        for (int r = 0; r < kRowsPerLane; ++r) {
+          add_product(sums[r][j], e == 0 ? a[r].x : e == 1 ? a[r].y : e == 2 ? a[r].z : a[r].w, b);
+        }
+      }
+    }
+  }
+}
+
+/// Starts copying kDepth rows of VLMQ_BLOCK columns, zeros outside `rows` x `columns`.
+__device__ __forceinline__ void stage_right(float* target, const float* source, long long stride,
+                                            long long rows, int columns) {
+  const bool vectors = is_aligned(source, 16) && stride % 4 == 0;
+  for (int i = static_cast<int>(threadIdx.x); i < kRight / 4; i += kThreads) {
+    const int k = i / (VLMQ_BLOCK / 4), c = i % (VLMQ_BLOCK / 4) * 4;
+    stage4(target + k * VLMQ_BLOCK + c, source + k * stride + c, k < rows ? columns - c : 0, source,
+           vectors);
+  }
+}
+
+/// Starts copying kDepth columns of a tile's rows, zeros outside `rows` x `columns`.
+__device__ __forceinline__ void stage_left(float* target, const float* source, long long stride,
+                                           long long rows, long long columns) {
+  const bool vectors = is_aligned(source, 16) && stride % 4 == 0;
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kDepth / 4; i += kThreads) {
+    const int r = i / (kDepth / 4), c = i % (kDepth / 4) * 4;
+    const long long valid = r < rows ? columns - c : 0;
+    stage4(target + r * kLeftStride + c, source + r * stride + c,
+           static_cast<int>(valid < 4 ? valid : 4), source, vectors);
+  }
+}
+
+/// Solves one block: `start` its first column in the group, `width` its columns.
+__global__ void __launch_bounds__(kThreads)
+    solve_block_kernel(vlmq_group_grid_args args, float* solved, long long start, int width) {
+  float* const right = reinterpret_cast<float*>(dynamic_shared());
+  float* const left = right + 2 * kRight;
+  float* const tile = left + 2 * kLeft;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
+  const long long top = static_cast<long long>(blockIdx.x) * kRows, rows = args.rows - top;
+  const long long stride = solved_stride(args.columns);
+  float* const solved_rows = solved + top * stride;
+  const float* const root = args.root + args.first * args.features + args.first + start;
+  const long long row = thread / kLanes;
+  const float4 zeros = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+
+  Sums sums;
+#pragma unroll
+  for (int r = 0; r < kRowsPerLane; ++r) {
+#pragma unroll
+    for (int j = 0; j < kQuads; ++j) sums[r][j] = zeros;
+  }
+  // Two buffers: the next slice is on its way while one is multiplied.
+  const int slices = static_cast<int>((start + kDepth - 1) / kDepth);
+  const auto stage = [&](int slice) {
+    const long long k = static_cast<long long>(slice) * kDepth;
+    stage_right(right + slice % 2 * kRight, root + k * args.features, args.features, start - k,
+                width);
+    stage_left(left + slice % 2 * kLeft, solved_rows + k, stride, rows, start - k);
+    cp_async_commit();
+  };
+  if (slices > 0) stage(0);
+  for (int slice = 0; slice < slices; ++slice) {
+    if (slice + 1 < slices) {
+      stage(slice + 1);
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<0>();
+    }
+    __syncthreads();
+    multiply_slice(sums, left + slice % 2 * kLeft, kLeftStride, right + slice % 2 * kRight);
+    __syncthreads();  // the buffer is free again
+  }
+
+  const auto stage_inverse = [&](int slice) {
+    const long long k = static_cast<long long>(slice) * kDepth;
+    stage_right(right + slice % 2 * kRight, args.inverses + (args.first + start + k) * VLMQ_BLOCK,
+                VLMQ_BLOCK, width - k, width);
+    cp_async_commit();
+  };
+  stage_inverse(0);
+#pragma unroll
+  for (int r = 0; r < kRowsPerLane; ++r) {
+#pragma unroll
+    for (int j = 0; j < kQuads; ++j) {
+      const int c = j * 4 * kLanes + 4 * lane, valid = row + r * kHalf < rows ? width - c : 0;
+      const long long at = (valid > 0 ? top + row + r * kHalf : 0) * args.columns + start + c;
+      float4 acc = load4(args.error + at, valid);
+      if (args.cross != nullptr) acc = add(acc, load4(args.cross + at, valid));
+      add_product(acc, -1.0f, sums[r][j]);
+      store_vector(tile + (row + r * kHalf) * kTileStride + c, acc);
+      sums[r][j] = zeros;
+    }
+  }
+  const int inverse_slices = (width + kDepth - 1) / kDepth;
+  for (int slice = 0; slice < inverse_slices; ++slice) {
+    if (slice + 1 < inverse_slices) {
+      stage_inverse(slice + 1);
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<0>();
+    }
+    __syncthreads();
+    multiply_slice(sums, tile + slice * kDepth, kTileStride, right + slice % 2 * kRight);
+    __syncthreads();
+  }
+#pragma unroll
+  for (int r = 0; r < kRowsPerLane; ++r) {
+#pragma unroll
+    for (int j = 0; j < kQuads; ++j) {
+      const int c = j * 4 * kLanes + 4 * lane;
+      if (row + r * kHalf < rows) {
+        store4(solved_rows + (row + r * kHalf) * stride + start + c, sums[r][j], width - c);
+      }
+    }
+  }
+}
+
+/// A row's weights with their corrections, if any.
+struct CorrectedWeights {
+  const float* residual;
+  const float* solved;
+  __device__ float operator()(int i) const {
+    return solved != nullptr ? __fadd_rn(residual[i], solved[i]) : residual[i];
+  }
+};
+
+__global__ void __launch_bounds__(kThreads)
+    group_grid_kernel(vlmq_group_grid_args args, const float* solved) {
+  const long long row =
+      static_cast<long long>(blockIdx.x) * (kThreads / 32) + static_cast<int>(threadIdx.x) / 32;
+  if (row >= args.rows) return;  // a whole warp, and no barrier follows
+  const CorrectedWeights weights{
+      args.residual + row * args.features + args.first,
+      solved != nullptr ? solved + row * solved_stride(args.columns) : nullptr};
+  const Grid grid = grid_of_group<32>(weights, static_cast<int>(args.columns), args.rule);
+  if (threadIdx.x % 32 == 0) {
+    args.scales[row] = grid.scale;
+    args.zeros[row] = byte_of(grid.zero);
+    check_scale(grid.scale, row, args.status);
+  }
+}
+
+bool valid(const vlmq_group_grid_args& a) {
+  if (a.rows < 0 || a.features < 0 || a.first < 0 || a.columns < 0) return false;
+  if (a.rows > INT32_MAX || a.features > INT32_MAX || a.columns > a.features - a.first)
+    return false;
+  if (!valid_rule(a.rule)) return false;
+  if (a.rows == 0 || a.columns == 0) return true;
+  if (!a.residual || !a.scales || !a.zeros || !a.status) return false;
+  if (!a.error) return !a.cross;
+  if (!a.root || !a.inverses || !a.blocks || a.block_count <= 0) return false;
+  int64_t start = a.first;
+  for (int64_t b = 0; b < a.block_count; start = a.blocks[b++]) {
+    if (a.blocks[b] <= start || a.blocks[b] - start > VLMQ_BLOCK) return false;
+  }
+  return start == a.first + a.columns && a.workspace && is_aligned(a.workspace, 256) &&
+         a.workspace_bytes >= vlmq_group_grid_workspace_bytes(&a);
+}
+
+}  // namespace
+}  // namespace vlmq
+
+extern "C" size_t vlmq_group_grid_workspace_bytes(const vlmq_group_grid_args* args) {
+  if (!args || !args->error || args->rows <= 0 || args->columns <= 0) return 0;
+  return static_cast<size_t>(args->rows) * vlmq::solved_stride(args->columns) * sizeof(float);
+}
+
+extern "C" vlmq_status vlmq_group_grid(const vlmq_group_grid_args* args, vlmq_stream stream) {
+  using namespace vlmq;
+  if (!args || !valid(*args)) return VLMQ_BAD_ARGUMENT;
+  if (args->rows == 0 || args->columns == 0) return VLMQ_OK;
+  float* const solved = args->error ? static_cast<float*>(args->workspace) : nullptr;
+  if (solved) {
+    const dim3 grid(static_cast<unsigned>(ceil_div(args->rows, kRows)));
+    int64_t start = args->first;
+    for (int64_t b = 0; b < args->block_count; start = args->blocks[b++]) {
+      const vlmq_status status = VLMQ_LAUNCH(
+          solve_block_kernel, grid, kThreads, kShared, stream, *args, solved,
+          static_cast<long long>(start - args->first), static_cast<int>(args->blocks[b] - start));
+      if (status != VLMQ_OK) return status;
+    }
+  }
+  const dim3 grid(static_cast<unsigned>(ceil_div(args->rows, kThreads / 32)));
+  return VLMQ_LAUNCH(group_grid_kernel, grid, kThreads, 0, stream, *args, solved);
+}

@@ -1,0 +1,354 @@
+// One block of columns, quantized column by column (method section 3, steps 6 and 7).
+//
+// Rows are independent. kLanes neighbouring lanes share a row and hold its columns in registers,
+// four neighbours of every panel of 4 kLanes columns each; all of them round a column, and each
+// updates what it holds of the later ones. The block's triangles stand in shared memory, a row of
+// the triangle read by all rows at once. Panels are walked by one loop: after each, the registers
+// move down by one, so the loop's body, and with it the range search, is there once and registers
+// still have fixed names.
+//
+// Per element of a row the order of operations is that of the CPU device and does not depend on
+// kLanes.
+#include "device/launch.cuh"
+#include "solve/grid.cuh"
+#include "solve/tile.cuh"
+
+namespace vlmq {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr unsigned kWarp = 0xffffffffu;
+
+/// What GPTAQ's later blocks are given.
+enum class Cross { kNone, kCarried, kShift };
+
+/// From this many rows on, half the lanes a row do: the rows alone fill the GPU, and the work that
+/// a row's lanes all do (rounding) is a smaller share.
+constexpr long long kManyRows = 8192;
+
+template <int kLanes>
+struct Shape {
+  static constexpr int kPanel = 4 * kLanes;  // columns that a row's lanes hold side by side
+  static constexpr int kPanels = VLMQ_BLOCK / kPanel;  // float4 registers of a lane
+  static constexpr int kRows = kThreads / kLanes;
+  /// A row of the tile starts four banks after the last: rows of a warp never meet in a bank.
+  static constexpr int kTileStride = VLMQ_BLOCK + 4;
+  /// Rows of a triangle without the panels left of the diagonal.
+  static constexpr int kTriangle = kPanel * kPanel * kPanels * (kPanels + 1) / 2;
+  static_assert(VLMQ_BLOCK % kPanel == 0, "a block is cut into whole panels");
+  static_assert(32 % kPanel == 0, "row errors are summed by 32 columns, whatever the panel");
+
+  /// First column of panel 0 .. kPanels in a triangle, as if its rows were whole: element (k, c) is
+  /// at `row(k / kPanel, k) + c`.
+  __device__ static int row(int panel, int k) {
+    const int width = VLMQ_BLOCK - panel * kPanel;
+    const int above = kPanel * (panel * VLMQ_BLOCK - kPanel * panel * (panel - 1) / 2);
+    return above + (k - panel * kPanel) * width - panel * kPanel;
+  }
+};
+
+/// Starts copying a block's triangle, zeros where the block is narrower than VLMQ_BLOCK.
+template <int kLanes>
+__device__ __forceinline__ void stage_triangle(float* target, const float* source, long long stride,
+                                               int columns) {
+  using S = Shape<kLanes>;
+  const bool vectors = is_aligned(source, 16) && stride % 4 == 0;
+  constexpr int kQuads = VLMQ_BLOCK / 4;
+  for (int i = static_cast<int>(threadIdx.x); i < VLMQ_BLOCK * kQuads; i += kThreads) {
+    const int k = i / kQuads, c = i % kQuads * 4, panel = k / S::kPanel;
+    if (c < panel * S::kPanel) continue;
+    const int valid = k < columns ? columns - c : 0;
+    stage4(target + S::row(panel, k) + c, source + k * stride + c, valid, source, vectors);
+  }
+}
+
+/// The weights of a row from a column on, in the tile.
+struct TileWeights {
+  const float* row;
+  __device__ float operator()(int i) const { return row[i]; }
+};
+
+__device__ __forceinline__ float element(const float4& v, int e) {
+  return e == 0 ? v.x : e == 1 ? v.y : e == 2 ? v.z : v.w;
+}
+
+__device__ __forceinline__ void set_element(float4& v, int e, float value) {
+  (e == 0 ? v.x : e == 1 ? v.y : e == 2 ? v.z : v.w) = value;
+}
+
+/// d -= e u, product and sum rounded apart.
+__device__ __forceinline__ void subtract(float4& d, float e, float4 u) {
+  d.x = __fsub_rn(d.x, __fmul_rn(e, u.x));
+  d.y = __fsub_rn(d.y, __fmul_rn(e, u.y));
+  d.z = __fsub_rn(d.z, __fmul_rn(e, u.z));
+  d.w = __fsub_rn(d.w, __fmul_rn(e, u.w));
+}
+
+template <int kLanes, Cross kCross>
+__global__ void __launch_bounds__(kThreads, 1)
+    quantize_block_kernel(vlmq_quantize_block_args args) {
+  using S = Shape<kLanes>;
+  constexpr int kPanel = S::kPanel, kPanels = S::kPanels;
+  float* const inverse = reinterpret_cast<float*>(dynamic_shared());
+  float* const root = inverse + S::kTriangle;
+  float* const products = root + S::kTriangle;
+  float* const tile = kCross == Cross::kNone ? products : products + S::kTriangle;
+
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
+  const int columns = static_cast<int>(args.columns);
+  const long long local = args.first - args.span_first;
+  const long long row = static_cast<long long>(blockIdx.x) * S::kRows + thread / kLanes;
+  const bool is_row = row < args.rows;
+  const long long at = (is_row ? row : 0) * args.features + args.first;
+  const long long at_span = (is_row ? row : 0) * args.span + local;
+  float* const tile_row = tile + thread / kLanes * S::kTileStride;
+  // Columns of a panel that this lane may touch in memory, from its own first one on.
+  const int valid = is_row ? columns - 4 * lane : 0;
+
+  stage_triangle<kLanes>(inverse, args.inverses + args.first * VLMQ_BLOCK, VLMQ_BLOCK, columns);
+  cp_async_commit();
+  stage_triangle<kLanes>(root, args.root + args.first * args.features + args.first, args.features,
+                         columns);
+  if (kCross != Cross::kNone) {
+    stage_triangle<kLanes>(products, args.products + args.first * VLMQ_BLOCK, VLMQ_BLOCK, columns);
+  }
+  cp_async_commit();
+
+  // Registers are named by panel: here all of the block's, later from the current one on.
+  float4 w[kPanels], d[kPanels], sum[kPanels], shift[kPanels];
+  const float4 zeros = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+  for (int j = 0; j < kPanels; ++j) {
+    const int c = j * kPanel + 4 * lane;
+    w[j] = load4(args.residual + at + c, valid - j * kPanel);
+    float4 acc = load4(args.error + at_span + c, valid - j * kPanel);
+    if (args.cross != nullptr) {
+      acc = add(acc, load4(args.cross + at_span + c, valid - j * kPanel));
+    }
+    store_vector(tile_row + c, acc);
+    d[j] = sum[j] = shift[j] = zeros;
+  }
+  cp_async_wait<1>();
+  __syncthreads();
+
+  // Corrections acc * inverse, kept apart from the weights until a column's turn comes: they are
+  // smaller, and so is their rounding.
+  const int panels = (columns + kPanel - 1) / kPanel;
+  for (int panel = 0; panel < panels; ++panel) {
+    for (int k = panel * kPanel; k < (panel + 1) * kPanel; k += 4) {
+      const float4 acc = load_vector<float4>(tile_row + k);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float* const from = inverse + S::row(panel, k + e) + 4 * lane;
+#pragma unroll
+        for (int j = 0; j < kPanels; ++j) {
+          if (j >= panel) {
+            add_product(d[j], element(acc, e), load_vector<float4>(from + j * kPanel));
+          }
+        }
+      }
+    }
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+
+  const int groups = args.given_grid ? 1 : columns / static_cast<int>(args.group);
+  const int group = args.given_grid ? columns : static_cast<int>(args.group);
+  const float largest = largest_code(args.rule.bits);
+  Grid grid{1.0f, 0.0f};
+  if (args.given_grid && is_row) {
+    grid = {args.scales[row], static_cast<float>(args.zeros[row])};
+  }
+  int group_start = args.given_grid ? columns : 0, group_index = 0;
+  double row_error = 0.0, pending = 0.0;
+  for (int panel = 0; panel < panels; ++panel) {
+    const int left = panels - panel, here = panel * kPanel + 4 * lane;
+    uint32_t codes = 0;
+    float4 carried = zeros;
+    for (int owner = 0; owner < kLanes; ++owner) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int i = panel * kPanel + 4 * owner + e;
+        if (i >= columns) break;
+        if (i == group_start) {
+#pragma unroll
+          for (int j = 0; j < kPanels; ++j) {
+            if (j < left) store_vector(tile_row + here + j * kPanel, add(w[j], d[j]));
+          }
+          __syncwarp();
+          grid = grid_of_group<kLanes>(TileWeights{tile_row + i}, group, args.rule);
+          __syncwarp();  // the next group's weights take the place of these
+          if (lane == 0 && is_row) {
+            args.scales[row * groups + group_index] = grid.scale;
+            args.zeros[row * groups + group_index] = byte_of(grid.zero);
+            check_scale(grid.scale, row, args.status);
+          }
+          group_start += group;
+          ++group_index;
+        }
+        const float mine = element(w[0], e);
+        const float original = __shfl_sync(kWarp, mine, owner, kLanes);
+        const float column = __shfl_sync(kWarp, __fadd_rn(mine, element(d[0], e)), owner, kLanes);
+        const Rounded rounded = round_to_grid(column, grid, largest);
+        const float error = __fsub_rn(column, rounded.value);
+        const float residual = __fsub_rn(original, rounded.value);
+        if (lane == owner) {
+          set_element(w[0], e, residual);
+          set_element(carried, e, kCross == Cross::kShift ? rounded.value : column);
+          codes |= uint32_t{code_of(rounded, grid)} << 8 * e;
+        }
+        const int from = S::row(panel, i) + here;
+#pragma unroll
+        for (int j = 0; j < kPanels; ++j) {
+          if (j < left) {
+            // In the column's own panel this spoils corrections of columns that are done.
+            subtract(d[j], error, load_vector<float4>(inverse + from + j * kPanel));
+            add_product(sum[j], residual, load_vector<float4>(root + from + j * kPanel));
+            if (kCross != Cross::kNone) {
+              const float4 p = load_vector<float4>(products + from + j * kPanel);
+              subtract(d[j], -column, p);
+              if (kCross == Cross::kShift) add_product(shift[j], error, p);
+            }
+          }
+        }
+      }
+    }
+
+    const int in_panel = valid - panel * kPanel;
+    const long long place = at + here;
+    store4(args.residual + place, w[0], in_panel);
+    store4(args.codes + (is_row ? row : 0) * columns + here, codes, in_panel);
+    if (kCross != Cross::kNone) store4(args.carried + place, carried, in_panel);
+    if (kCross == Cross::kShift) store4(args.shift + place, shift[0], in_panel);
+    const float4 error = add(load4(args.error + at_span + here, in_panel), sum[0]);
+    store4(args.error + at_span + here, error, in_panel);
+
+    const float4 diagonal = load4(args.diagonal + args.first + here, in_panel);
+    double panel_error = 0.0;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const double x = __dmul_rn(element(error, e), element(diagonal, e));
+      panel_error = __dadd_rn(panel_error, __dmul_rn(x, x));
+    }
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      panel_error = __dadd_rn(panel_error, __shfl_xor_sync(kWarp, panel_error, distance));
+    }
+    // Panels of 16 columns are summed in pairs first, so the sum's order is that of 32 lanes'.
+    pending = __dadd_rn(pending, panel_error);
+    if ((panel + 1) * kPanel % 32 == 0 || left == 1) {
+      row_error = __dadd_rn(row_error, pending);
+      pending = 0.0;
+    }
+#pragma unroll
+    for (int j = 0; j + 1 < kPanels; ++j) {
+      w[j] = w[j + 1];
+      d[j] = d[j + 1];
+      sum[j] = sum[j + 1];
+      shift[j] = shift[j + 1];
+    }
+  }
+  if (lane == 0 && is_row) args.row_errors[row] = row_error;
+}
+
+/// Weights of a row in memory.
+struct RowWeights {
+  const float* row;
+  __device__ float operator()(int i) const { return row[i]; }
+};
+
+/// Round to nearest: a warp a row, groups of any width.
+__global__ void __launch_bounds__(kThreads) round_block_kernel(vlmq_quantize_block_args args) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const long long row =
+      static_cast<long long>(blockIdx.x) * (kThreads / 32) + static_cast<int>(threadIdx.x) / 32;
+  if (row >= args.rows) return;  // a whole warp, and no barrier follows
+  const int columns = static_cast<int>(args.columns);
+  const int group = args.given_grid ? columns : static_cast<int>(args.group);
+  const int groups = columns / group;
+  const float largest = largest_code(args.rule.bits);
+  float* const residual = args.residual + row * args.features + args.first;
+  uint8_t* const codes = args.codes + row * columns;
+  double error = 0.0;
+  for (int index = 0; index < groups; ++index) {
+    Grid grid;
+    if (args.given_grid) {
+      grid = {args.scales[row], static_cast<float>(args.zeros[row])};
+    } else {
+      grid = grid_of_group<32>(RowWeights{residual + index * group}, group, args.rule);
+      __syncwarp();  // all lanes have read what each now changes
+      if (lane == 0) {
+        args.scales[row * groups + index] = grid.scale;
+        args.zeros[row * groups + index] = byte_of(grid.zero);
+        check_scale(grid.scale, row, args.status);
+      }
+    }
+    for (int i = index * group + lane; i < (index + 1) * group; i += 32) {
+      const Rounded rounded = round_to_grid(residual[i], grid, largest);
+      const float difference = __fsub_rn(residual[i], rounded.value);
+      codes[i] = code_of(rounded, grid);
+      residual[i] = difference;
+      error = __dadd_rn(error, __dmul_rn(difference, difference));
+    }
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    error = __dadd_rn(error, __shfl_xor_sync(kWarp, error, distance));
+  }
+  if (lane == 0) args.row_errors[row] = error;
+}
+
+template <int kLanes, Cross kCross>
+vlmq_status launch_block(const vlmq_quantize_block_args& args, vlmq_stream stream) {
+  using S = Shape<kLanes>;
+  constexpr int kTriangles = kCross == Cross::kNone ? 2 : 3;
+  constexpr size_t kShared =
+      (kTriangles * S::kTriangle + S::kRows * S::kTileStride) * sizeof(float);
+  static_assert(kShared <= 163 << 10, "sm_80 has 163 KiB of shared memory for a block");
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.rows, S::kRows)));
+  return VLMQ_LAUNCH((quantize_block_kernel<kLanes, kCross>), grid, kThreads, kShared, stream,
+                     args);
+}
+
+template <Cross kCross>
+vlmq_status launch_by_rows(const vlmq_quantize_block_args& args, vlmq_stream stream) {
+  return args.rows < kManyRows ? launch_block<8, kCross>(args, stream)
+                               : launch_block<4, kCross>(args, stream);
+}
+
+bool valid(const vlmq_quantize_block_args& a) {
+  if (a.rows < 0 || a.features < 0 || a.first < 0 || a.columns < 0) return false;
+  if (a.rows > INT32_MAX || a.features > INT32_MAX || a.columns > a.features - a.first)
+    return false;
+  if (!valid_rule(a.rule)) return false;
+  if (!a.given_grid && (a.group <= 0 || a.columns % a.group != 0)) return false;
+  if (a.rows == 0 || a.columns == 0) return true;
+  if (!a.residual || !a.codes || !a.scales || !a.zeros || !a.row_errors || !a.status) return false;
+  if (!a.root) {
+    return !a.carried && !a.shift && !a.error && !a.cross && !a.inverses && !a.diagonal &&
+           !a.products;
+  }
+  if (!a.inverses || !a.diagonal || !a.error || a.columns > VLMQ_BLOCK) return false;
+  // GPTAQ: what it is made of and what it hands on come together.
+  if (a.products ? !a.carried : (a.carried || a.shift || a.cross)) return false;
+  const int64_t local = a.first - a.span_first;
+  return a.span_first >= 0 && local >= 0 && local <= a.span && a.columns <= a.span - local &&
+         a.span <= a.features - a.span_first;
+}
+
+}  // namespace
+}  // namespace vlmq
+
+extern "C" vlmq_status vlmq_quantize_block(const vlmq_quantize_block_args* args,
+                                           vlmq_stream stream) {
+  using namespace vlmq;
+  if (!args || !valid(*args)) return VLMQ_BAD_ARGUMENT;
+  if (args->rows == 0 || args->columns == 0) return VLMQ_OK;
+  if (!args->root) {
+    const dim3 grid(static_cast<unsigned>(ceil_div(args->rows, kThreads / 32)));
+    return VLMQ_LAUNCH(round_block_kernel, grid, kThreads, 0, stream, *args);
+  }
+  if (!args->products) return launch_by_rows<Cross::kNone>(*args, stream);
+  return args->shift ? launch_by_rows<Cross::kShift>(*args, stream)
+                     : launch_by_rows<Cross::kCarried>(*args, stream);
+}
