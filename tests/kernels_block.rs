@@ -1,0 +1,540 @@
+//! Norms, rotary embedding, nonlinearities, sums, rows and conversions of `kernels/block`, against the CPU device.
+
+mod support;
+
+use half::{bf16, f16};
+use support::activations::{
+    Buffer, DTYPES, accepted, assert_rounded_once, every_schedule, noise, refused, rounded, size,
+};
+use support::kernels::{Variant, pass_under_sanitizers};
+use vlmq::device::cpu::Cpu;
+use vlmq::device::cuda::bindings::*;
+use vlmq::device::{Activation, ModelOps, Rotary};
+use vlmq::tensor::Matrix;
+
+/// Lengths of a row: less than an access, odd, whole accesses, several rounds of a block.
+fn lengths() -> &'static [usize] {
+    match Variant::current() {
+        Variant::Plain => &[1, 2, 8, 17, 33, 64, 127, 128, 129, 2048, 3584, 4100],
+        _ => &[1, 33, 128, 520],
+    }
+}
+
+fn matrix(rows: usize, cols: usize, values: &[f32]) -> Matrix {
+    Matrix::new(rows, cols, values.to_vec()).unwrap()
+}
+
+struct Norm<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    bias: Option<&'a [f32]>,
+    eps: f32,
+}
+
+impl Norm<'_> {
+    fn run(&self, dtype: vlmq_dtype, shift: usize) -> Vec<f32> {
+        let cols = self.weight.len();
+        let x = Buffer::input(dtype, self.x, shift);
+        let weight = Buffer::input(dtype, self.weight, 0);
+        let bias = self.bias.map(|bias| Buffer::input(dtype, bias, 0));
+        let outputs = every_schedule(|| {
+            let mut y = Buffer::output(dtype, self.x.len(), shift);
+            accepted(
+                "vlmq_norm",
+                &vlmq_norm_args {
+                    x: x.ptr(),
+                    weight: weight.ptr(),
+                    bias: bias.as_ref().map_or(std::ptr::null(), Buffer::ptr),
+                    y: y.ptr_mut(),
+                    rows: (self.x.len() / cols) as i64,
+                    cols: cols as i64,
+                    eps: self.eps,
+                    dtype,
+                },
+            );
+            vec![y]
+        });
+        outputs[0].values()
+    }
+}
+
+#[test]
+fn norms() {
+    for dtype in DTYPES {
+        for &cols in lengths() {
+            for (rows, shift) in [(1, 0), (5, 0), (5, 1)] {
+                let x: Vec<f32> = noise(dtype, rows * cols, 1).iter().map(|x| rounded(dtype, x * 3.0 + 1.0)).collect();
+                let (weight, bias) = (noise(dtype, cols, 2), noise(dtype, cols, 3));
+                let what = format!("{dtype:?} {rows}x{cols} shift {shift}");
+                let (xm, wm, bm) = (matrix(rows, cols, &x), matrix(1, cols, &weight), matrix(1, cols, &bias));
+                let rms = Norm { x: &x, weight: &weight, bias: None, eps: 1e-6 }.run(dtype, shift);
+                assert_rounded_once(dtype, &rms, Cpu.rms_norm(&xm, &wm, 1e-6).unwrap().data(), 1e-6, &what);
+                let layer = Norm { x: &x, weight: &weight, bias: Some(&bias), eps: 1e-5 }.run(dtype, shift);
+                assert_rounded_once(dtype, &layer, Cpu.layer_norm(&xm, &wm, &bm, 1e-5).unwrap().data(), 2e-6, &what);
+            }
+        }
+    }
+}
+
+/// Signs have mean square 1, and as many of each mean 0: nothing rounds.
+#[test]
+fn norms_of_signs_are_exact() {
+    for dtype in DTYPES {
+        let x: Vec<f32> = (0..3 * 48).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 }).collect();
+        let weight: Vec<f32> = (0..48).map(|i| i as f32 - 20.0).collect();
+        let rms = Norm { x: &x, weight: &weight, bias: None, eps: 0.0 }.run(dtype, 0);
+        let layer = Norm { x: &x, weight: &weight, bias: Some(&weight), eps: 0.0 }.run(dtype, 0);
+        for (i, x) in x.iter().enumerate() {
+            assert_eq!(rms[i], x * weight[i % 48]);
+            assert_eq!(layer[i], x * weight[i % 48] + weight[i % 48]);
+        }
+    }
+}
+
+/// Where the mean is a thousand deviations, sum(x²) − mean² would leave no digit of the variance.
+#[test]
+fn layer_norm_far_from_zero() {
+    let dtype = vlmq_dtype::VLMQ_F32;
+    let x: Vec<f32> = noise(dtype, 2 * 1000, 4).iter().map(|x| x + 4096.0).collect();
+    let (weight, bias) = (vec![1.0; 1000], vec![0.0; 1000]);
+    let y = Norm { x: &x, weight: &weight, bias: Some(&bias), eps: 0.0 }.run(dtype, 0);
+    for (row, y) in x.chunks(1000).zip(y.chunks(1000)) {
+        let mean = row.iter().map(|&x| f64::from(x)).sum::<f64>() / 1000.0;
+        let deviation = (row.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / 1000.0).sqrt();
+        for (&x, &y) in row.iter().zip(y) {
+            assert!(((f64::from(x) - mean) / deviation - f64::from(y)).abs() < 1e-3);
+        }
+    }
+}
+
+/// A norm is the longest row that one block walks: the widest layer of the models in use.
+#[test]
+fn norm_of_the_longest_row() {
+    let (dtype, cols) = (vlmq_dtype::VLMQ_BF16, 29568);
+    let (x, weight) = (noise(dtype, cols, 5), noise(dtype, cols, 6));
+    let y = Norm { x: &x, weight: &weight, bias: None, eps: 1e-6 }.run(dtype, 0);
+    let expected = Cpu.rms_norm(&matrix(1, cols, &x), &matrix(1, cols, &weight), 1e-6).unwrap();
+    assert_rounded_once(dtype, &y, expected.data(), 1e-6, "longest row");
+}
+
+#[test]
+fn rotary_embedding() {
+    let f32s = vlmq_dtype::VLMQ_F32;
+    for dtype in DTYPES {
+        for (tokens, heads, head_dim) in [(1, 1, 2), (3, 2, 16), (17, 4, 64), (5, 3, 40), (2, 1, 72), (3, 28, 128)] {
+            for (shift, transposed) in [(0, false), (0, true), (1, false)] {
+                let half = head_dim / 2;
+                let x = noise(dtype, tokens * heads * head_dim, 7);
+                let angles = noise(f32s, tokens * half, 8);
+                let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+                let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+                let (cos_buffer, sin_buffer) = (Buffer::input(f32s, &cos, 0), Buffer::input(f32s, &sin, shift));
+                let outputs = every_schedule(|| {
+                    let mut y = Buffer::in_out(dtype, &x, shift);
+                    accepted(
+                        "vlmq_rotate",
+                        &vlmq_rotate_args {
+                            x: y.ptr_mut(),
+                            cos: cos_buffer.ptr().cast(),
+                            sin: sin_buffer.ptr().cast(),
+                            tokens: tokens as i64,
+                            heads: heads as i64,
+                            head_dim: head_dim as i64,
+                            transposed: transposed.into(),
+                            dtype,
+                        },
+                    );
+                    vec![y]
+                });
+                let rotary = Rotary { cos: matrix(tokens, half, &cos), sin: matrix(tokens, half, &sin) };
+                let mut expected = matrix(tokens, heads * head_dim, &x);
+                Cpu.rotate(&mut expected, &rotary, transposed).unwrap();
+                let what = format!("{dtype:?} {tokens} x {heads} x {head_dim}");
+                assert_rounded_once(dtype, &outputs[0].values(), expected.data(), 1e-7, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn activations() {
+    let pairs = [
+        (vlmq_activation::VLMQ_SILU, Activation::Silu),
+        (vlmq_activation::VLMQ_GELU, Activation::Gelu),
+        (vlmq_activation::VLMQ_GELU_TANH, Activation::GeluTanh),
+        (vlmq_activation::VLMQ_QUICK_GELU, Activation::QuickGelu),
+    ];
+    for dtype in DTYPES {
+        for &count in lengths() {
+            for (activation, twin) in pairs {
+                for (gated, in_place, shift) in [(false, false, 0), (true, true, 0), (true, false, 1)] {
+                    let mut x: Vec<f32> = noise(dtype, count, 9).iter().map(|x| rounded(dtype, 4.0 * x)).collect();
+                    if count > 1 {
+                        x[1] = -60.0; // exp(60) is finite, exp(1.702 * 60) is not
+                    }
+                    let up = noise(dtype, count, 10);
+                    let (x_buffer, up_buffer) = (Buffer::input(dtype, &x, shift), Buffer::input(dtype, &up, shift));
+                    let outputs = every_schedule(|| {
+                        let mut y = if in_place {
+                            Buffer::in_out(dtype, &x, shift)
+                        } else {
+                            Buffer::output(dtype, count, shift)
+                        };
+                        let from = if in_place { y.ptr() } else { x_buffer.ptr() };
+                        let up = if gated { up_buffer.ptr() } else { std::ptr::null() };
+                        let args =
+                            vlmq_activate_args { x: from, up, y: y.ptr_mut(), count: count as i64, activation, dtype };
+                        accepted("vlmq_activate", &args);
+                        vec![y]
+                    });
+                    let xm = matrix(1, count, &x);
+                    let expected = if gated {
+                        Cpu.gated(&xm, &matrix(1, count, &up), twin).unwrap()
+                    } else {
+                        Cpu.activate(&xm, twin).unwrap()
+                    };
+                    let what = format!("{dtype:?} {count} {twin:?} gated {gated}");
+                    assert_rounded_once(dtype, &outputs[0].values(), expected.data(), 1e-6, &what);
+                }
+            }
+        }
+    }
+}
+
+/// Integers, whose sums no type rounds.
+fn integers(count: usize, seed: u64) -> Vec<f32> {
+    noise(vlmq_dtype::VLMQ_F32, count, seed).iter().map(|x| (x * 16.0).round()).collect()
+}
+
+#[test]
+fn sums() {
+    for dtype in DTYPES {
+        for &cols in lengths() {
+            for (rows, b_rows, shift, in_place) in
+                [(1, 1, 0, false), (3, 3, 0, true), (5, 1, 0, false), (3, 1, 1, true)]
+            {
+                for (sign, factor) in [(1.0, 1.0), (-1.0, 0.5)] {
+                    let (a, b) = (integers(rows * cols, 11), integers(b_rows * cols, 12));
+                    let (a_buffer, b_buffer) = (Buffer::input(dtype, &a, shift), Buffer::input(dtype, &b, shift));
+                    let outputs = every_schedule(|| {
+                        let mut out = if in_place {
+                            Buffer::in_out(dtype, &a, shift)
+                        } else {
+                            Buffer::output(dtype, rows * cols, shift)
+                        };
+                        let from = if in_place { out.ptr() } else { a_buffer.ptr() };
+                        accepted(
+                            "vlmq_add",
+                            &vlmq_add_args {
+                                a: from,
+                                b: b_buffer.ptr(),
+                                out: out.ptr_mut(),
+                                rows: rows as i64,
+                                b_rows: b_rows as i64,
+                                cols: cols as i64,
+                                sign,
+                                factor,
+                                dtype,
+                            },
+                        );
+                        vec![out]
+                    });
+                    let expected: Vec<f32> =
+                        (0..rows * cols).map(|i| factor * (a[i] + sign * b[i % (b_rows * cols)])).collect();
+                    assert_eq!(outputs[0].values(), expected, "{dtype:?} {rows}+{b_rows}x{cols}");
+                }
+            }
+        }
+    }
+}
+
+/// Against the CPU device on values that do round.
+#[test]
+fn sums_round_once() {
+    for dtype in DTYPES {
+        let (a, b) = (noise(dtype, 1000, 13), noise(dtype, 1000, 14));
+        let (a_buffer, b_buffer) = (Buffer::input(dtype, &a, 0), Buffer::input(dtype, &b, 0));
+        let mut out = Buffer::output(dtype, 1000, 0);
+        accepted(
+            "vlmq_add",
+            &vlmq_add_args {
+                a: a_buffer.ptr(),
+                b: b_buffer.ptr(),
+                out: out.ptr_mut(),
+                rows: 10,
+                b_rows: 10,
+                cols: 100,
+                sign: -1.0,
+                factor: 0.3,
+                dtype,
+            },
+        );
+        let expected = Cpu.scaled_difference(&matrix(10, 100, &a), &matrix(10, 100, &b), 0.3).unwrap();
+        let expected: Vec<f32> = expected.data().iter().map(|&x| rounded(dtype, x)).collect();
+        assert_eq!(out.values(), expected, "{dtype:?}");
+    }
+}
+
+#[test]
+fn rows_by_index() {
+    // Rows of 2 to 7168 bytes: each width of access, and rows longer than a block.
+    for dtype in DTYPES {
+        for &cols in lengths() {
+            for (scatter, shift) in [(false, 0), (true, 0), (false, 1), (true, 1)] {
+                let (small, large) = (5, 9);
+                let indices: Vec<u32> = if scatter { vec![7, 0, 3, 8, 1] } else { vec![8, 8, 0, 3, 5] };
+                let (from, to) = if scatter { (small, large) } else { (large, small) };
+                let table = noise(dtype, from * cols, 15);
+                let before = noise(dtype, to * cols, 16);
+                let table_buffer = Buffer::input(dtype, &table, shift);
+                let outputs = every_schedule(|| {
+                    let mut out = Buffer::in_out(dtype, &before, shift);
+                    accepted(
+                        "vlmq_gather_rows",
+                        &vlmq_gather_rows_args {
+                            table: table_buffer.ptr(),
+                            indices: indices.as_ptr(),
+                            out: out.ptr_mut(),
+                            rows: small as i64,
+                            row_bytes: (cols * size(dtype)) as i64,
+                            scatter: scatter.into(),
+                        },
+                    );
+                    vec![out]
+                });
+                let expected = if scatter {
+                    let mut target = matrix(to, cols, &before);
+                    Cpu.scatter_rows(&mut target, &indices, &matrix(from, cols, &table)).unwrap();
+                    target
+                } else {
+                    Cpu.gather_rows(&matrix(from, cols, &table), &indices).unwrap()
+                };
+                assert_eq!(outputs[0].values(), expected.data(), "{dtype:?} {cols} scatter {scatter} shift {shift}");
+            }
+        }
+    }
+}
+
+#[test]
+fn mean_magnitudes() {
+    let f32s = vlmq_dtype::VLMQ_F32;
+    for dtype in DTYPES {
+        for &cols in lengths() {
+            for (rows, shift, exact) in [(1, 0, true), (6, 0, false), (3, 1, true)] {
+                let x = if exact { integers(rows * cols, 17) } else { noise(dtype, rows * cols, 17) };
+                let x_buffer = Buffer::input(dtype, &x, shift);
+                let outputs = every_schedule(|| {
+                    let mut means = Buffer::output(f32s, rows, 0);
+                    let args = vlmq_mean_abs_rows_args {
+                        x: x_buffer.ptr(),
+                        means: means.ptr_mut().cast(),
+                        rows: rows as i64,
+                        cols: cols as i64,
+                        dtype,
+                    };
+                    accepted("vlmq_mean_abs_rows", &args);
+                    vec![means]
+                });
+                let expected = Cpu.mean_abs_rows(&matrix(rows, cols, &x)).unwrap();
+                let slack = if exact { 0.0 } else { 1e-6 };
+                assert_rounded_once(f32s, &outputs[0].values(), &expected, slack, &format!("{dtype:?} {rows}x{cols}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn first_row_that_is_not_finite() {
+    for dtype in DTYPES {
+        for &cols in lengths() {
+            for (bad, shift) in
+                [(vec![], 0), (vec![(6, f32::NAN), (4, f32::INFINITY)], 0), (vec![(0, f32::NEG_INFINITY)], 1)]
+            {
+                let mut x = noise(dtype, 7 * cols, 18);
+                x[0] = if dtype == vlmq_dtype::VLMQ_F16 { 65504.0 } else { 3.3e38 };
+                for &(row, value) in &bad {
+                    x[row * cols + (row * 31) % cols] = value;
+                }
+                let x_buffer = Buffer::input(dtype, &x, shift);
+                for before in [i32::MAX, 2] {
+                    let mut row = [before, -7];
+                    let args = vlmq_first_non_finite_row_args {
+                        x: x_buffer.ptr(),
+                        row: row.as_mut_ptr(),
+                        rows: 7,
+                        cols: cols as i64,
+                        dtype,
+                    };
+                    accepted("vlmq_first_non_finite_row", &args);
+                    let found = bad.iter().map(|&(row, _)| row as i32).min().unwrap_or(i32::MAX);
+                    assert_eq!(row, [found.min(before), -7], "{dtype:?} {cols} {bad:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn conversions() {
+    for from in DTYPES {
+        for to in DTYPES {
+            for &count in lengths() {
+                for shift in [0, 1] {
+                    let mut x: Vec<f32> = noise(from, count, 19).iter().map(|x| rounded(from, x * 3000.0)).collect();
+                    // Beyond f16, below its normal numbers, a tie of bf16, infinity.
+                    for (x, special) in x.iter_mut().skip(1).zip([70000.0, 3.1e-7, 1.003_906_25, f32::INFINITY]) {
+                        *x = rounded(from, special);
+                    }
+                    let x_buffer = Buffer::input(from, &x, shift);
+                    let mut out = Buffer::output(to, count, shift);
+                    let args =
+                        vlmq_convert_args { x: x_buffer.ptr(), out: out.ptr_mut(), count: count as i64, from, to };
+                    accepted("vlmq_convert", &args);
+                    let expected: Vec<f32> = x.iter().map(|&x| rounded(to, x)).collect();
+                    assert_eq!(out.values(), expected, "{from:?} -> {to:?} {count}");
+                }
+            }
+        }
+    }
+}
+
+/// Every value of a 16-bit type survives the way to float32 and back.
+#[test]
+fn conversions_of_all_values() {
+    let every: Vec<u16> = (0..=u16::MAX).collect();
+    for (dtype, nan) in [
+        (vlmq_dtype::VLMQ_BF16, (|bits| bf16::from_bits(bits).is_nan()) as fn(u16) -> bool),
+        (vlmq_dtype::VLMQ_F16, |bits| f16::from_bits(bits).is_nan()),
+    ] {
+        let mut wide = vec![0f32; every.len()];
+        let mut back = vec![0u16; every.len()];
+        let count = every.len() as i64;
+        let f32s = vlmq_dtype::VLMQ_F32;
+        let widen =
+            vlmq_convert_args { x: every.as_ptr().cast(), out: wide.as_mut_ptr().cast(), count, from: dtype, to: f32s };
+        accepted("vlmq_convert", &widen);
+        let narrow =
+            vlmq_convert_args { x: wide.as_ptr().cast(), out: back.as_mut_ptr().cast(), count, from: f32s, to: dtype };
+        accepted("vlmq_convert", &narrow);
+        for (&bits, &back) in every.iter().zip(&back) {
+            assert!(back == bits || (nan(bits) && nan(back)), "{dtype:?} {bits:#x} -> {back:#x}");
+        }
+    }
+}
+
+#[test]
+fn bad_arguments() {
+    let dtype = vlmq_dtype::VLMQ_F32;
+    let mut space = [0f32; 64];
+    let (x, y) = (space.as_ptr().cast(), space.as_mut_ptr().cast());
+    let null = std::ptr::null();
+    let unknown = vlmq_dtype(3);
+
+    let norm = vlmq_norm_args { x, weight: x, bias: null, y, rows: 1, cols: 4, eps: 0.0, dtype };
+    for bad in [
+        vlmq_norm_args { rows: -1, ..norm },
+        vlmq_norm_args { cols: -1, ..norm },
+        vlmq_norm_args { dtype: unknown, ..norm },
+        vlmq_norm_args { x: null, ..norm },
+        vlmq_norm_args { weight: null, ..norm },
+        vlmq_norm_args { y: std::ptr::null_mut(), ..norm },
+    ] {
+        refused("vlmq_norm", &bad);
+    }
+    accepted("vlmq_norm", &vlmq_norm_args { rows: 0, x: null, ..norm });
+
+    let table = space.as_ptr();
+    let rotate =
+        vlmq_rotate_args { x: y, cos: table, sin: table, tokens: 1, heads: 1, head_dim: 4, transposed: 0, dtype };
+    for bad in [
+        vlmq_rotate_args { head_dim: 3, ..rotate },
+        vlmq_rotate_args { tokens: -1, ..rotate },
+        vlmq_rotate_args { heads: -1, ..rotate },
+        vlmq_rotate_args { dtype: unknown, ..rotate },
+        vlmq_rotate_args { cos: std::ptr::null(), ..rotate },
+    ] {
+        refused("vlmq_rotate", &bad);
+    }
+    accepted("vlmq_rotate", &vlmq_rotate_args { tokens: 0, x: std::ptr::null_mut(), ..rotate });
+
+    let activate = vlmq_activate_args { x, up: null, y, count: 4, activation: vlmq_activation::VLMQ_SILU, dtype };
+    for bad in [
+        vlmq_activate_args { count: -1, ..activate },
+        vlmq_activate_args { activation: vlmq_activation(4), ..activate },
+        vlmq_activate_args { dtype: unknown, ..activate },
+        vlmq_activate_args { x: null, ..activate },
+    ] {
+        refused("vlmq_activate", &bad);
+    }
+    accepted("vlmq_activate", &vlmq_activate_args { count: 0, x: null, ..activate });
+
+    let add = vlmq_add_args { a: x, b: x, out: y, rows: 4, b_rows: 4, cols: 4, sign: 1.0, factor: 1.0, dtype };
+    for bad in [
+        vlmq_add_args { b_rows: 2, ..add },
+        vlmq_add_args { rows: -1, b_rows: -1, ..add },
+        vlmq_add_args { dtype: unknown, ..add },
+        vlmq_add_args { b: null, ..add },
+    ] {
+        refused("vlmq_add", &bad);
+    }
+    accepted("vlmq_add", &vlmq_add_args { rows: 0, b_rows: 0, a: null, ..add });
+
+    let indices = [0u32];
+    let gather =
+        vlmq_gather_rows_args { table: x, indices: indices.as_ptr(), out: y, rows: 1, row_bytes: 8, scatter: 0 };
+    for bad in [
+        vlmq_gather_rows_args { row_bytes: 3, ..gather },
+        vlmq_gather_rows_args { rows: -1, ..gather },
+        vlmq_gather_rows_args { table: x.wrapping_byte_add(1), ..gather },
+        vlmq_gather_rows_args { indices: std::ptr::null(), ..gather },
+    ] {
+        refused("vlmq_gather_rows", &bad);
+    }
+    accepted("vlmq_gather_rows", &vlmq_gather_rows_args { rows: 0, table: null, ..gather });
+
+    let mean = vlmq_mean_abs_rows_args { x, means: y.cast(), rows: 1, cols: 4, dtype };
+    for bad in [
+        vlmq_mean_abs_rows_args { cols: -1, ..mean },
+        vlmq_mean_abs_rows_args { dtype: unknown, ..mean },
+        vlmq_mean_abs_rows_args { means: std::ptr::null_mut(), ..mean },
+    ] {
+        refused("vlmq_mean_abs_rows", &bad);
+    }
+
+    let mut row = 0;
+    let finite = vlmq_first_non_finite_row_args { x, row: &mut row, rows: 1, cols: 4, dtype };
+    for bad in [
+        vlmq_first_non_finite_row_args { rows: 1 << 31, ..finite },
+        vlmq_first_non_finite_row_args { cols: -1, ..finite },
+        vlmq_first_non_finite_row_args { x: null, ..finite },
+    ] {
+        refused("vlmq_first_non_finite_row", &bad);
+    }
+
+    let convert = vlmq_convert_args { x, out: y, count: 4, from: dtype, to: vlmq_dtype::VLMQ_F16 };
+    for bad in [
+        vlmq_convert_args { count: -1, ..convert },
+        vlmq_convert_args { to: unknown, ..convert },
+        vlmq_convert_args { from: unknown, ..convert },
+        vlmq_convert_args { out: std::ptr::null_mut(), ..convert },
+    ] {
+        refused("vlmq_convert", &bad);
+    }
+}
+
+#[test]
+fn clean_under_sanitizers() {
+    if Variant::current() == Variant::Plain {
+        let tests = [
+            "norms",
+            "rotary_embedding",
+            "activations",
+            "sums",
+            "rows_by_index",
+            "mean_magnitudes",
+            "first_row_that_is_not_finite",
+            "conversions",
+        ];
+        pass_under_sanitizers(&tests, &[("vlmq_kernels", "kernels")]);
+    }
+}
