@@ -1,0 +1,315 @@
+// vlmq_weighted_hessian: the layer's statistics, over all tokens.
+//
+// Tokens are taken in passes, each of up to three launches:
+//   column_maxima          the largest magnitude of each operand's columns, for their scales
+//   weighted_hessian_tiles a block per tile (of H on and above the diagonal, then all of C) and
+//   split add_partials           the splits' sums into H and C, in order; one split alone writes
+//   there
+// H and C are tiles of one launch and not sums of one block: both at once would need twice the 128
+// registers that a thread's products and sums take. The blocks that run at the same time share
+// rows and columns, so that u comes from L2.
+#include "statistics/weighted_hessian.cuh"
+
+namespace vlmq::statistics {
+namespace {
+
+// A sum of n float32 rounds about n/3 times at half its final size: 512 promotions of 128 tokens
+// err by 3e-7 of it.
+constexpr int64_t kPassTokens = 65536;
+
+// Splits are made until there are 8 blocks for each of 132 multiprocessors, so that the last wave
+// of blocks is short against the others: of the shape alone, for the order of sums hangs on it. A
+// split's tile costs two trips of 64 KiB through memory, paid for by 1024 tokens' products.
+constexpr int64_t kEnoughBlocks = 1056;
+constexpr int64_t kLeastSplitTokens = 1024;
+constexpr int64_t kSplitStep = 128;  // whole promotions, but for the last split
+
+constexpr int64_t kMostFeatures = int64_t{1} << 20;
+constexpr int kTileFloats = kTile * kTile;
+
+// Tile rows that are walked together, column by column: 132 blocks in flight then read 8 + 17
+// strips of 128 columns and not 1 + 132.
+constexpr int kGroup = 8;
+
+struct TilePlace {
+  int row, col;
+};
+
+/// Tile `index` of those on and above the diagonal of a matrix of `side` x `side` tiles.
+__device__ __forceinline__ TilePlace upper_tile(int index, int side) {
+  for (int row = 0;; row += kGroup) {
+    const int rows = min(kGroup, side - row);
+    const int corner = rows * (rows + 1) / 2, count = corner + (side - row - rows) * rows;
+    if (index >= count) {
+      index -= count;
+    } else if (index >= corner) {
+      index -= corner;
+      return {row + index % rows, row + rows + index / rows};
+    } else {
+      int col = 0;
+      while ((col + 1) * (col + 2) / 2 <= index) ++col;
+      return {row + index - col * (col + 1) / 2, row + col};
+    }
+  }
+}
+
+/// Tile `index` of all.
+__device__ __forceinline__ TilePlace any_tile(int index, int side) {
+  const int row = index / (kGroup * side) * kGroup, rows = min(kGroup, side - row);
+  index -= row * side;
+  return {row + index % rows, index / rows};
+}
+
+__device__ __forceinline__ TilePlace tile_place(const Problem& p, int tile) {
+  const int side = static_cast<int>(ceil_div(p.features, kTile));
+  return tile < p.hessian_tiles ? upper_tile(tile, side) : any_tile(tile - p.hessian_tiles, side);
+}
+
+constexpr int kMaximaRows = 8;       // tokens of a block at a time
+constexpr int kMaximaTokens = 1024;  // tokens of a block
+
+/// maxima[kRight] = max |u|, [kLeftHessian] = max |g^2 u|, [kLeftCross] = max |g^2 (f - u)| of each
+/// column, as bits: of numbers that are not negative they rise as the numbers do, NaN on top.
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads) column_maxima(const Problem p, uint32_t* maxima) {
+  constexpr int kElements = Stage<T>::kElements;
+  const int lane = static_cast<int>(threadIdx.x) % 32, row = static_cast<int>(threadIdx.x) / 32;
+  const int col = (static_cast<int>(blockIdx.x) * 32 + lane) * kElements;
+  const int begin = static_cast<int>(blockIdx.y) * kMaximaTokens;
+  const int end = min(begin + kMaximaTokens, p.tokens);
+  const int valid = max(0, min(kElements, p.features - col));
+  uint32_t found[3][kElements] = {};
+
+  const auto read = [&](const void* matrix, int64_t stride, int token, float(&values)[kElements]) {
+    const T* source = static_cast<const T*>(matrix) + token * stride + col;
+    if (kAligned && valid == kElements) return widen_chunk<T>(source, values);
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) values[e] = e < valid ? to_float(source[e]) : 0.0f;
+  };
+#pragma unroll 2
+  for (int token = begin + row; token < end; token += kMaximaRows) {
+    const float g = p.g == nullptr ? 1.0f : p.g[token];
+    if (g == 0.0f || valid == 0) continue;
+    float u[kElements], f[kElements];
+    read(p.u, p.u_stride, token, u);
+    if (p.f != nullptr) read(p.f, p.f_stride, token, f);
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      const auto raise = [&](Maximum of, float value) {
+        found[of][e] = max(found[of][e], __float_as_uint(fabsf(value)));
+      };
+      raise(kRight, u[e]);
+      raise(kLeftHessian, u[e] * (g * g));
+      if (p.f != nullptr) raise(kLeftCross, (f[e] - u[e]) * (g * g));
+    }
+  }
+
+  auto* rows = reinterpret_cast<uint32_t*>(dynamic_shared());  // [kMaximaRows, 32 * kElements]
+#pragma unroll
+  for (int of = 0; of < 3; ++of) {
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) rows[(row * kElements + e) * 32 + lane] = found[of][e];
+    __syncthreads();
+    // The warp `row` takes the elements `row`, so that lanes stay in their own banks.
+    for (int e = row; e < valid; e += kMaximaRows) {
+      uint32_t largest = 0;
+      for (int i = 0; i < kMaximaRows; ++i)
+        largest = max(largest, rows[(i * kElements + e) * 32 + lane]);
+      if (largest != 0) atomicMax(&maxima[int64_t{of} * p.features + col + e], largest);
+    }
+    __syncthreads();
+  }
+}
+
+template <class T, bool kAligned, bool kCross, bool kLow>
+__device__ __forceinline__ void sum_tile(const Problem& p, TilePlace place, int tile) {
+  const int first = static_cast<int>(blockIdx.y) * p.split_tokens;
+  TileSum<T, kAligned, kCross, kLow> sum(p, place.row, place.col, first,
+                                         min(first + p.split_tokens, p.tokens));
+  sum.run();
+  if (p.partials != nullptr) {
+    float* partial = p.partials + (int64_t{blockIdx.y} * gridDim.x + tile) * kTileFloats;
+    sum.each([&](int row, int col, float value) { partial[row * kTile + col] = value; });
+    return;
+  }
+  float* out = kCross ? p.cross : p.hessian;
+  sum.each([&](int row, int col, float value) {
+    row += place.row * kTile, col += place.col * kTile;
+    if (row < p.features && col < p.features && (kCross || row <= col))
+      out[int64_t{row} * p.features + col] += value;
+  });
+}
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 1) weighted_hessian_tiles(const Problem p) {
+  const int tile = static_cast<int>(blockIdx.x);
+  const TilePlace place = tile_place(p, tile);
+  if (tile >= p.hessian_tiles) {
+    if (p.fast)
+      sum_tile<T, kAligned, true, false>(p, place, tile);
+    else
+      sum_tile<T, kAligned, true, true>(p, place, tile);
+  } else if (p.fast || (sizeof(T) == 2 && p.g == nullptr)) {
+    sum_tile<T, kAligned, false, false>(p, place,
+                                        tile);  // without g, 16-bit inputs have no low part
+  } else {
+    sum_tile<T, kAligned, false, true>(p, place, tile);
+  }
+}
+
+constexpr int kSlices = 16;  // blocks that add one tile
+
+__global__ void __launch_bounds__(kThreads) add_partials(const Problem p, int splits) {
+  const int tile = static_cast<int>(blockIdx.x);
+  const bool cross = tile >= p.hessian_tiles;
+  const TilePlace place = tile_place(p, tile);
+  constexpr int kSlice = kTileFloats / kSlices;
+  for (int i = static_cast<int>(threadIdx.x); i < kSlice; i += kThreads) {
+    const int at = static_cast<int>(blockIdx.y) * kSlice + i;
+    const int row = place.row * kTile + at / kTile, col = place.col * kTile + at % kTile;
+    if (row >= p.features || col >= p.features || (!cross && row > col)) continue;
+    const float* partial = p.partials + int64_t{tile} * kTileFloats + at;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int split = 0; split < splits; ++split)
+      sum += partial[int64_t{split} * gridDim.x * kTileFloats];
+    float* out = cross ? p.cross : p.hessian;
+    out[int64_t{row} * p.features + col] += sum;
+  }
+}
+
+/// How a pass over so many tokens is laid out.
+struct Plan {
+  int64_t hessian_tiles, tiles, splits, split_tokens;
+};
+
+Plan plan(const vlmq_weighted_hessian_args& args, int64_t tokens) {
+  const int64_t side = ceil_div(args.features, kTile);
+  const int64_t hessian_tiles = side * (side + 1) / 2;
+  const int64_t tiles = hessian_tiles + (args.f == nullptr ? 0 : side * side);
+  const int64_t wanted = ceil_div(kEnoughBlocks, tiles);
+  const int64_t most = tokens < kLeastSplitTokens ? 1 : tokens / kLeastSplitTokens;
+  const int64_t splits = wanted < most ? wanted : most;
+  const int64_t split_tokens = ceil_div(ceil_div(tokens, splits), kSplitStep) * kSplitStep;
+  return {hessian_tiles, tiles, ceil_div(tokens, split_tokens), split_tokens};
+}
+
+int64_t pass_tokens(int64_t tokens) { return tokens < kPassTokens ? tokens : kPassTokens; }
+
+int64_t element_size(vlmq_dtype dtype) { return dtype == VLMQ_F32 ? 4 : 2; }
+
+int64_t maxima_bytes(const vlmq_weighted_hessian_args& args) {
+  return ceil_div(3 * args.features * static_cast<int64_t>(sizeof(uint32_t)), 256) * 256;
+}
+
+bool multiple_of(const void* pointer, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+bool sizes_are_good(const vlmq_weighted_hessian_args& args) {
+  if (args.dtype != VLMQ_F32 && args.dtype != VLMQ_BF16 && args.dtype != VLMQ_F16) return false;
+  if (args.tokens < 0 || args.features < 0 || args.features > kMostFeatures) return false;
+  if ((args.f == nullptr) != (args.cross == nullptr)) return false;
+  return args.u_stride >= args.features && (args.f == nullptr || args.f_stride >= args.features);
+}
+
+bool pointers_are_good(const vlmq_weighted_hessian_args& args) {
+  if (args.u == nullptr || args.hessian == nullptr || args.workspace == nullptr) return false;
+  const int64_t size = element_size(args.dtype);
+  return multiple_of(args.u, size) && multiple_of(args.f, size) && multiple_of(args.g, 4) &&
+         multiple_of(args.hessian, 4) && multiple_of(args.cross, 4) &&
+         multiple_of(args.workspace, 256);
+}
+
+template <class T, bool kAligned>
+vlmq_status enqueue_pass(const Problem& problem, const Plan& layout, uint32_t* maxima,
+                         vlmq_stream stream) {
+  const dim3 maxima_grid(
+      static_cast<unsigned>(ceil_div(problem.features, 32 * Stage<T>::kElements)),
+      static_cast<unsigned>(ceil_div(problem.tokens, kMaximaTokens)));
+  constexpr size_t kMaximaShared = kMaximaRows * 32 * Stage<T>::kElements * sizeof(uint32_t);
+  vlmq_status status = VLMQ_LAUNCH((column_maxima<T, kAligned>), maxima_grid, dim3(kThreads),
+                                   kMaximaShared, stream, problem, maxima);
+  if (status != VLMQ_OK) return status;
+
+  const auto tiles = static_cast<unsigned>(layout.tiles);
+  const dim3 grid(tiles, static_cast<unsigned>(layout.splits));
+  status = VLMQ_LAUNCH((weighted_hessian_tiles<T, kAligned>), grid, dim3(kThreads),
+                       Stage<T>::kSharedBytes, stream, problem);
+  if (status != VLMQ_OK || problem.partials == nullptr) return status;
+  return VLMQ_LAUNCH(add_partials, dim3(tiles, kSlices), dim3(kThreads), 0, stream, problem,
+                     static_cast<int>(layout.splits));
+}
+
+template <class T>
+vlmq_status enqueue(const vlmq_weighted_hessian_args& args, vlmq_stream stream) {
+  const auto rows_aligned = [](const void* matrix, int64_t stride) {
+    return multiple_of(matrix, 16) && stride % Stage<T>::kElements == 0;
+  };
+  const bool aligned = rows_aligned(args.u, args.u_stride) &&
+                       (args.f == nullptr || rows_aligned(args.f, args.f_stride));
+  auto* maxima = static_cast<uint32_t*>(args.workspace);
+  auto* partials =
+      reinterpret_cast<float*>(static_cast<char*>(args.workspace) + maxima_bytes(args));
+  for (int64_t first = 0; first < args.tokens; first += kPassTokens) {
+    const int64_t tokens = pass_tokens(args.tokens - first);
+    const Plan layout = plan(args, tokens);
+    const auto rows_from = [&](const void* matrix, int64_t stride) -> const void* {
+      return matrix == nullptr ? nullptr : static_cast<const T*>(matrix) + first * stride;
+    };
+    Problem problem{};
+    problem.u = rows_from(args.u, args.u_stride);
+    problem.f = rows_from(args.f, args.f_stride);
+    problem.g = args.g == nullptr ? nullptr : args.g + first;
+    problem.hessian = args.hessian;
+    problem.cross = args.cross;
+    problem.maxima = maxima;
+    problem.partials = layout.splits > 1 ? partials : nullptr;
+    problem.u_stride = args.u_stride;
+    problem.f_stride = args.f_stride;
+    problem.tokens = static_cast<int>(tokens);
+    problem.features = static_cast<int>(args.features);
+    problem.split_tokens = static_cast<int>(layout.split_tokens);
+    problem.hessian_tiles = static_cast<int>(layout.hessian_tiles);
+    problem.fast = args.fast != 0;
+
+    vlmq_status status = fill_async(maxima, 0, static_cast<size_t>(maxima_bytes(args)), stream);
+    if (status != VLMQ_OK) return status;
+    status = aligned ? enqueue_pass<T, true>(problem, layout, maxima, stream)
+                     : enqueue_pass<T, false>(problem, layout, maxima, stream);
+    if (status != VLMQ_OK) return status;
+  }
+  return VLMQ_OK;
+}
+
+}  // namespace
+}  // namespace vlmq::statistics
+
+extern "C" size_t vlmq_weighted_hessian_workspace_bytes(const vlmq_weighted_hessian_args* args) {
+  using namespace vlmq::statistics;
+  if (args == nullptr || !sizes_are_good(*args) || args->tokens == 0 || args->features == 0)
+    return 0;
+  const Plan layout = plan(*args, pass_tokens(args->tokens));
+  const int64_t partial_tiles = layout.splits > 1 ? layout.splits * layout.tiles : 0;
+  return static_cast<size_t>(maxima_bytes(*args)) +
+         static_cast<size_t>(partial_tiles) * kTileFloats * sizeof(float);
+}
+
+extern "C" vlmq_status vlmq_weighted_hessian(const vlmq_weighted_hessian_args* args,
+                                             vlmq_stream stream) {
+  using namespace vlmq::statistics;
+  if (args == nullptr || !sizes_are_good(*args)) return VLMQ_BAD_ARGUMENT;
+  if (args->tokens == 0 || args->features == 0) return VLMQ_OK;
+  if (!pointers_are_good(*args) ||
+      args->workspace_bytes < vlmq_weighted_hessian_workspace_bytes(args)) {
+    return VLMQ_BAD_ARGUMENT;
+  }
+  switch (args->dtype) {
+    case VLMQ_BF16:
+      return enqueue<vlmq::bf16>(*args, stream);
+    case VLMQ_F16:
+      return enqueue<vlmq::f16>(*args, stream);
+    default:
+      return enqueue<float>(*args, stream);
+  }
+}
