@@ -161,6 +161,7 @@ fn build_kernels(root: &Path, toolkit: &Toolkit) -> Result<()> {
     // For the tests that read the machine code.
     println!("cargo:rustc-env=VLMQ_KERNELS_ARCHIVE={}", out.join("libvlmq_kernels.a").display());
     println!("cargo:rustc-env=VLMQ_CUDA_BIN={}", toolkit.nvcc.with_file_name("").display());
+    println!("cargo:rustc-env=VLMQ_CUDA_LIBRARIES={}", toolkit.libraries.display());
     install(root, toolkit, &out)
 }
 
