@@ -1,31 +1,14 @@
 //! Properties of the solver that need no golden: threads, shapes, failures, limits.
 
+mod support;
+
+use support::noise;
 use vlmq::device::cpu::Cpu;
 use vlmq::quantize::plain::{QuantizedLayer, quantize_layer};
 use vlmq::quantize::settings::{Grid, Order, ScaleType, Solver, SolverSettings};
 use vlmq::quantize::solve::{prepare, round_to_nearest, solve};
 use vlmq::quantize::statistics::Statistics;
 use vlmq::tensor::Matrix;
-
-/// Sums of four uniform values, columns of different loudness, each column leaning on its neighbour.
-fn noise(rows: usize, cols: usize, seed: u64) -> Matrix {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / 8_388_608.0 - 1.0
-    };
-    let mut x = Matrix::zeros(rows, cols);
-    for r in 0..rows {
-        let mut before = 0.0;
-        for (c, value) in x.row_mut(r).iter_mut().enumerate() {
-            before = 0.4 * before + next() + next() + next() + next();
-            *value = before * (1.0 + (c % 7) as f32 * 0.3);
-        }
-    }
-    x
-}
 
 fn gptq(group: Option<usize>) -> SolverSettings {
     SolverSettings { solver: Solver::Gptq, group_size: group, ..SolverSettings::default() }

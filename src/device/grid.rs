@@ -1,5 +1,6 @@
 //! The grid of codes that a group of weights is rounded to, as every device has to build it.
 
+use anyhow::{Error, anyhow};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
@@ -75,6 +76,14 @@ impl GridRule {
     /// Zero of a symmetric grid and of a group of zeros, `2^(bits−1)`.
     pub fn middle(&self) -> f32 {
         (1u32 << (self.bits - 1)) as f32
+    }
+
+    /// The error of a scale in output row `row` that is infinite or not a number.
+    pub(crate) fn misfit(&self, row: usize) -> Error {
+        anyhow!(
+            "the scale of a group of weights in output row {row} does not fit {:?}: weights too large or not finite",
+            self.scale_type
+        )
     }
 
     /// Scale and zero for weights in `[lo, hi]`, `lo ≤ 0 ≤ hi`. A scale that the storage type cannot hold comes back

@@ -1,6 +1,6 @@
 //! The operations a device offers. Everything above this module is written once, against these traits.
 //!
-//! A device owns tensors: dense row-major matrices in whatever storage suits it (float32 on the CPU). Two small sets of
+//! A device owns tensors: dense row-major matrices in whatever storage suits it (float32 on the CPU; on a GPU the model in its own type). Two small sets of
 //! operations cover the whole program: [`ModelOps`] for calibration and evaluation, [`SolveOps`] for the statistics and
 //! the solver.
 

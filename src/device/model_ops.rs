@@ -1,6 +1,7 @@
 //! What running a model needs of a device: calibration forward and backward, evaluation.
 
 use super::Device;
+use crate::tensor::Matrix;
 use anyhow::Result;
 use std::ops::Range;
 
@@ -58,6 +59,11 @@ pub struct Rotary<T> {
 
 /// Forward and backward operations on activations `[tokens, channels]`.
 pub trait ModelOps: Device {
+    /// Copies a weight or an activation to the device, in the precision that the model runs in (the CPU: float32).
+    /// Everything that meets activations comes this way; rotary tables and statistics stay float32
+    /// ([`upload`](Device::upload)).
+    fn upload_model(&self, matrix: Matrix) -> Result<Self::Tensor>;
+
     /// Rows of `table` by index: `[indices, cols]`.
     fn gather_rows(&self, table: &Self::Tensor, indices: &[u32]) -> Result<Self::Tensor>;
 

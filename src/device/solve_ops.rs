@@ -18,8 +18,8 @@ pub struct Factor<T> {
     pub root: T,
     /// `[in, BLOCK]`: rows of a block of columns hold Ū_BB in their first `block.len()` columns.
     pub inverses: T,
-    /// Diagonal of R.
-    pub diagonal: Vec<f32>,
+    /// `[1, in]`: diagonal of R.
+    pub diagonal: T,
 }
 
 /// What [`SolveOps::factor`] came to.

@@ -84,8 +84,9 @@ impl<T> Linear<T> {
         (outputs, inputs): (usize, usize),
         bias: bool,
     ) -> Result<Self> {
-        let weight = device.upload(checkpoint.linear(module, outputs, inputs)?)?;
-        let bias = bias.then(|| device.upload(checkpoint.vector(&format!("{module}.bias"), outputs)?)).transpose()?;
+        let weight = device.upload_model(checkpoint.linear(module, outputs, inputs)?)?;
+        let bias =
+            bias.then(|| device.upload_model(checkpoint.vector(&format!("{module}.bias"), outputs)?)).transpose()?;
         Ok(Self { weight, bias })
     }
 
@@ -131,7 +132,7 @@ impl<T> Block<T> {
     ) -> Result<Self> {
         let norm = |name: &str| {
             let name = format!("{}layers.{index}.{name}.weight", names.prefix);
-            device.upload(checkpoint.vector(&name, config.hidden)?)
+            device.upload_model(checkpoint.vector(&name, config.hidden)?)
         };
         let linears = Projection::ALL
             .iter()

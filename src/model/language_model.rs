@@ -29,7 +29,7 @@ impl<D: ModelOps> Embedder<D> {
             false => Some(families::of::<D>(checkpoint)?.vision_tower(device, checkpoint)?),
         };
         Ok(Self {
-            table: device.upload(checkpoint.matrix(&name, decoder.vocab, decoder.hidden)?)?,
+            table: device.upload_model(checkpoint.matrix(&name, decoder.vocab, decoder.hidden)?)?,
             tower,
             image_token: config.image_token,
             frequencies: rope::inverse_frequencies(decoder.rope_theta, decoder.attention.head_dim),
@@ -126,10 +126,13 @@ impl<D: ModelOps> LanguageModel<D> {
         let blocks = (0..decoder.layers)
             .map(|i| Block::load(device, checkpoint, &decoder, &config.names, i))
             .collect::<Result<_>>()?;
-        let norm = device.upload(checkpoint.vector(&format!("{}norm.weight", config.names.prefix), decoder.hidden)?)?;
+        let norm =
+            device.upload_model(checkpoint.vector(&format!("{}norm.weight", config.names.prefix), decoder.hidden)?)?;
         let head = match decoder.tied {
             true => None,
-            false => Some(device.upload(checkpoint.matrix(&config.names.head, decoder.vocab, decoder.hidden)?)?),
+            false => {
+                Some(device.upload_model(checkpoint.matrix(&config.names.head, decoder.vocab, decoder.hidden)?)?)
+            }
         };
         let embedder = Embedder::load(device, checkpoint, &config, false)?;
         Ok(Self { decoder, embedder, blocks, norm, head })

@@ -22,7 +22,7 @@ impl<T> LayerNorm<T> {
         module: &str,
         width: usize,
     ) -> Result<Self> {
-        let part = |part: &str| device.upload(checkpoint.vector(&format!("{module}.{part}"), width)?);
+        let part = |part: &str| device.upload_model(checkpoint.vector(&format!("{module}.{part}"), width)?);
         Ok(Self { weight: part("weight")?, bias: part("bias")? })
     }
 
@@ -77,9 +77,9 @@ impl<T> FusedAttention<T> {
         heads: usize,
     ) -> Result<Self> {
         let weight = checkpoint.linear(&format!("{module}.qkv"), 3 * width, width)?;
-        let weight = device.upload(weight)?;
-        let bias =
-            device.upload(checkpoint.vector(&format!("{module}.qkv.bias"), 3 * width)?.reshaped(3 * width, 1)?)?;
+        let weight = device.upload_model(weight)?;
+        let bias = device
+            .upload_model(checkpoint.vector(&format!("{module}.qkv.bias"), 3 * width)?.reshaped(3 * width, 1)?)?;
         let part = |i: usize| -> Result<Linear<T>> {
             let rows = i * width..(i + 1) * width;
             let bias = device.reshape(device.slice_rows(&bias, rows.clone())?, 1, width)?;

@@ -132,7 +132,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
                 let prepared = self.prepare(set, projections[0], chunks, factors)?;
                 let solved = self.solve_layers(projections, prepared, factors, chunks)?;
                 for layer in solved {
-                    let weight = self.device.upload(layer.linear.dequantize())?;
+                    let weight = self.device.upload_model(layer.linear.dequantize())?;
                     self.quantized.set_weight(layer.projection, weight);
                     finished(layer)?;
                 }

@@ -277,7 +277,7 @@ fn parts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Part>> {
 /// Speed of a mid-sized product, the best of a few.
 fn measured_flops_per_second<D: ModelOps>(device: &D) -> Result<f64> {
     const SIDE: usize = 1024;
-    let side = device.upload(Matrix::new(SIDE, SIDE, vec![1.0; SIDE * SIDE])?)?;
+    let side = device.upload_model(Matrix::new(SIDE, SIDE, vec![1.0; SIDE * SIDE])?)?;
     let mut best = f64::INFINITY;
     for _ in 0..3 {
         let start = Instant::now();

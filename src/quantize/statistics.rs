@@ -18,7 +18,7 @@ pub struct Statistics<T> {
 impl<T: Send + Sync> Statistics<T> {
     /// Empty statistics of a layer with `in_features` inputs; `with_cross` for GPTAQ.
     pub fn new<D: Device<Tensor = T>>(device: &D, in_features: usize, with_cross: bool) -> Result<Self> {
-        let zeros = || device.upload(Matrix::zeros(in_features, in_features));
+        let zeros = || device.zeros(in_features, in_features);
         Ok(Self { hessian: zeros()?, cross: with_cross.then(zeros).transpose()?, tokens: 0 })
     }
 

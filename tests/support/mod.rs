@@ -13,6 +13,7 @@ pub mod kernels;
 pub mod program;
 
 use std::path::{Path, PathBuf};
+use vlmq::tensor::Matrix;
 
 /// A file of tests/data.
 pub fn data(path: &str) -> PathBuf {
@@ -30,4 +31,24 @@ pub fn message<T>(result: anyhow::Result<T>) -> String {
         Ok(_) => "no error".to_owned(),
         Err(error) => format!("{error:#}"),
     }
+}
+
+/// Sums of four uniform values, columns of different loudness, each column leaning on its neighbour.
+pub fn noise(rows: usize, cols: usize, seed: u64) -> Matrix {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / 8_388_608.0 - 1.0
+    };
+    let mut x = Matrix::zeros(rows, cols);
+    for r in 0..rows {
+        let mut before = 0.0;
+        for (c, value) in x.row_mut(r).iter_mut().enumerate() {
+            before = 0.4 * before + next() + next() + next() + next();
+            *value = before * (1.0 + (c % 7) as f32 * 0.3);
+        }
+    }
+    x
 }

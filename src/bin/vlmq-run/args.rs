@@ -1,10 +1,11 @@
 //! The flags, their checks, and the library's settings made of them.
 
+use crate::eval;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde::de::DeserializeOwned;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use vlmq::checkpoint::formats::Format;
 use vlmq::evaluate::EvaluationSettings;
@@ -33,6 +34,26 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Show what a checkpoint holds, what would be quantized, and what that would take.
     Inspect(InspectArgs),
+}
+
+impl Command {
+    /// Refuses what can be refused before a device is opened and any work done.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        match self {
+            Self::Quantize(args) => args.settings().check(),
+            Self::Eval(args) => args.json.as_deref().map_or(Ok(()), eval::check_target),
+            Self::Inspect(_) => Ok(()),
+        }
+    }
+
+    /// Folder of the checkpoint that the command reads.
+    pub(crate) fn model(&self) -> &Path {
+        match self {
+            Self::Quantize(args) => &args.model,
+            Self::Eval(args) => &args.model,
+            Self::Inspect(args) => &args.model,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -6,14 +6,11 @@ use crate::{print_lines, text};
 use anyhow::{Context, Result, ensure};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use vlmq::device::cpu::Cpu;
+use vlmq::device::ModelOps;
 use vlmq::evaluate::{self, Evaluation};
 
-pub(crate) fn run(args: &EvalArgs, screen: &Screen) -> Result<()> {
-    if let Some(path) = &args.json {
-        check_target(path)?;
-    }
-    let evaluation = evaluate::run(&Cpu, &args.settings(), &mut screen.observer(f64::INFINITY))?;
+pub(crate) fn run<D: ModelOps>(device: &D, args: &EvalArgs, screen: &Screen) -> Result<()> {
+    let evaluation = evaluate::run(device, &args.settings(), &mut screen.observer(f64::INFINITY))?;
     if let Some(path) = &args.json {
         write_json(path, &evaluation)?;
     }
@@ -36,7 +33,7 @@ fn scores(evaluation: &Evaluation) -> Vec<String> {
 }
 
 /// Refuses a file that could not be written, before the work rather than after it.
-fn check_target(path: &Path) -> Result<()> {
+pub(crate) fn check_target(path: &Path) -> Result<()> {
     ensure!(!path.is_dir(), "--json {}: is a folder; give the name of a file", path.display());
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     ensure!(parent.is_dir(), "--json {}: the folder {} does not exist", path.display(), parent.display());

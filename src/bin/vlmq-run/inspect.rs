@@ -3,11 +3,11 @@
 use crate::args::InspectArgs;
 use crate::{print_lines, text};
 use anyhow::Result;
-use vlmq::device::cpu::Cpu;
+use vlmq::device::ModelOps;
 use vlmq::quantize::inspect::{self, Inspection};
 
-pub(crate) fn run(args: &InspectArgs) -> Result<()> {
-    let inspection = inspect::inspect(&Cpu, &args.model)?;
+pub(crate) fn run<D: ModelOps>(device: &D, args: &InspectArgs) -> Result<()> {
+    let inspection = inspect::inspect(device, &args.model)?;
     if args.json {
         return print_lines(&[serde_json::to_string_pretty(&inspection)?]);
     }

@@ -3,17 +3,21 @@
 //! Exit codes: 0 done; 1 an error, told on stderr; 2 wrong usage.
 
 mod args;
+mod device;
 mod eval;
 mod inspect;
 mod progress;
 mod quantize;
 mod text;
 
-use anyhow::{Context, Result, bail};
-use args::{Cli, Command, DeviceChoice, MachineArgs};
+use anyhow::{Context, Result};
+use args::{Cli, Command, MachineArgs};
+use device::Chosen;
 use progress::Screen;
 use std::io::Write;
 use std::process::ExitCode;
+use vlmq::device::cpu::Cpu;
+use vlmq::device::{ModelOps, SolveOps};
 
 fn main() -> ExitCode {
     let cli = Cli::read();
@@ -36,19 +40,24 @@ fn one_line(message: &str) -> String {
 fn run(cli: &Cli) -> Result<()> {
     let screen = Screen::new(cli.machine.quiet);
     prepare(&cli.machine, &screen)?;
-    match &cli.command {
-        Command::Quantize(args) => quantize::run(args, &screen),
-        Command::Eval(args) => eval::run(args, &screen),
-        Command::Inspect(args) => inspect::run(args),
+    cli.command.check()?;
+    match device::choose(cli.machine.device, cli.command.model())? {
+        Chosen::Cpu => run_on(&Cpu, &cli.command, &screen),
+        Chosen::Cuda(device) => run_on(&device, &cli.command, &screen),
+    }
+}
+
+fn run_on<D: ModelOps + SolveOps>(device: &D, command: &Command, screen: &Screen) -> Result<()> {
+    match command {
+        Command::Quantize(args) => quantize::run(device, args, screen),
+        Command::Eval(args) => eval::run(device, args, screen),
+        Command::Inspect(args) => inspect::run(device, args),
     }
 }
 
 fn prepare(machine: &MachineArgs, screen: &Screen) -> Result<()> {
     let usual = if machine.quiet { log::LevelFilter::Error } else { log::LevelFilter::Warn };
     screen.log(machine.log_level.unwrap_or(usual));
-    if let DeviceChoice::Cuda(index) = machine.device {
-        bail!("--device cuda:{index}: this build computes on the CPU only; use --device cpu");
-    }
     let threads = machine.threads.unwrap_or(0);
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("cannot start the threads")
 }

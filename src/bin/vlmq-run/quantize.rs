@@ -4,19 +4,17 @@ use crate::args::QuantizeArgs;
 use crate::progress::Screen;
 use crate::{eval, print_lines, text};
 use anyhow::Result;
-use vlmq::device::cpu::Cpu;
+use vlmq::device::{ModelOps, SolveOps};
 use vlmq::evaluate::{self, Evaluation};
 use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::report::RunReport;
 
-pub(crate) fn run(args: &QuantizeArgs, screen: &Screen) -> Result<()> {
+pub(crate) fn run<D: ModelOps + SolveOps>(device: &D, args: &QuantizeArgs, screen: &Screen) -> Result<()> {
     let settings = args.settings();
-    // Before the float checkpoint is evaluated at length.
-    settings.check()?;
     let mut observer = screen.observer(settings.solver.damp);
-    let evaluate = |settings| evaluate::run(&Cpu, &settings, &mut screen.observer(f64::INFINITY));
+    let evaluate = |settings| evaluate::run(device, &settings, &mut screen.observer(f64::INFINITY));
     let before = args.eval.clone().map(|data| evaluate(args.evaluation_before(data))).transpose()?;
-    let report = pipeline::run(&Cpu, &settings, &mut observer)?;
+    let report = pipeline::run(device, &settings, &mut observer)?;
     print_lines(&summary(&settings, &report))?;
     if let (Some(before), Some(data)) = (before, args.eval.clone()) {
         let after = evaluate(args.evaluation_after(data))?;

@@ -1,3 +1,24 @@
 //! The CUDA device: `kernels/` behind the operations of [`crate::device`].
+//!
+//! [`Cuda`] runs the kernels on a [`Runtime`](runtime::Runtime), which is what they need around them: memory, copies, a
+//! stream, and the plain matrix products that cuBLAS does best. There are two: a GPU through the driver, and the host
+//! itself, for kernels built for the emulator (`kernels/emulator`). All of the library's code for a GPU is the same on both.
+//!
+//! Work is enqueued on one stream, in order; a call waits only where it hands numbers to the host.
+//!
+//! `unsafe` stands in this folder alone. Raw addresses are made in it, from tensors whose shapes were checked against each
+//! other just before, and none leaves it.
 
 pub mod bindings;
+mod device;
+mod driver;
+mod emulated;
+mod kernels;
+mod memory;
+mod model_ops;
+mod runtime;
+mod solve_ops;
+mod tensor;
+
+pub use device::Cuda;
+pub use tensor::{CudaTensor, Precision};

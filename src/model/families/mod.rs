@@ -9,7 +9,8 @@ use super::config::{DecoderConfig, DecoderNames};
 use crate::calibration::image::ImagePatches;
 use crate::calibration::sequence::VisionInput;
 use crate::checkpoint::Checkpoint;
-use crate::device::ModelOps;
+use crate::device::cpu::Cpu;
+use crate::device::{ModelOps, ScaleType};
 use crate::model::config::Section;
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -58,6 +59,12 @@ pub trait Family<D: ModelOps>: Send + Sync {
 /// All known families.
 fn registry<D: ModelOps>() -> [&'static dyn Family<D>; 1] {
     [&qwen2_vl::Qwen2Vl]
+}
+
+/// The type that a checkpoint stores its model in: that of the token embedding, which no format quantizes.
+pub fn float_type(checkpoint: &Checkpoint) -> Result<ScaleType> {
+    let config = of::<Cpu>(checkpoint)?.config(checkpoint)?;
+    checkpoint.float_type(&format!("{}embed_tokens.weight", config.names.prefix))
 }
 
 /// The family of a checkpoint, by `model_type`.

@@ -232,7 +232,7 @@ impl<D: ModelOps> VisionTower<D> for Tower<D::Tensor> {
             spans.push(Span::own(start..positions.len()));
         }
         let rotary = rope::axial(device, &positions, &self.frequencies)?;
-        let patches = device.upload(Matrix::new(positions.len(), columns, values)?)?;
+        let patches = device.upload_model(Matrix::new(positions.len(), columns, values)?)?;
         let mut x = self.embedding.apply(device, &patches)?;
         for block in &self.blocks {
             let normed = block.attention_norm.apply(device, &x)?;

@@ -41,7 +41,7 @@ pub(super) fn factor(mut h: Matrix, blocks: &[Range<usize>]) -> Factored<Matrix>
         row[i..].iter_mut().zip(&scale[i..]).for_each(|(value, s)| *value *= s);
         row[i] = 1.0;
     });
-    Factored::Done(Factor { root: h, inverses, diagonal })
+    Factored::Done(Factor { root: h, inverses, diagonal: Matrix::row_vector(diagonal) })
 }
 
 /// `M = α·triu(Y, 1)·diag(R)⁻²` with `Y·R̄ᵀ = C`, and `P_BB = M_BB·Ū_BB`.
@@ -63,7 +63,7 @@ pub(super) fn cross_factor(
             c.row_mut(block.start + i)[block.clone()].copy_from_slice(row);
         }
     }
-    let scale: Vec<f32> = factor.diagonal.iter().map(|d| alpha / (d * d)).collect();
+    let scale: Vec<f32> = factor.diagonal.data().iter().map(|d| alpha / (d * d)).collect();
     c.data_mut().par_chunks_mut(n).enumerate().for_each(|(i, row)| {
         row[..=i].fill(0.0);
         row[i + 1..].iter_mut().zip(&scale[i + 1..]).for_each(|(value, s)| *value *= s);

@@ -60,7 +60,7 @@ pub(super) fn quantize_block(block: &Block<'_, Matrix>, state: &mut SolveState<M
         inverse: Packed::new(&factor.inverses, block.columns.clone(), 0..width),
         root: Packed::new(&factor.root, block.columns.clone(), block.columns.clone()),
         shift: block.cross.map(|term| Packed::new(&term.blocks, block.columns.clone(), 0..width)),
-        diagonal: &factor.diagonal[block.columns.clone()],
+        diagonal: &factor.diagonal.data()[block.columns.clone()],
     });
     let products = products.as_ref();
     let errors: Vec<f64> = slabs

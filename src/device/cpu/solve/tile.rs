@@ -4,7 +4,7 @@ use super::lanes::{self, Column, LANES, Lane, LaneGrid};
 use super::quantize_block::Slab;
 use crate::device::{Block, GridRule, GroupGrid};
 use crate::tensor::Matrix;
-use anyhow::{Result, bail};
+use anyhow::Result;
 use pulp::{Simd, WithSimd};
 
 /// The column loop on up to sixteen rows of a slab, from its row `first`. `current` `[rows, width]` brings the corrections
@@ -127,11 +127,7 @@ fn given_grid(grid: &GroupGrid, first: usize, rows: usize) -> LaneGrid {
 
 pub(super) fn check(grid: &LaneGrid, rows: usize, first: usize, rule: &GridRule) -> Result<()> {
     if let Some(l) = grid.scale[..rows].iter().position(|s| !s.is_finite()) {
-        bail!(
-            "the scale of a group of weights in output row {} does not fit {:?}: weights too large or not finite",
-            first + l,
-            rule.scale_type
-        );
+        return Err(rule.misfit(first + l));
     }
     Ok(())
 }

@@ -1,0 +1,222 @@
+//! The device itself: where it comes from, its tensors, and how kernels are called.
+#![allow(unsafe_code)]
+
+use super::bindings::{vlmq_add_args, vlmq_first_non_finite_row_args, vlmq_status};
+use super::driver::Driver;
+use super::emulated::Emulated;
+use super::kernels::{Arguments, Kernels, NeedsWorkspace};
+use super::memory::Memory;
+use super::runtime::{Product, Runtime};
+use super::tensor::{CudaTensor, Precision};
+use crate::device::Device;
+use crate::tensor::Matrix;
+use anyhow::{Result, bail, ensure};
+use std::ffi::c_void;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A GPU, or the host in its place where kernels are emulated.
+///
+/// Statistics, factors and all that the solver works on are float32. What [`upload_model`](crate::device::ModelOps)
+/// brings, and every activation computed from it, is of the precision that the device was opened with: that of the
+/// checkpoint. Arithmetic inside an operation is float32, with one rounding at its end.
+#[derive(Clone)]
+pub struct Cuda {
+    kernels: Arc<Kernels>,
+    pub(super) runtime: Arc<dyn Runtime>,
+    pub(super) precision: Precision,
+}
+
+impl Cuda {
+    /// Takes GPU `ordinal`, counted from 0. Errors, saying what is missing, where this program was built without kernels,
+    /// where there is no driver, no such GPU or no cuBLAS, and where the GPU is older than compute capability 8.0.
+    pub fn open(ordinal: usize, precision: Precision) -> Result<Self> {
+        Ok(Self { kernels: Arc::new(Kernels::linked()?), runtime: Arc::new(Driver::open(ordinal)?), precision })
+    }
+
+    /// Runs a library of kernels that was built for the emulator on host memory. For tests: it is slow.
+    pub fn emulated(library: &Path, precision: Precision) -> Result<Self> {
+        Ok(Self { kernels: Arc::new(Kernels::load(library)?), runtime: Arc::new(Emulated), precision })
+    }
+
+    /// The same device for a model of another precision; tensors of both work with both.
+    pub fn with_precision(&self, precision: Precision) -> Self {
+        Self { precision, ..self.clone() }
+    }
+
+    /// Waits until everything that was enqueued is done.
+    pub fn synchronize(&self) -> Result<()> {
+        self.runtime.synchronize()
+    }
+
+    /// Enqueues a call of the C API. The argument structs are made in this folder only, of addresses of live tensors and of
+    /// sizes that were checked against the tensors' own; memory that is dropped meanwhile is given back behind the call.
+    pub(super) fn launch<A: Arguments>(&self, arguments: &A) -> Result<()> {
+        let stream = self.runtime.stream()?;
+        // SAFETY: the struct is live during the call, and its pointers are good for what it says: see above.
+        match unsafe { A::function(&self.kernels)(arguments, stream) } {
+            vlmq_status::VLMQ_OK => Ok(()),
+            vlmq_status::VLMQ_BAD_ARGUMENT => bail!("{}: sizes that the kernel does not take", A::NAME),
+            vlmq_status::VLMQ_NO_KERNEL_IMAGE => bail!(
+                "{}: this program holds no kernels for {}; build it again with VLMQ_ARCHS naming that GPU",
+                A::NAME,
+                self.runtime.name()
+            ),
+            status => bail!("{}: the CUDA runtime refused the call (status {})", A::NAME, status.0),
+        }
+    }
+
+    /// The same of a call with a work space.
+    pub(super) fn launch_with_workspace<A: NeedsWorkspace>(&self, mut arguments: A) -> Result<()> {
+        // SAFETY: the query reads the struct's sizes and nothing else.
+        let bytes = unsafe { A::query(&self.kernels)(&arguments) };
+        let mut workspace = Memory::new(&self.runtime, bytes)?;
+        arguments.set_workspace(workspace.at_mut(0), bytes);
+        self.launch(&arguments)
+    }
+
+    /// A tensor with arbitrary contents.
+    pub(super) fn tensor(&self, rows: usize, cols: usize, precision: Precision) -> Result<CudaTensor> {
+        let Some(bytes) = rows.checked_mul(cols).and_then(|count| count.checked_mul(precision.size())) else {
+            bail!("a tensor of {rows}x{cols} is larger than memory can be");
+        };
+        Ok(CudaTensor { rows, cols, precision, memory: Memory::new(&self.runtime, bytes)? })
+    }
+
+    /// A tensor with the numbers of `matrix`.
+    pub(super) fn tensor_of(&self, matrix: &Matrix, precision: Precision) -> Result<CudaTensor> {
+        let mut tensor = self.tensor(matrix.rows(), matrix.cols(), precision)?;
+        tensor.memory.write(0, &precision.encode(matrix.data()))?;
+        Ok(tensor)
+    }
+
+    /// Where a tensor lies, for a kernel to read. Errors where it is another device's.
+    pub(super) fn read<T>(&self, tensor: &CudaTensor) -> Result<*const T> {
+        ensure!(tensor.memory.is_of(&self.runtime), "a tensor of another device");
+        Ok(tensor.memory.at(0))
+    }
+
+    /// The same, for a kernel to write.
+    pub(super) fn write<T>(&self, tensor: &mut CudaTensor) -> Result<*mut T> {
+        Ok(self.read::<T>(tensor)?.cast_mut())
+    }
+
+    /// The same of a tensor that must be float32.
+    pub(super) fn floats(&self, tensor: &CudaTensor) -> Result<*const f32> {
+        ensure!(tensor.precision == Precision::F32, "{} where float32 is needed", tensor.describe());
+        self.read(tensor)
+    }
+
+    /// The same, for a kernel to write.
+    pub(super) fn floats_mut(&self, tensor: &mut CudaTensor) -> Result<*mut f32> {
+        Ok(self.floats(tensor)?.cast_mut())
+    }
+
+    /// `c = a · op(b)`, or `c += a · op(b)`, all of one precision; see [`Product`].
+    pub(super) fn product(
+        &self,
+        a: &CudaTensor,
+        (b, transposed): (&CudaTensor, bool),
+        c: &mut CudaTensor,
+        accumulate: bool,
+    ) -> Result<()> {
+        let (inner, cols) = if transposed { (b.cols, b.rows) } else { (b.rows, b.cols) };
+        ensure!(
+            a.cols == inner
+                && c.rows == a.rows
+                && c.cols == cols
+                && a.precision == b.precision
+                && a.precision == c.precision,
+            "product of {} and {}{}",
+            a.describe(),
+            b.describe(),
+            if transposed { ", transposed" } else { "" }
+        );
+        for tensor in [a, b, c] {
+            self.read::<c_void>(tensor)?;
+        }
+        if c.bytes() == 0 {
+            return Ok(());
+        }
+        if inner == 0 {
+            return if accumulate { Ok(()) } else { c.memory.fill(0) };
+        }
+        let product = Product {
+            a: a.memory.address(),
+            b: b.memory.address(),
+            c: c.memory.address(),
+            rows: a.rows,
+            cols,
+            inner,
+            transposed,
+            accumulate,
+            precision: a.precision,
+        };
+        // SAFETY: shapes, types and owner were just checked, no dimension is 0, and `c` is borrowed for itself.
+        unsafe { self.runtime.product(&product) }
+    }
+
+    /// `out = factor · (a + sign · b)`; one row of `b` is repeated. `out` may lie where `a` does.
+    pub(super) fn add(
+        &self,
+        a: *const c_void,
+        b: &CudaTensor,
+        out: &mut CudaTensor,
+        (sign, factor): (f32, f32),
+    ) -> Result<()> {
+        self.launch(&vlmq_add_args {
+            a,
+            b: self.read(b)?,
+            out: self.write(out)?,
+            rows: out.rows as i64,
+            b_rows: b.rows as i64,
+            cols: out.cols as i64,
+            sign,
+            factor,
+            dtype: out.precision.dtype(),
+        })
+    }
+}
+
+impl Device for Cuda {
+    type Tensor = CudaTensor;
+
+    fn name(&self) -> String {
+        self.runtime.name()
+    }
+
+    fn zeros(&self, rows: usize, cols: usize) -> Result<CudaTensor> {
+        let mut tensor = self.tensor(rows, cols, Precision::F32)?;
+        tensor.memory.fill(0)?;
+        Ok(tensor)
+    }
+
+    fn clear(&self, tensor: &mut CudaTensor) -> Result<()> {
+        tensor.memory.fill(0)
+    }
+
+    fn upload(&self, matrix: Matrix) -> Result<CudaTensor> {
+        self.tensor_of(&matrix, Precision::F32)
+    }
+
+    fn download(&self, tensor: &CudaTensor) -> Result<Matrix> {
+        tensor.to_host()
+    }
+
+    fn first_non_finite_row(&self, tensor: &CudaTensor) -> Result<Option<usize>> {
+        let mut row = Memory::of(&self.runtime, &[i32::MAX])?;
+        self.launch(&vlmq_first_non_finite_row_args {
+            x: self.read(tensor)?,
+            row: row.at_mut(0),
+            rows: tensor.rows as i64,
+            cols: tensor.cols as i64,
+            dtype: tensor.precision.dtype(),
+        })?;
+        let row = row.read::<i32>(0, 1)?[0];
+        Ok((row != i32::MAX).then_some(row as usize))
+    }
+
+    fn shape(&self, tensor: &CudaTensor) -> (usize, usize) {
+        (tensor.rows, tensor.cols)
+    }
+}

@@ -1,0 +1,219 @@
+//! A GPU through NVIDIA's driver, and cuBLAS for the plain products. Both libraries are opened at run time.
+#![allow(unsafe_code)]
+
+use super::bindings::vlmq_stream;
+use super::runtime::{Address, Product, Runtime};
+use super::tensor::Precision;
+use anyhow::{Context, Result, bail, ensure};
+use cudarc::cublas::result as cublas;
+use cudarc::cublas::sys::{
+    self as blas, cublasComputeType_t, cublasGemmAlgo_t, cublasHandle_t, cublasMath_t, cublasOperation_t,
+    cudaDataType_t,
+};
+use cudarc::driver::sys::CUmemPool_attribute;
+use cudarc::driver::{CudaContext, CudaStream, result as driver};
+use std::ffi::{c_int, c_void};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Oldest GPU that the kernels run on.
+const OLDEST: (i32, i32) = (8, 0);
+
+/// One GPU, one stream.
+pub(super) struct Driver {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    /// A handle serves one thread at a time.
+    blas: Mutex<Blas>,
+    name: String,
+}
+
+struct Blas(cublasHandle_t);
+
+// SAFETY: a handle may move between threads; the mutex around it lets one use it at a time.
+unsafe impl Send for Blas {}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        // SAFETY: the handle is live and dropped once. An error at the end has nobody to hear it.
+        let _ = unsafe { cublas::destroy_handle(self.0) };
+    }
+}
+
+impl Driver {
+    /// Takes GPU `ordinal`. Errors, saying what is missing, without driver, GPU or cuBLAS, and on a GPU that is too old.
+    pub(super) fn open(ordinal: usize) -> Result<Self> {
+        // SAFETY: opens and closes the driver's library, whose initializers are meant to run in any program.
+        let present = unsafe { cudarc::driver::sys::is_culib_present() };
+        ensure!(present, "there is no NVIDIA driver here (libcuda.so.1 is not found)");
+        driver::init().context("the NVIDIA driver does not start")?;
+        let count = CudaContext::device_count().context("the NVIDIA driver counts no GPUs")?;
+        ensure!(count > 0, "the NVIDIA driver finds no GPU");
+        if ordinal >= count as usize {
+            bail!("there is no GPU {ordinal}: the driver finds {count}, counted from 0");
+        }
+        let context = CudaContext::new(ordinal).with_context(|| format!("GPU {ordinal} cannot be used"))?;
+        let model = context.name().context("the GPU has no name")?;
+        let capability = context.compute_capability().context("the GPU has no compute capability")?;
+        ensure!(
+            capability >= OLDEST,
+            "GPU {ordinal} ({model}) has compute capability {}.{}; the kernels need {}.{} or more",
+            capability.0,
+            capability.1,
+            OLDEST.0,
+            OLDEST.1
+        );
+        // SAFETY: as above, for cuBLAS.
+        let present = unsafe { blas::is_culib_present() };
+        ensure!(
+            present,
+            "cuBLAS is not found (libcublas.so.13): install the CUDA 13 libraries, or name their folder in LD_LIBRARY_PATH"
+        );
+        keep_freed_memory(&context).context("the GPU's memory pool")?;
+        let stream = context.new_stream().context("no stream")?;
+        let blas = Blas(cublas::create_handle().context("cuBLAS does not start")?);
+        // SAFETY: handle and stream are live, and the driver's stream type is the runtime's under another name.
+        unsafe {
+            cublas::set_stream(blas.0, stream.cu_stream().cast()).context("cuBLAS")?;
+            // Sums of split products stay in float32.
+            let mode = cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+            blas::cublasSetMathMode(blas.0, mode).result().context("cuBLAS")?;
+        }
+        Ok(Self { context, stream, blas: Mutex::new(blas), name: format!("cuda:{ordinal} ({model})") })
+    }
+
+    /// Makes the GPU the calling thread's.
+    fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().context("the GPU's context is lost")
+    }
+}
+
+/// Freed memory stays with the process, for the next allocation: by default each wait would hand it back to the driver.
+fn keep_freed_memory(context: &CudaContext) -> Result<()> {
+    ensure!(context.has_async_alloc(), "the driver offers none: it is too old");
+    let mut threshold = u64::MAX;
+    // SAFETY: the device is that of a live context, and the attribute is a 64-bit number.
+    unsafe {
+        let pool = driver::device::get_default_mem_pool(context.cu_device())?;
+        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        driver::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast())?;
+    }
+    Ok(())
+}
+
+impl Runtime for Driver {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn stream(&self) -> Result<vlmq_stream> {
+        self.bind()?;
+        Ok(self.stream.cu_stream().cast())
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Address> {
+        self.bind()?;
+        // The driver refuses sizes of 0; its pointers are aligned to 256 bytes.
+        // SAFETY: all uses of the memory are on this stream.
+        let address = unsafe { driver::malloc_async(self.stream.cu_stream(), bytes.max(1)) };
+        let address = address.with_context(|| match self.context.mem_get_info() {
+            Ok((free, total)) => format!("{bytes} bytes do not fit on the GPU: {free} of {total} bytes are free"),
+            Err(_) => format!("{bytes} bytes do not fit on the GPU"),
+        })?;
+        Ok(address as Address)
+    }
+
+    unsafe fn free(&self, address: Address, _: usize) {
+        // A context that is lost has taken its memory with it.
+        if self.bind().is_ok() {
+            // SAFETY: the caller's promise; the stream is the one of the allocation.
+            let _ = unsafe { driver::free_async(address as u64, self.stream.cu_stream()) };
+        }
+    }
+
+    unsafe fn write(&self, to: Address, from: &[u8]) -> Result<()> {
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        // Pageable memory is staged before the call returns.
+        // SAFETY: the caller's promise.
+        unsafe { driver::memcpy_htod_async(to as u64, from, self.stream.cu_stream()) }.context("copy to the GPU")
+    }
+
+    unsafe fn read(&self, from: Address, to: &mut [u8]) -> Result<()> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the caller's promise; the wait below comes before anybody looks.
+        unsafe { driver::memcpy_dtoh_async(to, from as u64, self.stream.cu_stream()) }.context("copy from the GPU")?;
+        self.synchronize()
+    }
+
+    unsafe fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe { driver::memcpy_dtod_async(to as u64, from as u64, bytes, self.stream.cu_stream()) }
+            .context("copy on the GPU")
+    }
+
+    unsafe fn fill(&self, to: Address, byte: u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe { driver::memset_d8_async(to as u64, byte, bytes, self.stream.cu_stream()) }.context("fill on the GPU")
+    }
+
+    unsafe fn product(&self, product: &Product) -> Result<()> {
+        self.bind()?;
+        let int = |size: usize| c_int::try_from(size).context("a matrix of more than 2^31 rows or columns");
+        let (rows, cols, inner) = (int(product.rows)?, int(product.cols)?, int(product.inner)?);
+        let kind = match product.precision {
+            Precision::F32 => cudaDataType_t::CUDA_R_32F,
+            Precision::Bf16 => cudaDataType_t::CUDA_R_16BF,
+            Precision::F16 => cudaDataType_t::CUDA_R_16F,
+        };
+        let (alpha, beta) = (1.0f32, if product.accumulate { 1.0f32 } else { 0.0 });
+        // cuBLAS counts column by column, where a row-major matrix is its transpose: cᵀ = op(b)ᵀ·aᵀ.
+        let (operation, b_stride) = match product.transposed {
+            true => (cublasOperation_t::CUBLAS_OP_T, inner),
+            false => (cublasOperation_t::CUBLAS_OP_N, cols),
+        };
+        let handle = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the caller's promise; alpha and beta are host memory that is read before the call returns.
+        unsafe {
+            cublas::gemm_ex(
+                handle.0,
+                operation,
+                cublasOperation_t::CUBLAS_OP_N,
+                cols,
+                rows,
+                inner,
+                (&raw const alpha).cast(),
+                product.b as *const c_void,
+                kind,
+                b_stride,
+                product.a as *const c_void,
+                kind,
+                inner,
+                (&raw const beta).cast(),
+                product.c as *mut c_void,
+                kind,
+                cols,
+                cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        }
+        .with_context(|| format!("cuBLAS: product of {rows}x{inner} by {inner}x{cols}"))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.bind()?;
+        self.stream.synchronize().context("the GPU failed in work that was enqueued before")
+    }
+}

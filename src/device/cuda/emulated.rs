@@ -1,0 +1,110 @@
+//! The host as a device, for kernels built for the emulator (`kernels/emulator`): tests run the whole program on it.
+#![allow(unsafe_code)]
+
+use super::bindings::vlmq_stream;
+use super::runtime::{Address, Product, Runtime};
+use super::tensor::{Precision, widen};
+use crate::device::ModelOps;
+use crate::device::cpu::Cpu;
+use crate::tensor::Matrix;
+use anyhow::Result;
+use half::{bf16, f16};
+use std::alloc::Layout;
+
+/// Alignment of every allocation, as the C API asks of work space.
+const ALIGNMENT: usize = 256;
+
+/// Host memory; every call is done when it returns.
+pub(super) struct Emulated;
+
+impl Runtime for Emulated {
+    fn name(&self) -> String {
+        "cuda (emulated)".into()
+    }
+
+    fn stream(&self) -> Result<vlmq_stream> {
+        Ok(std::ptr::null_mut())
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Address> {
+        // SAFETY: the layout is never of size 0.
+        let pointer = unsafe { std::alloc::alloc(layout(bytes)) };
+        anyhow::ensure!(!pointer.is_null(), "{bytes} bytes do not fit into memory");
+        // NaN in every type: what is read before it is written shows.
+        // SAFETY: the allocation is at least as long.
+        unsafe { pointer.write_bytes(0xff, bytes) };
+        Ok(pointer as Address)
+    }
+
+    unsafe fn free(&self, address: Address, bytes: usize) {
+        // SAFETY: the caller's promise; the layout is that of the allocation.
+        unsafe { std::alloc::dealloc(address as *mut u8, layout(bytes)) };
+    }
+
+    unsafe fn write(&self, to: Address, from: &[u8]) -> Result<()> {
+        // SAFETY: the caller's promise; host memory of a borrowed slice is not device memory.
+        unsafe { (to as *mut u8).copy_from_nonoverlapping(from.as_ptr(), from.len()) };
+        Ok(())
+    }
+
+    unsafe fn read(&self, from: Address, to: &mut [u8]) -> Result<()> {
+        // SAFETY: as in `write`.
+        unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from as *const u8, to.len()) };
+        Ok(())
+    }
+
+    unsafe fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { (to as *mut u8).copy_from_nonoverlapping(from as *const u8, bytes) };
+        Ok(())
+    }
+
+    unsafe fn fill(&self, to: Address, byte: u8, bytes: usize) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { (to as *mut u8).write_bytes(byte, bytes) };
+        Ok(())
+    }
+
+    unsafe fn product(&self, product: &Product) -> Result<()> {
+        let &Product { rows, cols, inner, precision, .. } = product;
+        let (b_rows, b_cols) = if product.transposed { (cols, inner) } else { (inner, cols) };
+        // SAFETY: the caller's promise, for all three operands.
+        let (a, b, c) = unsafe {
+            (
+                floats(product.a, rows, inner, precision)?,
+                floats(product.b, b_rows, b_cols, precision)?,
+                floats(product.c, rows, cols, precision)?,
+            )
+        };
+        let mut sum = if product.transposed { Cpu.linear(&a, &b, None)? } else { Cpu.matmul(&a, &b)? };
+        if product.accumulate {
+            Cpu.add_assign(&mut sum, &c)?;
+        }
+        // SAFETY: `c` has room for as many elements as the sum.
+        unsafe { self.write(product.c, &precision.encode(sum.data())) }
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn layout(bytes: usize) -> Layout {
+    // A size that overflows is refused by the allocator.
+    Layout::from_size_align(bytes.clamp(1, isize::MAX as usize - ALIGNMENT), ALIGNMENT).expect("a power of two")
+}
+
+/// # Safety
+/// `address` starts a live matrix of that shape.
+unsafe fn floats(address: Address, rows: usize, cols: usize, precision: Precision) -> Result<Matrix> {
+    let count = rows * cols;
+    // SAFETY: the caller's promise; allocations are aligned for every element type, and all bits are numbers.
+    let values = unsafe {
+        match precision {
+            Precision::F32 => std::slice::from_raw_parts(address as *const f32, count).to_vec(),
+            Precision::Bf16 => widen(std::slice::from_raw_parts(address as *const bf16, count)),
+            Precision::F16 => widen(std::slice::from_raw_parts(address as *const f16, count)),
+        }
+    };
+    Matrix::new(rows, cols, values)
+}

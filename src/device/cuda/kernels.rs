@@ -1,0 +1,113 @@
+//! The functions of the C API, from the kernels in this program or from a library built elsewhere.
+#![allow(unsafe_code)]
+
+use super::bindings::{self, vlmq_status, vlmq_stream};
+use anyhow::{Context, Result};
+use libloading::Library;
+use std::ffi::c_void;
+use std::path::Path;
+
+/// Enqueues a call.
+type Enqueue<A> = unsafe extern "C" fn(*const A, vlmq_stream) -> vlmq_status;
+/// Bytes of work space that a call needs.
+type WorkspaceBytes<A> = unsafe extern "C" fn(*const A) -> usize;
+
+/// The arguments of one function of the C API.
+pub(super) trait Arguments {
+    /// The function's name in vlmq.h.
+    const NAME: &'static str;
+    /// The function.
+    fn function(kernels: &Kernels) -> Enqueue<Self>;
+}
+
+/// Arguments with a work space.
+pub(super) trait NeedsWorkspace: Arguments {
+    /// The query for its size.
+    fn query(kernels: &Kernels) -> WorkspaceBytes<Self>;
+    /// Hands it over.
+    fn set_workspace(&mut self, workspace: *mut c_void, bytes: usize);
+}
+
+macro_rules! kernels {
+    ($($name:ident($arguments:ident) $(workspace $query:ident)?;)*) => {
+        /// Every function of the C API.
+        pub(super) struct Kernels {
+            $($name: Enqueue<bindings::$arguments>, $($query: WorkspaceBytes<bindings::$arguments>,)?)*
+            /// Keeps the functions where they are; none where they are part of this program.
+            _library: Option<Library>,
+        }
+
+        impl Kernels {
+            /// Those of this program.
+            #[cfg(vlmq_kernels)]
+            pub(super) fn linked() -> Result<Self> {
+                Ok(Self { $($name: bindings::$name, $($query: bindings::$query,)?)* _library: None })
+            }
+
+            fn find(library: Library) -> Result<Self, libloading::Error> {
+                // SAFETY: each name is looked up with the signature that bindgen read off vlmq.h, and the library stays
+                // open for as long as the functions.
+                unsafe {
+                    Ok(Self {
+                        $($name: *library.get(stringify!($name))?, $($query: *library.get(stringify!($query))?,)?)*
+                        _library: Some(library),
+                    })
+                }
+            }
+        }
+
+        $(impl Arguments for bindings::$arguments {
+            const NAME: &'static str = stringify!($name);
+            fn function(kernels: &Kernels) -> Enqueue<Self> {
+                kernels.$name
+            }
+        }
+        $(impl NeedsWorkspace for bindings::$arguments {
+            fn query(kernels: &Kernels) -> WorkspaceBytes<Self> {
+                kernels.$query
+            }
+            fn set_workspace(&mut self, workspace: *mut c_void, bytes: usize) {
+                self.workspace = workspace;
+                self.workspace_bytes = bytes;
+            }
+        })?)*
+    };
+}
+
+kernels! {
+    vlmq_weighted_hessian(vlmq_weighted_hessian_args) workspace vlmq_weighted_hessian_workspace_bytes;
+    vlmq_permute(vlmq_permute_args);
+    vlmq_product(vlmq_product_args);
+    vlmq_factor(vlmq_factor_args) workspace vlmq_factor_workspace_bytes;
+    vlmq_cross_factor(vlmq_cross_factor_args) workspace vlmq_cross_factor_workspace_bytes;
+    vlmq_squared_norm(vlmq_squared_norm_args) workspace vlmq_squared_norm_workspace_bytes;
+    vlmq_quantize_block(vlmq_quantize_block_args);
+    vlmq_group_grid(vlmq_group_grid_args) workspace vlmq_group_grid_workspace_bytes;
+    vlmq_norm(vlmq_norm_args);
+    vlmq_rotate(vlmq_rotate_args);
+    vlmq_attention(vlmq_attention_args);
+    vlmq_attention_backward(vlmq_attention_backward_args) workspace vlmq_attention_backward_workspace_bytes;
+    vlmq_activate(vlmq_activate_args);
+    vlmq_add(vlmq_add_args);
+    vlmq_gather_rows(vlmq_gather_rows_args);
+    vlmq_mean_abs_rows(vlmq_mean_abs_rows_args);
+    vlmq_first_non_finite_row(vlmq_first_non_finite_row_args);
+}
+
+impl Kernels {
+    /// Says how to get them: this program has none.
+    #[cfg(not(vlmq_kernels))]
+    pub(super) fn linked() -> Result<Self> {
+        anyhow::bail!(
+            "this program was built without CUDA kernels; build it again with a CUDA toolkit from 13.0 on: \
+             VLMQ_CUDA=require cargo build --release says what it misses"
+        )
+    }
+
+    /// Those of a library, which must hold all.
+    pub(super) fn load(path: &Path) -> Result<Self> {
+        // SAFETY: whoever names a library of kernels vouches for what it runs when it is opened, as for any program.
+        let library = unsafe { Library::new(path) }.with_context(|| format!("{}: cannot be opened", path.display()))?;
+        Self::find(library).with_context(|| format!("{}: not the kernels of this version", path.display()))
+    }
+}

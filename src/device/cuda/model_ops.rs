@@ -1,0 +1,396 @@
+//! Calibration forward and backward on the GPU.
+
+use super::bindings::{
+    vlmq_activate_args, vlmq_activation, vlmq_attention_args, vlmq_attention_backward_args, vlmq_gather_rows_args,
+    vlmq_mean_abs_rows_args, vlmq_norm_args, vlmq_rotate_args,
+};
+use super::memory::Memory;
+use super::tensor::CudaTensor;
+use super::{Cuda, Precision};
+use crate::device::{Activation, AttentionShape, ModelOps, Rotary, Span};
+use crate::tensor::Matrix;
+use anyhow::{Context, Result, ensure};
+use std::ops::Range;
+use std::ptr;
+
+/// Widest head that the attention kernels take.
+const WIDEST_HEAD: usize = 256;
+
+impl ModelOps for Cuda {
+    fn upload_model(&self, matrix: Matrix) -> Result<CudaTensor> {
+        self.tensor_of(&matrix, self.precision)
+    }
+
+    fn gather_rows(&self, table: &CudaTensor, indices: &[u32]) -> Result<CudaTensor> {
+        if let Some(row) = indices.iter().find(|&&row| row as usize >= table.rows) {
+            anyhow::bail!("row {row} asked of a table of {} rows", table.rows);
+        }
+        let mut out = self.tensor(indices.len(), table.cols, table.precision)?;
+        let indices = Memory::of(&self.runtime, indices)?;
+        self.launch(&vlmq_gather_rows_args {
+            table: self.read(table)?,
+            indices: indices.at(0),
+            out: self.write(&mut out)?,
+            rows: out.rows as i64,
+            row_bytes: out.row_bytes() as i64,
+            scatter: 0,
+        })?;
+        Ok(out)
+    }
+
+    fn scatter_rows(&self, target: &mut CudaTensor, indices: &[u32], source: &CudaTensor) -> Result<()> {
+        ensure!(
+            indices.len() == source.rows && target.cols == source.cols && target.precision == source.precision,
+            "{} does not go into {} rows of {}",
+            source.describe(),
+            indices.len(),
+            target.describe()
+        );
+        let mut taken = vec![false; target.rows];
+        for &row in indices {
+            let place = taken.get_mut(row as usize);
+            let place = place.with_context(|| format!("row {row} of a target of {} rows", target.rows))?;
+            ensure!(!std::mem::replace(place, true), "row {row} of the target is named twice");
+        }
+        let indices = Memory::of(&self.runtime, indices)?;
+        self.launch(&vlmq_gather_rows_args {
+            table: self.read(source)?,
+            indices: indices.at(0),
+            out: self.write(target)?,
+            rows: source.rows as i64,
+            row_bytes: source.row_bytes() as i64,
+            scatter: 1,
+        })
+    }
+
+    fn slice_rows(&self, x: &CudaTensor, rows: Range<usize>) -> Result<CudaTensor> {
+        ensure!(rows.start <= rows.end && rows.end <= x.rows, "rows {rows:?} of {}", x.describe());
+        let mut out = self.tensor(rows.len(), x.cols, x.precision)?;
+        let width = x.row_bytes();
+        out.memory.copy_from(0, &x.memory, rows.start * width..rows.end * width)?;
+        Ok(out)
+    }
+
+    fn append_rows(&self, x: &mut CudaTensor, more: &CudaTensor) -> Result<()> {
+        ensure!(
+            x.cols == more.cols && x.precision == more.precision,
+            "{} does not append to {}",
+            more.describe(),
+            x.describe()
+        );
+        let (old, added) = (x.bytes(), more.bytes());
+        if old + added > x.memory.bytes() {
+            // Twice the size: a cache that grows row by row is copied a few times, not each time.
+            let mut larger = Memory::new(&self.runtime, 2 * (old + added))?;
+            larger.copy_from(0, &x.memory, 0..old)?;
+            x.memory = larger;
+        }
+        x.memory.copy_from(old, &more.memory, 0..added)?;
+        x.rows += more.rows;
+        Ok(())
+    }
+
+    fn reshape(&self, x: CudaTensor, rows: usize, cols: usize) -> Result<CudaTensor> {
+        ensure!(x.rows * x.cols == rows * cols, "{} cannot form a {rows}x{cols} matrix", x.describe());
+        Ok(CudaTensor { rows, cols, ..x })
+    }
+
+    fn linear(&self, x: &CudaTensor, weight: &CudaTensor, bias: Option<&CudaTensor>) -> Result<CudaTensor> {
+        let mut y = self.tensor(x.rows, weight.rows, x.precision)?;
+        if let Some(bias) = bias {
+            ensure!(
+                bias.rows == 1 && bias.cols == weight.rows && bias.precision == x.precision,
+                "bias {} for {} outputs of {:?}",
+                bias.describe(),
+                weight.rows,
+                x.precision
+            );
+            // The product adds to it in float32: one rounding.
+            let mut first = Memory::new(&self.runtime, x.rows * size_of::<u32>())?;
+            first.fill(0)?;
+            self.launch(&vlmq_gather_rows_args {
+                table: self.read(bias)?,
+                indices: first.at(0),
+                out: self.write(&mut y)?,
+                rows: y.rows as i64,
+                row_bytes: y.row_bytes() as i64,
+                scatter: 0,
+            })?;
+        }
+        self.product(x, (weight, true), &mut y, bias.is_some())?;
+        Ok(y)
+    }
+
+    fn matmul(&self, a: &CudaTensor, b: &CudaTensor) -> Result<CudaTensor> {
+        let mut y = self.tensor(a.rows, b.cols, a.precision)?;
+        self.product(a, (b, false), &mut y, false)?;
+        Ok(y)
+    }
+
+    fn add_assign(&self, x: &mut CudaTensor, y: &CudaTensor) -> Result<()> {
+        alike(x, y)?;
+        self.add(self.read(x)?, y, x, (1.0, 1.0))
+    }
+
+    fn scaled_difference(&self, a: &CudaTensor, b: &CudaTensor, factor: f32) -> Result<CudaTensor> {
+        alike(a, b)?;
+        let mut out = self.tensor(a.rows, a.cols, a.precision)?;
+        self.add(self.read(a)?, b, &mut out, (-1.0, factor))?;
+        Ok(out)
+    }
+
+    fn rms_norm(&self, x: &CudaTensor, weight: &CudaTensor, eps: f32) -> Result<CudaTensor> {
+        self.norm(x, weight, None, eps)
+    }
+
+    fn layer_norm(&self, x: &CudaTensor, weight: &CudaTensor, bias: &CudaTensor, eps: f32) -> Result<CudaTensor> {
+        self.norm(x, weight, Some(bias), eps)
+    }
+
+    fn rotate(&self, x: &mut CudaTensor, rotary: &Rotary<CudaTensor>, transposed: bool) -> Result<()> {
+        let Rotary { cos, sin } = rotary;
+        let half = cos.cols;
+        ensure!(
+            cos.rows == x.rows && sin.rows == x.rows && sin.cols == half && half > 0 && x.cols.is_multiple_of(2 * half),
+            "rotary tables {} and {} on {}",
+            cos.describe(),
+            sin.describe(),
+            x.describe()
+        );
+        self.launch(&vlmq_rotate_args {
+            x: self.write(x)?,
+            cos: self.floats(cos)?,
+            sin: self.floats(sin)?,
+            tokens: x.rows as i64,
+            heads: (x.cols / (2 * half)) as i64,
+            head_dim: 2 * half as i64,
+            transposed: transposed.into(),
+            dtype: x.precision.dtype(),
+        })
+    }
+
+    fn attention(
+        &self,
+        q: &CudaTensor,
+        k: &CudaTensor,
+        v: &CudaTensor,
+        spans: &[Span],
+        shape: AttentionShape,
+    ) -> Result<CudaTensor> {
+        let job = Attention::new(self, q, k, v, spans, shape)?;
+        let mut out = self.tensor(q.rows, q.cols, q.precision)?;
+        self.launch(&vlmq_attention_args { out: self.write(&mut out)?, ..job.forward })?;
+        Ok(out)
+    }
+
+    fn attention_backward(
+        &self,
+        q: &CudaTensor,
+        k: &CudaTensor,
+        v: &CudaTensor,
+        d_out: &CudaTensor,
+        spans: &[Span],
+        shape: AttentionShape,
+    ) -> Result<(CudaTensor, CudaTensor, CudaTensor)> {
+        let job = Attention::new(self, q, k, v, spans, shape)?;
+        alike(d_out, q).context("output gradient of another shape than the output")?;
+        ensure!(apart(spans.iter().map(|span| &span.k)), "spans that share keys have no gradients of their own");
+        // Kept from the forward pass they would cost a chunk's activations; computing them again costs two products of five.
+        let mut out = self.tensor(q.rows, q.cols, q.precision)?;
+        let mut log_sum = self.tensor(q.rows, shape.heads, Precision::F32)?;
+        let forward =
+            vlmq_attention_args { out: self.write(&mut out)?, log_sum: self.floats_mut(&mut log_sum)?, ..job.forward };
+        self.launch(&forward)?;
+        let mut gradients = [
+            self.tensor(q.rows, q.cols, q.precision)?,
+            self.tensor(k.rows, k.cols, k.precision)?,
+            self.tensor(v.rows, v.cols, v.precision)?,
+        ];
+        let [d_q, d_k, d_v] = &mut gradients;
+        self.launch_with_workspace(vlmq_attention_backward_args {
+            q: forward.q,
+            k: forward.k,
+            v: forward.v,
+            out: forward.out,
+            log_sum: forward.log_sum,
+            d_out: self.read(d_out)?,
+            d_q: self.write(d_q)?,
+            d_k: self.write(d_k)?,
+            d_v: self.write(d_v)?,
+            spans: forward.spans,
+            span_count: forward.span_count,
+            longest_q: forward.longest_q,
+            longest_k: spans.iter().map(|span| span.k.len()).max().unwrap_or(0) as i64,
+            q_rows: forward.q_rows,
+            k_rows: forward.k_rows,
+            heads: forward.heads,
+            kv_heads: forward.kv_heads,
+            head_dim: forward.head_dim,
+            causal: forward.causal,
+            dtype: forward.dtype,
+            workspace: ptr::null_mut(),
+            workspace_bytes: 0,
+        })?;
+        let [d_q, d_k, d_v] = gradients;
+        Ok((d_q, d_k, d_v))
+    }
+
+    fn activate(&self, x: &CudaTensor, activation: Activation) -> Result<CudaTensor> {
+        self.activated(x, None, activation)
+    }
+
+    fn gated(&self, gate: &CudaTensor, up: &CudaTensor, activation: Activation) -> Result<CudaTensor> {
+        alike(gate, up)?;
+        self.activated(gate, Some(up), activation)
+    }
+
+    fn mean_abs_rows(&self, x: &CudaTensor) -> Result<Vec<f32>> {
+        let mut means = self.tensor(x.rows, 1, Precision::F32)?;
+        self.launch(&vlmq_mean_abs_rows_args {
+            x: self.read(x)?,
+            means: self.floats_mut(&mut means)?,
+            rows: x.rows as i64,
+            cols: x.cols as i64,
+            dtype: x.precision.dtype(),
+        })?;
+        means.memory.read(0, x.rows)
+    }
+}
+
+impl Cuda {
+    fn norm(&self, x: &CudaTensor, weight: &CudaTensor, bias: Option<&CudaTensor>, eps: f32) -> Result<CudaTensor> {
+        for part in [Some(weight), bias].into_iter().flatten() {
+            ensure!(
+                part.rows == 1 && part.cols == x.cols && part.precision == x.precision,
+                "norm of {} on {}",
+                part.describe(),
+                x.describe()
+            );
+        }
+        let mut y = self.tensor(x.rows, x.cols, x.precision)?;
+        self.launch(&vlmq_norm_args {
+            x: self.read(x)?,
+            weight: self.read(weight)?,
+            bias: bias.map_or(Ok(ptr::null()), |bias| self.read(bias))?,
+            y: self.write(&mut y)?,
+            rows: x.rows as i64,
+            cols: x.cols as i64,
+            eps,
+            dtype: x.precision.dtype(),
+        })?;
+        Ok(y)
+    }
+
+    fn activated(&self, x: &CudaTensor, up: Option<&CudaTensor>, activation: Activation) -> Result<CudaTensor> {
+        let mut y = self.tensor(x.rows, x.cols, x.precision)?;
+        self.launch(&vlmq_activate_args {
+            x: self.read(x)?,
+            up: up.map_or(Ok(ptr::null()), |up| self.read(up))?,
+            y: self.write(&mut y)?,
+            count: (x.rows * x.cols) as i64,
+            activation: match activation {
+                Activation::Silu => vlmq_activation::VLMQ_SILU,
+                Activation::Gelu => vlmq_activation::VLMQ_GELU,
+                Activation::GeluTanh => vlmq_activation::VLMQ_GELU_TANH,
+                Activation::QuickGelu => vlmq_activation::VLMQ_QUICK_GELU,
+            },
+            dtype: x.precision.dtype(),
+        })?;
+        Ok(y)
+    }
+}
+
+/// Checked arguments of an attention call, outputs missing.
+struct Attention {
+    forward: vlmq_attention_args,
+    /// What `forward.spans` points to.
+    _spans: Memory,
+}
+
+impl Attention {
+    fn new(
+        device: &Cuda,
+        q: &CudaTensor,
+        k: &CudaTensor,
+        v: &CudaTensor,
+        spans: &[Span],
+        shape: AttentionShape,
+    ) -> Result<Self> {
+        let AttentionShape { heads, kv_heads, head_dim, causal } = shape;
+        ensure!(
+            q.cols == heads * head_dim
+                && k.cols == kv_heads * head_dim
+                && v.cols == k.cols
+                && v.rows == k.rows
+                && kv_heads > 0
+                && heads.is_multiple_of(kv_heads)
+                && k.precision == q.precision
+                && v.precision == q.precision,
+            "attention of {heads}/{kv_heads} heads of {head_dim} on queries {}, keys {}, values {}",
+            q.describe(),
+            k.describe(),
+            v.describe()
+        );
+        ensure!(
+            head_dim.is_multiple_of(2) && head_dim <= WIDEST_HEAD,
+            "attention heads of {head_dim}: on a GPU they must be even and at most {WIDEST_HEAD} wide"
+        );
+        ensure!(apart(spans.iter().map(|span| &span.q)), "spans that share queries");
+        let mut bounds = Vec::with_capacity(spans.len());
+        for span in spans {
+            ensure!(
+                span.q.start <= span.q.end
+                    && span.k.start <= span.k.end
+                    && span.q.end <= q.rows
+                    && span.k.end <= k.rows
+                    && (!causal || span.q.len() <= span.k.len()),
+                "span {span:?} outside {} query and {} key rows",
+                q.rows,
+                k.rows
+            );
+            let ends = [span.q.start, span.q.end, span.k.start, span.k.end];
+            let mut bound = [0i32; 4];
+            for (to, from) in bound.iter_mut().zip(ends) {
+                *to = i32::try_from(from).context("more than 2^31 tokens at a time")?;
+            }
+            bounds.push(bound);
+        }
+        // vlmq_span is these four numbers.
+        let spans_there = Memory::of(&device.runtime, bounds.as_flattened())?;
+        let forward = vlmq_attention_args {
+            q: device.read(q)?,
+            k: device.read(k)?,
+            v: device.read(v)?,
+            out: ptr::null_mut(),
+            log_sum: ptr::null_mut(),
+            spans: spans_there.at(0),
+            span_count: spans.len() as i64,
+            longest_q: spans.iter().map(|span| span.q.len()).max().unwrap_or(0) as i64,
+            q_rows: q.rows as i64,
+            k_rows: k.rows as i64,
+            heads: heads as i64,
+            kv_heads: kv_heads as i64,
+            head_dim: head_dim as i64,
+            causal: causal.into(),
+            dtype: q.precision.dtype(),
+        };
+        Ok(Self { forward, _spans: spans_there })
+    }
+}
+
+/// Whether no two ranges share a row.
+fn apart<'a>(ranges: impl Iterator<Item = &'a Range<usize>>) -> bool {
+    let mut ranges: Vec<&Range<usize>> = ranges.filter(|range| !range.is_empty()).collect();
+    ranges.sort_by_key(|range| range.start);
+    ranges.windows(2).all(|pair| pair[0].end <= pair[1].start)
+}
+
+fn alike(a: &CudaTensor, b: &CudaTensor) -> Result<()> {
+    ensure!(
+        (a.rows, a.cols, a.precision) == (b.rows, b.cols, b.precision),
+        "{} against {}",
+        a.describe(),
+        b.describe()
+    );
+    Ok(())
+}

@@ -1,0 +1,78 @@
+//! What the kernels need around them.
+#![allow(unsafe_code)]
+
+use super::bindings::vlmq_stream;
+use super::tensor::Precision;
+use anyhow::Result;
+
+/// An address in device memory.
+pub(super) type Address = usize;
+
+/// A plain product of dense row-major matrices of one element type, summed in float32 and rounded once:
+/// `c = a · op(b)`, or `c += a · op(b)`.
+pub(super) struct Product {
+    /// `[rows, inner]`.
+    pub(super) a: Address,
+    /// `[inner, cols]`, or `[cols, inner]` where `transposed`.
+    pub(super) b: Address,
+    /// `[rows, cols]`.
+    pub(super) c: Address,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) inner: usize,
+    pub(super) transposed: bool,
+    /// Adds to `c` instead of replacing it.
+    pub(super) accumulate: bool,
+    pub(super) precision: Precision,
+}
+
+/// Memory, copies and a stream. Everything is enqueued in order, on the one stream.
+pub(super) trait Runtime: Send + Sync {
+    /// Name for logs and reports.
+    fn name(&self) -> String;
+
+    /// The stream, ready for use by the calling thread.
+    fn stream(&self) -> Result<vlmq_stream>;
+
+    /// At least `bytes` bytes with arbitrary contents, aligned to 256. Errors where they do not fit.
+    fn allocate(&self, bytes: usize) -> Result<Address>;
+
+    /// Gives memory back as soon as the work that was enqueued so far is done.
+    ///
+    /// # Safety
+    /// `address` comes from [`allocate`](Self::allocate) for as many bytes, and is freed once.
+    unsafe fn free(&self, address: Address, bytes: usize);
+
+    /// Copies from the host. `from` may change as soon as the call returns.
+    ///
+    /// # Safety
+    /// `to` starts at least `from.len()` bytes of live memory.
+    unsafe fn write(&self, to: Address, from: &[u8]) -> Result<()>;
+
+    /// Copies to the host, and waits for it.
+    ///
+    /// # Safety
+    /// `from` starts at least `to.len()` bytes of live memory.
+    unsafe fn read(&self, from: Address, to: &mut [u8]) -> Result<()>;
+
+    /// Copies between two places that do not overlap.
+    ///
+    /// # Safety
+    /// Both start at least `bytes` bytes of live memory.
+    unsafe fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()>;
+
+    /// Sets every byte.
+    ///
+    /// # Safety
+    /// `to` starts at least `bytes` bytes of live memory.
+    unsafe fn fill(&self, to: Address, byte: u8, bytes: usize) -> Result<()>;
+
+    /// The product; no dimension is 0.
+    ///
+    /// # Safety
+    /// The addresses start live matrices of the shapes that the product names; `c` overlaps neither operand.
+    unsafe fn product(&self, product: &Product) -> Result<()>;
+
+    /// Waits until all work is done.
+    fn synchronize(&self) -> Result<()>;
+}

@@ -1,0 +1,431 @@
+//! Statistics, factorization and blockwise error propagation on the GPU, all in float32.
+
+use super::bindings::{
+    vlmq_cross_factor_args, vlmq_factor_args, vlmq_gather_rows_args, vlmq_grid, vlmq_grid_rule, vlmq_group_grid_args,
+    vlmq_permute_args, vlmq_product_args, vlmq_quantize_block_args, vlmq_squared_norm_args, vlmq_weighted_hessian_args,
+};
+use super::memory::Memory;
+use super::tensor::CudaTensor;
+use super::{Cuda, Precision};
+use crate::device::{
+    BLOCK, Block, BlockCodes, CrossFactor, Factor, Factored, Grid, GridRule, GroupGrid, PermuteSymmetric, ProductRange,
+    SolveOps, SolveState,
+};
+use anyhow::{Context, Result, ensure};
+use std::ops::Range;
+use std::ptr;
+
+impl SolveOps for Cuda {
+    fn accumulate_statistics(
+        &self,
+        hessian: &mut CudaTensor,
+        cross: Option<&mut CudaTensor>,
+        u: &CudaTensor,
+        f: Option<&CudaTensor>,
+        g: Option<&[f32]>,
+    ) -> Result<()> {
+        let features = u.cols;
+        square(hessian, features)?;
+        ensure!(cross.is_some() == f.is_some(), "cross statistics and float-path inputs come together");
+        if let (Some(cross), Some(f)) = (&cross, f) {
+            square(cross, features)?;
+            ensure!(
+                (f.rows, f.cols, f.precision) == (u.rows, u.cols, u.precision),
+                "float-path inputs {} beside quantized-path inputs {}",
+                f.describe(),
+                u.describe()
+            );
+        }
+        ensure!(g.is_none_or(|g| g.len() == u.rows), "importance factors for another number of tokens than {}", u.rows);
+        let g = g.map(|g| Memory::of(&self.runtime, g)).transpose()?;
+        self.launch_with_workspace(vlmq_weighted_hessian_args {
+            u: self.read(u)?,
+            f: f.map_or(Ok(ptr::null()), |f| self.read(f))?,
+            g: g.as_ref().map_or(ptr::null(), |g| g.at(0)),
+            hessian: self.floats_mut(hessian)?,
+            cross: cross.map_or(Ok(ptr::null_mut()), |cross| self.floats_mut(cross))?,
+            tokens: u.rows as i64,
+            features: features as i64,
+            u_stride: features as i64,
+            f_stride: features as i64,
+            dtype: u.precision.dtype(),
+            fast: 0,
+            workspace: ptr::null_mut(),
+            workspace_bytes: 0,
+        })
+    }
+
+    fn diagonal(&self, x: &CudaTensor) -> Result<Vec<f32>> {
+        let n = x.cols;
+        square(x, n)?;
+        // The matrix as a table of rows of one value.
+        let places: Option<Vec<u32>> = (0..n).map(|i| u32::try_from(i * (n + 1)).ok()).collect();
+        let places = Memory::of(&self.runtime, &places.context("a diagonal of more than 65535 values")?)?;
+        let mut diagonal = self.tensor(1, n, Precision::F32)?;
+        self.launch(&vlmq_gather_rows_args {
+            table: self.floats(x)?.cast(),
+            indices: places.at(0),
+            out: self.write(&mut diagonal)?,
+            rows: n as i64,
+            row_bytes: size_of::<f32>() as i64,
+            scatter: 0,
+        })?;
+        diagonal.memory.read(0, n)
+    }
+
+    fn permute_symmetric(&self, x: &CudaTensor, how: PermuteSymmetric<'_>) -> Result<CudaTensor> {
+        ensure!(how.diagonal.len() == x.cols, "a diagonal of {} values for {}", how.diagonal.len(), x.describe());
+        self.permuted(x, how.order, Some(how.diagonal))
+    }
+
+    fn permute(&self, x: &CudaTensor, order: &[u32]) -> Result<CudaTensor> {
+        self.permuted(x, order, None)
+    }
+
+    fn factor(&self, mut h: CudaTensor, blocks: &[Range<usize>]) -> Result<Factored<CudaTensor>> {
+        let n = h.cols;
+        square(&h, n)?;
+        let ends = ends(blocks, 0..n)?;
+        let mut inverses = self.tensor(n, BLOCK, Precision::F32)?;
+        let mut diagonal = self.tensor(1, n, Precision::F32)?;
+        let mut status = Memory::of(&self.runtime, &[-1i32])?;
+        self.launch_with_workspace(vlmq_factor_args {
+            h: self.floats_mut(&mut h)?,
+            inverses: self.floats_mut(&mut inverses)?,
+            diagonal: self.floats_mut(&mut diagonal)?,
+            blocks: ends.as_ptr(),
+            block_count: ends.len() as i64,
+            n: n as i64,
+            status: status.at_mut(0),
+            workspace: ptr::null_mut(),
+            workspace_bytes: 0,
+        })?;
+        Ok(match usize::try_from(status.read::<i32>(0, 1)?[0]) {
+            Ok(pivot) => Factored::NotPositive { pivot },
+            Err(_) => Factored::Done(Factor { root: h, inverses, diagonal }),
+        })
+    }
+
+    fn cross_factor(
+        &self,
+        mut c: CudaTensor,
+        factor: &Factor<CudaTensor>,
+        blocks: &[Range<usize>],
+        alpha: f32,
+    ) -> Result<CrossFactor<CudaTensor>> {
+        let n = c.cols;
+        square(&c, n)?;
+        check_factor(factor, n)?;
+        let ends = ends(blocks, 0..n)?;
+        let mut products = self.tensor(n, BLOCK, Precision::F32)?;
+        self.launch_with_workspace(vlmq_cross_factor_args {
+            c: self.floats_mut(&mut c)?,
+            root: self.floats(&factor.root)?,
+            inverses: self.floats(&factor.inverses)?,
+            diagonal: self.floats(&factor.diagonal)?,
+            products: self.floats_mut(&mut products)?,
+            blocks: ends.as_ptr(),
+            block_count: ends.len() as i64,
+            n: n as i64,
+            alpha,
+            workspace: ptr::null_mut(),
+            workspace_bytes: 0,
+        })?;
+        Ok(CrossFactor { scaled: c, blocks: products })
+    }
+
+    fn add_product(&self, c: &mut CudaTensor, a: &CudaTensor, b: &CudaTensor, range: &ProductRange) -> Result<()> {
+        let ProductRange { inner, columns, target } = range;
+        let width = columns.len();
+        ensure!(
+            c.rows == a.rows
+                && inner.start <= inner.end
+                && columns.start <= columns.end
+                && inner.end <= a.cols.min(b.rows)
+                && columns.end <= b.cols
+                && target + width <= c.cols,
+            "{range:?} of {} times {} into {}",
+            a.describe(),
+            b.describe(),
+            c.describe()
+        );
+        self.launch(&vlmq_product_args {
+            a: self.floats(a)?.wrapping_add(inner.start),
+            b: self.floats(b)?.wrapping_add(inner.start * b.cols + columns.start),
+            c: self.floats_mut(c)?.wrapping_add(*target),
+            rows: c.rows as i64,
+            cols: width as i64,
+            inner: inner.len() as i64,
+            a_stride: a.cols as i64,
+            b_stride: b.cols as i64,
+            c_stride: c.cols as i64,
+            alpha: 1.0,
+            beta: 1.0,
+            transposed: 0,
+        })
+    }
+
+    fn squared_norm(&self, x: &CudaTensor) -> Result<f64> {
+        self.norm_in(x, None)
+    }
+
+    fn weighted_squared_norm(&self, x: &CudaTensor, h: &CudaTensor) -> Result<f64> {
+        square(h, x.cols)?;
+        self.norm_in(x, Some(h))
+    }
+
+    fn group_grid(
+        &self,
+        state: &SolveState<CudaTensor>,
+        columns: Range<usize>,
+        rule: GridRule,
+        factor: Option<&Factor<CudaTensor>>,
+        blocks: &[Range<usize>],
+    ) -> Result<GroupGrid> {
+        let SolveState { residual, error, cross, .. } = state;
+        let (rows, features) = (residual.rows, residual.cols);
+        ensure!(columns.start < columns.end && columns.end <= features, "group {columns:?} of {}", residual.describe());
+        if let Some(factor) = factor {
+            check_factor(factor, features)?;
+            for part in [Some(error), cross.as_ref()].into_iter().flatten() {
+                shaped(part, rows, columns.len())?;
+            }
+        }
+        let ends = if factor.is_some() { ends(blocks, columns.clone())? } else { Vec::new() };
+        let mut outputs = Outputs::new(self, rows, 1, 0)?;
+        let arguments = vlmq_group_grid_args {
+            residual: self.floats(residual)?,
+            error: factor.map_or(Ok(ptr::null()), |_| self.floats(error))?,
+            cross: match (factor, cross) {
+                (Some(_), Some(cross)) => self.floats(cross)?,
+                _ => ptr::null(),
+            },
+            root: factor.map_or(Ok(ptr::null()), |factor| self.floats(&factor.root))?,
+            inverses: factor.map_or(Ok(ptr::null()), |factor| self.floats(&factor.inverses))?,
+            blocks: if factor.is_some() { ends.as_ptr() } else { ptr::null() },
+            block_count: ends.len() as i64,
+            scales: outputs.memory.at_mut(outputs.scales),
+            zeros: outputs.memory.at_mut(outputs.zeros),
+            status: outputs.memory.at_mut(outputs.status),
+            rows: rows as i64,
+            features: features as i64,
+            first: columns.start as i64,
+            columns: columns.len() as i64,
+            rule: rule_arguments(&rule),
+            workspace: ptr::null_mut(),
+            workspace_bytes: 0,
+        };
+        self.launch_with_workspace(arguments)?;
+        Ok(outputs.take(&rule)?.grid)
+    }
+
+    fn quantize_block(&self, block: &Block<'_, CudaTensor>, state: &mut SolveState<CudaTensor>) -> Result<BlockCodes> {
+        let (rows, features) = (state.residual.rows, state.residual.cols);
+        let (columns, width, span) = (block.columns.clone(), block.columns.len(), state.error.cols);
+        check_block(block, state)?;
+        let groups = if block.grid.is_some() { 1 } else { width / block.group };
+        let mut outputs = Outputs::new(self, rows, groups, width)?;
+        if let Some(grid) = block.grid {
+            outputs.memory.write(outputs.scales, bytemuck::cast_slice(&grid.scales))?;
+            outputs.memory.write(outputs.zeros, &grid.zeros)?;
+        }
+        let (factor, cross) = (block.factor, block.cross);
+        let solved = factor.is_some();
+        // Without a factor nothing is carried on.
+        let optional = |part: Option<&mut CudaTensor>| match part {
+            Some(part) if solved => self.floats_mut(part),
+            _ => Ok(ptr::null_mut()),
+        };
+        self.launch(&vlmq_quantize_block_args {
+            residual: self.floats_mut(&mut state.residual)?,
+            carried: optional(state.carried.as_mut())?,
+            shift: optional(state.shift.as_mut())?,
+            error: optional(Some(&mut state.error))?,
+            cross: optional(state.cross.as_mut())?,
+            root: factor.map_or(Ok(ptr::null()), |factor| self.floats(&factor.root))?,
+            inverses: factor.map_or(Ok(ptr::null()), |factor| self.floats(&factor.inverses))?,
+            diagonal: factor.map_or(Ok(ptr::null()), |factor| self.floats(&factor.diagonal))?,
+            products: cross.filter(|_| solved).map_or(Ok(ptr::null()), |cross| self.floats(&cross.blocks))?,
+            codes: outputs.memory.at_mut(outputs.codes),
+            scales: outputs.memory.at_mut(outputs.scales),
+            zeros: outputs.memory.at_mut(outputs.zeros),
+            row_errors: outputs.memory.at_mut(outputs.row_errors),
+            status: outputs.memory.at_mut(outputs.status),
+            rows: rows as i64,
+            features: features as i64,
+            first: columns.start as i64,
+            columns: width as i64,
+            span_first: block.span as i64,
+            span: span as i64,
+            group: if block.grid.is_some() { width } else { block.group } as i64,
+            given_grid: block.grid.is_some().into(),
+            rule: rule_arguments(&block.rule),
+        })?;
+        outputs.take(&block.rule)
+    }
+}
+
+impl Cuda {
+    fn permuted(&self, x: &CudaTensor, order: &[u32], diagonal: Option<&[f32]>) -> Result<CudaTensor> {
+        let n = x.cols;
+        square(x, n)?;
+        ensure!(order.len() == n && order.iter().all(|&i| (i as usize) < n), "an order of another matrix than {n}x{n}");
+        let mut out = self.tensor(n, n, Precision::F32)?;
+        let order = Memory::of(&self.runtime, order)?;
+        let values = diagonal.map(|diagonal| Memory::of(&self.runtime, diagonal)).transpose()?;
+        self.launch(&vlmq_permute_args {
+            x: self.floats(x)?,
+            order: order.at(0),
+            diagonal: values.as_ref().map_or(ptr::null(), |values| values.at(0)),
+            out: self.floats_mut(&mut out)?,
+            n: n as i64,
+            symmetric: diagonal.is_some().into(),
+        })?;
+        Ok(out)
+    }
+
+    fn norm_in(&self, x: &CudaTensor, h: Option<&CudaTensor>) -> Result<f64> {
+        let mut norm = Memory::of(&self.runtime, &[0.0f64])?;
+        self.launch_with_workspace(vlmq_squared_norm_args {
+            x: self.floats(x)?,
+            h: h.map_or(Ok(ptr::null()), |h| self.floats(h))?,
+            norm: norm.at_mut(0),
+            rows: x.rows as i64,
+            cols: x.cols as i64,
+            workspace: ptr::null_mut(),
+            workspace_bytes: 0,
+        })?;
+        Ok(norm.read::<f64>(0, 1)?[0])
+    }
+}
+
+/// What a block brings back, in one piece of memory so that it comes in one copy. Places are in bytes.
+struct Outputs {
+    memory: Memory,
+    rows: usize,
+    groups: usize,
+    columns: usize,
+    row_errors: usize,
+    scales: usize,
+    status: usize,
+    codes: usize,
+    zeros: usize,
+}
+
+impl Outputs {
+    fn new(device: &Cuda, rows: usize, groups: usize, columns: usize) -> Result<Self> {
+        let mut end = 0;
+        // For vector stores, each starts where an allocation could.
+        let mut place = |bytes: usize| {
+            let at = end;
+            end = (end + bytes).next_multiple_of(256);
+            at
+        };
+        let row_errors = place(rows * size_of::<f64>());
+        let scales = place(rows * groups * size_of::<f32>());
+        let status = place(size_of::<i32>());
+        let codes = place(rows * columns);
+        let zeros = place(rows * groups);
+        let mut memory = Memory::new(&device.runtime, end)?;
+        memory.write(status, bytemuck::bytes_of(&i32::MAX))?;
+        Ok(Self { memory, rows, groups, columns, row_errors, scales, status, codes, zeros })
+    }
+
+    /// Waits. Errors where a scale did not fit.
+    fn take(self, rule: &GridRule) -> Result<BlockCodes> {
+        let bytes: Vec<u8> = self.memory.read(0, self.memory.bytes())?;
+        let status: i32 = bytemuck::pod_read_unaligned(&bytes[self.status..][..size_of::<i32>()]);
+        if status != i32::MAX {
+            return Err(rule.misfit(status as usize));
+        }
+        let count = self.rows * self.groups;
+        // A group's grid alone has no codes, and its errors were not written.
+        let errors = if self.columns == 0 { 0 } else { self.rows };
+        let errors: Vec<f64> = bytemuck::pod_collect_to_vec(&bytes[self.row_errors..][..errors * size_of::<f64>()]);
+        Ok(BlockCodes {
+            codes: bytes[self.codes..][..self.rows * self.columns].to_vec(),
+            grid: GroupGrid {
+                scales: bytemuck::pod_collect_to_vec(&bytes[self.scales..][..count * size_of::<f32>()]),
+                zeros: bytes[self.zeros..][..count].to_vec(),
+            },
+            error: errors.iter().sum(),
+        })
+    }
+}
+
+fn rule_arguments(rule: &GridRule) -> vlmq_grid_rule {
+    vlmq_grid_rule {
+        bits: rule.bits as i32,
+        symmetric: rule.symmetric.into(),
+        grid: match rule.grid {
+            Grid::Minmax => vlmq_grid::VLMQ_MINMAX,
+            Grid::Mse => vlmq_grid::VLMQ_MSE,
+        },
+        scale_type: Precision::from(rule.scale_type).dtype(),
+        smallest_zero: rule.smallest_zero.into(),
+    }
+}
+
+fn check_block(block: &Block<'_, CudaTensor>, state: &SolveState<CudaTensor>) -> Result<()> {
+    let (rows, features) = (state.residual.rows, state.residual.cols);
+    let (columns, width) = (&block.columns, block.columns.len());
+    ensure!(width > 0 && columns.end <= features, "block {columns:?} of {}", state.residual.describe());
+    match block.grid {
+        Some(grid) => ensure!(
+            grid.scales.len() == rows && grid.zeros.len() == rows,
+            "a grid of {} scales and {} zeros for {rows} rows",
+            grid.scales.len(),
+            grid.zeros.len()
+        ),
+        None => ensure!(
+            block.group > 0 && width.is_multiple_of(block.group),
+            "groups of {} columns in a block of {width}",
+            block.group
+        ),
+    }
+    let Some(factor) = block.factor else { return Ok(()) };
+    check_factor(factor, features)?;
+    let span = state.error.cols;
+    ensure!(
+        width <= BLOCK && block.span <= columns.start && columns.end <= block.span + span,
+        "block {columns:?} in a span of {span} columns from {} on",
+        block.span
+    );
+    for part in [Some(&state.error), state.cross.as_ref()].into_iter().flatten() {
+        shaped(part, rows, span)?;
+    }
+    for part in [&state.carried, &state.shift].into_iter().flatten() {
+        shaped(part, rows, features)?;
+    }
+    if let Some(cross) = block.cross {
+        shaped(&cross.blocks, features, BLOCK)?;
+    }
+    ensure!(state.shift.is_none() || block.cross.is_some(), "a shift without a cross term");
+    Ok(())
+}
+
+fn check_factor(factor: &Factor<CudaTensor>, n: usize) -> Result<()> {
+    square(&factor.root, n)?;
+    shaped(&factor.inverses, n, BLOCK)?;
+    shaped(&factor.diagonal, 1, n)
+}
+
+fn square(x: &CudaTensor, n: usize) -> Result<()> {
+    shaped(x, n, n)
+}
+
+fn shaped(x: &CudaTensor, rows: usize, cols: usize) -> Result<()> {
+    ensure!((x.rows, x.cols) == (rows, cols), "{} where {rows}x{cols} is needed", x.describe());
+    Ok(())
+}
+
+/// Ends of blocks, which must follow each other over all of `columns` and be at most [`BLOCK`] wide.
+fn ends(blocks: &[Range<usize>], columns: Range<usize>) -> Result<Vec<i32>> {
+    let mut at = columns.start;
+    for block in blocks {
+        ensure!(block.start == at && block.end > at && block.len() <= BLOCK, "block {block:?} behind column {at}");
+        at = block.end;
+    }
+    ensure!(at == columns.end, "blocks up to column {at} of {columns:?}");
+    blocks.iter().map(|block| i32::try_from(block.end).context("too many columns")).collect()
+}

@@ -1,0 +1,131 @@
+//! Matrices in device memory.
+
+use super::bindings::vlmq_dtype;
+use super::memory::Memory;
+use crate::device::ScaleType;
+use crate::tensor::Matrix;
+use anyhow::Result;
+use bytemuck::Pod;
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::borrow::Cow;
+
+/// Element type of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// Single precision: statistics, factors, and everything that the solver works on.
+    F32,
+    /// bfloat16: weights and activations of a model stored so.
+    Bf16,
+    /// IEEE half precision: weights and activations of a model stored so.
+    F16,
+}
+
+impl Precision {
+    /// Bytes of an element.
+    pub(super) fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+
+    /// The bytes of `values` in this type, rounded to nearest, ties to even.
+    pub(super) fn encode(self, values: &[f32]) -> Cow<'_, [u8]> {
+        match self {
+            Self::F32 => Cow::Borrowed(bytemuck::cast_slice(values)),
+            Self::Bf16 => Cow::Owned(narrow(values, bf16::from_f32)),
+            Self::F16 => Cow::Owned(narrow(values, f16::from_f32)),
+        }
+    }
+
+    /// As the C API names it.
+    pub(super) fn dtype(self) -> vlmq_dtype {
+        match self {
+            Self::F32 => vlmq_dtype::VLMQ_F32,
+            Self::Bf16 => vlmq_dtype::VLMQ_BF16,
+            Self::F16 => vlmq_dtype::VLMQ_F16,
+        }
+    }
+}
+
+/// Values that a thread converts at a time, at least.
+const TILE: usize = 1 << 15;
+
+fn narrow<T: Pod + Send + Sync>(values: &[f32], one: fn(f32) -> T) -> Vec<u8> {
+    let mut bytes = vec![0; size_of_val(values) / size_of::<f32>() * size_of::<T>()];
+    bytes.par_chunks_mut(TILE * size_of::<T>()).zip(values.par_chunks(TILE)).for_each(|(bytes, values)| {
+        for (bytes, &value) in bytes.chunks_exact_mut(size_of::<T>()).zip(values) {
+            bytes.copy_from_slice(bytemuck::bytes_of(&one(value)));
+        }
+    });
+    bytes
+}
+
+/// Float32 values of half-precision ones.
+pub(super) fn widen<T: Copy + Into<f32> + Send + Sync>(values: &[T]) -> Vec<f32> {
+    values.par_iter().with_min_len(TILE).map(|&value| value.into()).collect()
+}
+
+/// The types that checkpoints store are those that models run in.
+impl From<ScaleType> for Precision {
+    fn from(stored: ScaleType) -> Self {
+        match stored {
+            ScaleType::F32 => Self::F32,
+            ScaleType::Bf16 => Self::Bf16,
+            ScaleType::F16 => Self::F16,
+        }
+    }
+}
+
+/// A dense row-major matrix `[rows, cols]` in the memory of a [`Cuda`](super::Cuda) device.
+pub struct CudaTensor {
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) precision: Precision,
+    /// At least `rows · cols` elements: more where rows are appended.
+    pub(super) memory: Memory,
+}
+
+impl CudaTensor {
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Element type.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Bytes of a row.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.cols * self.precision.size()
+    }
+
+    /// Bytes of all rows.
+    pub(super) fn bytes(&self) -> usize {
+        self.rows * self.row_bytes()
+    }
+
+    /// All values, on the host.
+    pub(super) fn to_host(&self) -> Result<Matrix> {
+        let count = self.rows * self.cols;
+        let values = match self.precision {
+            Precision::F32 => self.memory.read(0, count)?,
+            Precision::Bf16 => widen(&self.memory.read::<bf16>(0, count)?),
+            Precision::F16 => widen(&self.memory.read::<f16>(0, count)?),
+        };
+        Matrix::new(self.rows, self.cols, values)
+    }
+
+    /// For messages: `3x4 Bf16`.
+    pub(super) fn describe(&self) -> String {
+        format!("{}x{} {:?}", self.rows, self.cols, self.precision)
+    }
+}

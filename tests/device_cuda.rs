@@ -1,0 +1,446 @@
+//! The CUDA device on emulated kernels, operation by operation, against the CPU device on the same numbers.
+//!
+//! Inputs are bfloat16 numbers on both sides, so that what differs is the operation. The CPU keeps float32; the CUDA device
+//! rounds each result once to the precision that the model runs in.
+
+mod support;
+
+use support::kernels::{Variant, build};
+use support::noise;
+use vlmq::device::cpu::Cpu;
+use vlmq::device::cuda::{Cuda, CudaTensor, Precision};
+use vlmq::device::{
+    Activation, AttentionShape, BLOCK, Device, Factored, ModelOps, PermuteSymmetric, ProductRange, Rotary, SolveOps,
+    Span,
+};
+use vlmq::quantize::plain::quantize_layer;
+use vlmq::quantize::settings::{CrossTerm, Grid, Order, ScaleType, Solver, SolverSettings};
+use vlmq::tensor::Matrix;
+
+const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::F16];
+
+fn device(precision: Precision) -> Cuda {
+    Cuda::emulated(&build("vlmq_kernels", "kernels", Variant::Plain), precision).unwrap()
+}
+
+/// Noise of moderate size, exact in every precision.
+fn numbers(rows: usize, cols: usize, seed: u64) -> Matrix {
+    let mut x = noise(rows, cols, seed);
+    // Eight leading bits, none too small for f16.
+    x.data_mut().iter_mut().for_each(|v| *v = f32::from_bits((*v / 4.0).to_bits() & 0xffff_0000));
+    x.data_mut().iter_mut().filter(|v| v.abs() < 1e-3).for_each(|v| *v = 0.0);
+    x
+}
+
+fn whole(rows: usize, cols: usize, seed: u64) -> Matrix {
+    let mut x = noise(rows, cols, seed);
+    x.data_mut().iter_mut().for_each(|v| *v = v.round().clamp(-8.0, 8.0));
+    x
+}
+
+/// Largest difference, by the largest value.
+fn difference(found: &Matrix, expected: &Matrix) -> f64 {
+    assert_eq!((found.rows(), found.cols()), (expected.rows(), expected.cols()));
+    let pairs = || found.data().iter().zip(expected.data()).map(|(&a, &b)| (f64::from(a), f64::from(b)));
+    let largest = pairs().map(|(_, b)| b.abs()).fold(0.0, f64::max);
+    let worst = pairs().map(|(a, b)| if a.is_nan() { f64::INFINITY } else { (a - b).abs() }).fold(0.0, f64::max);
+    if worst == 0.0 { 0.0 } else { worst / largest }
+}
+
+/// `‖found − expected‖ / ‖expected‖`.
+fn norm_error(found: &Matrix, expected: &Matrix) -> f64 {
+    let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
+    let pairs = found.data().iter().zip(expected.data());
+    let off = square(&mut pairs.map(|(&a, &b)| f64::from(a) - f64::from(b)));
+    (off / square(&mut expected.data().iter().map(|&b| f64::from(b)))).sqrt()
+}
+
+/// One rounding to the precision, and sums in another order.
+fn tolerance(precision: Precision) -> f64 {
+    match precision {
+        Precision::F32 => 2e-6,
+        Precision::Bf16 => 1.0 / 256.0,
+        Precision::F16 => 1.0 / 2048.0,
+    }
+}
+
+/// A device with its precision, and what to do with results.
+struct Case {
+    cuda: Cuda,
+    precision: Precision,
+}
+
+impl Case {
+    fn all() -> impl Iterator<Item = Case> {
+        PRECISIONS.into_iter().map(|precision| Case { cuda: device(precision), precision })
+    }
+
+    fn up(&self, x: &Matrix) -> CudaTensor {
+        self.cuda.upload_model(x.clone()).unwrap()
+    }
+
+    fn down(&self, x: &CudaTensor) -> Matrix {
+        self.cuda.download(x).unwrap()
+    }
+
+    fn check(&self, what: &str, found: &CudaTensor, expected: &Matrix) {
+        let off = difference(&self.down(found), expected);
+        assert!(off <= tolerance(self.precision), "{what} in {:?} is {off:e} off", self.precision);
+    }
+}
+
+#[test]
+fn tensors_go_and_come_back() {
+    for case in Case::all() {
+        let (cuda, x) = (&case.cuda, numbers(17, 33, 1));
+        assert!(cuda.name().contains("emulated"));
+        let tensor = case.up(&x);
+        assert_eq!((tensor.precision(), cuda.shape(&tensor)), (case.precision, (17, 33)));
+        assert_eq!(case.down(&tensor), x);
+        // Float32 whatever the model's precision.
+        let odd = Matrix::new(1, 2, vec![1.0 + f32::EPSILON, -3.5]).unwrap();
+        assert_eq!(case.down(&cuda.upload(odd.clone()).unwrap()), odd);
+        let mut zeros = cuda.zeros(3, 5).unwrap();
+        assert_eq!(case.down(&zeros), Matrix::zeros(3, 5));
+        cuda.append_rows(&mut zeros, &cuda.upload(Matrix::row_vector(vec![7.0; 5])).unwrap()).unwrap();
+        cuda.clear(&mut zeros).unwrap();
+        assert_eq!(case.down(&zeros), Matrix::zeros(4, 5));
+
+        let mut broken = x.clone();
+        assert_eq!(cuda.first_non_finite_row(&tensor).unwrap(), None);
+        broken.row_mut(16)[32] = f32::NAN;
+        assert_eq!(cuda.first_non_finite_row(&case.up(&broken)).unwrap(), Some(16));
+        broken.row_mut(3)[0] = f32::INFINITY;
+        assert_eq!(cuda.first_non_finite_row(&case.up(&broken)).unwrap(), Some(3));
+    }
+}
+
+#[test]
+fn rows_are_moved_exactly() {
+    for case in Case::all() {
+        let cuda = &case.cuda;
+        let (x, y) = (numbers(20, 7, 1), numbers(3, 7, 2));
+        let (there, more) = (case.up(&x), case.up(&y));
+        let indices = [19, 0, 0, 5];
+        assert_eq!(case.down(&cuda.gather_rows(&there, &indices).unwrap()), Cpu.gather_rows(&x, &indices).unwrap());
+        assert_eq!(case.down(&cuda.slice_rows(&there, 4..9).unwrap()), Cpu.slice_rows(&x, 4..9).unwrap());
+        assert_eq!(cuda.shape(&cuda.slice_rows(&there, 4..4).unwrap()), (0, 7));
+        let (mut ours, mut theirs) = (case.up(&x), x.clone());
+        cuda.scatter_rows(&mut ours, &[17, 2, 9], &more).unwrap();
+        Cpu.scatter_rows(&mut theirs, &[17, 2, 9], &y).unwrap();
+        // Often enough that memory grows more than once.
+        for _ in 0..30 {
+            cuda.append_rows(&mut ours, &more).unwrap();
+            Cpu.append_rows(&mut theirs, &y).unwrap();
+        }
+        assert_eq!(case.down(&ours), theirs);
+        let reshaped = cuda.reshape(ours, 7, 110).unwrap();
+        assert_eq!(case.down(&reshaped), theirs.reshaped(7, 110).unwrap());
+
+        assert!(cuda.gather_rows(&there, &[20]).is_err());
+        assert!(cuda.slice_rows(&there, 4..21).is_err());
+        let mut target = case.up(&x);
+        assert!(cuda.scatter_rows(&mut target, &[1, 2, 1], &more).is_err());
+        assert!(cuda.scatter_rows(&mut target, &[1, 2, 20], &more).is_err());
+        assert!(cuda.reshape(target, 3, 47).is_err());
+    }
+}
+
+#[test]
+fn products_agree() {
+    for case in Case::all() {
+        let cuda = &case.cuda;
+        for (rows, inner, outputs) in [(1, 17, 5), (33, 128, 40), (3, 0, 4)] {
+            let (x, weight, bias) = (whole(rows, inner, 1), whole(outputs, inner, 2), whole(1, outputs, 3));
+            let expected = Cpu.linear(&x, &weight, Some(&bias)).unwrap();
+            let found = cuda.linear(&case.up(&x), &case.up(&weight), Some(&case.up(&bias))).unwrap();
+            // Whole numbers: exact but for the one rounding.
+            assert_eq!(case.down(&found), case.down(&case.up(&expected)));
+            let b = whole(inner, outputs, 4);
+            let found = cuda.matmul(&case.up(&x), &case.up(&b)).unwrap();
+            assert_eq!(case.down(&found), case.down(&case.up(&Cpu.matmul(&x, &b).unwrap())));
+        }
+        let (x, y) = (whole(5, 6, 1), whole(5, 7, 2));
+        assert!(cuda.linear(&case.up(&x), &case.up(&y), None).is_err());
+        assert!(cuda.matmul(&case.up(&x), &case.up(&y)).is_err());
+        let short = case.up(&whole(1, 4, 3));
+        assert!(cuda.linear(&case.up(&x), &case.up(&whole(5, 6, 2)), Some(&short)).is_err());
+    }
+}
+
+#[test]
+fn elementwise_operations_agree() {
+    for case in Case::all() {
+        let cuda = &case.cuda;
+        let (x, y) = (numbers(17, 130, 1), numbers(17, 130, 2));
+        let (a, b) = (case.up(&x), case.up(&y));
+        let (mut sum, mut expected) = (case.up(&x), x.clone());
+        cuda.add_assign(&mut sum, &b).unwrap();
+        Cpu.add_assign(&mut expected, &y).unwrap();
+        assert_eq!(case.down(&sum), case.down(&case.up(&expected)));
+        let found = cuda.scaled_difference(&a, &b, 2.0).unwrap();
+        assert_eq!(case.down(&found), case.down(&case.up(&Cpu.scaled_difference(&x, &y, 2.0).unwrap())));
+        for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::QuickGelu] {
+            let found = cuda.activate(&a, activation).unwrap();
+            case.check("activation", &found, &Cpu.activate(&x, activation).unwrap());
+            let found = cuda.gated(&a, &b, activation).unwrap();
+            case.check("gate", &found, &Cpu.gated(&x, &y, activation).unwrap());
+        }
+        let (weight, bias) = (numbers(1, 130, 3), numbers(1, 130, 4));
+        let found = cuda.rms_norm(&a, &case.up(&weight), 1e-6).unwrap();
+        case.check("rms norm", &found, &Cpu.rms_norm(&x, &weight, 1e-6).unwrap());
+        let found = cuda.layer_norm(&a, &case.up(&weight), &case.up(&bias), 1e-6).unwrap();
+        case.check("layer norm", &found, &Cpu.layer_norm(&x, &weight, &bias, 1e-6).unwrap());
+        let means = Matrix::row_vector(cuda.mean_abs_rows(&a).unwrap());
+        assert!(difference(&means, &Matrix::row_vector(Cpu.mean_abs_rows(&x).unwrap())) < 1e-6);
+
+        let narrow = case.up(&numbers(17, 129, 1));
+        assert!(cuda.add_assign(&mut sum, &narrow).is_err());
+        assert!(cuda.gated(&a, &narrow, Activation::Silu).is_err());
+        assert!(cuda.rms_norm(&narrow, &case.up(&weight), 1e-6).is_err());
+        if case.precision != Precision::F32 {
+            // Float32 does not mix with the model's precision by accident.
+            let float = cuda.upload(y.clone()).unwrap();
+            assert!(format!("{:#}", cuda.scaled_difference(&a, &float, 1.0).err().unwrap()).contains("F32"));
+            assert!(cuda.linear(&a, &float, None).is_err());
+        }
+    }
+}
+
+#[test]
+fn rotations_agree() {
+    for case in Case::all() {
+        let (heads, half, tokens) = (3, 16, 17);
+        let angles = noise(tokens, half, 5);
+        let table = |f: fn(f32) -> f32| {
+            Matrix::new(tokens, half, angles.data().iter().map(|&angle| f(angle)).collect()).unwrap()
+        };
+        let rotary = Rotary { cos: table(f32::cos), sin: table(f32::sin) };
+        let up = |x: &Matrix| case.cuda.upload(x.clone()).unwrap();
+        let there = Rotary { cos: up(&rotary.cos), sin: up(&rotary.sin) };
+        for transposed in [false, true] {
+            let mut expected = numbers(tokens, heads * 2 * half, 6);
+            let mut x = case.up(&expected);
+            case.cuda.rotate(&mut x, &there, transposed).unwrap();
+            Cpu.rotate(&mut expected, &rotary, transposed).unwrap();
+            case.check("rotation", &x, &expected);
+        }
+        let mut x = case.up(&numbers(tokens, 33, 6));
+        assert!(case.cuda.rotate(&mut x, &there, false).is_err());
+    }
+}
+
+#[test]
+fn attention_agrees_forward_and_backward() {
+    let own = |lengths: &[usize]| {
+        let mut start = 0;
+        let next = |&length: &usize| {
+            start += length;
+            Span::own(start - length..start)
+        };
+        lengths.iter().map(next).collect::<Vec<_>>()
+    };
+    let shape = |heads, kv_heads, head_dim, causal| AttentionShape { heads, kv_heads, head_dim, causal };
+    let cases = [
+        (shape(4, 2, 16, true), own(&[1, 17, 70])),
+        (shape(3, 3, 64, false), own(&[33, 5])),
+        (shape(2, 1, 80, true), vec![Span { q: 0..1, k: 0..40 }, Span { q: 1..2, k: 40..41 }]),
+    ];
+    for case in Case::all() {
+        for (shape, spans) in &cases {
+            let queries = spans.iter().map(|span| span.q.end).max().unwrap();
+            let keys = spans.iter().map(|span| span.k.end).max().unwrap();
+            let q = numbers(queries, shape.heads * shape.head_dim, 1);
+            let k = numbers(keys, shape.kv_heads * shape.head_dim, 2);
+            let v = numbers(keys, shape.kv_heads * shape.head_dim, 3);
+            let d_out = numbers(queries, shape.heads * shape.head_dim, 4);
+            let [a, b, c, d] = [&q, &k, &v, &d_out].map(|x| case.up(x));
+            let found = case.cuda.attention(&a, &b, &c, spans, *shape).unwrap();
+            let expected = Cpu.attention(&q, &k, &v, spans, *shape).unwrap();
+            // Probabilities are rounded to the model's type before they meet the values: a second rounding.
+            let off = norm_error(&case.down(&found), &expected);
+            assert!(off <= 2.0 * tolerance(case.precision), "attention in {:?} is {off:e} off", case.precision);
+            let found = case.cuda.attention_backward(&a, &b, &c, &d, spans, *shape).unwrap();
+            let expected = Cpu.attention_backward(&q, &k, &v, &d_out, spans, *shape).unwrap();
+            let pairs = [(&found.0, &expected.0), (&found.1, &expected.1), (&found.2, &expected.2)];
+            for (name, (found, expected)) in ["dq", "dk", "dv"].into_iter().zip(pairs) {
+                let off = norm_error(&case.down(found), expected);
+                assert!(off <= 3.0 * tolerance(case.precision), "{name} in {:?} is {off:e} off", case.precision);
+            }
+        }
+        let (shape, spans) = &cases[0];
+        let x = case.up(&numbers(88, 64, 1));
+        let narrow = case.up(&numbers(88, 16, 1));
+        assert!(case.cuda.attention(&x, &narrow, &narrow, spans, *shape).is_err());
+        let kv = case.up(&numbers(60, 32, 1));
+        assert!(case.cuda.attention(&x, &kv, &kv, spans, *shape).is_err());
+    }
+}
+
+#[test]
+fn statistics_agree() {
+    for case in Case::all() {
+        let (cuda, features) = (&case.cuda, 129);
+        let (u, f) = (numbers(70, features, 1), numbers(70, features, 2));
+        let g: Vec<f32> = (0..70).map(|i| (i % 5) as f32 / 2.0).collect();
+        let (mut h, mut c) = (Matrix::zeros(features, features), Matrix::zeros(features, features));
+        let (mut h_there, mut c_there) =
+            (cuda.zeros(features, features).unwrap(), cuda.zeros(features, features).unwrap());
+        let (u_there, f_there) = (case.up(&u), case.up(&f));
+        for g in [Some(&g[..]), None] {
+            Cpu.accumulate_statistics(&mut h, Some(&mut c), &u, Some(&f), g).unwrap();
+            cuda.accumulate_statistics(&mut h_there, Some(&mut c_there), &u_there, Some(&f_there), g).unwrap();
+        }
+        // Without a cross term, too.
+        Cpu.accumulate_statistics(&mut h, None, &u, None, None).unwrap();
+        cuda.accumulate_statistics(&mut h_there, None, &u_there, None, None).unwrap();
+        let upper = |x: &Matrix| {
+            let mut x = x.clone();
+            (0..features).for_each(|i| x.row_mut(i)[..i].fill(0.0));
+            x
+        };
+        let off = norm_error(&upper(&case.down(&h_there)), &upper(&h));
+        assert!(off <= 1e-6, "H in {:?} is {off:e} off", case.precision);
+        let off = norm_error(&case.down(&c_there), &c);
+        assert!(off <= 1e-6, "C in {:?} is {off:e} off", case.precision);
+        let diagonal: Vec<f32> = (0..features).map(|i| case.down(&h_there).row(i)[i]).collect();
+        assert_eq!(cuda.diagonal(&h_there).unwrap(), diagonal);
+        assert!(cuda.accumulate_statistics(&mut h_there, None, &u_there, Some(&f_there), None).is_err());
+        assert!(cuda.accumulate_statistics(&mut h_there, None, &u_there, None, Some(&g[1..])).is_err());
+    }
+}
+
+/// H and C of some noise, and blocks over its columns.
+fn statistics(n: usize) -> (Matrix, Matrix, Vec<std::ops::Range<usize>>) {
+    let (u, f) = (noise(3 * n, n, 1), noise(3 * n, n, 2));
+    let (mut h, mut c) = (Matrix::zeros(n, n), Matrix::zeros(n, n));
+    Cpu.accumulate_statistics(&mut h, Some(&mut c), &u, Some(&f), None).unwrap();
+    let blocks = (0..n).step_by(BLOCK).map(|first| first..(first + BLOCK).min(n)).collect();
+    (h, c, blocks)
+}
+
+#[test]
+fn factors_agree() {
+    let cuda = device(Precision::Bf16);
+    let up = |x: &Matrix| cuda.upload(x.clone()).unwrap();
+    let down = |x: &CudaTensor| cuda.download(x).unwrap();
+    let n = 300;
+    let (h, c, blocks) = statistics(n);
+    let order: Vec<u32> = (0..n as u32).map(|i| (i * 7) % n as u32).collect();
+    let diagonal: Vec<f32> = (0..n).map(|i| h.row(i)[i] * 1.01).collect();
+    let how = PermuteSymmetric { order: &order, diagonal: &diagonal };
+    let permuted = Cpu.permute_symmetric(&h, how).unwrap();
+    let there = cuda.permute_symmetric(&up(&h), how).unwrap();
+    assert_eq!(down(&there), permuted);
+    let cross = Cpu.permute(&c, &order).unwrap();
+    let cross_there = cuda.permute(&up(&c), &order).unwrap();
+    assert_eq!(down(&cross_there), cross);
+
+    let Factored::Done(expected) = Cpu.factor(permuted.clone(), &blocks).unwrap() else { panic!("the CPU") };
+    let Factored::Done(found) = cuda.factor(there, &blocks).unwrap() else { panic!("the kernels") };
+    let term = Cpu.cross_factor(cross, &expected, &blocks, 0.25).unwrap();
+    let term_there = cuda.cross_factor(cross_there, &found, &blocks, 0.25).unwrap();
+    for (name, found, expected) in [
+        ("root", &found.root, &expected.root),
+        ("inverses", &found.inverses, &expected.inverses),
+        ("diagonal", &found.diagonal, &expected.diagonal),
+        ("M", &term_there.scaled, &term.scaled),
+        ("P", &term_there.blocks, &term.blocks),
+    ] {
+        let off = norm_error(&down(found), expected);
+        assert!(off < 1e-5, "{name} is {off:e} off");
+    }
+
+    let mut broken = permuted;
+    broken.row_mut(40)[40] = -1.0;
+    let Factored::NotPositive { pivot } = cuda.factor(up(&broken), &blocks).unwrap() else {
+        panic!("a negative pivot")
+    };
+    assert_eq!(pivot, 40);
+    assert!(cuda.factor(up(&broken), &blocks[1..]).is_err());
+    assert!(cuda.factor(up(&broken), &[0..n]).is_err());
+    assert!(cuda.permute(&up(&c), &order[1..]).is_err());
+}
+
+#[test]
+fn products_and_norms_of_the_solver_agree() {
+    let cuda = device(Precision::Bf16);
+    let up = |x: &Matrix| cuda.upload(x.clone()).unwrap();
+    let (a, b, c) = (noise(33, 200, 1), noise(200, 160, 2), noise(33, 70, 3));
+    for (inner, columns, target) in [(0..200, 20..90, 0), (7..130, 0..33, 37), (5..5, 0..3, 0)] {
+        let range = ProductRange { inner, columns, target };
+        let (mut expected, mut found) = (c.clone(), up(&c));
+        Cpu.add_product(&mut expected, &a, &b, &range).unwrap();
+        cuda.add_product(&mut found, &up(&a), &up(&b), &range).unwrap();
+        let off = norm_error(&cuda.download(&found).unwrap(), &expected);
+        assert!(off < 1e-6, "{range:?} is {off:e} off");
+    }
+    let wide = ProductRange { inner: 0..200, columns: 0..71, target: 0 };
+    assert!(cuda.add_product(&mut up(&c), &up(&a), &up(&b), &wide).is_err());
+    let (h, _, _) = statistics(200);
+    let ratio = cuda.squared_norm(&up(&a)).unwrap() / Cpu.squared_norm(&a).unwrap();
+    assert!((ratio - 1.0).abs() < 1e-6, "{ratio}");
+    let ratio = cuda.weighted_squared_norm(&up(&a), &up(&h)).unwrap() / Cpu.weighted_squared_norm(&a, &h).unwrap();
+    assert!((ratio - 1.0).abs() < 1e-5, "{ratio}");
+}
+
+#[test]
+fn layers_get_the_same_codes() {
+    let cuda = device(Precision::Bf16);
+    let (rows, cols) = (40, 640);
+    let (u, f, w) = (noise(900, cols, 1), noise(900, cols, 2), noise(rows, cols, 3));
+    let g: Vec<f32> = (0..900).map(|i| (i % 5) as f32 / 2.0).collect();
+    let base = SolverSettings::default();
+    let gptq = SolverSettings { solver: Solver::Gptq, ..base.clone() };
+    for settings in [
+        base.clone(),
+        SolverSettings { cross_term: CrossTerm::Quantized, group_size: Some(32), ..base.clone() },
+        SolverSettings { order: Order::Act, grid: Grid::Mse, bits: 2, ..base.clone() },
+        SolverSettings { group_size: Some(320), symmetric: true, bits: 4, ..base },
+        SolverSettings { group_size: None, bits: 8, scale_type: ScaleType::F32, ..gptq.clone() },
+        SolverSettings { group_size: Some(64), smallest_zero: 1, bits: 4, scale_type: ScaleType::F16, ..gptq },
+    ] {
+        let expected = quantize_layer(&Cpu, &w, &u, Some(&f), Some(&g), &settings).unwrap();
+        let found = quantize_layer(&cuda, &w, &u, Some(&f), Some(&g), &settings).unwrap();
+        assert_eq!(found.order, expected.order);
+        let pairs = found.linear.codes.iter().zip(&expected.linear.codes);
+        let different = pairs.filter(|(a, b)| a != b).count();
+        assert!(1000 * different <= rows * cols, "{different} codes differ with {settings:?}");
+        let ratio = found.report.relative_error / expected.report.relative_error;
+        assert!((ratio - 1.0).abs() < 1e-3, "errors {ratio} apart with {settings:?}");
+    }
+    // The same words for the same failure.
+    let mut huge = w;
+    huge.row_mut(17)[5] = 1e30;
+    let settings = SolverSettings { scale_type: ScaleType::F16, ..SolverSettings::default() };
+    let message =
+        |result: anyhow::Result<_>| support::message(result.map(|_: vlmq::quantize::plain::QuantizedLayer| ()));
+    let expected = message(quantize_layer(&Cpu, &huge, &u, Some(&f), Some(&g), &settings));
+    assert!(expected.contains("row 17"), "{expected}");
+    assert_eq!(message(quantize_layer(&cuda, &huge, &u, Some(&f), Some(&g), &settings)), expected);
+}
+
+#[test]
+fn what_is_missing_is_said() {
+    let error = support::message(Cuda::emulated(std::path::Path::new("no-such-library.so"), Precision::F32));
+    assert!(error.contains("no-such-library.so"), "{error}");
+    // On a machine with a GPU this one opens.
+    if let Err(error) = Cuda::open(0, Precision::F32) {
+        let error = format!("{error:#}");
+        assert!(["VLMQ_CUDA=require", "driver", "cuBLAS"].iter().any(|part| error.contains(part)), "{error}");
+    }
+    let error = support::message(Cuda::open(1000, Precision::F32));
+    assert!(!error.contains("panicked") && error != "no error", "{error}");
+}
+
+#[test]
+fn devices_do_not_share_tensors() {
+    let (one, other) = (device(Precision::F32), device(Precision::F32));
+    let x = one.upload(noise(4, 4, 1)).unwrap();
+    let y = other.upload(noise(4, 4, 2)).unwrap();
+    let error = support::message(one.scaled_difference(&x, &y, 1.0).map(|_| ()));
+    assert!(error.contains("another device"), "{error}");
+    assert!(one.matmul(&x, &y).is_err() && one.first_non_finite_row(&y).is_err());
+    // The same device in another precision is the same device.
+    assert!(one.with_precision(Precision::Bf16).scaled_difference(&x, &x, 1.0).is_ok());
+}
