@@ -107,33 +107,38 @@ fn by_blocks(n: usize, ends: &[i32], of: impl Fn(Range<usize>) -> Vec<f64>) -> V
     all
 }
 
-/// What vlmq_factor leaves, or the pivot it names.
+/// What vlmq_factor leaves of h, inverses and diagonal, one behind the other, and the status.
+fn outputs(h: &[f32], n: usize, ends: &[i32]) -> (Vec<f32>, i32) {
+    let mut status = 77;
+    let (mut h, mut inverses) = (Floats::in_out(h, 0), Floats::output(n * BLOCK, 0));
+    let mut diagonal = Floats::output(n, 0);
+    let mut args = vlmq_factor_args {
+        h: h.ptr_mut(),
+        inverses: inverses.ptr_mut(),
+        diagonal: diagonal.ptr_mut(),
+        blocks: ends.as_ptr(),
+        block_count: ends.len() as i64,
+        n: n as i64,
+        status: &raw mut status,
+        workspace: null_mut(),
+        workspace_bytes: 0,
+    };
+    args.workspace_bytes = kernels::workspace_bytes("vlmq_factor", &args);
+    let mut workspace = Floats::output(args.workspace_bytes / 4, 0);
+    args.workspace = workspace.ptr_mut().cast();
+    accepted("vlmq_factor", &args);
+    workspace.values();
+    ([h.values(), inverses.values(), diagonal.values()].concat(), status)
+}
+
+/// The factor, or the pivot that is named.
 fn factor(h: &[f32], n: usize, ends: &[i32]) -> Result<Factor<Matrix>, usize> {
     let mut got = every_schedule("a factorization", || {
-        let (mut h, mut inverses) = (Floats::in_out(h, 0), Floats::output(n * BLOCK, 0));
-        let (mut diagonal, mut status) = (Floats::output(n, 0), 77);
-        let mut args = vlmq_factor_args {
-            h: h.ptr_mut(),
-            inverses: inverses.ptr_mut(),
-            diagonal: diagonal.ptr_mut(),
-            blocks: ends.as_ptr(),
-            block_count: ends.len() as i64,
-            n: n as i64,
-            status: &raw mut status,
-            workspace: null_mut(),
-            workspace_bytes: 0,
-        };
-        args.workspace_bytes = kernels::workspace_bytes("vlmq_factor", &args);
-        let mut workspace = Floats::output(args.workspace_bytes / 4, 0);
-        args.workspace = workspace.ptr_mut().cast();
-        accepted("vlmq_factor", &args);
-        for buffer in [&h, &inverses, &diagonal, &workspace] {
-            buffer.values();
-        }
-        // After a failure the other outputs are undefined.
-        let outputs = [h.values(), inverses.values(), diagonal.values()];
-        let used: &[&[f32]] = if status == -1 { &outputs } else { &[] };
-        [&used.concat(), &[status as f32][..]].concat()
+        let (mut values, status) = outputs(h, n, ends);
+        // After a failure the outputs are undefined.
+        values.truncate(if status == -1 { values.len() } else { 0 });
+        values.push(status as f32);
+        values
     });
     let status = got.pop().unwrap();
     if status != -1.0 {
@@ -235,7 +240,8 @@ fn the_pivot_that_fails_is_the_cpus() {
     // Pivots at the ends of blocks and panels, and two of them; blocks; the value on the diagonal.
     let all: &[(usize, &[usize], usize, f32)] = &[
         (40, &[3, 30], 17, -1.0),
-        (40, &[39], 40, f32::NAN),
+        (40, &[39], 40, 0.0),
+        (70, &[69], 33, f32::NAN),
         (140, &[0], 128, 0.0),
         (140, &[12], 96, f32::INFINITY),
         (300, &[299], 128, -1.0),
@@ -264,6 +270,18 @@ fn a_pivot_that_an_update_spoils_is_the_cpus() {
     let Factored::NotPositive { pivot } = cpu_factor(&h, n, &ends) else { panic!("the CPU accepts") };
     assert_eq!(pivot, 30);
     assert_eq!(factor(&upper(&h, n), n, &ends).err(), Some(30));
+}
+
+#[test]
+fn nothing_is_done_after_a_failure() {
+    let n = if Variant::current() == Variant::Plain { 300 } else { 40 };
+    let mut h = hessian(n, 1e-3);
+    h[n * n - 1] = -1.0;
+    let h = upper(&h, n);
+    let (after, status) = outputs(&h, n, &blocks(n, 128));
+    assert_eq!(status, (n - 1) as i32);
+    let untouched = h.iter().zip(&after).all(|(a, b)| a.to_bits() == b.to_bits());
+    assert!(untouched && after[n * n..].iter().all(|&v| is_poison(v)));
 }
 
 #[test]
