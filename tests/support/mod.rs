@@ -4,6 +4,7 @@
 #![allow(dead_code, unreachable_pub)]
 
 pub mod checkpoint;
+pub mod factors;
 pub mod floats;
 pub mod golden;
 pub mod kernels;
