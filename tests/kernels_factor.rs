@@ -2,25 +2,17 @@
 
 mod support;
 
-use std::ops::Range;
 use std::ptr::{null, null_mut};
-use support::floats::{Floats, accepted, every_schedule, integers, is_poison, noise, refused};
+use support::factors::{
+    blocks, by_blocks, exact_root, hessian, ranges, reference_inverse, reference_root, upper, widened,
+};
+use support::floats::{Floats, accepted, every_schedule, is_poison, noise, refused};
 use support::golden::relative_error;
 use support::kernels::{self, Variant};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
 use vlmq::device::{BLOCK, Factor, Factored, SolveOps};
 use vlmq::tensor::Matrix;
-
-/// Ends of blocks of `width` columns, the last narrower.
-fn blocks(n: usize, width: usize) -> Vec<i32> {
-    (0..n.div_ceil(width)).map(|i| ((i + 1) * width).min(n) as i32).collect()
-}
-
-fn ranges(ends: &[i32]) -> Vec<Range<usize>> {
-    let starts = std::iter::once(0).chain(ends.iter().copied());
-    starts.zip(ends).map(|(start, &end)| start as usize..end as usize).collect()
-}
 
 /// Sizes and blocks: odd ones, uneven ones, and one of more than a span of 512 columns.
 fn cases() -> Vec<(usize, Vec<i32>)> {
@@ -41,99 +33,38 @@ fn sizes() -> Vec<usize> {
     sizes
 }
 
-/// The values on and above the diagonal, and below it what the kernels must not read.
-fn upper(values: &[f32], n: usize) -> Vec<f32> {
-    values.iter().enumerate().map(|(i, &v)| if i / n <= i % n { v } else { f32::NAN }).collect()
-}
-
-/// XᵀX/m of inputs whose columns differ in size and lean on one another, damped: condition number about 1e4.
-fn hessian(n: usize, damp: f64) -> Vec<f32> {
-    let tokens = n + n / 2 + 3;
-    let x = noise(tokens * n, 20);
-    let size = noise(n, 21);
-    let column = |t: usize, j: usize| {
-        let own = f64::from(x[t * n + j]);
-        let first = f64::from(x[t * n]);
-        (own + 0.7 * first) * f64::from(size[j]).exp()
+/// What vlmq_factor leaves of h, inverses and diagonal, one behind the other, and the status.
+fn outputs(h: &[f32], n: usize, ends: &[i32]) -> (Vec<f32>, i32) {
+    let mut status = 77;
+    let (mut h, mut inverses) = (Floats::in_out(h, 0), Floats::output(n * BLOCK, 0));
+    let mut diagonal = Floats::output(n, 0);
+    let mut args = vlmq_factor_args {
+        h: h.ptr_mut(),
+        inverses: inverses.ptr_mut(),
+        diagonal: diagonal.ptr_mut(),
+        blocks: ends.as_ptr(),
+        block_count: ends.len() as i64,
+        n: n as i64,
+        status: &raw mut status,
+        workspace: null_mut(),
+        workspace_bytes: 0,
     };
-    let columns: Vec<Vec<f64>> = (0..n).map(|j| (0..tokens).map(|t| column(t, j)).collect()).collect();
-    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>() / tokens as f64;
-    let mut h = vec![0.0; n * n];
-    for i in 0..n {
-        for j in i..n {
-            h[i * n + j] = dot(&columns[i], &columns[j]);
-        }
-    }
-    let mean = (0..n).map(|i| h[i * n + i]).sum::<f64>() / n as f64;
-    (0..n).for_each(|i| h[i * n + i] += damp * mean);
-    h.into_iter().map(|v| v as f32).collect()
+    args.workspace_bytes = kernels::workspace_bytes("vlmq_factor", &args);
+    let mut workspace = Floats::output(args.workspace_bytes / 4, 0);
+    args.workspace = workspace.ptr_mut().cast();
+    accepted("vlmq_factor", &args);
+    workspace.values();
+    ([h.values(), inverses.values(), diagonal.values()].concat(), status)
 }
 
-/// R with H = R·Rᵀ in float64, by the book: column by column from the last, from H's upper triangle.
-fn reference_root(h: &[f32], n: usize) -> Vec<f64> {
-    let mut r = vec![0.0f64; n * n];
-    for j in (0..n).rev() {
-        for i in (0..=j).rev() {
-            let known: f64 = (j + 1..n).map(|k| r[i * n + k] * r[j * n + k]).sum();
-            let left = f64::from(h[i * n + j]) - known;
-            r[i * n + j] = if i == j { left.sqrt() } else { left / r[j * n + j] };
-        }
-    }
-    r
-}
-
-/// Inverse of the upper triangle of rows and columns `range` of r.
-fn reference_inverse(r: &[f64], n: usize, range: Range<usize>) -> Vec<f64> {
-    let (width, first) = (range.len(), range.start);
-    let at = |i: usize, j: usize| r[(first + i) * n + first + j];
-    let mut inverse = vec![0.0; width * width];
-    for j in 0..width {
-        for i in (0..=j).rev() {
-            let known: f64 = (i + 1..=j).map(|k| at(i, k) * inverse[k * width + j]).sum();
-            inverse[i * width + j] = (f64::from(u8::from(i == j)) - known) / at(i, i);
-        }
-    }
-    inverse
-}
-
-/// Rows of each block holding a matrix of the block, as `inverses` and `products` do.
-fn by_blocks(n: usize, ends: &[i32], of: impl Fn(Range<usize>) -> Vec<f64>) -> Vec<f64> {
-    let mut all = vec![0.0; n * BLOCK];
-    for block in ranges(ends) {
-        for (i, row) in of(block.clone()).chunks(block.len()).enumerate() {
-            all[(block.start + i) * BLOCK..][..block.len()].copy_from_slice(row);
-        }
-    }
-    all
-}
-
-/// What vlmq_factor leaves, or the pivot it names.
+/// The factor, or the pivot that is named.
 fn factor(h: &[f32], n: usize, ends: &[i32]) -> Result<Factor<Matrix>, usize> {
     let mut got = every_schedule("a factorization", || {
-        let (mut h, mut inverses) = (Floats::in_out(h, 0), Floats::output(n * BLOCK, 0));
-        let (mut diagonal, mut status) = (Floats::output(n, 0), 77);
-        let mut args = vlmq_factor_args {
-            h: h.ptr_mut(),
-            inverses: inverses.ptr_mut(),
-            diagonal: diagonal.ptr_mut(),
-            blocks: ends.as_ptr(),
-            block_count: ends.len() as i64,
-            n: n as i64,
-            status: &raw mut status,
-            workspace: null_mut(),
-            workspace_bytes: 0,
-        };
-        args.workspace_bytes = kernels::workspace_bytes("vlmq_factor", &args);
-        let mut workspace = Floats::output(args.workspace_bytes / 4, 0);
-        args.workspace = workspace.ptr_mut().cast();
-        accepted("vlmq_factor", &args);
-        for buffer in [&h, &inverses, &diagonal, &workspace] {
-            buffer.values();
-        }
-        // After a failure the other outputs are undefined.
-        let outputs = [h.values(), inverses.values(), diagonal.values()];
-        let used: &[&[f32]] = if status == -1 { &outputs } else { &[] };
-        [&used.concat(), &[status as f32][..]].concat()
+        let (mut values, status) = outputs(h, n, ends);
+        // After a failure the outputs are undefined.
+        values.truncate(if status == -1 { values.len() } else { 0 });
+        values.push(status as f32);
+        values
     });
     let status = got.pop().unwrap();
     if status != -1.0 {
@@ -162,10 +93,6 @@ fn backward_error(factor: &Factor<Matrix>, h: &[f32], n: usize) -> f64 {
 
 fn cpu_factor(h: &[f32], n: usize, ends: &[i32]) -> Factored<Matrix> {
     Cpu.factor(Matrix::new(n, n, h.to_vec()).unwrap(), &ranges(ends)).unwrap()
-}
-
-fn widened(values: &[f32]) -> Vec<f64> {
-    values.iter().map(|&v| f64::from(v)).collect()
 }
 
 #[test]
@@ -197,23 +124,6 @@ fn factors_match_float64_and_the_cpu() {
     }
 }
 
-/// R̄ = I + N with N integer, from even rows to odd columns, so that N² = 0, and diag(R) powers of two: all sums are
-/// exact, whatever their order.
-fn exact_root(n: usize) -> (Vec<f32>, Vec<f32>) {
-    let draw = integers(n * n, 22, 12);
-    let mut root = vec![0.0; n * n];
-    for i in 0..n {
-        root[i * n + i] = 1.0;
-        for j in i + 1..n {
-            if i % 2 == 0 && j % 2 == 1 && draw[i * n + j].abs() <= 2.0 {
-                root[i * n + j] = draw[i * n + j];
-            }
-        }
-    }
-    let diagonal = integers(n, 23, 1).into_iter().map(f32::exp2).collect();
-    (root, diagonal)
-}
-
 #[test]
 fn exact_factors_are_found_exactly() {
     for (n, ends) in cases() {
@@ -235,7 +145,8 @@ fn the_pivot_that_fails_is_the_cpus() {
     // Pivots at the ends of blocks and panels, and two of them; blocks; the value on the diagonal.
     let all: &[(usize, &[usize], usize, f32)] = &[
         (40, &[3, 30], 17, -1.0),
-        (40, &[39], 40, f32::NAN),
+        (40, &[39], 40, 0.0),
+        (70, &[69], 33, f32::NAN),
         (140, &[0], 128, 0.0),
         (140, &[12], 96, f32::INFINITY),
         (300, &[299], 128, -1.0),
@@ -264,6 +175,18 @@ fn a_pivot_that_an_update_spoils_is_the_cpus() {
     let Factored::NotPositive { pivot } = cpu_factor(&h, n, &ends) else { panic!("the CPU accepts") };
     assert_eq!(pivot, 30);
     assert_eq!(factor(&upper(&h, n), n, &ends).err(), Some(30));
+}
+
+#[test]
+fn nothing_is_done_after_a_failure() {
+    let n = if Variant::current() == Variant::Plain { 300 } else { 40 };
+    let mut h = hessian(n, 1e-3);
+    h[n * n - 1] = -1.0;
+    let h = upper(&h, n);
+    let (after, status) = outputs(&h, n, &blocks(n, 128));
+    assert_eq!(status, (n - 1) as i32);
+    let untouched = h.iter().zip(&after).all(|(a, b)| a.to_bits() == b.to_bits());
+    assert!(untouched && after[n * n..].iter().all(|&v| is_poison(v)));
 }
 
 #[test]

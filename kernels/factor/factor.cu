@@ -28,9 +28,7 @@ struct DiagonalJob {
 };
 
 __global__ void __launch_bounds__(kBlockThreads) diagonal_kernel(DiagonalJob job) {
-  const bool stopped = *job.status >= 0;
-  __syncthreads();  // all have read the status before one writes it
-  if (stopped) return;
+  if (*job.status >= 0) return;  // a barrier lies between this and the only write, below
   DiagonalShared& shared = *reinterpret_cast<DiagonalShared*>(dynamic_shared());
   const int thread = static_cast<int>(threadIdx.x);
   for (int index = thread; index < kBlock * kBlock; index += kBlockThreads) {

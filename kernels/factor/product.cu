@@ -51,57 +51,40 @@ __host__ __device__ __forceinline__ bool is_trapezoid(const ProductJob& job) {
 }
 
 /// The epilogue. All of c is read before any is written, so that the reads wait for memory once.
-__device__ __forceinline__ void write_tile(const ProductJob& job, TileSums& sums, int64_t row0,
-                                           int64_t col0) {
-  const Operands& of = job.of;
-  const int64_t edge = is_trapezoid(job) ? job.diagonal : of.rows;
-  const bool vector = reinterpret_cast<uintptr_t>(job.c) % 8 == 0 && job.c_stride % 2 == 0;
+/// kWhole: all entries of the tile count, and pairs of them are aligned.
+template <bool kWhole>
+__device__ __forceinline__ void write_tile(const ProductJob& job, const TileSums& sums,
+                                           int64_t row0, int64_t col0, int64_t edge) {
+  const auto at = [&](int64_t row, int64_t col) { return job.c + row * job.c_stride + col; };
   const auto counts = [&](int64_t row, int64_t col) {
-    return row < of.rows && col < of.cols && row - col <= edge;
+    return row < job.of.rows && col < job.of.cols && row - col <= edge;
   };
-  const auto for_each = [&](auto pair, auto single) {
+  TileSums old = {};
+  if (job.beta != 0.0f) {
     for_each_pair(row0, col0, [&](int64_t row, int64_t col, int m, int n, int i) {
-      float* c = job.c + row * job.c_stride + col;
-      const bool first = counts(row, col), second = counts(row, col + 1);
-      if (vector && first && second) {
-        pair(c, m, n, i);
+      const float* c = at(row, col);
+      if (kWhole) {
+        const float2 both = load_vector<float2>(c);
+        old[m][n][i] = both.x;
+        old[m][n][i + 1] = both.y;
       } else {
-        if (first) single(c, m, n, i);
-        if (second) single(c + 1, m, n, i + 1);
+        if (counts(row, col)) old[m][n][i] = c[0];
+        if (counts(row, col + 1)) old[m][n][i + 1] = c[1];
       }
     });
-  };
-#pragma unroll
-  for (int m = 0; m < kStepsM; ++m) {
-#pragma unroll
-    for (int n = 0; n < kStepsN; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[m][n][i] = __fmul_rn(job.alpha, sums[m][n][i]);
-    }
   }
-  if (job.beta != 0.0f) {
-    TileSums old = {};
-    for_each(
-        [&](const float* c, int m, int n, int i) {
-          const float2 both = load_vector<float2>(c);
-          old[m][n][i] = both.x;
-          old[m][n][i + 1] = both.y;
-        },
-        [&](const float* c, int m, int n, int i) { old[m][n][i] = *c; });
-#pragma unroll
-    for (int m = 0; m < kStepsM; ++m) {
-#pragma unroll
-      for (int n = 0; n < kStepsN; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          sums[m][n][i] = __fmaf_rn(job.beta, old[m][n][i], sums[m][n][i]);
-        }
-      }
+  for_each_pair(row0, col0, [&](int64_t row, int64_t col, int m, int n, int i) {
+    const auto updated = [&](int k) {
+      return __fmaf_rn(job.beta, old[m][n][k], __fmul_rn(job.alpha, sums[m][n][k]));
+    };
+    float* c = at(row, col);
+    if (kWhole) {
+      store_vector(c, make_float2(updated(i), updated(i + 1)));
+    } else {
+      if (counts(row, col)) c[0] = updated(i);
+      if (counts(row, col + 1)) c[1] = updated(i + 1);
     }
-  }
-  for_each([&](float* c, int m, int n,
-               int i) { store_vector(c, make_float2(sums[m][n][i], sums[m][n][i + 1])); },
-           [&](float* c, int m, int n, int i) { *c = sums[m][n][i]; });
+  });
 }
 
 template <bool kTransposed, bool kVector>
@@ -116,7 +99,14 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(ProductJob job) {
   if (row0 >= of.rows || (is_trapezoid(job) && row0 > col0 + kTile - 1 + job.diagonal)) return;
   TileSums sums;
   multiply_tile<kTransposed, kVector>(sums, of, row0, col0);
-  write_tile(job, sums, row0, col0);
+  const int64_t edge = is_trapezoid(job) ? job.diagonal : of.rows;
+  const bool vector = reinterpret_cast<uintptr_t>(job.c) % 8 == 0 && job.c_stride % 2 == 0;
+  if (vector && row0 + kTile <= of.rows && col0 + kTile <= of.cols &&
+      row0 + kTile - 1 - col0 <= edge) {
+    write_tile<true>(job, sums, row0, col0, edge);
+  } else {
+    write_tile<false>(job, sums, row0, col0, edge);
+  }
 }
 
 bool is_aligned(const float* pointer, int64_t stride) {

@@ -81,7 +81,7 @@ typedef struct vlmq_permute_args {
 vlmq_status vlmq_permute(const vlmq_permute_args* args, vlmq_stream stream);
 
 /* c = beta * c + alpha * a * op(b), float32 in and out, float32-accurate: three TF32 products a pair of operands, their
- * sums promoted outside the tensor cores. With beta 0 the old content of c is not read. */
+ * sums promoted outside the tensor cores. With beta 0 the old content of c is not read; with inner 0 neither a nor b is. */
 typedef struct vlmq_product_args {
   const float* a; /* [rows, inner], a_stride */
   const float* b; /* [inner, cols], b_stride; [cols, inner] where transposed */
@@ -148,7 +148,7 @@ typedef struct vlmq_cholesky_inverse_args {
 size_t vlmq_cholesky_inverse_workspace_bytes(const vlmq_cholesky_inverse_args* args);
 vlmq_status vlmq_cholesky_inverse(const vlmq_cholesky_inverse_args* args, vlmq_stream stream);
 
-/* *norm = sum x^2, or tr(x H x^T) where h is given, summed in float64 in a fixed order. */
+/* *norm = sum x^2, or tr(x H x^T) where h is given, summed in float64 in a fixed order; 0 where x is empty. */
 typedef struct vlmq_squared_norm_args {
   const float* x; /* [rows, cols] */
   const float* h; /* [cols, cols] by its upper triangle, or NULL */

@@ -5,6 +5,7 @@
 
 pub mod activations;
 pub mod checkpoint;
+pub mod factors;
 pub mod floats;
 pub mod golden;
 pub mod guarded;
