@@ -36,10 +36,10 @@ struct Shape {
   /// Rows of a triangle without the panels left of the diagonal.
   static constexpr int kTriangle = kPanel * kPanel * kPanels * (kPanels + 1) / 2;
   static_assert(VLMQ_BLOCK % kPanel == 0, "a block is cut into whole panels");
-  static_assert(32 % kPanel == 0, "row errors are summed by 32 columns, whatever the panel");
+  static_assert(32 % kPanel == 0, "panels make up the 32 columns by which row errors are summed");
 
-  /// First column of panel 0 .. kPanels in a triangle, as if its rows were whole: element (k, c) is
-  /// at `row(k / kPanel, k) + c`.
+  /// Where row k of a triangle would start, had it all its columns: element (k, c) is at
+  /// row(k / kPanel, k) + c.
   __device__ static int row(int panel, int k) {
     const int width = VLMQ_BLOCK - panel * kPanel;
     const int above = kPanel * (panel * VLMQ_BLOCK - kPanel * panel * (panel - 1) / 2);
@@ -90,7 +90,7 @@ template <int kLanes, Cross kCross>
 constexpr int kBlocks = kLanes == 8 && kCross == Cross::kNone ? 2 : 1;
 
 template <int kLanes, Cross kCross>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kBlocks<kLanes, kCross>)
     quantize_block_kernel(vlmq_quantize_block_args args) {
   using S = Shape<kLanes>;
   constexpr int kPanel = S::kPanel, kPanels = S::kPanels;
