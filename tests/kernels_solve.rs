@@ -1,284 +1,20 @@
-//! The solver's kernels of `kernels/solve`, against the CPU device and against float64.
+//! The block kernel of `kernels/solve`, against the CPU device and against float64.
 
 mod support;
 
-use support::guarded::{Guarded, bits, noise};
-use support::kernels::{Variant, call, kernels, pass_under_sanitizers, set_seed, workspace_bytes};
+use std::ops::Range;
+use support::guarded::{Guarded, noise};
+use support::kernels::{Variant, call, kernels, pass_under_sanitizers, set_seed};
+use support::solving::*;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
 use vlmq::device::{
-    BLOCK, Block, BlockCodes, CrossFactor, Factor, Factored, Grid, GridRule, GroupGrid, ProductRange, ScaleType,
-    SolveOps, SolveState,
+    BLOCK, Block, CrossFactor, Factor, Grid, GridRule, GroupGrid, ProductRange, ScaleType, SolveOps, SolveState,
 };
 use vlmq::tensor::Matrix;
 
-fn matrix(rows: usize, cols: usize, seed: u64) -> Matrix {
-    Matrix::new(rows, cols, noise(rows * cols, seed)).unwrap()
-}
-
-const RULE: GridRule =
-    GridRule { bits: 3, symmetric: false, grid: Grid::Minmax, scale_type: ScaleType::F16, smallest_zero: 0 };
-
-fn c_rule(rule: &GridRule) -> vlmq_grid_rule {
-    vlmq_grid_rule {
-        bits: rule.bits as i32,
-        symmetric: rule.symmetric.into(),
-        grid: match rule.grid {
-            Grid::Minmax => vlmq_grid::VLMQ_MINMAX,
-            Grid::Mse => vlmq_grid::VLMQ_MSE,
-        },
-        scale_type: match rule.scale_type {
-            ScaleType::F32 => vlmq_dtype::VLMQ_F32,
-            ScaleType::Bf16 => vlmq_dtype::VLMQ_BF16,
-            ScaleType::F16 => vlmq_dtype::VLMQ_F16,
-        },
-        smallest_zero: rule.smallest_zero.into(),
-    }
-}
-
-/// A layer's factor, and the GPTAQ term.
-struct Prepared {
-    factor: Factor<Matrix>,
-    cross: CrossFactor<Matrix>,
-}
-
-impl Prepared {
-    /// From correlated inputs, twice as many tokens as features.
-    fn new(features: usize, blocks: &[std::ops::Range<usize>]) -> Self {
-        let mut u = matrix(2 * features, features, 11);
-        for token in 0..u.rows() {
-            let row = u.row_mut(token);
-            for i in 1..row.len() {
-                row[i] = (row[i] + 0.4 * row[i - 1]) * (1.0 + (i % 5) as f32 * 0.1);
-            }
-        }
-        let mut f = matrix(2 * features, features, 12);
-        f.data_mut().iter_mut().zip(u.data()).for_each(|(f, u)| *f = u + 0.1 * *f);
-        let (mut h, mut c) = (Matrix::zeros(features, features), Matrix::zeros(features, features));
-        Cpu.accumulate_statistics(&mut h, Some(&mut c), &u, Some(&f), None).unwrap();
-        let mean = (0..features).map(|i| h.row(i)[i]).sum::<f32>() / features as f32;
-        (0..features).for_each(|i| h.row_mut(i)[i] += 0.01 * mean);
-        let Factored::Done(factor) = Cpu.factor(h, blocks).unwrap() else { panic!("not positive definite") };
-        let cross = Cpu.cross_factor(c, &factor, blocks, 0.25).unwrap();
-        Self { factor, cross }
-    }
-
-    /// No error is carried on by these products: a start of the span without corrections stays exact.
-    fn state(&self, w: &Matrix, mode: Mode, span: usize) -> SolveState<Matrix> {
-        let zeros = |cols| Matrix::zeros(w.rows(), cols);
-        SolveState {
-            residual: w.clone(),
-            carried: (mode != Mode::Gptq).then(|| zeros(w.cols())),
-            shift: (mode == Mode::Shift).then(|| zeros(w.cols())),
-            error: zeros(span),
-            cross: (mode != Mode::Gptq).then(|| zeros(span)),
-        }
-    }
-}
-
-/// What GPTAQ hands on, if it is GPTAQ.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Mode {
-    Gptq,
-    Carried,
-    Shift,
-}
-
-const MODES: [Mode; 3] = [Mode::Gptq, Mode::Carried, Mode::Shift];
-
-/// What a block's kernel leaves behind.
-#[derive(Clone, Debug)]
-struct Outcome {
-    codes: BlockCodes,
-    row_errors: Vec<f64>,
-    state: SolveState<Matrix>,
-    status: i32,
-}
-
-impl Outcome {
-    /// Everything, to compare to the last bit.
-    fn bits(&self) -> Vec<Vec<u64>> {
-        let state = &self.state;
-        let optional = |x: &Option<Matrix>| x.as_ref().map_or_else(Vec::new, |x| bits(x.data()));
-        vec![
-            bits(&self.codes.codes),
-            bits(&self.codes.grid.scales),
-            bits(&self.codes.grid.zeros),
-            bits(&self.row_errors),
-            bits(state.residual.data()),
-            optional(&state.carried),
-            optional(&state.shift),
-            bits(state.error.data()),
-            vec![self.status as u64],
-        ]
-    }
-}
-
-fn groups_of(block: &Block<'_, Matrix>) -> usize {
-    if block.grid.is_some() { 1 } else { block.columns.len() / block.group }
-}
-
-/// Runs `vlmq_quantize_block`; what it may not touch is checked.
-fn quantize_block(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> Outcome {
-    let (rows, features) = (state.residual.rows(), state.residual.cols());
-    let (width, groups) = (block.columns.len(), groups_of(block));
-    let mut residual = Guarded::holding(state.residual.data());
-    let mut carried = state.carried.as_ref().map(|x| Guarded::holding(x.data()));
-    let mut shift = state.shift.as_ref().map(|x| Guarded::holding(x.data()));
-    let mut error = Guarded::holding(state.error.data());
-    let mut codes = Guarded::<u8>::output(rows * width);
-    let (mut scales, mut zeros) = match block.grid {
-        Some(grid) => (Guarded::holding(&grid.scales), Guarded::holding(&grid.zeros)),
-        None => (Guarded::output(rows * groups), Guarded::output(rows * groups)),
-    };
-    let mut row_errors = Guarded::<f64>::output(rows);
-    let mut status = Guarded::holding(&[i32::MAX]);
-    let pointer = |x: Option<&Matrix>| x.map_or(std::ptr::null(), |x| x.data().as_ptr());
-    let args = vlmq_quantize_block_args {
-        residual: residual.ptr(),
-        carried: carried.as_mut().map_or(std::ptr::null_mut(), Guarded::ptr),
-        shift: shift.as_mut().map_or(std::ptr::null_mut(), Guarded::ptr),
-        error: if block.factor.is_some() { error.ptr() } else { std::ptr::null_mut() },
-        cross: pointer(state.cross.as_ref()),
-        root: pointer(block.factor.map(|factor| &factor.root)),
-        inverses: pointer(block.factor.map(|factor| &factor.inverses)),
-        diagonal: block.factor.map_or(std::ptr::null(), |factor| factor.diagonal.as_ptr()),
-        products: pointer(block.cross.map(|cross| &cross.blocks)),
-        codes: codes.ptr(),
-        scales: scales.ptr(),
-        zeros: zeros.ptr(),
-        row_errors: row_errors.ptr(),
-        status: status.ptr(),
-        rows: rows as i64,
-        features: features as i64,
-        first: block.columns.start as i64,
-        columns: width as i64,
-        span_first: block.span as i64,
-        span: state.error.cols() as i64,
-        group: block.group as i64,
-        given_grid: block.grid.is_some().into(),
-        rule: c_rule(&block.rule),
-    };
-    assert_eq!(call("vlmq_quantize_block", &args), vlmq_status::VLMQ_OK);
-    let back = |x: &Guarded<f32>, like: &Matrix, columns: std::ops::Range<usize>| {
-        let after = Matrix::new(like.rows(), like.cols(), x.values().to_vec()).unwrap();
-        for row in 0..rows {
-            let outside = |x: &Matrix| bits(&[&x.row(row)[..columns.start], &x.row(row)[columns.end..]].concat());
-            assert_eq!(outside(&after), outside(like), "row {row} outside the block");
-        }
-        after
-    };
-    let columns = block.columns.clone();
-    let local = columns.start - block.span..columns.end - block.span;
-    Outcome {
-        codes: BlockCodes {
-            codes: codes.values().to_vec(),
-            grid: GroupGrid { scales: scales.values().to_vec(), zeros: zeros.values().to_vec() },
-            error: row_errors.values().iter().sum(),
-        },
-        row_errors: row_errors.values().to_vec(),
-        state: SolveState {
-            residual: back(&residual, &state.residual, columns.clone()),
-            carried: carried.map(|x| back(&x, state.carried.as_ref().unwrap(), columns.clone())),
-            shift: shift.map(|x| back(&x, state.shift.as_ref().unwrap(), columns)),
-            error: if block.factor.is_some() { back(&error, &state.error, local) } else { state.error.clone() },
-            cross: state.cross.clone(),
-        },
-        status: status.values()[0],
-    }
-}
-
-/// How many codes and scales were compared and how many differed.
-#[derive(Default, Debug)]
-struct Tally {
-    codes: usize,
-    wrong_codes: usize,
-    scales: usize,
-    wrong_scales: usize,
-}
-
-/// `|a − b| ≤ tolerance · (norm of b's row)`, row by row.
-fn assert_close(a: &[f32], b: &[f32], tolerance: f64, what: &str) {
-    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-    let off = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)));
-    let size = norm(&mut b.iter().map(|b| f64::from(*b)));
-    assert!(off <= tolerance * size, "{what}: off by {off}, size {size}");
-}
-
-impl Tally {
-    /// Compares with the CPU device; `exact` where both must agree in every code, scale and residual.
-    fn compare(&mut self, ours: &Outcome, cpu: &Outcome, width: usize, exact: bool, what: &str) {
-        let rows = ours.row_errors.len();
-        let (a, b) = (&ours.codes, &cpu.codes);
-        let wrong_codes = a.codes.iter().zip(&b.codes).filter(|(a, b)| a != b).count();
-        let wrong_scales = bits(&a.grid.scales).iter().zip(bits(&b.grid.scales)).filter(|(a, b)| **a != *b).count();
-        self.codes += a.codes.len();
-        self.scales += a.grid.scales.len();
-        self.wrong_codes += wrong_codes;
-        self.wrong_scales += wrong_scales;
-        assert_eq!((a.codes.len(), a.grid.scales.len()), (b.codes.len(), b.grid.scales.len()));
-        if exact {
-            assert_eq!((wrong_codes, wrong_scales), (0, 0), "{what}");
-            assert_eq!(a.grid.zeros, b.grid.zeros, "{what}");
-            assert!(ours.state.residual == cpu.state.residual, "{what}: residual");
-        }
-        assert_eq!(ours.status, i32::MAX, "{what}");
-        let mut all_agree = true;
-        for row in 0..rows {
-            let codes = row * width..(row + 1) * width;
-            if a.codes[codes.clone()] != b.codes[codes] {
-                all_agree = false;
-                continue;
-            }
-            let close = |a: &Matrix, b: &Matrix, name: &str| {
-                assert_close(a.row(row), b.row(row), 1e-5, &format!("{what}, {name}, row {row}"));
-            };
-            let (ours, cpu) = (&ours.state, &cpu.state);
-            close(&ours.residual, &cpu.residual, "residual");
-            close(&ours.error, &cpu.error, "error");
-            if let (Some(a), Some(b)) = (&ours.carried, &cpu.carried) {
-                close(a, b, "carried");
-            }
-            if let (Some(a), Some(b)) = (&ours.shift, &cpu.shift) {
-                close(a, b, "shift");
-            }
-        }
-        if all_agree {
-            assert!((a.error / b.error - 1.0).abs() <= 1e-5 || a.error == b.error, "{what}: {} {}", a.error, b.error);
-        }
-    }
-
-    /// The bound of the whole: float32 order may turn a rounding tie, no more.
-    fn finish(&self, what: &str) {
-        println!("{what}: {self:?}");
-        assert!(self.codes > 0 && self.wrong_codes * 1000 <= self.codes, "{what}: {self:?}");
-        assert!(self.wrong_scales * 1000 <= self.scales, "{what}: {self:?}");
-    }
-}
-
-fn on_cpu(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> Outcome {
-    let mut state = state.clone();
-    let codes = Cpu.quantize_block(block, &mut state).unwrap();
-    Outcome { codes, row_errors: Vec::new(), state, status: i32::MAX }
-}
-
-/// Errors of rows from the outcome's residual, in float64: `‖(W − Ŵ)_span·R‖²` on the block's columns.
-fn check_row_errors(outcome: &Outcome, block: &Block<'_, Matrix>, factor: &Factor<Matrix>, what: &str) {
-    for (row, &error) in outcome.row_errors.iter().enumerate() {
-        let residual = outcome.state.residual.row(row);
-        let exact: f64 = (block.columns.clone())
-            .map(|j| {
-                let sum: f64 =
-                    (block.span..=j).map(|k| f64::from(residual[k]) * f64::from(factor.root.row(k)[j])).sum();
-                (sum * f64::from(factor.diagonal[j])).powi(2)
-            })
-            .sum();
-        assert!((error - exact).abs() <= 1e-5 * exact, "{what}, row {row}: {error}, exactly {exact}");
-    }
-}
-
 /// Quantizes a whole layer on the CPU, and each of its blocks on the kernel from the same state.
-fn follow(prepared: &Prepared, blocks: &[std::ops::Range<usize>], w: &Matrix, job: Job, tally: &mut Tally) {
+fn follow(prepared: &Prepared, blocks: &[Range<usize>], w: &Matrix, job: Job, tally: &mut Tally) {
     let features = w.cols();
     let mut state = prepared.state(w, job.mode, features);
     for columns in blocks {
@@ -323,31 +59,43 @@ struct Job {
 }
 
 /// Blocks of each width that matters: narrow, uneven, whole; starts that are and are not multiples of 16 bytes.
-const BLOCKS: [std::ops::Range<usize>; 6] = [0..32, 32..120, 120..248, 248..265, 265..393, 393..397];
+const BLOCKS: [Range<usize>; 6] = [0..32, 32..120, 120..248, 248..265, 265..393, 393..397];
 
 #[test]
 fn blocks_follow_the_cpu() {
-    let prepared = Prepared::new(397, &BLOCKS);
+    let plain = Variant::current() == Variant::Plain;
+    let (blocks, rows): (_, &[usize]) = if plain { (&BLOCKS[..], &[1, 5, 17, 33, 129]) } else { (&BLOCKS[..4], &[33]) };
+    let features = blocks.last().unwrap().end;
+    let prepared = Prepared::new(features, blocks);
     let mut tally = Tally::default();
-    let rows: &[usize] = if Variant::current() == Variant::Plain { &[1, 5, 17, 33, 129] } else { &[33] };
+    let grids = [(2, ScaleType::F16), (3, ScaleType::Bf16), (4, ScaleType::F32), (8, ScaleType::F16)];
     for (number, &rows) in rows.iter().enumerate() {
-        let w = matrix(rows, 397, 20 + number as u64);
+        let w = matrix(rows, features, 20 + number as u64);
         for mode in MODES {
-            for (index, (bits, scale_type)) in
-                [(2, ScaleType::F16), (3, ScaleType::Bf16), (4, ScaleType::F32), (8, ScaleType::F16)]
-                    .into_iter()
-                    .enumerate()
-            {
-                if Variant::current() != Variant::Plain && index != mode as usize {
-                    continue;
+            for (index, (bits, scale_type)) in grids.into_iter().enumerate() {
+                if plain || index == mode as usize {
+                    let rule = GridRule { bits, scale_type, symmetric: index % 2 == 1, ..RULE };
+                    let group = [Some(16), Some(8), Some(128), None][(index + number) % 4];
+                    follow(&prepared, blocks, &w, Job { mode, rule, group }, &mut tally);
                 }
-                let rule = GridRule { bits, scale_type, symmetric: index % 2 == 1, ..RULE };
-                let group = [Some(16), Some(8), Some(128), None][(index + number) % 4];
-                follow(&prepared, &BLOCKS, &w, Job { mode, rule, group }, &mut tally);
             }
         }
     }
     tally.finish("blocks");
+}
+
+/// Every rule there is, but for the smallest zero.
+fn rules(smallest_zero: u8) -> Vec<GridRule> {
+    let mut rules = Vec::new();
+    for bits in [2, 3, 4, 8] {
+        for symmetric in [false, true] {
+            for scale_type in [ScaleType::F16, ScaleType::Bf16, ScaleType::F32] {
+                let rule = |grid| GridRule { bits, symmetric, grid, scale_type, smallest_zero };
+                rules.extend([rule(Grid::Minmax), rule(Grid::Mse)]);
+            }
+        }
+    }
+    rules
 }
 
 /// Without corrections nothing but the grid, its search and the column loop is at work, and they round as the CPU's do.
@@ -366,37 +114,23 @@ fn a_first_block_is_exact() {
         w.row_mut(4)[..columns].iter_mut().for_each(|w| *w *= 1e-9);
         w.row_mut(5)[..columns].iter_mut().for_each(|w| *w *= 1e-38);
         for (index, &group) in groups.iter().enumerate() {
-            for (turn, bits) in [2, 3, 4, 8].into_iter().enumerate() {
-                for symmetric in [false, true] {
-                    for grid in [Grid::Minmax, Grid::Mse] {
-                        for scale_type in [ScaleType::F16, ScaleType::Bf16, ScaleType::F32] {
-                            if !plain && (turn + scale_type as usize) % 3 != 0 {
-                                continue;
-                            }
-                            let smallest_zero = ((turn + index) % 2) as u8;
-                            let rule = GridRule { bits, symmetric, grid, scale_type, smallest_zero };
-                            let mode = MODES[(turn + index) % 3];
-                            let block = Block {
-                                columns: 0..columns,
-                                span: 0,
-                                group,
-                                grid: None,
-                                rule,
-                                factor: Some(&prepared.factor),
-                                cross: (mode != Mode::Gptq).then_some(&prepared.cross),
-                            };
-                            let what = format!("{mode:?} {rule:?} {columns} by {group}");
-                            let state = prepared.state(&w, mode, columns);
-                            tally.compare(
-                                &quantize_block(&block, &state),
-                                &on_cpu(&block, &state),
-                                columns,
-                                true,
-                                &what,
-                            );
-                        }
-                    }
+            for (turn, rule) in rules(index as u8 % 2).into_iter().enumerate() {
+                if !plain && turn % 5 != 0 {
+                    continue;
                 }
+                let mode = MODES[(turn + index) % 3];
+                let block = Block {
+                    columns: 0..columns,
+                    span: 0,
+                    group,
+                    grid: None,
+                    rule,
+                    factor: Some(&prepared.factor),
+                    cross: (mode != Mode::Gptq).then_some(&prepared.cross),
+                };
+                let what = format!("{mode:?} {rule:?} {columns} by {group}");
+                let state = prepared.state(&w, mode, columns);
+                tally.compare(&quantize_block(&block, &state), &on_cpu(&block, &state), columns, true, &what);
             }
         }
     }
@@ -521,11 +255,9 @@ fn numbers_of_few_bits_are_exact() {
                 kept[i] = now[i];
                 let error = now[i] - level * scale;
                 residual[i] = f64::from(w.row(row)[first + i]) - level * scale;
-                for c in i + 1..width {
-                    now[c] -= error * entry(&inverse, i, c);
-                    if mode != Mode::Gptq {
-                        now[c] += kept[i] * entry(&products, i, c);
-                    }
+                for (c, now) in now.iter_mut().enumerate().skip(i + 1) {
+                    let cross = if mode == Mode::Gptq { 0.0 } else { kept[i] * entry(&products, i, c) };
+                    *now += cross - error * entry(&inverse, i, c);
                 }
             }
             let product = |x: &[f64], by: &Matrix, c: usize| (0..width).map(|k| x[k] * entry(by, k, c)).sum::<f64>();
@@ -550,15 +282,13 @@ fn numbers_of_few_bits_are_exact() {
     }
 }
 
-/// One seed's run, and what it must be with each.
-fn same_with_every_seed(run: impl Fn() -> Outcome) -> Outcome {
+fn same_with_every_seed(run: impl Fn() -> Outcome) {
     let first = run();
     for seed in [1, 2, 3] {
         set_seed(kernels(), seed);
         assert_eq!(run().bits(), first.bits(), "seed {seed}");
     }
     set_seed(kernels(), 0);
-    first
 }
 
 #[test]
@@ -589,12 +319,17 @@ fn schedules_do_not_matter() {
 /// From 8192 rows on fewer lanes share a row: its bits stay what they are among few rows.
 #[test]
 fn many_rows_are_as_few() {
-    let columns = if Variant::current() == Variant::Plain { 75 } else { 18 };
-    let prepared = Prepared::new(columns, &[0..columns]);
+    // ThreadSanitizer takes its time over so many threads.
+    let (columns, modes) = match Variant::current() {
+        Variant::Plain => (75, &MODES[..2]),
+        Variant::Address => (18, &MODES[..2]),
+        Variant::Thread => (9, &MODES[..1]),
+    };
+    let prepared = Prepared::whole(columns);
     let (few, many) = (37, 8192 + 3);
     let w = matrix(many, columns, 71);
     let error = matrix(many, columns, 72);
-    for mode in MODES {
+    for &mode in modes {
         let run = |rows: usize| {
             let top = |x: &Matrix| Matrix::new(rows, columns, x.data()[..rows * columns].to_vec()).unwrap();
             let mut state = prepared.state(&top(&w), mode, columns);
@@ -623,7 +358,7 @@ fn many_rows_are_as_few() {
 
 #[test]
 fn a_scale_that_does_not_fit_is_told() {
-    let prepared = Prepared::new(40, &[0..40]);
+    let prepared = Prepared::whole(40);
     let mut w = matrix(50, 40, 81);
     w.row_mut(33)[20] = 3e6; // beyond f16 by three bits
     w.row_mut(47)[3] = f32::NAN;
@@ -634,139 +369,10 @@ fn a_scale_that_does_not_fit_is_told() {
         let state = prepared.state(&w, Mode::Gptq, span);
         assert_eq!(quantize_block(&block, &state).status, 33);
     }
-    let state = prepared.state(&w, Mode::Gptq, 40);
-    assert_eq!(group_grid(&state, 0..40, RULE, None, &[]).1, 33);
-    assert_eq!(group_grid(&state, 0..40, RULE, Some(&prepared.factor), &[40]).1, 33);
 }
-
-/// Runs `vlmq_group_grid` and hands back the status too.
-fn group_grid(
-    state: &SolveState<Matrix>,
-    columns: std::ops::Range<usize>,
-    rule: GridRule,
-    factor: Option<&Factor<Matrix>>,
-    ends: &[i32],
-) -> (GroupGrid, i32) {
-    let rows = state.residual.rows();
-    let (mut scales, mut zeros) = (Guarded::<f32>::output(rows), Guarded::<u8>::output(rows));
-    let mut status = Guarded::holding(&[i32::MAX]);
-    let factor_matrix = |x: fn(&Factor<Matrix>) -> &Matrix| factor.map_or(std::ptr::null(), |f| x(f).data().as_ptr());
-    let mut args = vlmq_group_grid_args {
-        residual: state.residual.data().as_ptr(),
-        error: if factor.is_some() { state.error.data().as_ptr() } else { std::ptr::null() },
-        cross: match (&state.cross, factor) {
-            (Some(cross), Some(_)) => cross.data().as_ptr(),
-            _ => std::ptr::null(),
-        },
-        root: factor_matrix(|f| &f.root),
-        inverses: factor_matrix(|f| &f.inverses),
-        blocks: ends.as_ptr(),
-        block_count: ends.len() as i64,
-        scales: scales.ptr(),
-        zeros: zeros.ptr(),
-        status: status.ptr(),
-        rows: rows as i64,
-        features: state.residual.cols() as i64,
-        first: columns.start as i64,
-        columns: columns.len() as i64,
-        rule: c_rule(&rule),
-        workspace: std::ptr::null_mut(),
-        workspace_bytes: 0,
-    };
-    let bytes = workspace_bytes("vlmq_group_grid", &args);
-    assert_eq!(bytes == 0, factor.is_none());
-    // NaN, aligned to 256 bytes, a guard behind it.
-    let mut workspace = vec![0xffu8; bytes + 512];
-    let start = workspace.as_ptr().align_offset(256);
-    (args.workspace, args.workspace_bytes) = (workspace[start..].as_mut_ptr().cast(), bytes);
-    assert_eq!(call("vlmq_group_grid", &args), vlmq_status::VLMQ_OK);
-    assert!(workspace[start + bytes..].iter().all(|&byte| byte == 0xff), "written behind the work space");
-    (GroupGrid { scales: scales.values().to_vec(), zeros: zeros.values().to_vec() }, status.values()[0])
-}
-
-#[test]
-fn grids_of_wide_groups() {
-    let plain = Variant::current() == Variant::Plain;
-    let features = if plain { 651 } else { 150 };
-    let ends: &[usize] = if plain { &[11, 139, 203, 331, 448, 651] } else { &[11, 139, 150] };
-    let mut blocks: Vec<std::ops::Range<usize>> = Vec::new();
-    for &end in ends {
-        let mut start = blocks.last().map_or(0, |block| block.end);
-        while start < end {
-            blocks.push(start..end.min(start + BLOCK));
-            start = blocks.last().unwrap().end;
-        }
-    }
-    let prepared = Prepared::new(features, &blocks);
-    let mut tally = Tally::default();
-    for (number, rows) in [1, 17, 33, 129].into_iter().take(if plain { 4 } else { 2 }).enumerate() {
-        for (turn, span) in [blocks[1].start..features, 0..blocks[2].end].into_iter().enumerate() {
-            for (mode, grid) in [(Mode::Gptq, Grid::Minmax), (Mode::Carried, Grid::Minmax), (Mode::Gptq, Grid::Mse)] {
-                let mut state = prepared.state(&matrix(rows, features, 90 + number as u64), mode, span.len());
-                state.error = matrix(rows, span.len(), 91);
-                state.error.data_mut().iter_mut().for_each(|x| *x *= 0.3);
-                state.cross = (mode != Mode::Gptq).then(|| matrix(rows, span.len(), 92));
-                let rule = GridRule { bits: 4, symmetric: turn == 1, grid, scale_type: ScaleType::F32, ..RULE };
-                let inside: Vec<_> =
-                    blocks.iter().filter(|b| span.start <= b.start && b.end <= span.end).cloned().collect();
-                let ends: Vec<i32> = inside.iter().map(|block| block.end as i32).collect();
-                let what = format!("{rows} rows, {span:?}, {mode:?}, {rule:?}");
-
-                let cpu = Cpu.group_grid(&state, span.clone(), rule, None, &[]).unwrap();
-                let (ours, status) = group_grid(&state, span.clone(), rule, None, &[]);
-                assert_eq!((bits(&ours.scales), &ours.zeros), (bits(&cpu.scales), &cpu.zeros), "{what}");
-                assert_eq!(status, i32::MAX);
-
-                let factor = Some(&prepared.factor);
-                let cpu = Cpu.group_grid(&state, span.clone(), rule, factor, &inside).unwrap();
-                let (ours, status) = group_grid(&state, span.clone(), rule, factor, &ends);
-                assert_eq!(status, i32::MAX);
-                let exact = corrected(&state, span.clone(), &prepared.factor);
-                for row in 0..rows {
-                    tally.scales += 1;
-                    let off = |a: f32, b: f64| (f64::from(a) / b - 1.0).abs();
-                    // Another float32 order: the last bits of a range, or another candidate among equals.
-                    tally.wrong_scales += usize::from(off(ours.scales[row], cpu.scales[row].into()) > 1e-5);
-                    if grid == Grid::Minmax {
-                        let low = exact[row].iter().copied().fold(0.0, f64::min);
-                        let high = exact[row].iter().copied().fold(0.0, f64::max);
-                        let range = if turn == 1 { 2.0 * high.max(-low) } else { high - low };
-                        let scale = ours.scales[row];
-                        assert!(off(scale, range / 15.0) < 1e-5, "{what} row {row}: {scale}, {}", range / 15.0);
-                        assert_eq!(ours.zeros[row], cpu.zeros[row], "{what} row {row}");
-                    }
-                }
-                if number == 1 {
-                    set_seed(kernels(), 5);
-                    assert_eq!(group_grid(&state, span.clone(), rule, factor, &ends).0, ours, "{what}");
-                    set_seed(kernels(), 0);
-                }
-            }
-        }
-    }
-    println!("wide groups: {tally:?}");
-    assert!(tally.wrong_scales * 50 <= tally.scales, "{tally:?}");
-}
-
-/// `W + (error + cross)·R̄⁻¹` by substitution in float64.
-fn corrected(state: &SolveState<Matrix>, span: std::ops::Range<usize>, factor: &Factor<Matrix>) -> Vec<Vec<f64>> {
-    let row = |r: usize| {
-        let mut solved = vec![0.0; span.len()];
-        for c in 0..span.len() {
-            let cross = state.cross.as_ref().map_or(0.0, |x| x.row(r)[c]);
-            let acc = f64::from(state.error.row(r)[c]) + f64::from(cross);
-            let before = (0..c).map(|k| solved[k] * f64::from(factor.root.row(span.start + k)[span.start + c]));
-            solved[c] = acc - before.sum::<f64>();
-        }
-        let w = &state.residual.row(r)[span.clone()];
-        w.iter().zip(&solved).map(|(w, s)| f64::from(*w) + s).collect()
-    };
-    (0..state.residual.rows()).map(row).collect()
-}
-
 #[test]
 fn bad_arguments_are_refused() {
-    let prepared = Prepared::new(40, &[0..40]);
+    let prepared = Prepared::whole(40);
     let (rows, features) = (3, 40);
     let mut floats: [Guarded<f32>; 5] = std::array::from_fn(|_| Guarded::output(rows * features));
     let [residual, carried, shift, error, scales] = floats.each_mut().map(Guarded::ptr);
@@ -837,55 +443,6 @@ fn bad_arguments_are_refused() {
         assert_eq!(call("vlmq_quantize_block", &empty), vlmq_status::VLMQ_OK);
     }
 
-    let ends = [16, 40];
-    let mut workspace = vec![0u8; 1024];
-    let start = workspace.as_ptr().align_offset(256);
-    let good = vlmq_group_grid_args {
-        residual,
-        error,
-        cross: cross.as_ptr(),
-        root: good.root,
-        inverses: good.inverses,
-        blocks: ends.as_ptr(),
-        block_count: 2,
-        scales,
-        zeros,
-        status: good.status,
-        rows: rows as i64,
-        features: features as i64,
-        first: 8,
-        columns: 32,
-        rule: good.rule,
-        workspace: workspace[start..].as_mut_ptr().cast(),
-        workspace_bytes: 3 * 32 * 4,
-    };
-    assert_eq!(workspace_bytes("vlmq_group_grid", &good), good.workspace_bytes);
-    let bad: [fn(&mut vlmq_group_grid_args); 17] = [
-        |a| a.residual = std::ptr::null(),
-        |a| a.error = std::ptr::null(),
-        |a| a.root = std::ptr::null(),
-        |a| a.inverses = std::ptr::null(),
-        |a| a.blocks = std::ptr::null(),
-        |a| a.block_count = 0,
-        |a| a.block_count = 1,
-        |a| a.scales = std::ptr::null_mut(),
-        |a| a.zeros = std::ptr::null_mut(),
-        |a| a.status = std::ptr::null_mut(),
-        |a| a.rows = -3,
-        |a| a.first = 16,
-        |a| a.columns = 31,
-        |a| a.rule.grid = vlmq_grid(2),
-        |a| a.workspace = std::ptr::null_mut(),
-        |a| a.workspace = a.workspace.wrapping_byte_add(16),
-        |a| a.workspace_bytes -= 1,
-    ];
-    for (number, spoil) in bad.iter().enumerate() {
-        let mut args = good;
-        spoil(&mut args);
-        assert_eq!(call("vlmq_group_grid", &args), vlmq_status::VLMQ_BAD_ARGUMENT, "{number}");
-    }
-    assert_eq!(call("vlmq_group_grid", &vlmq_group_grid_args { rows: 0, ..good }), vlmq_status::VLMQ_OK);
-
     assert!(floats.iter().all(|x| x.values().iter().all(|x| x.is_nan())), "written to");
     assert!(bytes.iter().all(|x| x.values().iter().all(|&x| x == 0xff)), "written to");
     assert!(row_errors.values().iter().all(|x| x.is_nan()));
@@ -902,7 +459,6 @@ fn small_cases_pass_under_the_sanitizers() {
         "schedules_do_not_matter",
         "many_rows_are_as_few",
         "a_scale_that_does_not_fit_is_told",
-        "grids_of_wide_groups",
         "bad_arguments_are_refused",
     ];
     pass_under_sanitizers(&tests, &[("vlmq_kernels", "kernels")]);

@@ -240,7 +240,8 @@ vlmq_status vlmq_group_grid(const vlmq_group_grid_args* args, vlmq_stream stream
 
 /* Code i of a run occupies bits i*bits..(i+1)*bits-1 of a little-endian bit stream that is cut into 32-bit words; a code
  * may straddle two. compressed-tensors: a run per row (`weight_packed` [rows, words]). GPTQ: a run per column (`qweight`
- * [words, cols] of the transposed layer), the zeros' runs along the outputs with `subtract` 1. */
+ * [words, cols] of the transposed layer), the zeros' runs along the outputs with `subtract` 1. Strides are positive, and no
+ * two codes and no two words share a place. */
 typedef struct vlmq_pack_args {
   const uint8_t* codes; /* vlmq_pack in; [runs, count] where code_stride is 1 */
   uint32_t* words;      /* vlmq_pack out, ceil(count * bits / 32) words a run, the last padded with zero bits */

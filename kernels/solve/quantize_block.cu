@@ -36,10 +36,10 @@ struct Shape {
   /// Rows of a triangle without the panels left of the diagonal.
   static constexpr int kTriangle = kPanel * kPanel * kPanels * (kPanels + 1) / 2;
   static_assert(VLMQ_BLOCK % kPanel == 0, "a block is cut into whole panels");
-  static_assert(32 % kPanel == 0, "row errors are summed by 32 columns, whatever the panel");
+  static_assert(32 % kPanel == 0, "panels make up the 32 columns by which row errors are summed");
 
-  /// First column of panel 0 .. kPanels in a triangle, as if its rows were whole: element (k, c) is
-  /// at `row(k / kPanel, k) + c`.
+  /// Where row k of a triangle would start, had it all its columns: element (k, c) is at
+  /// row(k / kPanel, k) + c.
   __device__ static int row(int panel, int k) {
     const int width = VLMQ_BLOCK - panel * kPanel;
     const int above = kPanel * (panel * VLMQ_BLOCK - kPanel * panel * (panel - 1) / 2);
@@ -84,8 +84,13 @@ __device__ __forceinline__ void subtract(float4& d, float e, float4 u) {
   d.w = __fsub_rn(d.w, __fmul_rn(e, u.w));
 }
 
+/// Blocks that should fit a multiprocessor's registers: without GPTAQ two fit Hopper's shared
+/// memory.
 template <int kLanes, Cross kCross>
-__global__ void __launch_bounds__(kThreads, 1)
+constexpr int kBlocks = kLanes == 8 && kCross == Cross::kNone ? 2 : 1;
+
+template <int kLanes, Cross kCross>
+__global__ void __launch_bounds__(kThreads, kBlocks<kLanes, kCross>)
     quantize_block_kernel(vlmq_quantize_block_args args) {
   using S = Shape<kLanes>;
   constexpr int kPanel = S::kPanel, kPanels = S::kPanels;
@@ -152,40 +157,45 @@ __global__ void __launch_bounds__(kThreads, 1)
   cp_async_wait<0>();
   __syncthreads();
 
-  const int groups = args.given_grid ? 1 : columns / static_cast<int>(args.group);
   const int group = args.given_grid ? columns : static_cast<int>(args.group);
+  const int groups = columns / group;
   const float largest = largest_code(args.rule.bits);
   Grid grid{1.0f, 0.0f};
   if (args.given_grid && is_row) {
     grid = {args.scales[row], static_cast<float>(args.zeros[row])};
   }
-  int group_start = args.given_grid ? columns : 0, group_index = 0;
+  int panel = 0;
+  uint32_t codes = 0;
+  float4 carried = zeros;
+  // On their way while the panel is quantized.
+  float4 error_before = load4(args.error + at_span + 4 * lane, valid);
+  float4 diagonal = load4(args.diagonal + args.first + 4 * lane, valid);
   double row_error = 0.0, pending = 0.0;
-  for (int panel = 0; panel < panels; ++panel) {
-    const int left = panels - panel, here = panel * kPanel + 4 * lane;
-    uint32_t codes = 0;
-    float4 carried = zeros;
-    for (int owner = 0; owner < kLanes; ++owner) {
+  for (int index = 0; index < groups; ++index) {
+    const int begin = index * group, end = begin + group;
+    if (!args.given_grid) {
+#pragma unroll
+      for (int j = 0; j < kPanels; ++j) {
+        if (j < panels - panel) {
+          store_vector(tile_row + (panel + j) * kPanel + 4 * lane, add(w[j], d[j]));
+        }
+      }
+      __syncwarp();
+      grid = grid_of_group<kLanes>(TileWeights{tile_row + begin}, group, args.rule);
+      __syncwarp();  // the next group's weights take the place of these
+      if (lane == 0 && is_row) {
+        args.scales[row * groups + index] = grid.scale;
+        args.zeros[row * groups + index] = byte_of(grid.zero);
+        check_scale(grid.scale, row, args.status);
+      }
+    }
+    for (int quad = begin / 4 * 4; quad < end; quad += 4) {
+      const int owner = quad / 4 % kLanes, here = panel * kPanel + 4 * lane;
+      const int left = panels - panel;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int i = panel * kPanel + 4 * owner + e;
-        if (i >= columns) break;
-        if (i == group_start) {
-#pragma unroll
-          for (int j = 0; j < kPanels; ++j) {
-            if (j < left) store_vector(tile_row + here + j * kPanel, add(w[j], d[j]));
-          }
-          __syncwarp();
-          grid = grid_of_group<kLanes>(TileWeights{tile_row + i}, group, args.rule);
-          __syncwarp();  // the next group's weights take the place of these
-          if (lane == 0 && is_row) {
-            args.scales[row * groups + group_index] = grid.scale;
-            args.zeros[row * groups + group_index] = byte_of(grid.zero);
-            check_scale(grid.scale, row, args.status);
-          }
-          group_start += group;
-          ++group_index;
-        }
+        const int i = quad + e;
+        if (i < begin || i >= end) continue;  // of a neighbouring group
         const float mine = element(w[0], e);
         const float original = __shfl_sync(kWarp, mine, owner, kLanes);
         const float column = __shfl_sync(kWarp, __fadd_rn(mine, element(d[0], e)), owner, kLanes);
@@ -212,40 +222,46 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
       }
-    }
+      const int done = quad + 4 < end ? quad + 4 : end;
+      if (done % kPanel != 0 && done != columns) continue;
 
-    const int in_panel = valid - panel * kPanel;
-    const long long place = at + here;
-    store4(args.residual + place, w[0], in_panel);
-    store4(args.codes + (is_row ? row : 0) * columns + here, codes, in_panel);
-    if (kCross != Cross::kNone) store4(args.carried + place, carried, in_panel);
-    if (kCross == Cross::kShift) store4(args.shift + place, shift[0], in_panel);
-    const float4 error = add(load4(args.error + at_span + here, in_panel), sum[0]);
-    store4(args.error + at_span + here, error, in_panel);
+      // The panel's last column has its code.
+      const int in_panel = valid - panel * kPanel;
+      const long long place = at + here;
+      store4(args.residual + place, w[0], in_panel);
+      store4(args.codes + (is_row ? row : 0) * columns + here, codes, in_panel);
+      if (kCross != Cross::kNone) store4(args.carried + place, carried, in_panel);
+      if (kCross == Cross::kShift) store4(args.shift + place, shift[0], in_panel);
+      const float4 error = add(error_before, sum[0]);
+      store4(args.error + at_span + here, error, in_panel);
+      double panel_error = 0.0;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const double x = __dmul_rn(element(error, e), element(diagonal, e));
+        panel_error = __dadd_rn(panel_error, __dmul_rn(x, x));
+      }
+#pragma unroll
+      for (int distance = 1; distance < kLanes; distance *= 2) {
+        panel_error = __dadd_rn(panel_error, __shfl_xor_sync(kWarp, panel_error, distance));
+      }
+      // Panels of 16 columns are summed in pairs first, so the sum's order is that of 32 lanes'.
+      pending = __dadd_rn(pending, panel_error);
+      if (done % 32 == 0 || done == columns) {
+        row_error = __dadd_rn(row_error, pending);
+        pending = 0.0;
+      }
 
-    const float4 diagonal = load4(args.diagonal + args.first + here, in_panel);
-    double panel_error = 0.0;
+      ++panel;
+      codes = 0;
+      error_before = load4(args.error + at_span + here + kPanel, in_panel - kPanel);
+      diagonal = load4(args.diagonal + args.first + here + kPanel, in_panel - kPanel);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const double x = __dmul_rn(element(error, e), element(diagonal, e));
-      panel_error = __dadd_rn(panel_error, __dmul_rn(x, x));
-    }
-#pragma unroll
-    for (int distance = 1; distance < kLanes; distance *= 2) {
-      panel_error = __dadd_rn(panel_error, __shfl_xor_sync(kWarp, panel_error, distance));
-    }
-    // Panels of 16 columns are summed in pairs first, so the sum's order is that of 32 lanes'.
-    pending = __dadd_rn(pending, panel_error);
-    if ((panel + 1) * kPanel % 32 == 0 || left == 1) {
-      row_error = __dadd_rn(row_error, pending);
-      pending = 0.0;
-    }
-#pragma unroll
-    for (int j = 0; j + 1 < kPanels; ++j) {
-      w[j] = w[j + 1];
-      d[j] = d[j + 1];
-      sum[j] = sum[j + 1];
-      shift[j] = shift[j + 1];
+      for (int j = 0; j + 1 < kPanels; ++j) {
+        w[j] = w[j + 1];
+        d[j] = d[j + 1];
+        sum[j] = sum[j + 1];
+        shift[j] = shift[j + 1];
+      }
     }
   }
   if (lane == 0 && is_row) args.row_errors[row] = row_error;
@@ -312,8 +328,11 @@ vlmq_status launch_block(const vlmq_quantize_block_args& args, vlmq_stream strea
 
 template <Cross kCross>
 vlmq_status launch_by_rows(const vlmq_quantize_block_args& args, vlmq_stream stream) {
-  return args.rows < kManyRows ? launch_block<8, kCross>(args, stream)
-                               : launch_block<4, kCross>(args, stream);
+  // With four lanes a row, the sums for a shift no longer fit the registers.
+  if constexpr (kCross != Cross::kShift) {
+    if (args.rows >= kManyRows) return launch_block<4, kCross>(args, stream);
+  }
+  return launch_block<8, kCross>(args, stream);
 }
 
 bool valid(const vlmq_quantize_block_args& a) {

@@ -12,6 +12,7 @@ pub mod guarded;
 pub mod kernels;
 #[cfg(feature = "run")]
 pub mod program;
+pub mod solving;
 
 use std::path::{Path, PathBuf};
 use vlmq::tensor::Matrix;

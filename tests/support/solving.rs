@@ -1,0 +1,325 @@
+//! One layer's problem for the solver's kernels, how they are called, and how their results are compared with the CPU's.
+
+use super::guarded::{Guarded, bits, noise};
+use super::kernels::{call, workspace_bytes};
+use std::ops::Range;
+use vlmq::device::cpu::Cpu;
+use vlmq::device::cuda::bindings::*;
+use vlmq::device::{
+    Block, BlockCodes, CrossFactor, Factor, Factored, Grid, GridRule, GroupGrid, ScaleType, SolveOps, SolveState,
+};
+use vlmq::tensor::Matrix;
+
+pub fn matrix(rows: usize, cols: usize, seed: u64) -> Matrix {
+    Matrix::new(rows, cols, noise(rows * cols, seed)).unwrap()
+}
+
+pub const RULE: GridRule =
+    GridRule { bits: 3, symmetric: false, grid: Grid::Minmax, scale_type: ScaleType::F16, smallest_zero: 0 };
+
+pub fn c_rule(rule: &GridRule) -> vlmq_grid_rule {
+    vlmq_grid_rule {
+        bits: rule.bits as i32,
+        symmetric: rule.symmetric.into(),
+        grid: match rule.grid {
+            Grid::Minmax => vlmq_grid::VLMQ_MINMAX,
+            Grid::Mse => vlmq_grid::VLMQ_MSE,
+        },
+        scale_type: match rule.scale_type {
+            ScaleType::F32 => vlmq_dtype::VLMQ_F32,
+            ScaleType::Bf16 => vlmq_dtype::VLMQ_BF16,
+            ScaleType::F16 => vlmq_dtype::VLMQ_F16,
+        },
+        smallest_zero: rule.smallest_zero.into(),
+    }
+}
+
+/// A layer's factor, and the GPTAQ term.
+pub struct Prepared {
+    pub factor: Factor<Matrix>,
+    pub cross: CrossFactor<Matrix>,
+}
+
+impl Prepared {
+    /// From correlated inputs, twice as many tokens as features.
+    pub fn new(features: usize, blocks: &[Range<usize>]) -> Self {
+        let mut u = matrix(2 * features, features, 11);
+        for token in 0..u.rows() {
+            let row = u.row_mut(token);
+            for i in 1..row.len() {
+                row[i] = (row[i] + 0.4 * row[i - 1]) * (1.0 + (i % 5) as f32 * 0.1);
+            }
+        }
+        let mut f = matrix(2 * features, features, 12);
+        f.data_mut().iter_mut().zip(u.data()).for_each(|(f, u)| *f = u + 0.1 * *f);
+        let (mut h, mut c) = (Matrix::zeros(features, features), Matrix::zeros(features, features));
+        Cpu.accumulate_statistics(&mut h, Some(&mut c), &u, Some(&f), None).unwrap();
+        let mean = (0..features).map(|i| h.row(i)[i]).sum::<f32>() / features as f32;
+        (0..features).for_each(|i| h.row_mut(i)[i] += 0.01 * mean);
+        let Factored::Done(factor) = Cpu.factor(h, blocks).unwrap() else { panic!("not positive definite") };
+        let cross = Cpu.cross_factor(c, &factor, blocks, 0.25).unwrap();
+        Self { factor, cross }
+    }
+
+    /// Of one block.
+    pub fn whole(features: usize) -> Self {
+        Self::new(features, std::slice::from_ref(&(0..features)))
+    }
+
+    /// No error is carried on by these products: a start of the span without corrections stays exact.
+    pub fn state(&self, w: &Matrix, mode: Mode, span: usize) -> SolveState<Matrix> {
+        let zeros = |cols| Matrix::zeros(w.rows(), cols);
+        SolveState {
+            residual: w.clone(),
+            carried: (mode != Mode::Gptq).then(|| zeros(w.cols())),
+            shift: (mode == Mode::Shift).then(|| zeros(w.cols())),
+            error: zeros(span),
+            cross: (mode != Mode::Gptq).then(|| zeros(span)),
+        }
+    }
+}
+
+/// What GPTAQ hands on, if it is GPTAQ.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Mode {
+    Gptq,
+    Carried,
+    Shift,
+}
+
+pub const MODES: [Mode; 3] = [Mode::Gptq, Mode::Carried, Mode::Shift];
+
+/// What a block's kernel leaves behind.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub codes: BlockCodes,
+    pub row_errors: Vec<f64>,
+    pub state: SolveState<Matrix>,
+    pub status: i32,
+}
+
+impl Outcome {
+    /// Everything, to compare to the last bit.
+    pub fn bits(&self) -> Vec<Vec<u64>> {
+        let state = &self.state;
+        let optional = |x: &Option<Matrix>| x.as_ref().map_or_else(Vec::new, |x| bits(x.data()));
+        vec![
+            bits(&self.codes.codes),
+            bits(&self.codes.grid.scales),
+            bits(&self.codes.grid.zeros),
+            bits(&self.row_errors),
+            bits(state.residual.data()),
+            optional(&state.carried),
+            optional(&state.shift),
+            bits(state.error.data()),
+            vec![self.status as u64],
+        ]
+    }
+}
+
+pub fn groups_of(block: &Block<'_, Matrix>) -> usize {
+    if block.grid.is_some() { 1 } else { block.columns.len() / block.group }
+}
+
+/// Runs `vlmq_quantize_block`; what it may not touch is checked.
+pub fn quantize_block(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> Outcome {
+    let (rows, features) = (state.residual.rows(), state.residual.cols());
+    let (width, groups) = (block.columns.len(), groups_of(block));
+    let mut residual = Guarded::holding(state.residual.data());
+    let mut carried = state.carried.as_ref().map(|x| Guarded::holding(x.data()));
+    let mut shift = state.shift.as_ref().map(|x| Guarded::holding(x.data()));
+    let mut error = Guarded::holding(state.error.data());
+    let mut codes = Guarded::<u8>::output(rows * width);
+    let (mut scales, mut zeros) = match block.grid {
+        Some(grid) => (Guarded::holding(&grid.scales), Guarded::holding(&grid.zeros)),
+        None => (Guarded::output(rows * groups), Guarded::output(rows * groups)),
+    };
+    let mut row_errors = Guarded::<f64>::output(rows);
+    let mut status = Guarded::holding(&[i32::MAX]);
+    let pointer = |x: Option<&Matrix>| x.map_or(std::ptr::null(), |x| x.data().as_ptr());
+    let args = vlmq_quantize_block_args {
+        residual: residual.ptr(),
+        carried: carried.as_mut().map_or(std::ptr::null_mut(), Guarded::ptr),
+        shift: shift.as_mut().map_or(std::ptr::null_mut(), Guarded::ptr),
+        error: if block.factor.is_some() { error.ptr() } else { std::ptr::null_mut() },
+        cross: pointer(state.cross.as_ref()),
+        root: pointer(block.factor.map(|factor| &factor.root)),
+        inverses: pointer(block.factor.map(|factor| &factor.inverses)),
+        diagonal: block.factor.map_or(std::ptr::null(), |factor| factor.diagonal.as_ptr()),
+        products: pointer(block.cross.map(|cross| &cross.blocks)),
+        codes: codes.ptr(),
+        scales: scales.ptr(),
+        zeros: zeros.ptr(),
+        row_errors: row_errors.ptr(),
+        status: status.ptr(),
+        rows: rows as i64,
+        features: features as i64,
+        first: block.columns.start as i64,
+        columns: width as i64,
+        span_first: block.span as i64,
+        span: state.error.cols() as i64,
+        group: block.group as i64,
+        given_grid: block.grid.is_some().into(),
+        rule: c_rule(&block.rule),
+    };
+    assert_eq!(call("vlmq_quantize_block", &args), vlmq_status::VLMQ_OK);
+    let back = |x: &Guarded<f32>, like: &Matrix, columns: Range<usize>| {
+        let after = Matrix::new(like.rows(), like.cols(), x.values().to_vec()).unwrap();
+        for row in 0..rows {
+            let outside = |x: &Matrix| bits(&[&x.row(row)[..columns.start], &x.row(row)[columns.end..]].concat());
+            assert_eq!(outside(&after), outside(like), "row {row} outside the block");
+        }
+        after
+    };
+    let columns = block.columns.clone();
+    let local = columns.start - block.span..columns.end - block.span;
+    Outcome {
+        codes: BlockCodes {
+            codes: codes.values().to_vec(),
+            grid: GroupGrid { scales: scales.values().to_vec(), zeros: zeros.values().to_vec() },
+            error: row_errors.values().iter().sum(),
+        },
+        row_errors: row_errors.values().to_vec(),
+        state: SolveState {
+            residual: back(&residual, &state.residual, columns.clone()),
+            carried: carried.map(|x| back(&x, state.carried.as_ref().unwrap(), columns.clone())),
+            shift: shift.map(|x| back(&x, state.shift.as_ref().unwrap(), columns)),
+            error: if block.factor.is_some() { back(&error, &state.error, local) } else { state.error.clone() },
+            cross: state.cross.clone(),
+        },
+        status: status.values()[0],
+    }
+}
+
+/// How many codes and scales were compared and how many differed.
+#[derive(Default, Debug)]
+pub struct Tally {
+    pub codes: usize,
+    pub wrong_codes: usize,
+    pub scales: usize,
+    pub wrong_scales: usize,
+}
+
+/// `|a − b| ≤ tolerance · (norm of b's row)`, row by row.
+pub fn assert_close(a: &[f32], b: &[f32], tolerance: f64, what: &str) {
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let off = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)));
+    let size = norm(&mut b.iter().map(|b| f64::from(*b)));
+    assert!(off <= tolerance * size, "{what}: off by {off}, size {size}");
+}
+
+impl Tally {
+    /// Compares with the CPU device; `exact` where both must agree in every code, scale and residual.
+    pub fn compare(&mut self, ours: &Outcome, cpu: &Outcome, width: usize, exact: bool, what: &str) {
+        let rows = ours.row_errors.len();
+        let (a, b) = (&ours.codes, &cpu.codes);
+        let wrong_codes = a.codes.iter().zip(&b.codes).filter(|(a, b)| a != b).count();
+        let wrong_scales = bits(&a.grid.scales).iter().zip(bits(&b.grid.scales)).filter(|(a, b)| **a != *b).count();
+        self.codes += a.codes.len();
+        self.scales += a.grid.scales.len();
+        self.wrong_codes += wrong_codes;
+        self.wrong_scales += wrong_scales;
+        assert_eq!((a.codes.len(), a.grid.scales.len()), (b.codes.len(), b.grid.scales.len()));
+        if exact {
+            assert_eq!((wrong_codes, wrong_scales), (0, 0), "{what}");
+            assert_eq!(a.grid.zeros, b.grid.zeros, "{what}");
+            assert!(ours.state.residual == cpu.state.residual, "{what}: residual");
+        }
+        assert_eq!(ours.status, i32::MAX, "{what}");
+        let mut all_agree = true;
+        for row in 0..rows {
+            let codes = row * width..(row + 1) * width;
+            if a.codes[codes.clone()] != b.codes[codes] {
+                all_agree = false;
+                continue;
+            }
+            let close = |a: &Matrix, b: &Matrix, name: &str| {
+                assert_close(a.row(row), b.row(row), 1e-5, &format!("{what}, {name}, row {row}"));
+            };
+            let (ours, cpu) = (&ours.state, &cpu.state);
+            close(&ours.residual, &cpu.residual, "residual");
+            close(&ours.error, &cpu.error, "error");
+            if let (Some(a), Some(b)) = (&ours.carried, &cpu.carried) {
+                close(a, b, "carried");
+            }
+            if let (Some(a), Some(b)) = (&ours.shift, &cpu.shift) {
+                close(a, b, "shift");
+            }
+        }
+        if all_agree {
+            assert!((a.error / b.error - 1.0).abs() <= 1e-5 || a.error == b.error, "{what}: {} {}", a.error, b.error);
+        }
+    }
+
+    /// The bound of the whole: float32 order may turn a rounding tie, no more.
+    pub fn finish(&self, what: &str) {
+        println!("{what}: {self:?}");
+        assert!(self.codes > 0 && self.wrong_codes * 1000 <= self.codes, "{what}: {self:?}");
+        assert!(self.wrong_scales * 1000 <= self.scales, "{what}: {self:?}");
+    }
+}
+
+pub fn on_cpu(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> Outcome {
+    let mut state = state.clone();
+    let codes = Cpu.quantize_block(block, &mut state).unwrap();
+    Outcome { codes, row_errors: Vec::new(), state, status: i32::MAX }
+}
+
+/// Errors of rows from the outcome's residual, in float64: `‖(W − Ŵ)_span·R‖²` on the block's columns.
+pub fn check_row_errors(outcome: &Outcome, block: &Block<'_, Matrix>, factor: &Factor<Matrix>, what: &str) {
+    for (row, &error) in outcome.row_errors.iter().enumerate() {
+        let residual = outcome.state.residual.row(row);
+        let exact: f64 = (block.columns.clone())
+            .map(|j| {
+                let sum: f64 =
+                    (block.span..=j).map(|k| f64::from(residual[k]) * f64::from(factor.root.row(k)[j])).sum();
+                (sum * f64::from(factor.diagonal[j])).powi(2)
+            })
+            .sum();
+        assert!((error - exact).abs() <= 1e-5 * exact, "{what}, row {row}: {error}, exactly {exact}");
+    }
+}
+/// Runs `vlmq_group_grid` and hands back the status too.
+pub fn group_grid(
+    state: &SolveState<Matrix>,
+    columns: Range<usize>,
+    rule: GridRule,
+    factor: Option<&Factor<Matrix>>,
+    ends: &[i32],
+) -> (GroupGrid, i32) {
+    let rows = state.residual.rows();
+    let (mut scales, mut zeros) = (Guarded::<f32>::output(rows), Guarded::<u8>::output(rows));
+    let mut status = Guarded::holding(&[i32::MAX]);
+    let factor_matrix = |x: fn(&Factor<Matrix>) -> &Matrix| factor.map_or(std::ptr::null(), |f| x(f).data().as_ptr());
+    let mut args = vlmq_group_grid_args {
+        residual: state.residual.data().as_ptr(),
+        error: if factor.is_some() { state.error.data().as_ptr() } else { std::ptr::null() },
+        cross: match (&state.cross, factor) {
+            (Some(cross), Some(_)) => cross.data().as_ptr(),
+            _ => std::ptr::null(),
+        },
+        root: factor_matrix(|f| &f.root),
+        inverses: factor_matrix(|f| &f.inverses),
+        blocks: ends.as_ptr(),
+        block_count: ends.len() as i64,
+        scales: scales.ptr(),
+        zeros: zeros.ptr(),
+        status: status.ptr(),
+        rows: rows as i64,
+        features: state.residual.cols() as i64,
+        first: columns.start as i64,
+        columns: columns.len() as i64,
+        rule: c_rule(&rule),
+        workspace: std::ptr::null_mut(),
+        workspace_bytes: 0,
+    };
+    let bytes = workspace_bytes("vlmq_group_grid", &args);
+    assert_eq!(bytes == 0, factor.is_none());
+    // NaN, aligned to 256 bytes, a guard behind it.
+    let mut workspace = vec![0xffu8; bytes + 512];
+    let start = workspace.as_ptr().align_offset(256);
+    (args.workspace, args.workspace_bytes) = (workspace[start..].as_mut_ptr().cast(), bytes);
+    assert_eq!(call("vlmq_group_grid", &args), vlmq_status::VLMQ_OK);
+    assert!(workspace[start + bytes..].iter().all(|&byte| byte == 0xff), "written behind the work space");
+    (GroupGrid { scales: scales.values().to_vec(), zeros: zeros.values().to_vec() }, status.values()[0])
+}
