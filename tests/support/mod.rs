@@ -3,6 +3,7 @@
 // Each test program includes this folder and uses a part of it.
 #![allow(dead_code, unreachable_pub)]
 
+pub mod activations;
 pub mod checkpoint;
 pub mod golden;
 pub mod kernels;
