@@ -70,7 +70,7 @@ constexpr int kMaximaTokens = 1024;  // tokens of a block
 
 /// maxima[kRight] = max |u|, [kLeftHessian] = max |g^2 u|, [kLeftCross] = max |g^2 (f - u)| of each
 /// column, as bits: of numbers that are not negative they rise as the numbers do, NaN on top.
-template <class T, bool kAligned>
+template <class T>
 __global__ void __launch_bounds__(kThreads) column_maxima(const Problem p, uint32_t* maxima) {
   constexpr int kElements = Stage<T>::kElements;
   const int lane = static_cast<int>(threadIdx.x) % 32, row = static_cast<int>(threadIdx.x) / 32;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) column_maxima(const Problem p, uint3
 
   const auto read = [&](const void* matrix, int64_t stride, int token, float(&values)[kElements]) {
     const T* source = static_cast<const T*>(matrix) + token * stride + col;
-    if (kAligned && valid == kElements) return widen_chunk<T>(source, values);
+    if (p.aligned && valid == kElements) return widen_chunk<T>(source, values);
 #pragma unroll
     for (int e = 0; e < kElements; ++e) values[e] = e < valid ? to_float(source[e]) : 0.0f;
   };
@@ -121,11 +121,11 @@ __global__ void __launch_bounds__(kThreads) column_maxima(const Problem p, uint3
   }
 }
 
-template <class T, bool kAligned, bool kCross, bool kLow>
+template <class T, bool kCross, bool kLow>
 __device__ __forceinline__ void sum_tile(const Problem& p, TilePlace place, int tile) {
   const int first = static_cast<int>(blockIdx.y) * p.split_tokens;
-  TileSum<T, kAligned, kCross, kLow> sum(p, place.row, place.col, first,
-                                         min(first + p.split_tokens, p.tokens));
+  TileSum<T, kCross, kLow> sum(p, place.row, place.col, first,
+                               min(first + p.split_tokens, p.tokens));
   sum.run();
   if (p.partials != nullptr) {
     float* partial = p.partials + (int64_t{blockIdx.y} * gridDim.x + tile) * kTileFloats;
@@ -140,20 +140,20 @@ __device__ __forceinline__ void sum_tile(const Problem& p, TilePlace place, int 
   });
 }
 
-template <class T, bool kAligned>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 1) weighted_hessian_tiles(const Problem p) {
   const int tile = static_cast<int>(blockIdx.x);
   const TilePlace place = tile_place(p, tile);
   if (tile >= p.hessian_tiles) {
     if (p.fast)
-      sum_tile<T, kAligned, true, false>(p, place, tile);
+      sum_tile<T, true, false>(p, place, tile);
     else
-      sum_tile<T, kAligned, true, true>(p, place, tile);
+      sum_tile<T, true, true>(p, place, tile);
   } else if (p.fast || (sizeof(T) == 2 && p.g == nullptr)) {
-    sum_tile<T, kAligned, false, false>(p, place,
-                                        tile);  // without g, 16-bit inputs have no low part
+    sum_tile<T, false, false>(p, place,
+                              tile);  // without g, 16-bit inputs have no low part
   } else {
-    sum_tile<T, kAligned, false, true>(p, place, tile);
+    sum_tile<T, false, true>(p, place, tile);
   }
 }
 
@@ -221,21 +221,21 @@ bool pointers_are_good(const vlmq_weighted_hessian_args& args) {
          multiple_of(args.workspace, 256);
 }
 
-template <class T, bool kAligned>
+template <class T>
 vlmq_status enqueue_pass(const Problem& problem, const Plan& layout, uint32_t* maxima,
                          vlmq_stream stream) {
   const dim3 maxima_grid(
       static_cast<unsigned>(ceil_div(problem.features, 32 * Stage<T>::kElements)),
       static_cast<unsigned>(ceil_div(problem.tokens, kMaximaTokens)));
   constexpr size_t kMaximaShared = kMaximaRows * 32 * Stage<T>::kElements * sizeof(uint32_t);
-  vlmq_status status = VLMQ_LAUNCH((column_maxima<T, kAligned>), maxima_grid, dim3(kThreads),
-                                   kMaximaShared, stream, problem, maxima);
+  vlmq_status status = VLMQ_LAUNCH(column_maxima<T>, maxima_grid, dim3(kThreads), kMaximaShared,
+                                   stream, problem, maxima);
   if (status != VLMQ_OK) return status;
 
   const auto tiles = static_cast<unsigned>(layout.tiles);
   const dim3 grid(tiles, static_cast<unsigned>(layout.splits));
-  status = VLMQ_LAUNCH((weighted_hessian_tiles<T, kAligned>), grid, dim3(kThreads),
-                       Stage<T>::kSharedBytes, stream, problem);
+  status = VLMQ_LAUNCH(weighted_hessian_tiles<T>, grid, dim3(kThreads), Stage<T>::kSharedBytes,
+                       stream, problem);
   if (status != VLMQ_OK || problem.partials == nullptr) return status;
   return VLMQ_LAUNCH(add_partials, dim3(tiles, kSlices), dim3(kThreads), 0, stream, problem,
                      static_cast<int>(layout.splits));
@@ -271,12 +271,12 @@ vlmq_status enqueue(const vlmq_weighted_hessian_args& args, vlmq_stream stream) 
     problem.features = static_cast<int>(args.features);
     problem.split_tokens = static_cast<int>(layout.split_tokens);
     problem.hessian_tiles = static_cast<int>(layout.hessian_tiles);
+    problem.aligned = aligned;
     problem.fast = args.fast != 0;
 
     vlmq_status status = fill_async(maxima, 0, static_cast<size_t>(maxima_bytes(args)), stream);
     if (status != VLMQ_OK) return status;
-    status = aligned ? enqueue_pass<T, true>(problem, layout, maxima, stream)
-                     : enqueue_pass<T, false>(problem, layout, maxima, stream);
+    status = enqueue_pass<T>(problem, layout, maxima, stream);
     if (status != VLMQ_OK) return status;
   }
   return VLMQ_OK;

@@ -50,6 +50,7 @@ struct Problem {
   int features;
   int split_tokens;   // tokens of a block
   int hessian_tiles;  // the tiles of C follow
+  bool aligned;       // all rows of u and f start at multiples of 16 bytes
   bool fast;
 };
 
@@ -124,9 +125,9 @@ __device__ __forceinline__ void store_part(f16* target, float (&values)[kCount])
   }
 }
 
-/// The sums of one tile in a block's registers. kAligned: all rows of u and f start at multiples of
-/// 16 bytes. kCross: of C, else of H. kLow: the left operand's low part counts.
-template <class T, bool kAligned, bool kCross, bool kLow>
+/// The sums of one tile in a block's registers. kCross: of C, else of H. kLow: the left operand's
+/// low part counts.
+template <class T, bool kCross, bool kLow>
 class TileSum {
   using S = Stage<T>;
 
@@ -231,22 +232,15 @@ class TileSum {
     }
   }
 
-  /// Starts copying the next stage's chunks, tokens of weight zero as zeros: what they hold,
-  /// perhaps NaN, must reach neither operand. Past the last stage it only closes a group.
+  /// Starts copying the next stage's chunks; past the last stage it only closes a group. Rows that
+  /// do not start at multiples of 16 bytes take the slow way within the same kernel: a branch a
+  /// stage is free, and the kernel need not be compiled twice.
   __device__ __forceinline__ void copy() {
     if (token - chunk_row(0) < end) {
-#pragma unroll
-      for (int i = 0; i < S::kRows; ++i) {
-        const bool read = next[i] != 0.0f;
-        const T* u_chunk = u_row + i * S::kRowStep * p.u_stride;
-        copy_chunk(raw(0, i), u_chunk + row0, read ? left_valid : 0);
-        copy_chunk(raw(1, i), u_chunk + col0, read ? right_valid : 0);
-        if constexpr (kCross) {
-          const T* f_chunk = f_row + i * S::kRowStep * p.f_stride;
-          copy_chunk(raw(2, i), f_chunk + row0, read ? left_valid : 0);
-        }
-        weights()[i] = next[i] * next[i];
-      }
+      if (p.aligned)
+        copy_chunks<true>();
+      else
+        copy_chunks<false>();
       token += S::kTokens;
       u_row += S::kTokens * p.u_stride;
       if constexpr (kCross) f_row += S::kTokens * p.f_stride;
@@ -256,11 +250,30 @@ class TileSum {
     slot = slot == kStages - 1 ? 0 : slot + 1;
   }
 
+  /// Tokens of weight zero become zeros: what they hold, perhaps NaN, must reach neither operand.
+  template <bool kAligned>
+  __device__ __forceinline__ void copy_chunks() {
+#pragma unroll
+    for (int i = 0; i < S::kRows; ++i) {
+      const bool read = next[i] != 0.0f;
+      const T* u_chunk = u_row + i * S::kRowStep * p.u_stride;
+      copy_chunk<kAligned>(raw(0, i), u_chunk + row0, read ? left_valid : 0);
+      copy_chunk<kAligned>(raw(1, i), u_chunk + col0, read ? right_valid : 0);
+      if constexpr (kCross) {
+        const T* f_chunk = f_row + i * S::kRowStep * p.f_stride;
+        copy_chunk<kAligned>(raw(2, i), f_chunk + row0, read ? left_valid : 0);
+      }
+      weights()[i] = next[i] * next[i];
+    }
+  }
+
+  template <bool kAligned>
   __device__ __forceinline__ static void copy_chunk(unsigned char* target, const T* source,
                                                     int valid) {
     if constexpr (kAligned) {
       cp_async_16(target, source, valid * static_cast<int>(sizeof(T)));
     } else {
+#pragma unroll 1
       for (int e = 0; e < S::kElements; ++e)
         reinterpret_cast<T*>(target)[e] = e < valid ? source[e] : from_float<T>(0.0f);
     }
