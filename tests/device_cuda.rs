@@ -265,7 +265,11 @@ fn attention_agrees_forward_and_backward() {
             let pairs = [(&found.0, &expected.0), (&found.1, &expected.1), (&found.2, &expected.2)];
             for (name, (found, expected)) in ["dq", "dk", "dv"].into_iter().zip(pairs) {
                 let off = norm_error(&case.down(found), expected);
-                assert!(off <= 3.0 * tolerance(case.precision), "{name} in {:?} is {off:e} off", case.precision);
+                assert!(
+                    off <= 3.0 * tolerance(case.precision),
+                    "{name} of {shape:?} in {:?} is {off:e} off",
+                    case.precision
+                );
             }
         }
         let (shape, spans) = &cases[0];

@@ -1,0 +1,203 @@
+//! The whole pipeline on emulated kernels, against the CPU device: given the same statistics the same codes; from the images on
+//! a model as good.
+#![cfg(feature = "run")]
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use support::data;
+use support::kernels::{Variant, build};
+use support::program::{read_json, stderr, succeed, text, vlmq_run};
+use vlmq::calibration::dataset;
+use vlmq::calibration::sequence::{Sequence, SequenceBuilder};
+use vlmq::checkpoint::Checkpoint;
+use vlmq::device::cpu::Cpu;
+use vlmq::device::cuda::{Cuda, CudaTensor, Precision};
+use vlmq::device::{Device, ModelOps, ScaleType};
+use vlmq::evaluate::{self, Evaluation, EvaluationSettings};
+use vlmq::model::decoder::{Block, Layout, Projection};
+use vlmq::model::families::{self, ModelConfig, PixelLimits};
+use vlmq::model::language_model::Embedder;
+use vlmq::quantize::settings::SolverSettings;
+use vlmq::quantize::solve::{prepare, solve_layer};
+use vlmq::quantize::statistics::Statistics;
+
+const MODEL: &str = "tiny-qwen2-vl-narrow";
+
+/// Calibration samples.
+const SAMPLES: &str = "8";
+
+/// Questions that scores and divergence are measured on.
+const QUESTIONS: usize = 96;
+
+fn library() -> PathBuf {
+    build("vlmq_kernels", "kernels", Variant::Plain)
+}
+
+/// `vlmq-run` with emulated kernels at hand.
+fn emulated_run(arguments: &[&str]) -> std::process::Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vlmq-run"));
+    command.env("VLMQ_EMULATED_KERNELS", library()).args(arguments).output().unwrap()
+}
+
+/// Quantizes the small checkpoint with the settings of the command line.
+fn quantize(device: &str, out: &Path) {
+    let (model, calib, out) = (text(data(MODEL)), text(data("vqa/calib.jsonl")), text(out));
+    let output = emulated_run(&[
+        "quantize",
+        &model,
+        "--calib",
+        &calib,
+        "--samples",
+        SAMPLES,
+        "--out",
+        &out,
+        "--device",
+        device,
+        "--quiet",
+    ]);
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+/// On the CPU, with the divergence from the float model.
+fn evaluate(model: &Path) -> Evaluation {
+    let settings = EvaluationSettings {
+        reference: Some(data(MODEL)),
+        limit: Some(QUESTIONS),
+        ..EvaluationSettings::new(model.to_owned(), data("vqa/eval.jsonl"))
+    };
+    evaluate::run(&Cpu, &settings, &mut ()).unwrap()
+}
+
+#[test]
+fn from_the_images_on_the_model_is_as_good() {
+    let work = tempfile::tempdir().unwrap();
+    let [cpu, cuda] = ["cpu", "cuda"].map(|device| {
+        let out = work.path().join(device);
+        quantize(device, &out);
+        out
+    });
+    assert_eq!(read_json(cuda.join("report.json"))["device"], "cuda (emulated)");
+    assert_eq!(read_json(cpu.join("report.json"))["device"], "cpu");
+    let (expected, found) = (evaluate(&cpu), evaluate(&cuda));
+    let (expected_kl, found_kl) = (expected.kl.unwrap(), found.kl.unwrap());
+    println!("score {} and {}, kl {expected_kl} and {found_kl}", expected.score, found.score);
+    assert_eq!(found.score, expected.score, "of the CPU's model and of the CUDA device's");
+    assert!((found_kl / expected_kl - 1.0).abs() <= 0.1, "KL {found_kl} against the CPU's {expected_kl}");
+}
+
+/// The float checkpoint and one quantized from it, both as far as some samples' inputs of block 1.
+struct Paths {
+    config: ModelConfig,
+    blocks: [Block<CudaTensor>; 2],
+    inputs: [CudaTensor; 2],
+    layout: Layout<CudaTensor>,
+}
+
+impl Paths {
+    fn new(device: &Cuda, quantized: &Path) -> Self {
+        let checkpoints = [Checkpoint::open(&data(MODEL)).unwrap(), Checkpoint::open(quantized).unwrap()];
+        let family = families::of::<Cuda>(&checkpoints[0]).unwrap();
+        let config = family.config(&checkpoints[0]).unwrap();
+        let vision = family.vision_input(&checkpoints[0], PixelLimits::default()).unwrap();
+        let builder = SequenceBuilder::new(&data(MODEL), vision).unwrap();
+        let conversations = dataset::read(&data("vqa/calib.jsonl"), None).unwrap();
+        let sequences: Vec<Sequence> = conversations[..4].iter().map(|c| builder.build(c).unwrap()).collect();
+        let sequences: Vec<&Sequence> = sequences.iter().collect();
+        let embedder = Embedder::load(device, &checkpoints[0], &config, false).unwrap();
+        let features = embedder.image_features(device, &sequences).unwrap();
+        let (x, layout) = embedder.embed(device, &sequences, features.as_ref()).unwrap();
+        let load = |checkpoint: &Checkpoint, index| {
+            Block::load(device, checkpoint, &config.decoder, &config.names, index).unwrap()
+        };
+        let inputs = checkpoints.each_ref().map(|checkpoint| {
+            let block = load(checkpoint, 0);
+            let mut x = device.slice_rows(&x, 0..device.shape(&x).0).unwrap();
+            let attention = block.output_input(device, &config.decoder, &x, &layout).unwrap();
+            block.add_output(device, &mut x, Projection::O, &attention).unwrap();
+            let inner = block.down_input(device, &config.decoder, &x).unwrap();
+            block.add_output(device, &mut x, Projection::Down, &inner).unwrap();
+            x
+        });
+        let blocks = checkpoints.each_ref().map(|checkpoint| load(checkpoint, 1));
+        Self { config, blocks, inputs, layout }
+    }
+
+    /// Inputs of a layer of block 1 on the float path and on the quantized one, and its float weight.
+    fn layer(&self, device: &Cuda, projection: Projection) -> [CudaTensor; 2] {
+        let decoder = &self.config.decoder;
+        [0, 1].map(|path| {
+            let (block, x) = (&self.blocks[path], &self.inputs[path]);
+            match projection {
+                Projection::O => block.output_input(device, decoder, x, &self.layout),
+                Projection::Down => block.down_input(device, decoder, x),
+                Projection::Gate | Projection::Up => block.mlp_input(device, decoder, x),
+                Projection::Q | Projection::K | Projection::V => block.attention_input(device, decoder, x),
+            }
+            .unwrap()
+        })
+    }
+}
+
+#[test]
+fn given_the_same_statistics_the_codes_are_the_same() {
+    let work = tempfile::tempdir().unwrap();
+    let quantized = work.path().join("quantized");
+    quantize("cpu", &quantized);
+    let device = Cuda::emulated(&library(), Precision::Bf16).unwrap();
+    let paths = Paths::new(&device, &quantized);
+    let settings = SolverSettings { scale_type: ScaleType::Bf16, ..SolverSettings::default() };
+    let (mut different, mut total) = (0, 0);
+    for projection in Projection::ALL {
+        let [f, u] = paths.layer(&device, projection);
+        let g: Vec<f32> = (0..device.shape(&u).0).map(|token| 0.5 + (token % 3) as f32).collect();
+        let mut there = Statistics::new(&device, device.shape(&u).1, true).unwrap();
+        there.accumulate(&device, &u, Some(&f), Some(&g)).unwrap();
+        let here = Statistics {
+            hessian: device.download(&there.hessian).unwrap(),
+            cross: there.cross.as_ref().map(|cross| device.download(cross).unwrap()),
+            tokens: there.tokens,
+        };
+        let weight = device.download(&paths.blocks[0].linear(projection).weight).unwrap();
+        let prepared = prepare(&Cpu, &here, &settings).unwrap();
+        let (expected, _) = solve_layer(&Cpu, &prepared, &here.hessian, &weight, &settings).unwrap();
+        let prepared = prepare(&device, &there, &settings).unwrap();
+        let (found, _) = solve_layer(&device, &prepared, &there.hessian, &weight, &settings).unwrap();
+        different += found.codes.iter().zip(&expected.codes).filter(|(a, b)| a != b).count();
+        total += expected.codes.len();
+    }
+    println!("{different} of {total} codes differ");
+    assert!(1000 * different <= total, "{different} of {total} codes differ");
+}
+
+#[test]
+fn eval_and_inspect_run_on_the_device_too() {
+    let (model, questions) = (text(data(MODEL)), text(data("vqa/eval.jsonl")));
+    let arguments = ["eval", &model, &questions, "--limit", "2", "--log-level", "info", "--device", "cuda"];
+    let output = emulated_run(&arguments);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("computing on cuda (emulated), the model in Bf16"), "{}", stderr(&output));
+    let here = succeed(&["eval", &model, &questions, "--limit", "2", "--device", "cpu", "--quiet"]);
+    let there = String::from_utf8(output.stdout).unwrap();
+    let score = |table: &str| table.lines().last().unwrap().split_whitespace().nth(2).unwrap().to_owned();
+    assert_eq!(score(&there), score(&here), "{there}{here}");
+
+    // `auto` takes no emulated kernels, and says where it computes and why.
+    let output = emulated_run(&["inspect", &model, "--log-level", "info"]);
+    assert!(output.status.success() && stderr(&output).contains("computing on "), "{}", stderr(&output));
+    assert!(!stderr(&output).contains("emulated"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_library_that_is_none_is_refused() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vlmq-run"));
+    let model = text(data(MODEL));
+    command.env("VLMQ_EMULATED_KERNELS", "no-such-library.so").args(["inspect", &model, "--device", "cuda"]);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("no-such-library.so"), "{}", stderr(&output));
+    let output = vlmq_run(&["inspect", &model, "--device", "cuda:77"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("cuda:77"), "{}", stderr(&output));
+}
