@@ -65,7 +65,9 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
             product / 1e12,
             copy / 1e9
         );
-        println!("| operation | ms | TFLOP/s | GB/s | of the measured rate | PyTorch takes |\n|---|---|---|---|---|---|");
+        println!(
+            "| operation | ms | TFLOP/s | GB/s | of the measured rate | PyTorch takes |\n|---|---|---|---|---|---|"
+        );
         Ok(Self { device, filter, product, copy, reference })
     }
 
@@ -136,7 +138,8 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
         let tiny = self.device.upload(Matrix::zeros(1, 1))?;
         let seconds = median(self.device, &tiny, &mut run)?;
         let share = (work / seconds / self.product).max(bytes / seconds / self.copy);
-        let times = self.reference.get(name).map_or("–".into(), |reference| format!("{:.1} times", reference / seconds));
+        let times =
+            self.reference.get(name).map_or("–".into(), |reference| format!("{:.1} times", reference / seconds));
         println!(
             "| {name} | {:.3} | {:.2} | {:.1} | {:.0} % | {times} |",
             seconds * 1e3,

@@ -210,7 +210,7 @@ fn numbers_of_few_bits_are_exact() {
     };
     let (root, inverse, products) = (sparse(52, 1.0), sparse(53, 1.0), sparse(54, 0.0));
     let prepared = Prepared {
-        factor: Factor { root, inverses: block_rows(&inverse), diagonal: vec![2.0; features] },
+        factor: Factor { root, inverses: block_rows(&inverse), diagonal: Matrix::row_vector(vec![2.0; features]) },
         cross: CrossFactor { scaled: Matrix::default(), blocks: block_rows(&products) },
     };
     let given = GroupGrid { scales: (0..rows).map(|r| [0.125, 0.25][r % 2]).collect(), zeros: vec![128; rows] };
@@ -388,7 +388,7 @@ fn bad_arguments_are_refused() {
         cross: cross.as_ptr(),
         root: prepared.factor.root.data().as_ptr(),
         inverses: prepared.factor.inverses.data().as_ptr(),
-        diagonal: prepared.factor.diagonal.as_ptr(),
+        diagonal: prepared.factor.diagonal.data().as_ptr(),
         products: prepared.cross.blocks.data().as_ptr(),
         codes,
         scales,

@@ -145,7 +145,7 @@ pub fn quantize_block(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> 
         cross: pointer(state.cross.as_ref()),
         root: pointer(block.factor.map(|factor| &factor.root)),
         inverses: pointer(block.factor.map(|factor| &factor.inverses)),
-        diagonal: block.factor.map_or(std::ptr::null(), |factor| factor.diagonal.as_ptr()),
+        diagonal: block.factor.map_or(std::ptr::null(), |factor| factor.diagonal.data().as_ptr()),
         products: pointer(block.cross.map(|cross| &cross.blocks)),
         codes: codes.ptr(),
         scales: scales.ptr(),
@@ -273,7 +273,7 @@ pub fn check_row_errors(outcome: &Outcome, block: &Block<'_, Matrix>, factor: &F
             .map(|j| {
                 let sum: f64 =
                     (block.span..=j).map(|k| f64::from(residual[k]) * f64::from(factor.root.row(k)[j])).sum();
-                (sum * f64::from(factor.diagonal[j])).powi(2)
+                (sum * f64::from(factor.diagonal.data()[j])).powi(2)
             })
             .sum();
         assert!((error - exact).abs() <= 1e-5 * exact, "{what}, row {row}: {error}, exactly {exact}");
