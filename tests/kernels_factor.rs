@@ -72,13 +72,18 @@ fn factor(h: &[f32], n: usize, ends: &[i32]) -> Result<Factor<Matrix>, usize> {
     }
     let diagonal = got.split_off(n * n + n * BLOCK);
     let inverses = Matrix::new(n, BLOCK, got.split_off(n * n)).unwrap();
-    Ok(Factor { root: Matrix::new(n, n, got).unwrap(), inverses, diagonal })
+    Ok(Factor { root: Matrix::new(n, n, got).unwrap(), inverses, diagonal: Matrix::row_vector(diagonal) })
 }
 
 /// ‖R·Rᵀ − H‖ / ‖H‖ with R = root·diag.
 fn backward_error(factor: &Factor<Matrix>, h: &[f32], n: usize) -> f64 {
-    let r: Vec<f64> =
-        factor.root.data().iter().enumerate().map(|(i, &v)| f64::from(v) * f64::from(factor.diagonal[i % n])).collect();
+    let r: Vec<f64> = factor
+        .root
+        .data()
+        .iter()
+        .enumerate()
+        .map(|(i, &v)| f64::from(v) * f64::from(factor.diagonal.data()[i % n]))
+        .collect();
     let (mut difference, mut size) = (0.0, 0.0);
     for i in 0..n {
         for j in i..n {
@@ -110,7 +115,7 @@ fn factors_match_float64_and_the_cpu() {
         let parts = [
             ("root", got.root.data(), &unit),
             ("inverses", got.inverses.data(), &inverses),
-            ("diagonal", &got.diagonal, &diagonal),
+            ("diagonal", got.diagonal.data(), &diagonal),
         ];
         for (name, values, expected) in parts {
             let error = relative_error(values, expected);
@@ -133,7 +138,7 @@ fn exact_factors_are_found_exactly() {
         let h: Vec<f32> = (0..n * n).map(|i| product(i / n, i % n)).collect();
         let got = factor(&upper(&h, n), n, &ends).unwrap();
         assert!(got.root.data() == root, "n {n}: root");
-        assert!(got.diagonal == diagonal, "n {n}: diagonal");
+        assert!(got.diagonal.data() == diagonal, "n {n}: diagonal");
         let unit = widened(&root);
         let inverses = by_blocks(n, &ends, |block| reference_inverse(&unit, n, block));
         assert!(widened(got.inverses.data()) == inverses, "n {n}: inverses");
@@ -200,7 +205,7 @@ fn cross_factors_match_float64_and_the_cpu() {
                 c: c.ptr_mut(),
                 root: of.root.data().as_ptr(),
                 inverses: of.inverses.data().as_ptr(),
-                diagonal: of.diagonal.as_ptr(),
+                diagonal: of.diagonal.data().as_ptr(),
                 products: products.ptr_mut(),
                 blocks: ends.as_ptr(),
                 block_count: ends.len() as i64,
