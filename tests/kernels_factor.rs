@@ -221,7 +221,7 @@ fn cross_factors_match_float64_and_the_cpu() {
         let (scaled, products) = got.split_at(n * n);
 
         // The factor as given, so that its own rounding does not count: M = alpha triu(C R^-T, 1) diag(R)^-1.
-        let d = widened(&of.diagonal);
+        let d = widened(of.diagonal.data());
         let r: Vec<f64> = widened(of.root.data()).iter().enumerate().map(|(i, v)| v * d[i % n]).collect();
         let inverse = reference_inverse(&r, n, 0..n);
         let entry = |i: usize, j: usize| -> f64 {
