@@ -288,9 +288,12 @@ fn cases() -> Vec<(String, Case)> {
         cases.push((format!("{what}, {:?} {:?} {:?}", case.dtype, case.shape, case.spans), case));
     };
     for dtype in DTYPES {
-        if Variant::current() != Variant::Plain {
-            add("causal", Case::own(dtype, (2, 1), 16, true, &[1, 35]));
-            add("all keys", Case::new(dtype, (1, 1), 6, false, &[(3, 33)]));
+        if Variant::current() == Variant::Thread {
+            // Three tiles of each kind: each of the two buffers is used again.
+            add("causal", Case::own(dtype, (2, 1), 16, true, &[1, 70]));
+            add("last chunk", Case::new(dtype, (2, 1), 32, true, &[(17, 140)]));
+            add("scalar loads", Case::new(dtype, (1, 1), 6, false, &[(35, 67)]));
+            add("halves of wide heads", Case::own(dtype, (1, 1), 136, false, &[17]));
             continue;
         }
         for (head_dim, heads) in

@@ -4,6 +4,7 @@ use super::kernels::{self, Variant};
 use half::{bf16, f16};
 use std::ffi::c_void;
 use vlmq::device::cuda::bindings::{vlmq_dtype, vlmq_status};
+use vlmq::tensor::Matrix;
 
 /// The element types.
 pub const DTYPES: [vlmq_dtype; 3] = [vlmq_dtype::VLMQ_F32, vlmq_dtype::VLMQ_BF16, vlmq_dtype::VLMQ_F16];
@@ -45,6 +46,24 @@ pub fn noise(dtype: vlmq_dtype, count: usize, seed: u64) -> Vec<f32> {
     };
     next();
     (0..count).map(|_| next()).collect()
+}
+
+/// Lengths of a row: less than an access, odd, whole accesses, several rounds of a block.
+pub fn lengths() -> &'static [usize] {
+    match Variant::current() {
+        Variant::Plain => &[1, 2, 8, 17, 33, 64, 127, 128, 129, 2048, 3584, 4100],
+        _ => &[1, 33, 128, 520],
+    }
+}
+
+/// A matrix of the CPU device.
+pub fn matrix(rows: usize, cols: usize, values: &[f32]) -> Matrix {
+    Matrix::new(rows, cols, values.to_vec()).unwrap()
+}
+
+/// Integers, whose sums no type rounds.
+pub fn integers(count: usize, seed: u64) -> Vec<f32> {
+    noise(vlmq_dtype::VLMQ_F32, count, seed).iter().map(|x| (x * 16.0).round()).collect()
 }
 
 /// Elements of one type in the emulator's device memory.
