@@ -303,6 +303,18 @@ fn calls_add_up() {
 }
 
 #[test]
+fn wide_inputs_are_covered() {
+    // 9 tiles a side: a whole group of tile rows that are walked together, and a group of one.
+    let inputs = Inputs::integers(F16, 2, 1100);
+    let (hessian, cross) = inputs.run(DEFAULT, 1.0);
+    let (exact_hessian, exact_cross) = inputs.reference();
+    for i in 0..1100 * 1100 {
+        assert!(i / 1100 > i % 1100 || f64::from(hessian[i]) == 1.0 + exact_hessian[i], "H at {i}");
+        assert!(f64::from(cross[i]) == 1.0 + exact_cross[i], "C at {i}");
+    }
+}
+
+#[test]
 fn long_inputs_take_several_passes() {
     // One more than a pass of 65536.
     let inputs = Inputs::integers(BF16, 65537, 3);

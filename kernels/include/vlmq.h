@@ -44,8 +44,9 @@ typedef enum vlmq_dtype {
 /* ---- statistics: weighted_hessian.cu (paper eq. for H, method section 2) ------------------------------------------- */
 
 /* hessian += U^T diag(g^2) U on the triangle row <= column, and cross += (F - U)^T diag(g^2) U in full.
- * One operand is exact, the weighted one is split into a high and a low part of the inputs' type: relative error
- * against the exact sum <= 1e-6. At most 16384 tokens are summed inside tensor cores before a float32 addition. */
+ * Columns are scaled to float16 by powers of two; one operand is exact there, the weighted one a high and a low part:
+ * relative error against the exact sum <= 1e-6, of each entry (i, j) against the norms of its columns i and j. At most
+ * 128 tokens are summed inside tensor cores before a float32 addition. g^2 u and g^2 (f - u) must fit float32. */
 typedef struct vlmq_weighted_hessian_args {
   const void* u;       /* [tokens, features], quantized-path inputs; rows aligned to 16 bytes for full speed */
   const void* f;       /* [tokens, features], float-path inputs, or NULL: no cross term */

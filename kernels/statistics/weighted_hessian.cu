@@ -1,10 +1,11 @@
 // vlmq_weighted_hessian: the layer's statistics, over all tokens.
 //
 // Tokens are taken in passes, each of up to three launches:
-//   column_maxima          the largest magnitude of each operand's columns, for their scales
-//   weighted_hessian_tiles a block per tile (of H on and above the diagonal, then all of C) and
-//   split add_partials           the splits' sums into H and C, in order; one split alone writes
-//   there
+// - column_maxima: the largest magnitude of each operand's columns, for their scales;
+// - weighted_hessian_tiles: a block per tile (of H on and above the diagonal, then all of C) and
+//   split of the tokens;
+// - add_partials: the splits' sums into H and C, in order. One split alone writes there itself.
+//
 // H and C are tiles of one launch and not sums of one block: both at once would need twice the 128
 // registers that a thread's products and sums take. The blocks that run at the same time share
 // rows and columns, so that u comes from L2.
@@ -13,8 +14,8 @@
 namespace vlmq::statistics {
 namespace {
 
-// A sum of n float32 rounds about n/3 times at half its final size: 512 promotions of 128 tokens
-// err by 3e-7 of it.
+// The roundings of n float32 additions of like size come to about sqrt(n / 3) times 2^-25 of the
+// sum (root mean square): 4e-7 for the 512 promotions of a pass.
 constexpr int64_t kPassTokens = 65536;
 
 // Splits are made until there are 8 blocks for each of 132 multiprocessors, so that the last wave

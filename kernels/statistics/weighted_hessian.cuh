@@ -89,6 +89,11 @@ __device__ __forceinline__ float scale_of(uint32_t maximum) {
   return __uint_as_float(static_cast<uint32_t>(min(127 + 14 + 127 - exponent, 253)) << 23);
 }
 
+/// Of a power of two that scale_of made, exactly: a division would be a call for each entry.
+__device__ __forceinline__ float inverse_of(float scale) {
+  return __uint_as_float(0x7f000000u - __float_as_uint(scale));
+}
+
 template <class T>
 __device__ __forceinline__ void widen_chunk(const void* raw, float (&values)[Stage<T>::kElements]) {
   const uint4 words = load_vector<uint4>(raw);
@@ -126,7 +131,8 @@ __device__ __forceinline__ void store_part(f16* target, float (&values)[kCount])
 }
 
 /// The sums of one tile in a block's registers. kCross: of C, else of H. kLow: the left operand's
-/// low part counts.
+/// low part counts. nvcc inlines all of it unasked, as registers need; forced, the whole kernel is
+/// one function for g++ too, and its sanitized build takes six times as long.
 template <class T, bool kCross, bool kLow>
 class TileSum {
   using S = Stage<T>;
@@ -151,7 +157,7 @@ class TileSum {
         warp_row() < p.features && warp_col() <= last_col && (kCross || warp_row() <= last_col);
   }
 
-  __device__ __forceinline__ void run() {
+  __device__ void run() {
     for (int i = thread; i < 2 * kTile; i += kThreads) {
       const int column = i < kTile ? row0 + i : col0 + i - kTile;
       const int of = i >= kTile ? kRight : kCross ? kLeftCross : kLeftHessian;
@@ -182,7 +188,7 @@ class TileSum {
 
   /// Calls `store(row, col, value)`, row and column counted in the tile, for this thread's entries.
   template <class Store>
-  __device__ __forceinline__ void each(Store store) {
+  __device__ void each(Store store) {
     if (!active) return;
     const int lane = thread % 32;
 #pragma unroll
@@ -193,7 +199,8 @@ class TileSum {
         for (int i = 0; i < 4; ++i) {
           const int row = warp_row() - row0 + m * 16 + accumulator_row(lane, i);
           const int col = warp_col() - col0 + n * 8 + accumulator_col(lane, i);
-          store(row, col, sums[m][n][i] / scales()[row] / scales()[kTile + col]);
+          store(row, col,
+                sums[m][n][i] * inverse_of(scales()[row]) * inverse_of(scales()[kTile + col]));
         }
       }
     }
@@ -224,7 +231,7 @@ class TileSum {
   __device__ __forceinline__ int chunk_col() const { return thread % S::kChunks * S::kElements; }
 
   /// Weights are read one stage before the copies that they decide on, not to wait for them there.
-  __device__ __forceinline__ void read_weights() {
+  __device__ void read_weights() {
 #pragma unroll
     for (int i = 0; i < S::kRows; ++i) {
       const int at = token + i * S::kRowStep;
@@ -235,7 +242,7 @@ class TileSum {
   /// Starts copying the next stage's chunks; past the last stage it only closes a group. Rows that
   /// do not start at multiples of 16 bytes take the slow way within the same kernel: a branch a
   /// stage is free, and the kernel need not be compiled twice.
-  __device__ __forceinline__ void copy() {
+  __device__ void copy() {
     if (token - chunk_row(0) < end) {
       if (p.aligned)
         copy_chunks<true>();
@@ -252,7 +259,7 @@ class TileSum {
 
   /// Tokens of weight zero become zeros: what they hold, perhaps NaN, must reach neither operand.
   template <bool kAligned>
-  __device__ __forceinline__ void copy_chunks() {
+  __device__ void copy_chunks() {
 #pragma unroll
     for (int i = 0; i < S::kRows; ++i) {
       const bool read = next[i] != 0.0f;
@@ -268,8 +275,7 @@ class TileSum {
   }
 
   template <bool kAligned>
-  __device__ __forceinline__ static void copy_chunk(unsigned char* target, const T* source,
-                                                    int valid) {
+  __device__ static void copy_chunk(unsigned char* target, const T* source, int valid) {
     if constexpr (kAligned) {
       cp_async_16(target, source, valid * static_cast<int>(sizeof(T)));
     } else {
@@ -281,7 +287,7 @@ class TileSum {
 
   /// Makes a stage's operands of the oldest chunks that this thread copied, whose place is the next
   /// copy's: its own wait is enough.
-  __device__ __forceinline__ void convert(int stage) {
+  __device__ void convert(int stage) {
     cp_async_wait<kStages - 1>();
 #pragma unroll
     for (int i = 0; i < S::kRows; ++i) {
@@ -308,7 +314,7 @@ class TileSum {
     }
   }
 
-  __device__ __forceinline__ void scale(float (&values)[S::kElements], int from) const {
+  __device__ void scale(float (&values)[S::kElements], int from) const {
 #pragma unroll
     for (int e = 0; e < S::kElements; e += 4) {
       const float4 by = load_vector<float4>(scales() + from + chunk_col() + e);
@@ -321,7 +327,7 @@ class TileSum {
 
   /// Adds a stage's products: low x high, high x low where the right operand has one, high x high;
   /// low x low is below 2^-22 of the result.
-  __device__ __forceinline__ void multiply(int stage) {
+  __device__ void multiply(int stage) {
     const int lane = thread % 32;
     const FragmentRow a = fragment_a_km(lane), b = fragment_b_kn(lane);
     const int left_place = a.row * kPitch + warp_row() - row0 + a.col;
@@ -351,8 +357,7 @@ class TileSum {
     }
   }
 
-  __device__ __forceinline__ void add(const uint32_t (&left)[2][4], const uint32_t (&right)[4],
-                                      int n) {
+  __device__ void add(const uint32_t (&left)[2][4], const uint32_t (&right)[4], int n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t b[2] = {right[2 * half], right[2 * half + 1]};
@@ -361,7 +366,7 @@ class TileSum {
     }
   }
 
-  __device__ __forceinline__ void promote() {
+  __device__ void promote() {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
