@@ -1,8 +1,8 @@
 /* C API of the vlmq kernels: importance-weighted second-order quantization (VLMQ, arXiv 2508.03351) on an NVIDIA GPU.
  *
  * Every call takes one argument struct and a stream, checks the arguments on the host, enqueues its work on the stream
- * and returns. Nothing is allocated, nothing waits, no state is kept. Failures that only the GPU can see (a pivot that is
- * not positive, a scale that does not fit) are written to a `status` word in device memory.
+ * and returns. Nothing is allocated, nothing waits, no state is kept. Failures that only the GPU can see (a pivot that
+ * is not positive, a scale that does not fit) are written to a `status` word in device memory.
  *
  * Unless a field says otherwise: pointers are device memory, aligned to their element type's size; matrices are dense,
  * row-major, [rows, cols] with element (r, c) at r * cols + c; a field called `..._stride` counts elements from row to
@@ -32,33 +32,29 @@ typedef enum vlmq_status {
 typedef struct CUstream_st* vlmq_stream;
 
 /* Element types. */
-typedef enum vlmq_dtype {
-  VLMQ_F32 = 0,
-  VLMQ_BF16 = 1,
-  VLMQ_F16 = 2
-} vlmq_dtype;
+typedef enum vlmq_dtype { VLMQ_F32 = 0, VLMQ_BF16 = 1, VLMQ_F16 = 2 } vlmq_dtype;
 
 /* Widest block of columns that is quantized one column at a time, and row stride of the stored diagonal blocks. */
 #define VLMQ_BLOCK 128
 
-/* ---- statistics: weighted_hessian.cu (paper eq. for H, method section 2) ------------------------------------------- */
+/* ---- statistics: weighted_hessian.cu (paper eq. for H, method section 2) ---- */
 
 /* hessian += U^T diag(g^2) U on the triangle row <= column, and cross += (F - U)^T diag(g^2) U in full.
  * Columns are scaled to float16 by powers of two; one operand is exact there, the weighted one a high and a low part:
  * relative error against the exact sum <= 1e-6, of each entry (i, j) against the norms of its columns i and j. At most
  * 128 tokens are summed inside tensor cores before a float32 addition. g^2 u and g^2 (f - u) must fit float32. */
 typedef struct vlmq_weighted_hessian_args {
-  const void* u;       /* [tokens, features], quantized-path inputs; rows aligned to 16 bytes for full speed */
-  const void* f;       /* [tokens, features], float-path inputs, or NULL: no cross term */
-  const float* g;      /* [tokens] importance, or NULL: all 1; a token with g = 0 is not read into a sum */
-  float* hessian;      /* [features, features] */
-  float* cross;        /* [features, features], NULL exactly where f is */
+  const void* u;  /* [tokens, features], quantized-path inputs; rows aligned to 16 bytes for full speed */
+  const void* f;  /* [tokens, features], float-path inputs, or NULL: no cross term */
+  const float* g; /* [tokens] importance, or NULL: all 1; a token with g = 0 is not read into a sum */
+  float* hessian; /* [features, features] */
+  float* cross;   /* [features, features], NULL exactly where f is */
   int64_t tokens;
   int64_t features;
-  int64_t u_stride;    /* >= features */
-  int64_t f_stride;    /* >= features where f is given */
-  vlmq_dtype dtype;    /* of u and f; VLMQ_F32 splits both operands */
-  int32_t fast;        /* not 0: one product without the low part, relative error about 1e-4 */
+  int64_t u_stride; /* >= features */
+  int64_t f_stride; /* >= features where f is given */
+  vlmq_dtype dtype; /* of u and f; VLMQ_F32 splits both operands */
+  int32_t fast;     /* not 0: one product without the low part, relative error about 1e-4 */
   void* workspace;
   size_t workspace_bytes;
 } vlmq_weighted_hessian_args;
@@ -66,7 +62,7 @@ typedef struct vlmq_weighted_hessian_args {
 size_t vlmq_weighted_hessian_workspace_bytes(const vlmq_weighted_hessian_args* args);
 vlmq_status vlmq_weighted_hessian(const vlmq_weighted_hessian_args* args, vlmq_stream stream);
 
-/* ---- factor: permute.cu, product.cu, factor.cu, cross_factor.cu, cholesky_inverse.cu, norms.cu --------------------- */
+/* ---- factor: permute.cu, product.cu, factor.cu, cross_factor.cu, cholesky_inverse.cu, norms.cu ---- */
 
 /* out[i, j] = x[order[i], order[j]] for i <= j, from the upper triangle of a symmetric x where `symmetric`, else from x
  * itself; out[i, i] = diagonal[order[i]] where given; entries below the diagonal are zero. */
@@ -82,7 +78,8 @@ typedef struct vlmq_permute_args {
 vlmq_status vlmq_permute(const vlmq_permute_args* args, vlmq_stream stream);
 
 /* c = beta * c + alpha * a * op(b), float32 in and out, float32-accurate: three TF32 products a pair of operands, their
- * sums promoted outside the tensor cores. With beta 0 the old content of c is not read; with inner 0 neither a nor b is. */
+ * sums promoted outside the tensor cores. With beta 0 the old content of c is not read; with inner 0 neither a nor b
+ * is. */
 typedef struct vlmq_product_args {
   const float* a; /* [rows, inner], a_stride */
   const float* b; /* [inner, cols], b_stride; [cols, inner] where transposed */
@@ -100,16 +97,16 @@ typedef struct vlmq_product_args {
 
 vlmq_status vlmq_product(const vlmq_product_args* args, vlmq_stream stream);
 
-/* H = R R^T with R upper triangular, from the last index backwards; what the solver reads of it: root = R diag(R)^-1, the
- * inverses of its diagonal blocks, and diag(R). Blocks are consecutive and cover 0..n. */
+/* H = R R^T with R upper triangular, from the last index backwards; what the solver reads of it: root = R diag(R)^-1,
+ * the inverses of its diagonal blocks, and diag(R). Blocks are consecutive and cover 0..n. */
 typedef struct vlmq_factor_args {
-  float* h;             /* [n, n]: damped H by its upper triangle in, root (zeros below the diagonal) out */
-  float* inverses;      /* [n, VLMQ_BLOCK] out: rows of a block hold root_BB^-1 in their first columns, zeros elsewhere */
-  float* diagonal;      /* [n] out */
-  const int32_t* blocks; /* HOST memory: [block_count] ends of the blocks, rising, the last n; each block <= VLMQ_BLOCK wide */
+  float* h;        /* [n, n]: damped H by its upper triangle in, root (zeros below the diagonal) out */
+  float* inverses; /* [n, VLMQ_BLOCK] out: rows of a block hold root_BB^-1 in their first columns, zeros elsewhere */
+  float* diagonal; /* [n] out */
+  const int32_t* blocks; /* HOST memory: [block_count] ends of blocks, rising, the last n; <= VLMQ_BLOCK wide */
   int64_t block_count;
   int64_t n;
-  int32_t* status;      /* [1] out: -1, or the index of a pivot that is not positive; then the other outputs are undefined */
+  int32_t* status; /* [1] out: -1, or the index of a pivot that is not positive; then the other outputs are undefined */
   void* workspace;
   size_t workspace_bytes;
 } vlmq_factor_args;
@@ -117,10 +114,11 @@ typedef struct vlmq_factor_args {
 size_t vlmq_factor_workspace_bytes(const vlmq_factor_args* args);
 vlmq_status vlmq_factor(const vlmq_factor_args* args, vlmq_stream stream);
 
-/* The GPTAQ term in the factor's coordinates: M = alpha * triu(C R^-T, 1) diag(R)^-1 and the blocks of P = M root^-1. */
+/* The GPTAQ term in the factor's coordinates: M = alpha * triu(C R^-T, 1) diag(R)^-1, and the blocks of
+ * P = M root^-1. */
 typedef struct vlmq_cross_factor_args {
-  float* c;              /* [n, n]: C in processing order by its upper triangle in, M (zeros on and below the diagonal) out */
-  const float* root;     /* of vlmq_factor */
+  float* c; /* [n, n]: C in processing order by its upper triangle in, M (zeros on and below the diagonal) out */
+  const float* root; /* of vlmq_factor */
   const float* inverses;
   const float* diagonal;
   float* products;       /* [n, VLMQ_BLOCK] out: rows of a block hold P_BB in their first columns, zeros elsewhere */
@@ -138,8 +136,8 @@ vlmq_status vlmq_cross_factor(const vlmq_cross_factor_args* args, vlmq_stream st
 /* The upper factor U of the inverse, H^-1 = U^T U, which solvers of the GPTQ family read: damps the diagonal, factors
  * backwards and inverts the triangle, in place. */
 typedef struct vlmq_cholesky_inverse_args {
-  float* h;        /* [n, n]: symmetric by its upper triangle in, U (zeros below the diagonal) out */
-  float damp;      /* added to the diagonal as damp * mean(diagonal); >= 0 */
+  float* h;   /* [n, n]: symmetric by its upper triangle in, U (zeros below the diagonal) out */
+  float damp; /* added to the diagonal as damp * mean(diagonal); >= 0 */
   int64_t n;
   int32_t* status; /* [1] out, as vlmq_factor's */
   void* workspace;
@@ -163,17 +161,17 @@ typedef struct vlmq_squared_norm_args {
 size_t vlmq_squared_norm_workspace_bytes(const vlmq_squared_norm_args* args);
 vlmq_status vlmq_squared_norm(const vlmq_squared_norm_args* args, vlmq_stream stream);
 
-/* ---- solve: quantize_block.cu, group_grid.cu (method section 3) ---------------------------------------------------- */
+/* ---- solve: quantize_block.cu, group_grid.cu (method section 3) ---- */
 
 typedef enum vlmq_grid {
   VLMQ_MINMAX = 0, /* the full range of the group's weights */
   VLMQ_MSE = 1     /* the shrunken range p * [lo, hi], p = 1 - k/100, k = 0..79, with the least sum |w - q|^2.4 */
 } vlmq_grid;
 
-/* How the range of a group becomes a scale, a zero and codes: with lo = min(0, min w), hi = max(0, max w), m = 2^bits - 1,
- * asymmetric scale (hi - lo)/m, zero round(-lo/scale) clamped to [smallest_zero, m]; symmetric scale 2 max(-lo, hi)/m, zero
- * 2^(bits-1). The scale is rounded to its storage type first. A group of zeros has scale 1, zero 2^(bits-1). The code of w
- * is clamp(round(w/scale) + zero, 0, m), ties to even. */
+/* How the range of a group becomes a scale, a zero and codes: with lo = min(0, min w), hi = max(0, max w), m = 2^bits -
+ * 1, asymmetric scale (hi - lo)/m, zero round(-lo/scale) clamped to [smallest_zero, m]; symmetric scale 2 max(-lo,
+ * hi)/m, zero 2^(bits-1). The scale is rounded to its storage type first. A group of zeros has scale 1, zero
+ * 2^(bits-1). The code of w is clamp(round(w/scale) + zero, 0, m), ties to even. */
 typedef struct vlmq_grid_rule {
   int32_t bits; /* 2, 3, 4 or 8 */
   int32_t symmetric;
@@ -185,12 +183,12 @@ typedef struct vlmq_grid_rule {
 /* Quantizes the columns of one block of a layer, one after the other, with error propagation inside the block; columns
  * are in processing order. acc = error + cross are the corrections in the factor's coordinates (root, inverses). */
 typedef struct vlmq_quantize_block_args {
-  float* residual;       /* [rows, features] in/out: W where a column has no code yet, W - W_hat where it has */
-  float* carried;        /* [rows, features] out on the block, or NULL: weight before rounding (after it where shift is given) */
-  float* shift;          /* [rows, features] out on the block, or NULL: (weight before rounding - after) P_BB */
-  float* error;          /* [rows, span] in/out: (W - W_hat) root of the span's columns */
-  const float* cross;    /* [rows, span] in, or NULL: the same of the GPTAQ term */
-  const float* root;     /* [features, features], or NULL: round to nearest, then carried..cross and below are NULL too */
+  float* residual;    /* [rows, features] in/out: W where a column has no code yet, W - W_hat where it has */
+  float* carried;     /* [rows, features] out on the block, or NULL: weight before rounding, after it with shift */
+  float* shift;       /* [rows, features] out on the block, or NULL: (weight before rounding - after) P_BB */
+  float* error;       /* [rows, span] in/out: (W - W_hat) root of the span's columns */
+  const float* cross; /* [rows, span] in, or NULL: the same of the GPTAQ term */
+  const float* root;  /* [features, features], or NULL: round to nearest, then carried..cross and below are NULL too */
   const float* inverses; /* [features, VLMQ_BLOCK] */
   const float* diagonal; /* [features] */
   const float* products; /* [features, VLMQ_BLOCK] of vlmq_cross_factor, or NULL: GPTQ */
@@ -198,15 +196,15 @@ typedef struct vlmq_quantize_block_args {
   float* scales;         /* [rows, columns / group] out; in, [rows, 1], where given_grid */
   uint8_t* zeros;        /* as scales */
   double* row_errors;    /* [rows] out: ||(W - W_hat) R||^2 of the block's columns, without a factor ||W - W_hat||^2 */
-  int32_t* status;       /* [1] in/out: set to the smallest row whose scale does not fit its type; the caller sets INT32_MAX */
+  int32_t* status;       /* [1] in/out: smallest row whose scale does not fit its type; the caller sets INT32_MAX */
   int64_t rows;
   int64_t features;
-  int64_t first;         /* first column of the block */
-  int64_t columns;       /* of the block; <= VLMQ_BLOCK, more without a factor */
-  int64_t span_first;    /* first column of the span, <= first */
-  int64_t span;          /* columns of the span */
-  int64_t group;         /* columns of a group; divides `columns` unless given_grid */
-  int32_t given_grid;    /* the block lies in one group whose grid is given */
+  int64_t first;      /* first column of the block */
+  int64_t columns;    /* of the block; <= VLMQ_BLOCK, more without a factor */
+  int64_t span_first; /* first column of the span, <= first */
+  int64_t span;       /* columns of the span */
+  int64_t group;      /* columns of a group; divides `columns` unless given_grid */
+  int32_t given_grid; /* the block lies in one group whose grid is given */
   vlmq_grid_rule rule;
 } vlmq_quantize_block_args;
 
@@ -216,15 +214,15 @@ vlmq_status vlmq_quantize_block(const vlmq_quantize_block_args* args, vlmq_strea
  * quantized: W + (error + cross) root^-1 on the group, without a factor W itself. */
 typedef struct vlmq_group_grid_args {
   const float* residual;
-  const float* error;    /* [rows, columns], or NULL: no factor */
-  const float* cross;    /* [rows, columns], or NULL */
+  const float* error; /* [rows, columns], or NULL: no factor */
+  const float* cross; /* [rows, columns], or NULL */
   const float* root;
   const float* inverses;
-  const int32_t* blocks; /* HOST memory: [block_count] ends of the blocks that make up the group, in columns of the layer */
+  const int32_t* blocks; /* HOST memory: [block_count] ends of the group's blocks, in columns of the layer */
   int64_t block_count;
-  float* scales;         /* [rows] out */
-  uint8_t* zeros;        /* [rows] out */
-  int32_t* status;       /* as vlmq_quantize_block's */
+  float* scales;   /* [rows] out */
+  uint8_t* zeros;  /* [rows] out */
+  int32_t* status; /* as vlmq_quantize_block's */
   int64_t rows;
   int64_t features;
   int64_t first;
@@ -237,23 +235,23 @@ typedef struct vlmq_group_grid_args {
 size_t vlmq_group_grid_workspace_bytes(const vlmq_group_grid_args* args);
 vlmq_status vlmq_group_grid(const vlmq_group_grid_args* args, vlmq_stream stream);
 
-/* ---- pack: pack.cu, unpack.cu -------------------------------------------------------------------------------------- */
+/* ---- pack: pack.cu, unpack.cu ---- */
 
-/* Code i of a run occupies bits i*bits..(i+1)*bits-1 of a little-endian bit stream that is cut into 32-bit words; a code
- * may straddle two. compressed-tensors: a run per row (`weight_packed` [rows, words]). GPTQ: a run per column (`qweight`
- * [words, cols] of the transposed layer), the zeros' runs along the outputs with `subtract` 1. Strides are positive, and no
- * two codes and no two words share a place. */
+/* Code i of a run occupies bits i*bits..(i+1)*bits-1 of a little-endian bit stream that is cut into 32-bit words; a
+ * code may straddle two. compressed-tensors: a run per row (`weight_packed` [rows, words]). GPTQ: a run per column
+ * (`qweight` [words, cols] of the transposed layer), the zeros' runs along the outputs with `subtract` 1. Strides are
+ * positive, and no two codes and no two words share a place. */
 typedef struct vlmq_pack_args {
   const uint8_t* codes; /* vlmq_pack in; [runs, count] where code_stride is 1 */
   uint32_t* words;      /* vlmq_pack out, ceil(count * bits / 32) words a run, the last padded with zero bits */
   int64_t runs;
-  int64_t count;        /* codes of a run */
-  int64_t code_stride;  /* elements from code to code of a run */
+  int64_t count;           /* codes of a run */
+  int64_t code_stride;     /* elements from code to code of a run */
   int64_t code_run_stride; /* elements from run to run */
   int64_t word_stride;
   int64_t word_run_stride;
-  int32_t bits;         /* 2, 3, 4 or 8 */
-  int32_t subtract;     /* taken off each code before it is packed, modulo 2^bits */
+  int32_t bits;     /* 2, 3, 4 or 8 */
+  int32_t subtract; /* taken off each code before it is packed, modulo 2^bits */
 } vlmq_pack_args;
 
 vlmq_status vlmq_pack(const vlmq_pack_args* args, vlmq_stream stream);
@@ -284,12 +282,12 @@ typedef struct vlmq_dequantize_args {
   int64_t rows;
   int64_t cols;
   int64_t groups;
-  vlmq_dtype dtype;           /* of out, rounded to nearest */
+  vlmq_dtype dtype; /* of out, rounded to nearest */
 } vlmq_dequantize_args;
 
 vlmq_status vlmq_dequantize(const vlmq_dequantize_args* args, vlmq_stream stream);
 
-/* ---- block: what calibration runs, forward and backward ------------------------------------------------------------ */
+/* ---- block: what calibration runs, forward and backward ---- */
 /* Activations and weights are of one dtype, arithmetic and sums are float32, one rounding at the end of a call. */
 
 /* y = x / sqrt(mean(x^2) + eps) * weight, or with a bias (x - mean) / sqrt(var + eps) * weight + bias, per row. */
@@ -306,14 +304,15 @@ typedef struct vlmq_norm_args {
 
 vlmq_status vlmq_norm(const vlmq_norm_args* args, vlmq_stream stream);
 
-/* Rotary embedding in place, halves rotated: (a, b) -> (a cos - b sin, b cos + a sin) on each pair (j, j + head_dim / 2). */
+/* Rotary embedding in place, halves rotated: (a, b) -> (a cos - b sin, b cos + a sin) on each pair (j, j + head_dim /
+ * 2). */
 typedef struct vlmq_rotate_args {
   void* x;          /* [tokens, heads * head_dim] */
   const float* cos; /* [tokens, head_dim / 2] */
   const float* sin; /* [tokens, head_dim / 2] */
   int64_t tokens;
   int64_t heads;
-  int64_t head_dim; /* even */
+  int64_t head_dim;   /* even */
   int32_t transposed; /* the inverse rotation */
   vlmq_dtype dtype;
 } vlmq_rotate_args;
@@ -336,12 +335,12 @@ typedef struct vlmq_attention_args {
   float* log_sum;         /* [q_rows, heads] out: log of the softmax's denominator, or NULL */
   const vlmq_span* spans; /* [span_count] */
   int64_t span_count;
-  int64_t longest_q;      /* most query rows of a span */
+  int64_t longest_q; /* most query rows of a span */
   int64_t q_rows;
   int64_t k_rows;
   int64_t heads;
-  int64_t kv_heads;       /* divides heads */
-  int64_t head_dim;       /* even, at most 256 */
+  int64_t kv_heads; /* divides heads */
+  int64_t head_dim; /* even, at most 256 */
   int32_t causal;
   vlmq_dtype dtype;
 } vlmq_attention_args;
@@ -379,9 +378,9 @@ vlmq_status vlmq_attention_backward(const vlmq_attention_backward_args* args, vl
 
 typedef enum vlmq_activation {
   VLMQ_SILU = 0,
-  VLMQ_GELU = 1,       /* with the error function */
+  VLMQ_GELU = 1, /* with the error function */
   VLMQ_GELU_TANH = 2,
-  VLMQ_QUICK_GELU = 3  /* x sigmoid(1.702 x) */
+  VLMQ_QUICK_GELU = 3 /* x sigmoid(1.702 x) */
 } vlmq_activation;
 
 /* y = activation(x), or activation(x) * up where given; y may be x. */
@@ -389,7 +388,7 @@ typedef struct vlmq_activate_args {
   const void* x;
   const void* up; /* or NULL */
   void* y;
-  int64_t count;  /* elements */
+  int64_t count; /* elements */
   vlmq_activation activation;
   vlmq_dtype dtype;
 } vlmq_activate_args;
@@ -418,7 +417,7 @@ typedef struct vlmq_gather_rows_args {
   const uint32_t* indices; /* [rows]; within the table, resp. within out: the caller's to know */
   void* out;
   int64_t rows;
-  int64_t row_bytes;       /* a multiple of 2 */
+  int64_t row_bytes; /* a multiple of 2 */
   int32_t scatter;
 } vlmq_gather_rows_args;
 
