@@ -8,10 +8,14 @@ use std::process::Command;
 /// Parts of the names of kernels that live off tensor cores.
 const HOT: &[&str] = &["weighted_hessian", "product", "attention"];
 
+/// The compiled kernels, and the folder of nvcc.
+const ARCHIVE: Option<&str> = option_env!("VLMQ_KERNELS_ARCHIVE");
+const CUDA_BIN: Option<&str> = option_env!("VLMQ_CUDA_BIN");
+
 /// What cuobjdump says of all objects.
 fn cuobjdump(arguments: &[&str]) -> String {
-    let archive = option_env!("VLMQ_KERNELS_ARCHIVE").unwrap();
-    let beside = Path::new(option_env!("VLMQ_CUDA_BIN").unwrap()).join("cuobjdump");
+    let (archive, folder) = ARCHIVE.zip(CUDA_BIN).expect("build.rs names both where it compiles kernels");
+    let beside = Path::new(folder).join("cuobjdump");
     let program = if beside.is_file() { beside } else { "cuobjdump".into() };
     let output = Command::new(&program).args(arguments).arg(archive).output().unwrap_or_else(|error| {
         panic!("{}: {error}; .cuda/bin/pip install 'nvidia-cuda-cuobjdump==13.2.*'", program.display())
