@@ -17,6 +17,10 @@ use vlmq::quantize::statistics::Statistics;
 use vlmq::tensor::Matrix;
 
 // As tests/c_api/quantize_layer.c has them.
+/// Where build.rs found nvcc and the libraries, where it compiles kernels.
+const CUDA_BIN: Option<&str> = option_env!("VLMQ_CUDA_BIN");
+const CUDA_LIBRARIES: Option<&str> = option_env!("VLMQ_CUDA_LIBRARIES");
+
 const ROWS: usize = 48;
 const FEATURES: usize = 320;
 const TOKENS: usize = 700;
@@ -45,7 +49,7 @@ fn inputs() -> (Matrix, Vec<f32>, Matrix) {
     let mut u = Vec::with_capacity(TOKENS * FEATURES);
     for i in 0..TOKENS * FEATURES {
         let before = if i % FEATURES == 0 { 0 } else { next() / 4 };
-        u.push((before + next() / 2) as f32 / if i % FEATURES % 7 == 0 { 16.0 } else { 64.0 });
+        u.push((before + next() / 2) as f32 / if (i % FEATURES).is_multiple_of(7) { 16.0 } else { 64.0 });
     }
     let g = (0..TOKENS).map(|_| (next() + 160) as f32 / 128.0).collect();
     let mut weight = Vec::with_capacity(ROWS * FEATURES);
@@ -139,8 +143,8 @@ fn the_libraries_for_c_users_hold_the_api() {
     exported.sort_unstable();
     assert_eq!(exported, declared);
 
-    let toolkit = PathBuf::from(option_env!("VLMQ_CUDA_BIN").unwrap()).join("..");
-    let library = option_env!("VLMQ_CUDA_LIBRARIES").map(Path::new).unwrap();
+    let toolkit = PathBuf::from(CUDA_BIN.expect("build.rs names it")).join("..");
+    let library = CUDA_LIBRARIES.map(Path::new).expect("build.rs names it");
     let work = tempfile::tempdir().unwrap();
     let mut compile = c_compiler();
     compile.arg("-isystem").arg(toolkit.join("include")).arg(folder.join("libvlmq_kernels.a"));
