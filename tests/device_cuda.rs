@@ -242,8 +242,8 @@ fn attention_agrees_forward_and_backward() {
     };
     let shape = |heads, kv_heads, head_dim, causal| AttentionShape { heads, kv_heads, head_dim, causal };
     let cases = [
-        (shape(4, 2, 16, true), own(&[1, 17, 70])),
-        (shape(3, 3, 64, false), own(&[33, 5])),
+        (shape(4, 2, 16, true), own(&[1, 17, 40])),
+        (shape(2, 2, 64, false), own(&[33, 5])),
         (shape(2, 1, 80, true), vec![Span { q: 0..1, k: 0..40 }, Span { q: 1..2, k: 40..41 }]),
     ];
     for case in Case::all() {
@@ -273,10 +273,10 @@ fn attention_agrees_forward_and_backward() {
             }
         }
         let (shape, spans) = &cases[0];
-        let x = case.up(&numbers(88, 64, 1));
-        let narrow = case.up(&numbers(88, 16, 1));
+        let x = case.up(&numbers(58, 64, 1));
+        let narrow = case.up(&numbers(58, 16, 1));
         assert!(case.cuda.attention(&x, &narrow, &narrow, spans, *shape).is_err());
-        let kv = case.up(&numbers(60, 32, 1));
+        let kv = case.up(&numbers(40, 32, 1));
         assert!(case.cuda.attention(&x, &kv, &kv, spans, *shape).is_err());
     }
 }

@@ -6,6 +6,7 @@ mod support;
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use support::data;
@@ -62,14 +63,16 @@ fn evaluate(model: &Path) -> Evaluation {
 }
 
 /// What the CPU device and the emulated one make of the images and a checkpoint.
-fn both(model: &Path) -> [Evaluation; 2] {
+fn both(model: &Path) -> [(Evaluation, Vec<(String, f64)>); 2] {
     let work = tempfile::tempdir().unwrap();
     ["cpu", "cuda"].map(|device| {
         let out = work.path().join(device);
         quantize(model, device, &out);
         let named = read_json(out.join("report.json"))["device"].as_str().unwrap().to_owned();
         assert_eq!(named, if device == "cpu" { "cpu" } else { "cuda (emulated)" });
-        evaluate(&out)
+        let report = read_json(out.join("report.json"));
+        let error = |layer: &Value| (layer["name"].to_string(), layer["relative_error"].as_f64().unwrap());
+        (evaluate(&out), report["layers"].as_array().unwrap().iter().map(error).collect())
     })
 }
 
@@ -91,10 +94,10 @@ fn float32_copy(to: &Path) {
     std::fs::write(to.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
-/// A last digit in a statistic flips codes, and every later block answers to the flips: with these few samples two runs
-/// that differ in no more than the order of sums are 12 % apart in divergence (float32), and bfloat16's rounding is part
-/// of what importance looks at. So what is asked for here is the gain over rounding to nearest; that the operations are
-/// the same is asked of each alone, and of the codes below.
+/// A last digit in a statistic flips codes, every later block answers to the flips, and what that does to the divergence of
+/// so small a model is chance: on the CPU alone, six draws of 240 of the 256 samples give KLs from 2.6e-4 to 6.2e-4. No
+/// single run can hold a KL to 10 %. The layers' own errors can, where no importance redraws their weights: those are held
+/// to it, and the KL to a clear gain over rounding to nearest.
 #[test]
 fn from_the_images_on_the_model_beats_rounding_to_nearest() {
     let work = tempfile::tempdir().unwrap();
@@ -104,7 +107,14 @@ fn from_the_images_on_the_model_beats_rounding_to_nearest() {
     let float32 = work.path().join("float32");
     float32_copy(&float32);
     for model in [float32, data(MODEL)] {
-        let [cpu, cuda] = both(&model);
+        let [(cpu, expected), (cuda, found)] = both(&model);
+        assert!(expected.len() == 28 && found.len() == 28);
+        for ((name, expected), (_, found)) in expected.iter().zip(&found) {
+            // Attention layers behind block 0 weigh their tokens by importance.
+            if name.contains("mlp") || name.contains("layers.0.") {
+                assert!((found / expected - 1.0).abs() <= 0.1, "{name}: error {found} against the CPU's {expected}");
+            }
+        }
         println!("{}: score {} and {}, kl {:?} and {:?}", model.display(), cpu.score, cuda.score, cpu.kl, cuda.kl);
         assert!(cuda.kl.unwrap() < 0.7 * rounded, "KL {:?} against {rounded}", cuda.kl);
     }
