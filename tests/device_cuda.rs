@@ -19,7 +19,11 @@ use vlmq::tensor::Matrix;
 
 const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::F16];
 
+/// The GPU that `VLMQ_TEST_GPU` names (benches/gpu.sh), else the emulated device.
 fn device(precision: Precision) -> Cuda {
+    if let Ok(ordinal) = std::env::var("VLMQ_TEST_GPU") {
+        return Cuda::open(ordinal.parse().unwrap(), precision).unwrap();
+    }
     Cuda::emulated(&build("vlmq_kernels", "kernels", Variant::Plain), precision).unwrap()
 }
 
@@ -93,7 +97,7 @@ impl Case {
 fn tensors_go_and_come_back() {
     for case in Case::all() {
         let (cuda, x) = (&case.cuda, numbers(17, 33, 1));
-        assert!(cuda.name().contains("emulated"));
+        assert!(cuda.name().starts_with("cuda"));
         let tensor = case.up(&x);
         assert_eq!((tensor.precision(), cuda.shape(&tensor)), (case.precision, (17, 33)));
         assert_eq!(case.down(&tensor), x);

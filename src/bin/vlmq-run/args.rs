@@ -59,8 +59,9 @@ impl Command {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Machine and messages")]
 pub(crate) struct MachineArgs {
-    /// Where to compute: `auto` (the best there is), `cpu`, `cuda` or `cuda:N`.
-    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
+    /// Where to compute: `cpu`, `cuda` or `cuda:N`, or `auto`: the first GPU where there is one.
+    // Not auto by default until the CUDA device has run on a GPU.
+    #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
     pub(crate) device: DeviceChoice,
     /// Threads to use; all cores when not given. Results do not depend on it.
     #[arg(long, global = true, value_name = "N", value_parser = threads)]
