@@ -1,6 +1,6 @@
 //! The CUDA device: `kernels/` behind the operations of [`crate::device`].
 //!
-//! [`Cuda`] runs the kernels on a [`Runtime`](runtime::Runtime), which is what they need around them: memory, copies, a
+//! [`Cuda`] runs the kernels on a `Runtime` (`runtime.rs`), which is what they need around them: memory, copies, a
 //! stream, and the plain matrix products that cuBLAS does best. There are two: a GPU through the driver, and the host
 //! itself, for kernels built for the emulator (`kernels/emulator`). All of the library's code for a GPU is the same on both.
 //!
