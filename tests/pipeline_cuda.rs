@@ -217,7 +217,7 @@ fn eval_and_inspect_run_on_the_device_too() {
     assert_eq!(score(&there), score(&here), "{there}{here}");
 
     // `auto` takes no emulated kernels, and says where it computes and why.
-    let output = emulated_run(&["inspect", &model, "--log-level", "info"]);
+    let output = emulated_run(&["inspect", &model, "--log-level", "info", "--device", "auto"]);
     assert!(output.status.success() && stderr(&output).contains("computing on "), "{}", stderr(&output));
     assert!(!stderr(&output).contains("emulated"), "{}", stderr(&output));
 }
