@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use vlmq::checkpoint::formats::Format;
 use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::{self, Evaluation, EvaluationSettings};
-use vlmq::model::families::PixelLimits;
+use vlmq::model::families::ImageOptions;
 use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::settings::{CrossTerm, Grid, Importance, Order, Solver, SolverSettings};
 use vlmq::tensor::Matrix;
@@ -113,7 +113,7 @@ fn runs(
                 samples: SAMPLES,
                 seed,
                 max_tokens: 2048,
-                pixel_limits: PixelLimits::default(),
+                image_options: ImageOptions::default(),
             };
             pipeline::run(&Cpu, &settings, &mut ())?;
             evaluate::run_against(&Cpu, &evaluation(out), reference, &mut ())

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 use vlmq::calibration::dataset::{self, Conversation, ImageSource, Message, Part};
 use vlmq::calibration::image::decode;
-use vlmq::calibration::processor::PatchSettings;
-use vlmq::calibration::sequence::{QwenVision, SequenceBuilder};
+use vlmq::calibration::native_resolution::{NativeResolution, QwenVision};
+use vlmq::calibration::sequence::SequenceBuilder;
 use vlmq::calibration::template::ChatTemplate;
 
 fn folder() -> TempDir {
@@ -276,7 +276,7 @@ fn checkpoint(files: &[(&str, &str)]) -> TempDir {
 }
 
 fn builder(folder: &Path) -> Result<SequenceBuilder, String> {
-    let vision = QwenVision::new(PatchSettings::read(folder, None, None).unwrap(), 613);
+    let vision = QwenVision::new(NativeResolution::read(folder, None, None).unwrap(), 613);
     SequenceBuilder::new(folder, Box::new(vision)).map_err(|error| format!("{error:#}"))
 }
 
@@ -329,7 +329,7 @@ fn tokenizers_that_other_tools_damaged_do_not_cut() {
 fn bad_folders_are_refused() {
     let folder = checkpoint(&[("chat_template.jinja", SIMPLE)]);
     assert!(builder(folder.path()).is_ok());
-    let settings = PatchSettings::read(folder.path(), None, None).unwrap();
+    let settings = NativeResolution::read(folder.path(), None, None).unwrap();
     let error = SequenceBuilder::new(folder.path(), Box::new(QwenVision::new(settings.clone(), 99_999))).err().unwrap();
     assert!(error.to_string().contains("no token 99999"), "{error}");
     fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
@@ -387,9 +387,9 @@ fn every_generation_of_processor_files() {
     let read = |name: &str, content: &str, min: Option<usize>, max: Option<usize>| {
         let folder = folder();
         fs::write(folder.path().join(name), content).unwrap();
-        PatchSettings::read(folder.path(), min, max).map_err(|error| format!("{error:#}"))
+        NativeResolution::read(folder.path(), min, max).map_err(|error| format!("{error:#}"))
     };
-    let limits = |settings: PatchSettings| (settings.min_pixels, settings.max_pixels);
+    let limits = |settings: NativeResolution| (settings.min_pixels, settings.max_pixels);
     for (content, wanted) in [
         (r#"{"min_pixels":3136,"max_pixels":12845056}"#, (3136, 12845056)),
         (r#"{"size":{"min_pixels":3136,"max_pixels":9999}}"#, (3136, 9999)),
@@ -404,10 +404,10 @@ fn every_generation_of_processor_files() {
     let both = folder();
     fs::write(both.path().join("preprocessor_config.json"), r#"{"patch_size":16}"#).unwrap();
     fs::write(both.path().join("processor_config.json"), r#"{"processor_class":"x"}"#).unwrap();
-    assert_eq!(PatchSettings::read(both.path(), None, None).unwrap().patch_size, 16);
+    assert_eq!(NativeResolution::read(both.path(), None, None).unwrap().patches.patch_size, 16);
     fs::write(both.path().join("processor_config.json"), r#"{"image_processor":{"patch_size":12}}"#).unwrap();
-    assert_eq!(PatchSettings::read(both.path(), Some(5000), Some(6000)).unwrap().patch_size, 12);
-    assert_eq!(limits(PatchSettings::read(both.path(), Some(5000), Some(6000)).unwrap()), (5000, 6000));
+    assert_eq!(NativeResolution::read(both.path(), Some(5000), Some(6000)).unwrap().patches.patch_size, 12);
+    assert_eq!(limits(NativeResolution::read(both.path(), Some(5000), Some(6000)).unwrap()), (5000, 6000));
     for (content, wanted) in [
         ("3", "not a JSON object"),
         ("{", "not JSON"),
@@ -426,6 +426,6 @@ fn every_generation_of_processor_files() {
         let error = read("preprocessor_config.json", content, None, None).unwrap_err();
         assert!(error.contains(wanted) && error.contains("preprocessor_config.json"), "{content}: {error}");
     }
-    let error = format!("{:#}", PatchSettings::read(folder().path(), None, None).unwrap_err());
+    let error = format!("{:#}", NativeResolution::read(folder().path(), None, None).unwrap_err());
     assert!(error.contains("preprocessor_config.json"), "{error}");
 }

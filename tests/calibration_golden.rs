@@ -6,24 +6,23 @@ mod support;
 
 use serde_json::Value;
 use std::path::PathBuf;
-use std::sync::Arc;
 use support::{data, golden};
 use vlmq::calibration::dataset::{self, Conversation, ImageSource, Message, Part};
 use vlmq::calibration::image::decode;
-use vlmq::calibration::processor::PatchSettings;
-use vlmq::calibration::sequence::{QwenVision, Sequence, SequenceBuilder, collect};
+use vlmq::calibration::native_resolution::{NativeResolution, QwenVision};
+use vlmq::calibration::sequence::{Sequence, SequenceBuilder, collect};
 use vlmq::calibration::template::ChatTemplate;
 
 fn cases() -> Value {
     serde_json::from_slice(&std::fs::read(golden("calibration/cases.json")).unwrap()).unwrap()
 }
 
-fn settings() -> Arc<PatchSettings> {
-    Arc::new(PatchSettings::read(&data("tiny-qwen2-vl"), None, None).unwrap())
+fn settings() -> NativeResolution {
+    NativeResolution::read(&data("tiny-qwen2-vl"), None, None).unwrap()
 }
 
 fn builder() -> SequenceBuilder {
-    let vision = QwenVision::new(PatchSettings::clone(&settings()), 613);
+    let vision = QwenVision::new(settings(), 613);
     SequenceBuilder::new(&data("tiny-qwen2-vl"), Box::new(vision)).unwrap()
 }
 
@@ -68,10 +67,10 @@ fn decoding_equals_pillow() {
 #[test]
 fn sizes_equal_transformers() {
     for case in list(&cases(), "smart_resize", 48) {
-        let settings = PatchSettings {
+        let settings = NativeResolution {
             min_pixels: case["min"].as_u64().unwrap() as usize,
             max_pixels: case["max"].as_u64().unwrap() as usize,
-            ..Default::default()
+            ..self::settings()
         };
         let from = numbers(&case["in"]);
         let ours = settings.smart_resize(from[0], from[1]).ok().map(|(height, width)| vec![height, width]);
@@ -88,7 +87,7 @@ fn patches_equal_torchvision() {
         let name = case["file"].as_str().unwrap();
         let ours = settings.prepare(&open(golden("calibration").join("images").join(name))).unwrap();
         let theirs = image::open(golden("calibration").join("resized").join(name)).unwrap().into_rgb8();
-        assert!(*ours.pixels() == theirs, "{name}: resized pixels differ");
+        assert!(ours.crops() == [theirs], "{name}: resized pixels differ");
         assert_eq!([ours.grid_height, ours.grid_width], numbers(&case["grid"])[..], "{name}");
         let patches = ours.patches();
         assert_eq!(patches.rows(), ours.grid_height * ours.grid_width);

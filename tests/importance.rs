@@ -37,13 +37,13 @@ fn factors_equal_autograd() {
         let positions: Vec<[u32; 3]> =
             (0..tokens).map(|token| std::array::from_fn(|axis| positions[axis * tokens + token] as u32)).collect();
         let frequencies = rope::inverse_frequencies(config.decoder.rope_theta, config.decoder.attention.head_dim);
-        let rotary = rope::multimodal(&Cpu, &positions, &frequencies, config.decoder.rope_sections).unwrap();
+        let rotary = rope::multimodal(&Cpu, &positions, &frequencies, config.decoder.rope_axes).unwrap();
         let mut start = 0;
         let spans = golden.values("lengths").into_iter().map(|length| {
             start += length as usize;
             Span::own(start - length as usize..start)
         });
-        let layout = Layout { spans: spans.collect(), rotary };
+        let layout = Layout { spans: spans.collect(), rotary, deepstack: None };
 
         let x_float = golden.matrix("x_float");
         for kind in ["structured", "rounded"] {

@@ -10,7 +10,7 @@ use vlmq::calibration::sequence::{Sequence, SequenceBuilder};
 use vlmq::checkpoint::Checkpoint;
 use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::generate;
-use vlmq::model::families::{self, PixelLimits};
+use vlmq::model::families::{self, ImageOptions};
 use vlmq::model::language_model::LanguageModel;
 
 const RANDOM: [&str; 3] = ["flat-tied-bf16", "nested-f16-sharded", "rope-parameters-f32"];
@@ -31,7 +31,7 @@ impl Case {
         };
         let checkpoint = Checkpoint::open(&folder).unwrap();
         let vision =
-            families::of::<Cpu>(&checkpoint).unwrap().vision_input(&checkpoint, PixelLimits::default()).unwrap();
+            families::of::<Cpu>(&checkpoint).unwrap().vision_input(&checkpoint, ImageOptions::default()).unwrap();
         let data = golden("model").join(format!("{name}.jsonl"));
         Self {
             golden: Golden::read(&format!("model/{name}.outputs.safetensors")),
@@ -73,8 +73,8 @@ fn vision_features_equal_transformers() {
                 return;
             };
             let (shape, expected) = case.golden.get(&format!("{id}.vision_features"));
-            let first = (features.rows() - shape[0]) * shape[1];
-            let error = largest_error(&features.data()[first..], &expected);
+            let first = (features.tokens.rows() - shape[0]) * shape[1];
+            let error = largest_error(&features.tokens.data()[first..], &expected);
             assert!(error < 1e-4, "{name} {id}: {error:e}");
         });
     }

@@ -8,7 +8,7 @@ use support::golden::{Golden, relative_error};
 use vlmq::checkpoint::Checkpoint;
 use vlmq::checkpoint::formats::Format;
 use vlmq::device::cpu::Cpu;
-use vlmq::model::families::PixelLimits;
+use vlmq::model::families::ImageOptions;
 use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::report::RunReport;
 use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
@@ -25,7 +25,7 @@ fn settings(out: std::path::PathBuf, solver: Solver, importance: Importance) -> 
         samples: 512,
         seed: 0,
         max_tokens: 2048,
-        pixel_limits: PixelLimits::default(),
+        image_options: ImageOptions::default(),
     }
 }
 

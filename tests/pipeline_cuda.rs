@@ -20,7 +20,7 @@ use vlmq::device::cuda::{Cuda, CudaTensor, Precision};
 use vlmq::device::{Device, ModelOps, ScaleType};
 use vlmq::evaluate::{self, Evaluation, EvaluationSettings};
 use vlmq::model::decoder::{Block, Layout, Projection};
-use vlmq::model::families::{self, ModelConfig, PixelLimits};
+use vlmq::model::families::{self, ImageOptions, ModelConfig};
 use vlmq::model::language_model::Embedder;
 use vlmq::quantize::settings::SolverSettings;
 use vlmq::quantize::solve::{prepare, solve_layer};
@@ -133,7 +133,7 @@ impl Paths {
         let checkpoints = [Checkpoint::open(&data(MODEL)).unwrap(), Checkpoint::open(quantized).unwrap()];
         let family = families::of::<Cuda>(&checkpoints[0]).unwrap();
         let config = family.config(&checkpoints[0]).unwrap();
-        let vision = family.vision_input(&checkpoints[0], PixelLimits::default()).unwrap();
+        let vision = family.vision_input(&checkpoints[0], ImageOptions::default()).unwrap();
         let builder = SequenceBuilder::new(&data(MODEL), vision).unwrap();
         let conversations = dataset::read(&data("vqa/calib.jsonl"), None).unwrap();
         let sequences: Vec<Sequence> = conversations[..4].iter().map(|c| builder.build(c).unwrap()).collect();

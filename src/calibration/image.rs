@@ -1,7 +1,7 @@
 //! Images: reading PNG and JPEG as Pillow does, and the patches a vision tower takes.
 
 use super::jpeg;
-use super::processor::PatchSettings;
+use super::patches::PatchSettings;
 use super::source::ImageSource;
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, bail, ensure};
@@ -18,35 +18,58 @@ pub const MAX_PIXELS: u64 = 89_478_485;
 /// Most bytes an image file may have.
 pub const MAX_FILE_BYTES: u64 = 256 << 20;
 
-/// An image resized to a whole number of merged patches, from which the patches can be cut.
+/// An image as a vision tower takes it: one crop or several, from which patches can be cut.
 ///
-/// Patches are float32 and hold every pixel twice (once for each frame of a video), 8 times the bytes of the pixels.
-/// A calibration set stays in memory, hence it is kept as pixels and cut when a vision tower asks.
+/// Patches are float32, and the Qwen towers' hold every pixel twice (once for each frame of a video): up to 8 times the
+/// bytes of the pixels. A calibration set stays in memory, hence it is kept as pixels and cut when a vision tower asks.
 #[derive(Clone, Debug)]
 pub struct ImagePatches {
-    /// Patches from top to bottom, before merging.
+    /// `(height, width)` in pixels of the image as it was read.
+    pub original: (usize, usize),
+    /// Patches of a crop from top to bottom, before merging; all crops are alike.
     pub grid_height: usize,
-    /// Patches from left to right, before merging.
+    /// Patches of a crop from left to right, before merging.
     pub grid_width: usize,
-    pub(super) pixels: RgbImage,
-    pub(super) settings: Arc<PatchSettings>,
+    /// `(rows, columns)` of the tiles that stand, row by row, behind a first crop of the whole image; `None` where that is
+    /// the only one.
+    pub tiles: Option<(usize, usize)>,
+    crops: Vec<RgbImage>,
+    settings: Arc<PatchSettings>,
 }
 
 impl ImagePatches {
-    /// The normalised patches, `[grid_height * grid_width, 3 * temporal_patch_size * patch_size²]`.
+    /// One crop: all of `image`, resized.
+    pub(super) fn whole(image: &RgbImage, resized: RgbImage, settings: Arc<PatchSettings>) -> Self {
+        Self {
+            original: (image.height() as usize, image.width() as usize),
+            grid_height: resized.height() as usize / settings.patch_size,
+            grid_width: resized.width() as usize / settings.patch_size,
+            tiles: None,
+            crops: vec![resized],
+            settings,
+        }
+    }
+
+    /// The normalised patches of all crops, one after another:
+    /// `[crops * grid_height * grid_width, 3 * temporal_patch_size * patch_size²]`.
     ///
-    /// Rows go through the merged grid row by row, and inside each merged cell row by row. A row holds channels, frames,
-    /// then the patch's pixels row by row.
+    /// Rows go through a crop's merged grid row by row, and inside each merged square row by row. A row holds channels,
+    /// frames, then the patch's pixels row by row.
     pub fn patches(&self) -> Matrix {
-        self.settings.patchify(&self.pixels)
+        let mut crops = self.crops.iter().map(|crop| self.settings.patchify(crop));
+        let first = crops.next().expect("an image has a crop");
+        let cols = first.cols();
+        let mut values = first.into_data();
+        crops.for_each(|crop| values.extend_from_slice(crop.data()));
+        Matrix::new(values.len() / cols, cols, values).expect("whole rows")
     }
 
-    /// The resized image.
-    pub fn pixels(&self) -> &RgbImage {
-        &self.pixels
+    /// The crops' pixels.
+    pub fn crops(&self) -> &[RgbImage] {
+        &self.crops
     }
 
-    /// `(height, width)` of the grid in merged cells, of which each becomes one token.
+    /// `(height, width)` of a crop's grid in merged squares, of which each becomes one vector.
     pub fn merged_grid(&self) -> (usize, usize) {
         (self.grid_height / self.settings.merge_size, self.grid_width / self.settings.merge_size)
     }

@@ -2,15 +2,13 @@
 
 use super::dataset::{Conversation, Message, Part};
 use super::image::{ImagePatches, decode};
-use super::positions::mrope_positions;
-use super::processor::{PatchSettings, read_json};
+use super::patches::read_json;
 use super::template::ChatTemplate;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use image::RgbImage;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
 use tokenizers::Tokenizer;
 
 /// What a model family does to images before its vision tower sees them.
@@ -18,48 +16,14 @@ pub trait VisionInput: Send + Sync {
     /// The token that stands for one vector of the vision tower.
     fn image_token_id(&self) -> u32;
 
-    /// Resizes an image. Errors when its proportions do not allow it.
-    fn prepare(&self, image: &RgbImage) -> Result<ImagePatches>;
+    /// Resizes and crops an image, one of `of` images of its sample. Errors when its proportions do not allow it.
+    fn prepare(&self, image: &RgbImage, of: usize) -> Result<ImagePatches>;
 
     /// How many tokens an image takes.
     fn image_tokens(&self, patches: &ImagePatches) -> usize;
 
     /// Position of every token on the three axes of rotary embedding; a family with one axis repeats it.
     fn positions(&self, tokens: &[u32], images: &[ImagePatches]) -> Result<Vec<[u32; 3]>>;
-}
-
-/// [`VisionInput`] of Qwen2-VL and Qwen2.5-VL: one token per merged cell, M-RoPE positions.
-#[derive(Clone, Debug)]
-pub struct QwenVision {
-    settings: Arc<PatchSettings>,
-    image_token_id: u32,
-}
-
-impl QwenVision {
-    /// With the image processor's settings and `image_token_id` of config.json.
-    pub fn new(settings: PatchSettings, image_token_id: u32) -> Self {
-        Self { settings: Arc::new(settings), image_token_id }
-    }
-}
-
-impl VisionInput for QwenVision {
-    fn image_token_id(&self) -> u32 {
-        self.image_token_id
-    }
-
-    fn prepare(&self, image: &RgbImage) -> Result<ImagePatches> {
-        self.settings.prepare(image)
-    }
-
-    fn image_tokens(&self, patches: &ImagePatches) -> usize {
-        let (height, width) = patches.merged_grid();
-        height * width
-    }
-
-    fn positions(&self, tokens: &[u32], images: &[ImagePatches]) -> Result<Vec<[u32; 3]>> {
-        let grids: Vec<_> = images.iter().map(ImagePatches::merged_grid).collect();
-        mrope_positions(tokens, self.image_token_id, &grids)
-    }
 }
 
 /// A conversation as a model takes it.
@@ -145,13 +109,17 @@ impl SequenceBuilder {
 
     fn images(&self, messages: &[Message], conversation: &Conversation) -> Result<Vec<ImagePatches>> {
         let parts = messages.iter().flat_map(|message| &message.content);
-        let sources = parts.filter_map(|part| match part {
-            Part::Image(source) => Some(source),
-            Part::Text(_) => None,
-        });
-        let images = sources.enumerate().map(|(index, source)| {
+        let sources: Vec<_> = parts
+            .filter_map(|part| match part {
+                Part::Image(source) => Some(source),
+                Part::Text(_) => None,
+            })
+            .collect();
+        let images = sources.iter().enumerate().map(|(index, source)| {
             let image = decode(source, &conversation.origin)?;
-            self.vision.prepare(&image).with_context(|| format!("{}: image {}", conversation.origin, index + 1))
+            self.vision
+                .prepare(&image, sources.len())
+                .with_context(|| format!("{}: image {}", conversation.origin, index + 1))
         });
         images.collect()
     }

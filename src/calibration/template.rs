@@ -1,7 +1,7 @@
 //! Chat templates: the Jinja in a checkpoint that turns messages into text, rendered as transformers renders it.
 
 use super::dataset::{Message, Part};
-use super::processor::read_json;
+use super::patches::read_json;
 use anyhow::{Context, Result, bail, ensure};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};

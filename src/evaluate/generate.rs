@@ -2,6 +2,7 @@
 
 use crate::calibration::sequence::Sequence;
 use crate::device::ModelOps;
+use crate::model::families::Features;
 use crate::model::language_model::{Cache, LanguageModel};
 use anyhow::Result;
 
@@ -11,7 +12,7 @@ pub fn greedy<D: ModelOps>(
     device: &D,
     model: &LanguageModel<D>,
     prompts: &[&Sequence],
-    features: Option<&D::Tensor>,
+    features: Option<&Features<D::Tensor>>,
     limits: &[usize],
     end_tokens: &[u32],
 ) -> Result<Vec<Vec<u32>>> {

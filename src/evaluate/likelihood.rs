@@ -2,6 +2,7 @@
 
 use crate::calibration::sequence::Sequence;
 use crate::device::ModelOps;
+use crate::model::families::Features;
 use crate::model::language_model::LanguageModel;
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
@@ -12,7 +13,7 @@ pub fn answer_logits<D: ModelOps>(
     device: &D,
     model: &LanguageModel<D>,
     sequences: &[&Sequence],
-    features: Option<&D::Tensor>,
+    features: Option<&Features<D::Tensor>>,
 ) -> Result<Matrix> {
     let (x, layout) = model.embedder().embed(device, sequences, features)?;
     let hidden = model.forward(device, x, &layout)?;

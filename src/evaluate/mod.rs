@@ -11,7 +11,7 @@ use crate::calibration::dataset::{self, Conversation};
 use crate::calibration::sequence::{Sequence, SequenceBuilder};
 use crate::checkpoint::Checkpoint;
 use crate::device::ModelOps;
-use crate::model::families::{self, PixelLimits};
+use crate::model::families::{self, Features, ImageOptions};
 use crate::model::language_model::LanguageModel;
 use crate::progress::{Observer, Stage, StageClock};
 use crate::tensor::Matrix;
@@ -41,7 +41,7 @@ pub struct EvaluationSettings {
     /// Most tokens of an answer, where the sample says nothing.
     pub max_new_tokens: usize,
     /// Overrides of the checkpoint's image sizes.
-    pub pixel_limits: PixelLimits,
+    pub image_options: ImageOptions,
 }
 
 impl EvaluationSettings {
@@ -54,7 +54,7 @@ impl EvaluationSettings {
             reference: None,
             limit: None,
             max_new_tokens: 64,
-            pixel_limits: PixelLimits::default(),
+            image_options: ImageOptions::default(),
         }
     }
 }
@@ -66,9 +66,9 @@ struct Evaluated<D: ModelOps> {
 }
 
 impl<D: ModelOps> Evaluated<D> {
-    fn load(device: &D, folder: &Path, limits: PixelLimits) -> Result<Self> {
+    fn load(device: &D, folder: &Path, options: ImageOptions) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
-        let vision = families::of::<D>(&checkpoint)?.vision_input(&checkpoint, limits)?;
+        let vision = families::of::<D>(&checkpoint)?.vision_input(&checkpoint, options)?;
         let builder = SequenceBuilder::new(folder, vision)?;
         Ok(Self { model: LanguageModel::load(device, &checkpoint)?, builder })
     }
@@ -87,7 +87,7 @@ pub fn run<D: ModelOps>(device: &D, settings: &EvaluationSettings, observer: &mu
     let reference = match settings.reference.as_deref() {
         None => Reference::None,
         Some(folder) => Reference::Model(Box::new(
-            Evaluated::load(device, folder, settings.pixel_limits)
+            Evaluated::load(device, folder, settings.image_options)
                 .with_context(|| format!("cannot use {} as the reference", folder.display()))?,
         )),
     };
@@ -108,7 +108,7 @@ pub fn run_against<D: ModelOps>(
 /// memory.
 pub fn answer_logits<D: ModelOps>(device: &D, settings: &EvaluationSettings) -> Result<Vec<Matrix>> {
     let conversations = read(settings)?;
-    let evaluated = Evaluated::load(device, &settings.model, settings.pixel_limits)?;
+    let evaluated = Evaluated::load(device, &settings.model, settings.image_options)?;
     let mut logits = Vec::with_capacity(conversations.len());
     for batch in conversations.chunks(BATCH) {
         let sequences = evaluated.build(batch)?;
@@ -135,7 +135,7 @@ fn score<D: ModelOps>(
     if let Reference::Kept(kept) = reference {
         ensure!(kept.len() == conversations.len(), "{} reference answers for {} samples", kept.len(), rules.len());
     }
-    let evaluated = Evaluated::load(device, &settings.model, settings.pixel_limits)
+    let evaluated = Evaluated::load(device, &settings.model, settings.image_options)
         .with_context(|| format!("cannot evaluate {}", settings.model.display()))?;
     let clock = StageClock::start(Stage::Evaluate, conversations.len() as u64, observer);
     let mut samples = Vec::with_capacity(conversations.len());
@@ -171,7 +171,12 @@ impl<D: ModelOps> Evaluated<D> {
 
     /// Logits of every sequence's answer, `[answer tokens, vocab]`. `features`: those of the sequences' images, computed
     /// here when absent.
-    fn answer_logits(&self, device: &D, sequences: &[Sequence], features: Option<&D::Tensor>) -> Result<Vec<Matrix>> {
+    fn answer_logits(
+        &self,
+        device: &D,
+        sequences: &[Sequence],
+        features: Option<&Features<D::Tensor>>,
+    ) -> Result<Vec<Matrix>> {
         let references: Vec<&Sequence> = sequences.iter().collect();
         let own = match features {
             Some(_) => None,

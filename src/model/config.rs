@@ -1,8 +1,9 @@
 //! Reading config.json: sections, needed keys, and what every family's decoder has in common.
 
+use super::rope::RopeAxes;
 use crate::checkpoint::Checkpoint;
 use crate::device::{Activation, AttentionShape};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 use std::path::PathBuf;
 
@@ -140,8 +141,85 @@ pub struct DecoderConfig {
     pub qkv_bias: bool,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
-    /// How many of the `head_dim / 2` frequencies turn with the temporal, the row and the column position.
-    pub rope_sections: [usize; 3],
+    /// Which position each of the `head_dim / 2` frequencies turns with.
+    pub rope_axes: RopeAxes,
+}
+
+impl DecoderConfig {
+    /// Reads the keys that all families share. `root` is the whole file, which the tie flag may stand in, `text` the
+    /// section of the language model; q, k and v have a bias, and positions one axis, until the family says otherwise.
+    ///
+    /// Errors where a key is missing or wrong, heads do not fit, sliding windows are on, or the rotary embedding is of a
+    /// kind that changes frequencies.
+    pub fn read(root: &Section<'_>, text: &Section<'_>) -> Result<Self> {
+        let hidden = text.count("hidden_size")?;
+        let heads = text.count("num_attention_heads")?;
+        let kv_heads = text.count_or("num_key_value_heads", heads)?;
+        let head_dim = text.count_or("head_dim", hidden / heads)?;
+        ensure!(
+            heads.is_multiple_of(kv_heads) && head_dim > 0 && head_dim.is_multiple_of(2),
+            "{}: {heads} attention heads of width {head_dim} do not share {kv_heads} key/value heads evenly",
+            text.at("num_attention_heads")
+        );
+        let family = root.text("model_type")?;
+        if text.flag_or("use_sliding_window", false)? {
+            bail!("{} is true; sliding-window attention is not supported for {family}", text.at("use_sliding_window"));
+        }
+        let rope = rope_section(text)?;
+        for key in ["rope_type", "type"] {
+            let Some(rope) = rope.as_ref().filter(|rope| rope.get(key).is_some()) else { continue };
+            if !matches!(rope.text(key)?, "mrope" | "default") {
+                bail!(
+                    "{} is {:?}, not supported for {family}; known are mrope, default",
+                    rope.at(key),
+                    rope.text(key)?
+                );
+            }
+        }
+        let rope_theta = match rope.filter(|rope| rope.get("rope_theta").is_some()) {
+            Some(rope) => rope.positive("rope_theta")?,
+            None => text.positive("rope_theta")?,
+        };
+        // The flag may stand at the root or in text_config; either one ties the head to the embedding.
+        let tied = root.flag_or("tie_word_embeddings", false)? || text.flag_or("tie_word_embeddings", false)?;
+        Ok(Self {
+            hidden,
+            intermediate: text.count("intermediate_size")?,
+            layers: text.count("num_hidden_layers")?,
+            attention: AttentionShape { heads, kv_heads, head_dim, causal: true },
+            norm_eps: text.positive("rms_norm_eps")? as f32,
+            activation: text.activation_or("hidden_act", Activation::Silu)?,
+            vocab: text.count("vocab_size")?,
+            tied,
+            qkv_bias: true,
+            rope_theta,
+            rope_axes: RopeAxes::Text,
+        })
+    }
+}
+
+/// transformers 5 keeps base and sections of the rotary embedding together in rope_parameters, older ones apart.
+fn rope_section<'a>(text: &Section<'a>) -> Result<Option<Section<'a>>> {
+    match text.section("rope_parameters")? {
+        Some(rope) => Ok(Some(rope)),
+        None => text.section("rope_scaling"),
+    }
+}
+
+/// `mrope_section`: how many of the `head_dim / 2` frequencies turn with each of the three positions.
+pub fn mrope_sections(text: &Section<'_>, head_dim: usize) -> Result<[usize; 3]> {
+    let Some(rope) = rope_section(text)? else {
+        bail!("{} (or rope_parameters) with mrope_section is missing", text.at("rope_scaling"))
+    };
+    let Ok(sections) = <[usize; 3]>::try_from(rope.counts("mrope_section")?) else {
+        bail!("{} needs three numbers (temporal, height, width)", rope.at("mrope_section"));
+    };
+    ensure!(
+        sections.iter().sum::<usize>() == head_dim / 2,
+        "{} {sections:?} does not add up to half the head width {head_dim}",
+        rope.at("mrope_section")
+    );
+    Ok(sections)
 }
 
 /// Where a checkpoint keeps the decoder's tensors: on-disk names differ between generations, and output keeps them.
@@ -151,4 +229,26 @@ pub struct DecoderNames {
     pub prefix: String,
     /// Name of the output head's weight, when it is not tied.
     pub head: String,
+}
+
+impl DecoderNames {
+    /// Finds the decoder under one of `prefixes`, and checks that its last block is there too. `layers` names the key of
+    /// config.json that gives their number.
+    pub fn find(
+        checkpoint: &Checkpoint,
+        prefixes: &[&str],
+        head: &str,
+        (layers, count): (String, usize),
+    ) -> Result<Self> {
+        let norm = |block: usize| format!("layers.{block}.input_layernorm.weight");
+        let prefix = checkpoint.prefix(prefixes, &norm(0))?.to_owned();
+        // A wild number of layers must not become a list of as many.
+        let last = format!("{prefix}{}", norm(count - 1));
+        ensure!(
+            checkpoint.contains(&last),
+            "{layers} is {count}, but there is no tensor {last}; weights and config.json do not belong together, or a \
+             file is missing"
+        );
+        Ok(Self { prefix, head: head.into() })
+    }
 }

@@ -96,12 +96,33 @@ impl<T> Linear<T> {
     }
 }
 
-/// Rotary tables and sequence bounds of some packed tokens.
+/// What goes with some packed tokens through the decoder: rotary tables, sequence bounds, image features for later blocks.
 pub struct Layout<T> {
     /// One row a token.
     pub rotary: Rotary<T>,
     /// One span a sequence.
     pub spans: Vec<Span>,
+    /// For families that have it, where there are images.
+    pub deepstack: Option<DeepStack<T>>,
+}
+
+/// Image features that are added behind the first blocks (arXiv 2406.04334).
+pub struct DeepStack<T> {
+    /// Rows of the image tokens, in the order of their features.
+    pub rows: Vec<u32>,
+    /// Features for block 0, 1, …: `[image tokens, hidden]` each.
+    pub levels: Vec<T>,
+}
+
+impl<T> Layout<T> {
+    /// Adds what belongs behind block `index` to the residual stream, on whichever path it is.
+    pub fn add_deepstack<D: ModelOps<Tensor = T>>(&self, device: &D, x: &mut T, index: usize) -> Result<()> {
+        let Some(DeepStack { rows, levels }) = &self.deepstack else { return Ok(()) };
+        let Some(level) = levels.get(index) else { return Ok(()) };
+        let mut sum = device.gather_rows(x, rows)?;
+        device.add_assign(&mut sum, level)?;
+        device.scatter_rows(x, rows, &sum)
+    }
 }
 
 /// Queries, keys (both rotated) and values of some tokens.

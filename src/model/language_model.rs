@@ -1,9 +1,9 @@
 //! A whole model on a device: embedding with image features, all blocks, output head, key/value cache.
 
 use super::config::DecoderConfig;
-use super::decoder::{Attended, Block, Layout, Projection};
-use super::families::{self, ModelConfig, VisionTower};
-use super::rope;
+use super::decoder::{Attended, Block, DeepStack, Layout, Projection};
+use super::families::{self, Features, ModelConfig, VisionTower};
+use super::rope::{self, RopeAxes};
 use crate::calibration::image::ImagePatches;
 use crate::calibration::sequence::Sequence;
 use crate::checkpoint::Checkpoint;
@@ -16,7 +16,7 @@ pub struct Embedder<D: ModelOps> {
     tower: Option<Box<dyn VisionTower<D>>>,
     image_token: u32,
     frequencies: Vec<f32>,
-    rope_sections: [usize; 3],
+    rope_axes: RopeAxes,
 }
 
 impl<D: ModelOps> Embedder<D> {
@@ -33,12 +33,12 @@ impl<D: ModelOps> Embedder<D> {
             tower,
             image_token: config.image_token,
             frequencies: rope::inverse_frequencies(decoder.rope_theta, decoder.attention.head_dim),
-            rope_sections: decoder.rope_sections,
+            rope_axes: decoder.rope_axes,
         })
     }
 
     /// Features of all images of some sequences, in order; `None` where there is no image.
-    pub fn image_features(&self, device: &D, sequences: &[&Sequence]) -> Result<Option<D::Tensor>> {
+    pub fn image_features(&self, device: &D, sequences: &[&Sequence]) -> Result<Option<Features<D::Tensor>>> {
         let images: Vec<&ImagePatches> = sequences.iter().flat_map(|s| &s.images).collect();
         match &self.tower {
             Some(tower) if !images.is_empty() => Ok(Some(tower.encode(device, &images)?)),
@@ -47,20 +47,33 @@ impl<D: ModelOps> Embedder<D> {
     }
 
     /// Packs sequences into the decoder's input `[tokens, hidden]`, the features of their images in the placeholders'
-    /// places.
+    /// places. Errors where there are not as many of the one as of the other, or a feature is not finite.
     pub fn embed(
         &self,
         device: &D,
         sequences: &[&Sequence],
-        features: Option<&D::Tensor>,
+        features: Option<&Features<D::Tensor>>,
     ) -> Result<(D::Tensor, Layout<D::Tensor>)> {
         let tokens: Vec<u32> = sequences.iter().flat_map(|s| s.tokens.iter().copied()).collect();
         let positions: Vec<[u32; 3]> = sequences.iter().flat_map(|s| s.positions.iter().copied()).collect();
         let mut x = self.embed_tokens(device, &tokens)?;
+        let mut deepstack = None;
         if let Some(features) = features {
             let places: Vec<u32> =
                 (0..tokens.len() as u32).filter(|&i| tokens[i as usize] == self.image_token).collect();
-            device.scatter_rows(&mut x, &places, features)?;
+            let (rows, _) = device.shape(&features.tokens);
+            ensure!(
+                rows == places.len(),
+                "{} image tokens (id {}) in samples {}, but the vision tower made {rows} features of their images",
+                places.len(),
+                self.image_token,
+                sequences.iter().map(|s| s.id.as_str()).collect::<Vec<_>>().join(", ")
+            );
+            device.scatter_rows(&mut x, &places, &features.tokens)?;
+            if !features.deepstack.is_empty() {
+                let copies = features.deepstack.iter().map(|level| device.slice_rows(level, 0..rows));
+                deepstack = Some(DeepStack { rows: places, levels: copies.collect::<Result<_>>()? });
+            }
         }
         let spans = spans(sequences.iter().map(|s| s.tokens.len()));
         if let Some(row) = device.first_non_finite_row(&x)? {
@@ -70,7 +83,7 @@ impl<D: ModelOps> Embedder<D> {
                  and that sample's images"
             );
         }
-        Ok((x, Layout { rotary: self.rotary(device, &positions)?, spans }))
+        Ok((x, Layout { rotary: self.rotary(device, &positions)?, spans, deepstack }))
     }
 
     /// Rows of the embedding table.
@@ -79,7 +92,7 @@ impl<D: ModelOps> Embedder<D> {
     }
 
     fn rotary(&self, device: &D, positions: &[[u32; 3]]) -> Result<crate::device::Rotary<D::Tensor>> {
-        rope::multimodal(device, positions, &self.frequencies, self.rope_sections)
+        rope::multimodal(device, positions, &self.frequencies, self.rope_axes)
     }
 }
 
@@ -147,7 +160,7 @@ impl<D: ModelOps> LanguageModel<D> {
     pub fn embed_next(&self, device: &D, tokens: &[u32], positions: &[u32]) -> Result<(D::Tensor, Layout<D::Tensor>)> {
         let positions: Vec<[u32; 3]> = positions.iter().map(|&p| [p; 3]).collect();
         let rotary = self.embedder.rotary(device, &positions)?;
-        let layout = Layout { rotary, spans: spans(tokens.iter().map(|_| 1)) };
+        let layout = Layout { rotary, spans: spans(tokens.iter().map(|_| 1)), deepstack: None };
         Ok((self.embedder.embed_tokens(device, tokens)?, layout))
     }
 
@@ -158,6 +171,7 @@ impl<D: ModelOps> LanguageModel<D> {
             block.add_output(device, &mut x, Projection::O, &attention)?;
             let inner = block.down_input(device, &self.decoder, &x)?;
             block.add_output(device, &mut x, Projection::Down, &inner)?;
+            layout.add_deepstack(device, &mut x, index)?;
             check_finite(device, &x, index)?;
         }
         device.rms_norm(&x, &self.norm, self.decoder.norm_eps)
@@ -194,6 +208,7 @@ impl<D: ModelOps> LanguageModel<D> {
             block.add_output(device, &mut x, Projection::O, &q)?;
             let inner = block.down_input(device, &self.decoder, &x)?;
             block.add_output(device, &mut x, Projection::Down, &inner)?;
+            layout.add_deepstack(device, &mut x, index)?;
             check_finite(device, &x, index)?;
         }
         device.rms_norm(&x, &self.norm, self.decoder.norm_eps)

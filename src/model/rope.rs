@@ -9,16 +9,49 @@ pub fn inverse_frequencies(base: f64, dim: usize) -> Vec<f32> {
     (0..dim / 2).map(|j| (1.0 / base.powf(2.0 * j as f64 / dim as f64)) as f32).collect()
 }
 
-/// Tables for multimodal positions (t, h, w): frequency `j` turns with the axis whose section holds `j`
-/// (arXiv 2409.12191, section 2.1). With three equal positions a token has, this is the plain embedding.
+/// Which axis of a token's position (temporal, row, column) each rotary frequency turns with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeAxes {
+    /// One axis: plain rotary embedding.
+    Text,
+    /// So many frequencies in a row for each axis (M-RoPE, arXiv 2409.12191, section 2.1).
+    Sections([usize; 3]),
+    /// Frequencies take turns: `3 i + 1` is of the row and `3 i + 2` of the column as long as `i` is below their count, all
+    /// others are temporal (Qwen3-VL, arXiv 2511.21631).
+    Interleaved([usize; 3]),
+}
+
+impl RopeAxes {
+    /// The axis of frequency `j`: 0 temporal, 1 row, 2 column.
+    pub fn axis(self, j: usize) -> usize {
+        match self {
+            Self::Text => 0,
+            Self::Sections([temporal, row, _]) => usize::from(j >= temporal) + usize::from(j >= temporal + row),
+            Self::Interleaved(sections) => match j % 3 {
+                0 => 0,
+                axis => {
+                    if j / 3 < sections[axis] {
+                        axis
+                    } else {
+                        0
+                    }
+                }
+            },
+        }
+    }
+}
+
+/// Tables for the decoder's positions (t, h, w): frequency `j` turns with the axis that `axes` gives it. With three equal
+/// positions a token has, this is the plain embedding.
 pub fn multimodal<D: ModelOps>(
     device: &D,
     positions: &[[u32; 3]],
     frequencies: &[f32],
-    sections: [usize; 3],
+    axes: RopeAxes,
 ) -> Result<Rotary<D::Tensor>> {
-    let axes: Vec<usize> = sections.iter().enumerate().flat_map(|(axis, &n)| std::iter::repeat_n(axis, n)).collect();
-    tables(device, positions.len(), frequencies.len(), |token, j| positions[token][axes[j]] as f32 * frequencies[j])
+    tables(device, positions.len(), frequencies.len(), |token, j| {
+        positions[token][axes.axis(j)] as f32 * frequencies[j]
+    })
 }
 
 /// Tables for two-dimensional positions (row, column) of image patches: the first half of the columns turns with the
@@ -39,4 +72,23 @@ fn tables<D: ModelOps>(
     let angles: Vec<f32> = (0..rows * cols).map(|i| angle(i / cols, i % cols)).collect();
     let table = |f: fn(f32) -> f32| Matrix::new(rows, cols, angles.iter().copied().map(f).collect());
     Ok(Rotary { cos: device.upload(table(f32::cos)?)?, sin: device.upload(table(f32::sin)?)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::RopeAxes;
+
+    fn axes(axes: RopeAxes, count: usize) -> Vec<usize> {
+        (0..count).map(|j| axes.axis(j)).collect()
+    }
+
+    #[test]
+    fn sections_follow_each_other_and_interleave() {
+        assert_eq!(axes(RopeAxes::Text, 4), [0; 4]);
+        assert_eq!(axes(RopeAxes::Sections([2, 3, 1]), 6), [0, 0, 1, 1, 1, 2]);
+        assert_eq!(axes(RopeAxes::Interleaved([4, 2, 1]), 7), [0, 1, 2, 0, 1, 0, 0]);
+        // Qwen3-VL: 64 frequencies, 24, 20, 20.
+        let counts = |axis| axes(RopeAxes::Interleaved([24, 20, 20]), 64).iter().filter(|&&a| a == axis).count();
+        assert_eq!([counts(0), counts(1), counts(2)], [24, 20, 20]);
+    }
 }

@@ -5,43 +5,83 @@ use crate::checkpoint::Checkpoint;
 use crate::device::{Activation, AttentionShape, ModelOps, Rotary, Span};
 use anyhow::Result;
 
-/// A layer norm: weight and bias `[1, width]`.
-pub struct LayerNorm<T> {
-    weight: T,
-    bias: T,
+/// Epsilon of every norm in the vision towers.
+const NORM_EPS: f32 = 1e-6;
+
+/// A norm of rows, weight and bias `[1, width]`.
+pub enum Norm<T> {
+    /// Mean taken off, with a bias.
+    Layer {
+        /// `[1, width]`.
+        weight: T,
+        /// `[1, width]`.
+        bias: T,
+    },
+    /// Root mean square.
+    Rms {
+        /// `[1, width]`.
+        weight: T,
+    },
 }
 
-impl<T> LayerNorm<T> {
-    /// Epsilon of every layer norm in the vision towers.
-    const EPS: f32 = 1e-6;
-
+impl<T> Norm<T> {
     /// Reads `module.weight` and `module.bias`.
-    pub fn load<D: ModelOps<Tensor = T>>(
+    pub fn layer<D: ModelOps<Tensor = T>>(
         device: &D,
         checkpoint: &Checkpoint,
         module: &str,
         width: usize,
     ) -> Result<Self> {
         let part = |part: &str| device.upload_model(checkpoint.vector(&format!("{module}.{part}"), width)?);
-        Ok(Self { weight: part("weight")?, bias: part("bias")? })
+        Ok(Self::Layer { weight: part("weight")?, bias: part("bias")? })
+    }
+
+    /// Reads `module.weight`.
+    pub fn rms<D: ModelOps<Tensor = T>>(
+        device: &D,
+        checkpoint: &Checkpoint,
+        module: &str,
+        width: usize,
+    ) -> Result<Self> {
+        Ok(Self::Rms { weight: device.upload_model(checkpoint.vector(&format!("{module}.weight"), width)?)? })
     }
 
     /// Normalises every row.
     pub fn apply<D: ModelOps<Tensor = T>>(&self, device: &D, x: &T) -> Result<T> {
-        device.layer_norm(x, &self.weight, &self.bias, Self::EPS)
+        match self {
+            Self::Layer { weight, bias } => device.layer_norm(x, weight, bias, NORM_EPS),
+            Self::Rms { weight } => device.rms_norm(x, weight, NORM_EPS),
+        }
     }
 }
 
-/// Two linear layers with a nonlinearity between them.
-pub struct Mlp<T> {
-    first: Linear<T>,
-    second: Linear<T>,
-    activation: Activation,
+/// A feed-forward network; every layer has a bias.
+pub enum Mlp<T> {
+    /// Two linear layers with a nonlinearity between them.
+    Plain {
+        /// To the inner width.
+        first: Linear<T>,
+        /// From it.
+        second: Linear<T>,
+        /// Between them.
+        activation: Activation,
+    },
+    /// `down(activation(gate(x)) ∘ up(x))`.
+    Gated {
+        /// To the inner width, through the nonlinearity.
+        gate: Linear<T>,
+        /// To the inner width.
+        up: Linear<T>,
+        /// From it.
+        down: Linear<T>,
+        /// Of the gate.
+        activation: Activation,
+    },
 }
 
 impl<T> Mlp<T> {
-    /// Reads both layers, biases included. `widths` are input, inner and output width.
-    pub fn load<D: ModelOps<Tensor = T>>(
+    /// Reads two layers with a nonlinearity between them. `widths` are input, inner and output width.
+    pub fn plain<D: ModelOps<Tensor = T>>(
         device: &D,
         checkpoint: &Checkpoint,
         (first, second): (&str, &str),
@@ -50,26 +90,50 @@ impl<T> Mlp<T> {
     ) -> Result<Self> {
         let first = Linear::load(device, checkpoint, first, (widths[1], widths[0]), true)?;
         let second = Linear::load(device, checkpoint, second, (widths[2], widths[1]), true)?;
-        Ok(Self { first, second, activation })
+        Ok(Self::Plain { first, second, activation })
     }
 
-    /// Applies the two layers.
+    /// Reads `module.gate_proj`, `module.up_proj` and `module.down_proj`. `widths` are input (and output) and inner width.
+    pub fn gated<D: ModelOps<Tensor = T>>(
+        device: &D,
+        checkpoint: &Checkpoint,
+        module: &str,
+        (width, inner): (usize, usize),
+        activation: Activation,
+    ) -> Result<Self> {
+        let part = |part: &str, shape| Linear::load(device, checkpoint, &format!("{module}.{part}"), shape, true);
+        Ok(Self::Gated {
+            gate: part("gate_proj", (inner, width))?,
+            up: part("up_proj", (inner, width))?,
+            down: part("down_proj", (width, inner))?,
+            activation,
+        })
+    }
+
+    /// Applies the layers to every row.
     pub fn apply<D: ModelOps<Tensor = T>>(&self, device: &D, x: &T) -> Result<T> {
-        let inner = device.activate(&self.first.apply(device, x)?, self.activation)?;
-        self.second.apply(device, &inner)
+        match self {
+            Self::Plain { first, second, activation } => {
+                second.apply(device, &device.activate(&first.apply(device, x)?, *activation)?)
+            }
+            Self::Gated { gate, up, down, activation } => {
+                let (gate, up) = (gate.apply(device, x)?, up.apply(device, x)?);
+                down.apply(device, &device.gated(&gate, &up, *activation)?)
+            }
+        }
     }
 }
 
-/// Bidirectional attention over fused query, key and value weights.
-pub struct FusedAttention<T> {
+/// Bidirectional attention.
+pub struct Attention<T> {
     qkv: [Linear<T>; 3],
     output: Linear<T>,
     shape: AttentionShape,
 }
 
-impl<T> FusedAttention<T> {
+impl<T> Attention<T> {
     /// Reads `module.qkv` (`[3 · width, width]`, queries first, then keys, then values) and `module.proj`.
-    pub fn load<D: ModelOps<Tensor = T>>(
+    pub fn fused<D: ModelOps<Tensor = T>>(
         device: &D,
         checkpoint: &Checkpoint,
         module: &str,
@@ -87,17 +151,69 @@ impl<T> FusedAttention<T> {
         };
         let qkv = [part(0)?, part(1)?, part(2)?];
         let output = Linear::load(device, checkpoint, &format!("{module}.proj"), (width, width), true)?;
-        let shape = AttentionShape { heads, kv_heads: heads, head_dim: width / heads, causal: false };
-        Ok(Self { qkv, output, shape })
+        Ok(Self { qkv, output, shape: bidirectional(width, heads) })
     }
 
-    /// Attention inside each span.
-    pub fn apply<D: ModelOps<Tensor = T>>(&self, device: &D, x: &T, rotary: &Rotary<T>, spans: &[Span]) -> Result<T> {
+    /// Reads `module.q_proj`, `module.k_proj`, `module.v_proj` and `module.out_proj`, all `[width, width]`.
+    pub fn separate<D: ModelOps<Tensor = T>>(
+        device: &D,
+        checkpoint: &Checkpoint,
+        module: &str,
+        width: usize,
+        heads: usize,
+    ) -> Result<Self> {
+        let part = |part: &str| Linear::load(device, checkpoint, &format!("{module}.{part}"), (width, width), true);
+        let qkv = [part("q_proj")?, part("k_proj")?, part("v_proj")?];
+        Ok(Self { qkv, output: part("out_proj")?, shape: bidirectional(width, heads) })
+    }
+
+    /// Attention inside each span, with rotary positions where the tower has them.
+    pub fn apply<D: ModelOps<Tensor = T>>(
+        &self,
+        device: &D,
+        x: &T,
+        rotary: Option<&Rotary<T>>,
+        spans: &[Span],
+    ) -> Result<T> {
         let mut q = self.qkv[0].apply(device, x)?;
         let mut k = self.qkv[1].apply(device, x)?;
         let v = self.qkv[2].apply(device, x)?;
-        device.rotate(&mut q, rotary, false)?;
-        device.rotate(&mut k, rotary, false)?;
+        if let Some(rotary) = rotary {
+            device.rotate(&mut q, rotary, false)?;
+            device.rotate(&mut k, rotary, false)?;
+        }
         self.output.apply(device, &device.attention(&q, &k, &v, spans, self.shape)?)
+    }
+}
+
+fn bidirectional(width: usize, heads: usize) -> AttentionShape {
+    AttentionShape { heads, kv_heads: heads, head_dim: width / heads, causal: false }
+}
+
+/// A pre-norm transformer block.
+pub struct TowerBlock<T> {
+    /// Before the attention.
+    pub attention_norm: Norm<T>,
+    /// Mixes tokens.
+    pub attention: Attention<T>,
+    /// Before the MLP.
+    pub mlp_norm: Norm<T>,
+    /// Mixes channels.
+    pub mlp: Mlp<T>,
+}
+
+impl<T> TowerBlock<T> {
+    /// Adds the attention's output to `x`, then the MLP's.
+    pub fn apply<D: ModelOps<Tensor = T>>(
+        &self,
+        device: &D,
+        x: &mut T,
+        rotary: Option<&Rotary<T>>,
+        spans: &[Span],
+    ) -> Result<()> {
+        let normed = self.attention_norm.apply(device, x)?;
+        device.add_assign(x, &self.attention.apply(device, &normed, rotary, spans)?)?;
+        let normed = self.mlp_norm.apply(device, x)?;
+        device.add_assign(x, &self.mlp.apply(device, &normed)?)
     }
 }

@@ -192,6 +192,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             statistics.accumulate(self.device, &u, f.as_ref().filter(|_| with_cross), g)?;
             if let (Some(residual), Some(f), Some(x_float)) = (set.residual(), &f, &mut chunk.x_float) {
                 self.float.add_output(self.device, x_float, residual, f)?;
+                self.leave(&chunk.layout, x_float, residual)?;
                 self.check_finite(x_float, &chunk.layout, &chunk.samples, residual, "float")?;
             }
         }
@@ -229,9 +230,18 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         for chunk in chunks {
             let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
             self.quantized.add_output(self.device, &mut chunk.x_quantized, residual, &u)?;
+            self.leave(&chunk.layout, &mut chunk.x_quantized, residual)?;
             self.check_finite(&chunk.x_quantized, &chunk.layout, &chunk.samples, residual, "quantized")?;
         }
         Ok(())
+    }
+
+    /// What a path meets at the end of the block.
+    fn leave(&self, layout: &Layout<D::Tensor>, x: &mut D::Tensor, residual: Projection) -> Result<()> {
+        match residual {
+            Projection::Down => layout.add_deepstack(self.device, x, self.index),
+            _ => Ok(()),
+        }
     }
 
     fn place(&self, projection: Projection) -> String {

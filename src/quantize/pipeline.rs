@@ -10,7 +10,7 @@ use crate::checkpoint::formats::{Format, LinearSpec};
 use crate::checkpoint::write::{Writer, check_target};
 use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Block, Projection, module_name};
-use crate::model::families::{self, ModelConfig, PixelLimits};
+use crate::model::families::{self, ImageOptions, ModelConfig};
 use crate::model::language_model::Embedder;
 use crate::progress::{Observer, Stage, StageClock, StageTime};
 use anyhow::{Context, Result, bail, ensure};
@@ -47,7 +47,7 @@ pub struct PipelineSettings {
     pub image_root: Option<PathBuf>,
     /// Overrides of the checkpoint's image sizes.
     #[serde(flatten)]
-    pub pixel_limits: PixelLimits,
+    pub image_options: ImageOptions,
 }
 
 impl PipelineSettings {
@@ -207,7 +207,7 @@ fn calibrate<D: ModelOps>(
     };
     let conversations = dataset::read(calib, settings.image_root.as_deref())?;
     let conversations = dataset::select(conversations, Some(settings.samples), settings.seed);
-    let vision = families::of::<D>(checkpoint)?.vision_input(checkpoint, settings.pixel_limits)?;
+    let vision = families::of::<D>(checkpoint)?.vision_input(checkpoint, settings.image_options)?;
     let builder = SequenceBuilder::new(checkpoint.folder(), vision)?;
     let clock = StageClock::start(Stage::Data, conversations.len() as u64, observer);
     let Collected { sequences, too_long, .. } = collect(&builder, &conversations, settings.max_tokens)?;

@@ -16,7 +16,7 @@ use vlmq::calibration::sequence::{Sequence, SequenceBuilder};
 use vlmq::checkpoint::Checkpoint;
 use vlmq::device::cpu::Cpu;
 use vlmq::model::decoder::{Projection, module_name};
-use vlmq::model::families::{self, PixelLimits};
+use vlmq::model::families::{self, ImageOptions};
 use vlmq::model::language_model::LanguageModel;
 use vlmq::quantize::QuantizedLinear;
 
@@ -67,7 +67,7 @@ fn main() -> Result<()> {
 }
 
 fn dump_samples(checkpoint: &Checkpoint, data: &Path, limit: usize, dump: &mut Dump) -> Result<()> {
-    let vision = families::of::<Cpu>(checkpoint)?.vision_input(checkpoint, PixelLimits::default())?;
+    let vision = families::of::<Cpu>(checkpoint)?.vision_input(checkpoint, ImageOptions::default())?;
     let builder = SequenceBuilder::new(checkpoint.folder(), vision)?;
     let model = LanguageModel::load(&Cpu, checkpoint)?;
     for (number, conversation) in dataset::read(data, None)?.iter().take(limit).enumerate() {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use vlmq::checkpoint::formats::Format;
 use vlmq::evaluate::EvaluationSettings;
-use vlmq::model::families::PixelLimits;
+use vlmq::model::families::ImageOptions;
 use vlmq::quantize::pipeline::PipelineSettings;
 use vlmq::quantize::settings::{CrossTerm, Grid, Importance, Order, Solver, SolverSettings};
 
@@ -320,7 +320,7 @@ impl QuantizeArgs {
             seed: self.data.seed,
             max_tokens: self.data.max_tokens,
             image_root: self.images.image_root.clone(),
-            pixel_limits: self.images.limits(),
+            image_options: self.images.options(),
         }
     }
 
@@ -334,7 +334,7 @@ impl QuantizeArgs {
             max_new_tokens: MAX_NEW_TOKENS,
             // --image-root belongs to the calibration data.
             image_root: None,
-            pixel_limits: self.images.limits(),
+            image_options: self.images.options(),
         }
     }
 
@@ -349,8 +349,8 @@ impl QuantizeArgs {
 }
 
 impl ImageArgs {
-    fn limits(&self) -> PixelLimits {
-        PixelLimits { min_pixels: self.min_pixels, max_pixels: self.max_pixels }
+    fn options(&self) -> ImageOptions {
+        ImageOptions { min_pixels: self.min_pixels, max_pixels: self.max_pixels, image_mode: None }
     }
 }
 
@@ -363,7 +363,7 @@ impl EvalArgs {
             limit: self.limit,
             max_new_tokens: self.max_new_tokens,
             image_root: self.images.image_root.clone(),
-            pixel_limits: self.images.limits(),
+            image_options: self.images.options(),
         }
     }
 }

@@ -3,6 +3,7 @@
 //! A family says how config.json and tensor names are read, how images become patches and tokens, how its vision tower
 //! turns patches into features, and where tokens stand. Everything behind that is shared.
 
+mod qwen;
 mod qwen2_vl;
 
 use super::config::{DecoderConfig, DecoderNames};
@@ -12,22 +13,64 @@ use crate::checkpoint::Checkpoint;
 use crate::device::cpu::Cpu;
 use crate::device::{ModelOps, ScaleType};
 use crate::model::config::Section;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
-/// Overrides of the image sizes that the checkpoint's processor file asks for.
+/// How images are sized and cut, where that is not left to the checkpoint's processor file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct PixelLimits {
+pub struct ImageOptions {
     /// Smallest area to which an image is enlarged, in pixels; `None`: the checkpoint's.
     pub min_pixels: Option<usize>,
     /// Largest area to which an image is reduced, in pixels; `None`: the checkpoint's.
     pub max_pixels: Option<usize>,
+    /// Whether an image is cut into tiles; `None`: as the family does.
+    pub image_mode: Option<ImageMode>,
+}
+
+/// How a family that cuts images into tiles takes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageMode {
+    /// The whole image and tiles of it at a higher resolution (LLaVA-OneVision, arXiv 2408.03326, section 3.2).
+    Anyres,
+    /// The whole image only.
+    Single,
+}
+
+impl ImageOptions {
+    /// For families that never cut images into tiles.
+    fn refuse_mode(self, root: &Section<'_>) -> Result<()> {
+        if self.image_mode.is_some() {
+            bail!(
+                "--image-mode is for models that cut images into tiles; {} is {:?}, which takes images whole",
+                root.at("model_type"),
+                root.text("model_type")?
+            );
+        }
+        Ok(())
+    }
+}
+
+/// What a vision tower makes of some images: one row an image token.
+pub struct Features<T> {
+    /// In the placeholders' places, `[image tokens, hidden]`.
+    pub tokens: T,
+    /// Added to the residual stream at the same places behind the first decoder blocks, one tensor a block, each
+    /// `[image tokens, hidden]` (DeepStack, arXiv 2406.04334); empty for families without.
+    pub deepstack: Vec<T>,
+}
+
+impl<T> Features<T> {
+    /// Features of a tower without DeepStack.
+    pub fn plain(tokens: T) -> Self {
+        Self { tokens, deepstack: Vec::new() }
+    }
 }
 
 /// A vision tower with its projector, loaded on a device.
 pub trait VisionTower<D: ModelOps>: Send + Sync {
-    /// Features of some images, packed in order: `[image tokens, hidden]`.
-    fn encode(&self, device: &D, images: &[&ImagePatches]) -> Result<D::Tensor>;
+    /// Features of some images, packed in order.
+    fn encode(&self, device: &D, images: &[&ImagePatches]) -> Result<Features<D::Tensor>>;
 }
 
 /// What a checkpoint's config.json and tensor names say, before any weight is read.
@@ -50,7 +93,7 @@ pub trait Family<D: ModelOps>: Send + Sync {
     fn config(&self, checkpoint: &Checkpoint) -> Result<ModelConfig>;
 
     /// How images become patches, placeholders and positions.
-    fn vision_input(&self, checkpoint: &Checkpoint, limits: PixelLimits) -> Result<Box<dyn VisionInput>>;
+    fn vision_input(&self, checkpoint: &Checkpoint, options: ImageOptions) -> Result<Box<dyn VisionInput>>;
 
     /// Loads the vision tower and its projector.
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>>;

@@ -1,0 +1,175 @@
+//! Patches: normalised squares of pixels, which are what a vision tower takes of an image.
+
+use crate::tensor::Matrix;
+use anyhow::{Context, Result, bail, ensure};
+use fast_image_resize::images::{Image, ImageRef};
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use image::RgbImage;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+/// How pixels become patches.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PatchSettings {
+    /// Side of a patch in pixels.
+    pub patch_size: usize,
+    /// Side, in patches, of the square whose patches stand together: what the tower merges to one token; 1 where it merges
+    /// none.
+    pub merge_size: usize,
+    /// Frames of a patch; a still image is repeated.
+    pub temporal_patch_size: usize,
+    /// Factor from a pixel's byte to what `mean` and `std` are in; 1/255.
+    pub rescale_factor: f64,
+    /// Mean of each channel.
+    pub mean: [f32; 3],
+    /// Standard deviation of each channel.
+    pub std: [f32; 3],
+}
+
+impl PatchSettings {
+    /// What OpenAI's CLIP was trained with, and transformers' image processors assume.
+    const CLIP_MEAN: [f32; 3] = [0.48145466, 0.4578275, 0.40821073];
+    #[expect(clippy::excessive_precision, reason = "the digits under which these constants are known")]
+    const CLIP_STD: [f32; 3] = [0.26862954, 0.26130258, 0.27577711];
+
+    /// Reads the keys of an image processor; what it leaves out is as in transformers' Qwen2-VL processor: patches of 14
+    /// pixels and 2 frames, merged 2 by 2, normalised as CLIP. Errors on values that this program does not implement.
+    pub(super) fn from_config(config: &Value) -> Result<Self> {
+        for (key, wanted) in [
+            ("do_resize", Value::Bool(true)),
+            ("do_rescale", Value::Bool(true)),
+            ("do_normalize", Value::Bool(true)),
+            // PIL's number for bicubic.
+            ("resample", Value::from(3)),
+        ] {
+            if let Some(value) = config.get(key).filter(|value| !value.is_null() && **value != wanted) {
+                bail!("`{key}` is {value}; only {wanted} is implemented");
+            }
+        }
+        let settings = Self {
+            patch_size: count(config, "patch_size")?.unwrap_or(14),
+            merge_size: count(config, "merge_size")?.unwrap_or(2),
+            temporal_patch_size: count(config, "temporal_patch_size")?.unwrap_or(2),
+            rescale_factor: match config.get("rescale_factor").filter(|value| !value.is_null()) {
+                None => 1.0 / 255.0,
+                Some(value) => value.as_f64().with_context(|| format!("`rescale_factor` is {value}, not a number"))?,
+            },
+            mean: channels(config, "image_mean")?.unwrap_or(Self::CLIP_MEAN),
+            std: channels(config, "image_std")?.unwrap_or(Self::CLIP_STD),
+        };
+        settings.validate()?;
+        Ok(settings)
+    }
+
+    fn validate(&self) -> Result<()> {
+        for (key, value) in [
+            ("patch_size", self.patch_size),
+            ("merge_size", self.merge_size),
+            ("temporal_patch_size", self.temporal_patch_size),
+        ] {
+            ensure!((1..=64).contains(&value), "`{key}` is {value}; expected 1 to 64");
+        }
+        let factor = self.rescale_factor;
+        ensure!(factor.is_finite() && factor > 0.0, "`rescale_factor` is {factor}; expected a positive number");
+        ensure!(self.mean.iter().all(|mean| mean.is_finite()), "`image_mean` is not finite");
+        ensure!(self.std.iter().all(|std| *std > 0.0 && std.is_finite()), "`image_std` must be positive");
+        Ok(())
+    }
+
+    /// Normalises an image and cuts it into patches, `[patches, 3 * temporal_patch_size * patch_size²]`. What does not fill
+    /// a patch at the right and the bottom is left out, as a convolution with that stride does.
+    ///
+    /// Rows go through the merged grid row by row, and inside each merged square row by row. A row holds channels, frames,
+    /// then the patch's pixels row by row.
+    pub(super) fn patchify(&self, image: &RgbImage) -> Matrix {
+        let (patch, merge, frames) = (self.patch_size, self.merge_size, self.temporal_patch_size);
+        let (rows, columns) = (image.height() as usize / patch, image.width() as usize / patch);
+        // Torchvision folds the rescaling into mean and deviation, in float32; so do we, to agree to the last bit.
+        let scale = (1.0 / self.rescale_factor) as f32;
+        let value =
+            |channel: usize, byte: u8| (f32::from(byte) - self.mean[channel] * scale) / (self.std[channel] * scale);
+        let table: [[f32; 256]; 3] = std::array::from_fn(|c| std::array::from_fn(|byte| value(c, byte as u8)));
+        let bytes = image.as_raw();
+        let stride = image.width() as usize * 3;
+        let mut data = Vec::with_capacity(rows * columns * 3 * frames * patch * patch);
+        for cell_y in (0..rows).step_by(merge) {
+            for cell_x in (0..columns).step_by(merge) {
+                for row in cell_y..cell_y + merge {
+                    for column in cell_x..cell_x + merge {
+                        for (channel, table) in table.iter().enumerate() {
+                            let frame = data.len();
+                            for y in row * patch..(row + 1) * patch {
+                                let start = y * stride + column * patch * 3 + channel;
+                                let line = bytes[start..].iter().step_by(3).take(patch);
+                                data.extend(line.map(|&byte| table[usize::from(byte)]));
+                            }
+                            for _ in 1..frames {
+                                data.extend_from_within(frame..frame + patch * patch);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        Matrix::new(rows * columns, 3 * frames * patch * patch, data).expect("the loops visit every pixel once")
+    }
+}
+
+/// Antialiased bicubic, byte to byte. The width first, then the height, each rounded to bytes: so torchvision does it, and
+/// in one call fast_image_resize would go through the axes the other way round.
+pub(super) fn resize(image: &RgbImage, width: u32, height: u32) -> Result<RgbImage> {
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom)).use_alpha(false);
+    let mut resizer = Resizer::new();
+    let source = ImageRef::new(image.width(), image.height(), image.as_raw(), PixelType::U8x3)?;
+    let mut wide = Image::new(width, image.height(), PixelType::U8x3);
+    resizer.resize(&source, &mut wide, &options).context("cannot be resized")?;
+    let mut both = Image::new(width, height, PixelType::U8x3);
+    resizer.resize(&wide, &mut both, &options).context("cannot be resized")?;
+    RgbImage::from_raw(width, height, both.into_vec()).context("cannot be resized")
+}
+
+/// The image processor of a checkpoint folder and the file it stands in: `image_processor` in `processor_config.json`, which
+/// wins as in transformers, else `preprocessor_config.json`. Errors when there is neither.
+pub(super) fn image_processor(folder: &Path) -> Result<(PathBuf, Value)> {
+    let nested = folder.join("processor_config.json");
+    if let Some(mut all) = read_json(&nested)?
+        && let Some(inner) = all.get_mut("image_processor").map(Value::take).filter(Value::is_object)
+    {
+        return Ok((nested, inner));
+    }
+    let plain = folder.join("preprocessor_config.json");
+    let config = read_json(&plain)?.with_context(|| {
+        format!(
+            "{} has neither preprocessor_config.json nor processor_config.json with an image_processor; copy them from \
+             the original checkpoint",
+            folder.display()
+        )
+    })?;
+    Ok((plain, config))
+}
+
+/// The JSON object in a file, `None` when there is no such file.
+pub(super) fn read_json(path: &Path) -> Result<Option<Value>> {
+    let text = match std::fs::read(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+    };
+    let value: Value = serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))?;
+    ensure!(value.is_object(), "{} is not a JSON object", path.display());
+    Ok(Some(value))
+}
+
+pub(super) fn count(object: &Value, key: &str) -> Result<Option<usize>> {
+    let Some(value) = object.get(key).filter(|value| !value.is_null()) else { return Ok(None) };
+    let number = value.as_u64().filter(|&number| number > 0 && number <= u64::from(u32::MAX));
+    Ok(Some(number.with_context(|| format!("`{key}` is {value}; expected a positive integer"))? as usize))
+}
+
+fn channels(object: &Value, key: &str) -> Result<Option<[f32; 3]>> {
+    let Some(value) = object.get(key).filter(|value| !value.is_null()) else { return Ok(None) };
+    let numbers: Option<Vec<f32>> =
+        value.as_array().and_then(|all| all.iter().map(|one| one.as_f64().map(|one| one as f32)).collect());
+    let three = numbers.and_then(|numbers| numbers.try_into().ok());
+    Ok(Some(three.with_context(|| format!("`{key}` is {value}; expected three numbers"))?))
+}
