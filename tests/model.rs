@@ -3,7 +3,8 @@
 
 mod support;
 
-use support::golden::{Golden, largest_error, relative_error};
+use std::cell::Cell;
+use support::golden::{Golden, RANDOM, largest_error, relative_error};
 use support::{data, golden};
 use vlmq::calibration::dataset;
 use vlmq::calibration::sequence::{Sequence, SequenceBuilder};
@@ -13,7 +14,6 @@ use vlmq::evaluate::generate;
 use vlmq::model::families::{self, ImageOptions};
 use vlmq::model::language_model::LanguageModel;
 
-const RANDOM: [&str; 3] = ["flat-tied-bf16", "nested-f16-sharded", "rope-parameters-f32"];
 const TRAINED: [&str; 2] = ["tiny-qwen2-vl", "tiny-qwen2-vl-narrow"];
 
 struct Case {
@@ -53,7 +53,7 @@ impl Case {
 
 #[test]
 fn token_ids_and_positions_equal_transformers() {
-    for name in RANDOM.into_iter().chain(TRAINED) {
+    for name in RANDOM.iter().copied().chain(TRAINED) {
         Case::each(name, |case, id, sequence| {
             let tokens: Vec<f64> = sequence.tokens.iter().map(|&t| f64::from(t)).collect();
             assert_eq!(tokens, case.golden.values(&format!("{id}.input_ids")), "{name} {id}");
@@ -65,8 +65,27 @@ fn token_ids_and_positions_equal_transformers() {
 }
 
 #[test]
+fn pixel_values_equal_transformers() {
+    let checked = Cell::new(0);
+    for name in RANDOM {
+        Case::each(name, |case, id, sequence| {
+            if !case.golden.contains(&format!("{id}.pixel_values")) {
+                return;
+            }
+            let (shape, expected) = case.golden.get(&format!("{id}.pixel_values"));
+            let values: Vec<f32> = sequence.images.iter().flat_map(|image| image.patches().data().to_vec()).collect();
+            assert_eq!(shape.iter().product::<usize>(), values.len(), "{name} {id}");
+            let worst = values.iter().zip(&expected).map(|(&a, b)| (f64::from(a) - b).abs()).fold(0.0, f64::max);
+            assert!(worst <= 1e-6, "{name} {id}: {worst:e}");
+            checked.set(checked.get() + 1);
+        });
+    }
+    assert!(checked.get() >= 1);
+}
+
+#[test]
 fn vision_features_equal_transformers() {
-    for name in RANDOM.into_iter().chain(TRAINED) {
+    for name in RANDOM.iter().copied().chain(TRAINED) {
         Case::each(name, |case, id, sequence| {
             let Some(features) = case.model.embedder().image_features(&Cpu, &[sequence]).unwrap() else {
                 assert_eq!(id, "text-only");
@@ -82,7 +101,7 @@ fn vision_features_equal_transformers() {
 
 #[test]
 fn logits_equal_transformers() {
-    for name in RANDOM.into_iter().chain(TRAINED) {
+    for name in RANDOM.iter().copied().chain(TRAINED) {
         Case::each(name, |case, id, sequence| {
             let features = case.model.embedder().image_features(&Cpu, &[sequence]).unwrap();
             let (x, layout) = case.model.embedder().embed(&Cpu, &[sequence], features.as_ref()).unwrap();

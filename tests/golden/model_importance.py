@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from model_checkpoints import MODEL
+from families.base import MODEL
 from model_grid import round_to_nearest
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -42,16 +42,13 @@ class Norm(nn.Module):
 def layer_in(layer, dtype):
     """A copy of a decoder layer whose whole arithmetic is of `dtype`, attention by PyTorch."""
     layer = copy.deepcopy(layer)
-    layer.input_layernorm = Norm(layer.input_layernorm)
-    layer.post_attention_layernorm = Norm(layer.post_attention_layernorm)
+    for owner in (layer, layer.self_attn):
+        for name, module in list(owner.named_children()):
+            if hasattr(module, "variance_epsilon"):
+                setattr(owner, name, Norm(module))
     layer.self_attn.config = copy.deepcopy(layer.self_attn.config)
     layer.self_attn.config._attn_implementation = "sdpa"
     return layer.to(dtype).requires_grad_(False)
-
-
-def rotary(model, place, dtype):
-    """Cosines and sines [1, tokens, head] of M-RoPE positions [3, tokens]."""
-    return model.model.language_model.rotary_emb(torch.zeros(1, dtype=dtype), place[:, None])
 
 
 def attention(layer, x, cos_sin):
@@ -128,8 +125,9 @@ def structured(x, seed):
     return x + (0.01 * left @ right).to(x.dtype)
 
 
-def write(name, model, sequences):
-    """Write `<name>.importance.safetensors` and `<name>.statistics.safetensors`; returns lines for the summary."""
+def write(family, name, model, sequences):
+    """Write `<name>.importance.safetensors` and, unless the variant is brief, `<name>.statistics.safetensors`; returns lines
+    for the summary."""
     samples = [s for s in sequences if s[0] in ("eval-0002", "two-images", "tiny-image")]
     layers = model.model.language_model.layers
     rounded = layer_in(layers[0], torch.float64)
@@ -143,7 +141,7 @@ def write(name, model, sequences):
     inputs = {"x_float": [], "structured": [], "rounded": []}
     for index, (_, place, embeddings) in enumerate(samples):
         assert len(embeddings) <= MOST_TOKENS
-        cos_sin, x = rotary(model, place, torch.float64), embeddings.double()
+        cos_sin, x = family.rotary(model, place, torch.float64), embeddings.double()
         with torch.no_grad():
             inputs["x_float"].append(run(before, x, cos_sin).float())
             inputs["rounded"].append(run(rounded, x, cos_sin).float())
@@ -156,7 +154,7 @@ def write(name, model, sequences):
         for (_, place, _), x_float, x_quantized in zip(samples, inputs["x_float"], inputs[kind]):
             for dtype, layer in ((torch.float64, block), (torch.float32, block32)):
                 pair = x_float.to(dtype), x_quantized.to(dtype)
-                results[dtype].append(importance(layer, *pair, rotary(model, place, dtype)))
+                results[dtype].append(importance(layer, *pair, family.rotary(model, place, dtype)))
         tensors[f"{kind}.loss"] = torch.stack([loss for _, loss in results[torch.float64]])
         worst = 0.0
         for projection in PROJECTIONS:
@@ -166,16 +164,17 @@ def write(name, model, sequences):
         lines.append(f"{name:22} importance {kind:10} loss {tensors[f'{kind}.loss'].sum():9.3f}  "
                      f"float32 off by {worst:.1e} of the largest")
     save(tensors, f"{name}.importance.safetensors")
-    write_statistics(name, model, block, samples, inputs, tensors)
+    if not family.variants[name].get("brief"):
+        write_statistics(family, name, model, block, samples, inputs, tensors)
     return lines
 
 
-def write_statistics(name, model, block, samples, inputs, made):
+def write_statistics(family, name, model, block, samples, inputs, made):
     """Statistics of block 1 with float weights in every linear, both paths' inputs being X_F and the rounded X_U."""
     names = ["q_proj", "o_proj", "gate_proj", "down_proj"]
     found = {"u": [], "f": []}
     for (_, place, _), x_float, x_quantized in zip(samples, inputs["x_float"], inputs["rounded"]):
-        cos_sin = rotary(model, place, torch.float64)
+        cos_sin = family.rotary(model, place, torch.float64)
         found["u"].append(linear_inputs(block, x_quantized.double(), cos_sin, names))
         found["f"].append(linear_inputs(block, x_float.double(), cos_sin, names))
     tensors = {}

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from model_checkpoints import DATA, MODEL
+import families
+from families.base import DATA, MODEL
 
 VQA = "../../data/vqa/images/"
-SMALL = 100_000  # bytes; larger pixel values stay out: other goldens check them, and all variants have the same
+SMALL = 100_000  # bytes; larger pixel values stay out: other goldens check them
 
 
 def draw_images():
@@ -23,6 +24,8 @@ def draw_images():
     gradient, blocks = Image.new("RGB", (70, 42)), Image.new("RGB", (131, 50))
     gradient.putdata([(3 * x + 20, 6 * y, 255 - 2 * x - y) for y in range(42) for x in range(70)])
     blocks.putdata([((x // 9 * 37) % 256, (y // 7 * 53) % 256, (x * y) % 256) for y in range(50) for x in range(131)])
+    for family in families.FAMILIES:
+        family.draw_images(folder)
     gradient.save(folder / "gradient-70x42.png", optimize=True)
     blocks.save(folder / "blocks-131x50.png", optimize=True)
 
@@ -94,22 +97,13 @@ def encode(processor, messages, prompt=False):
     return processor(text=[rendered], images=images or None, return_tensors="pt")
 
 
-def positions(model, inputs):
-    """M-RoPE positions [3, tokens]: `get_rope_index` where there are images, else counting."""
-    if "image_grid_thw" not in inputs:
-        return torch.arange(inputs["input_ids"].shape[1]).expand(3, -1).clone()
-    ids, types = inputs["input_ids"], inputs["mm_token_type_ids"]
-    return model.model.get_rope_index(ids, types, image_grid_thw=inputs["image_grid_thw"])[0][:, 0]
-
-
 @torch.no_grad()
-def embed(model, inputs):
+def embed(family, model, inputs):
     """Vision features [vision tokens, hidden] (None without images) and embeddings after the scatter [tokens, hidden]."""
     embeddings = model.get_input_embeddings()(inputs["input_ids"])[0].clone()
     if "pixel_values" not in inputs:
         return None, embeddings
-    vision = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-    features = torch.cat(list(vision.pooler_output))
+    features, _ = family.features(model, inputs)
     embeddings[inputs["input_ids"][0] == model.config.image_token_id] = features
     return features, embeddings
 
@@ -140,25 +134,27 @@ def generate(model, processor, messages, limit=24):
     return prompt, made.sequences[0, len(prompt):], (top[:, 0] - top[:, 1]).min().item()
 
 
-def write(name, model, processor, trained):
+def write(family, name, model, processor, trained):
     """Write `<name>.outputs.safetensors` and `<name>.jsonl`; returns the sequences with their embeddings."""
     tensors, rows, made = {}, [], []
-    for row in conversations(trained):
+    v = family.variants.get(name, {})
+    for row in conversations(trained) + family.conversations(name):
         inputs = encode(processor, row["messages"])
-        features, embeddings = embed(model, inputs)
+        features, embeddings = embed(family, model, inputs)
         hidden, logits = forward(model, inputs)
-        at, place = row["id"] + ".", positions(model, inputs)
+        at, place = row["id"] + ".", family.positions(model, inputs)
         tensors[at + "input_ids"] = inputs["input_ids"][0].int()
         tensors[at + "position_ids"] = place.int()
         if features is not None:
-            tensors[at + "image_grid"] = inputs["image_grid_thw"][:, 1:].int()
-            if name == "flat-tied-bf16" and inputs["pixel_values"].nbytes < SMALL:
+            tensors |= {at + key: value for key, value in family.image_tensors(inputs).items()}
+            if v.get("pixels") and inputs["pixel_values"].nbytes < SMALL:
                 tensors[at + "pixel_values"] = inputs["pixel_values"]
             # The trained checkpoints see 64 tokens an image: the first sequence in full, of others the last rows.
             keep = features if not trained or row["id"] == "eval-0002" else features[-8:]
             tensors[at + "vision_features"] = keep
         tensors[at + "hidden_last_token"] = torch.stack([layer[-1] for layer in hidden])
-        tensors[at + "logits"] = logits[-8:] if trained or row["id"] == "tiny-image" else logits
+        short = trained or row["id"] == "tiny-image" or (v.get("brief") and row["id"] != "eval-0002")
+        tensors[at + "logits"] = logits[-8:] if short else logits
         if not trained:
             tensors[at + "embeddings"] = embeddings
             if row["id"] in ("eval-0002", "two-images"):

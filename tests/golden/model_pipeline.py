@@ -16,12 +16,12 @@ import json
 import torch
 
 import model_outputs
-from model_checkpoints import MODEL
+from families.base import MODEL
 from model_grid import dequantize, solve
 from model_importance import (
-    PROJECTIONS, Norm, cross, hessian, importance, layer_in, linear_inputs, normalise, rotary, run, save,
+    PROJECTIONS, Norm, cross, hessian, importance, layer_in, linear_inputs, normalise, run, save,
 )
-from model_outputs import VQA, embed, encode, image, positions, text, turn, vqa
+from model_outputs import VQA, embed, encode, image, text, turn, vqa
 
 SETS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 SETTINGS = dict(bits=3, group=32, damp=0.01, alpha=0.25)
@@ -45,12 +45,12 @@ def weight_of(layer, name):
     return getattr(owner, name).weight
 
 
-def quantize(model, samples, solver, weighting, dtype):
+def quantize(family, model, samples, solver, weighting, dtype):
     """Tensors of all layers, relative errors by layer, and the last sample's logits on both paths."""
     tensors, errors = {}, {}
     float_path = [x.to(dtype) for _, _, x in samples]
     quantized_path = list(float_path)
-    cos_sin = [rotary(model, place, dtype) for _, place, _ in samples]
+    cos_sin = [family.rotary(model, place, dtype) for _, place, _ in samples]
     for index, original in enumerate(model.model.language_model.layers):
         if (solver, weighting) == RUNS[0] and index > 0:
             tensors[f"layers.{index}.x_float"] = torch.cat(float_path).float()
@@ -103,24 +103,24 @@ def noisy(samples, seed):
     return [(key, place, shake(x)) for key, place, x in samples]
 
 
-def write(name, model, processor):
+def write(family, name, model, processor):
     """Write `pipeline.jsonl`, `pipeline.json` and one `pipeline.<solver>-<importance>.safetensors` a run."""
     rows, samples = calibration(), []
     (MODEL / "pipeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for row in rows:
         inputs = encode(processor, row["messages"])
-        samples.append((row["id"], positions(model, inputs), embed(model, inputs)[1]))
+        samples.append((row["id"], family.positions(model, inputs), embed(family, model, inputs)[1]))
     expected = model_outputs.forward(model, inputs)[1]
     report = {"checkpoint": name, "tokens": [len(x) for _, _, x in samples], "settings": SETTINGS, "relative_error": {}}
     lines = []
     for solver, weighting in RUNS:
-        tensors, errors, logits = quantize(model, samples, solver, weighting, torch.float64)
+        tensors, errors, logits = quantize(family, model, samples, solver, weighting, torch.float64)
         off = (logits[0] - expected).norm() / expected.norm()
         assert off < 1e-5, f"float path differs from transformers by {off}"
         codes = [key for key in tensors if key.endswith(".codes")]
         total = sum(tensors[key].numel() for key in codes)
-        others = [quantize(model, samples, solver, weighting, torch.float32)[0]]
-        others += [quantize(model, noisy(samples, n), solver, weighting, torch.float64)[0] for n in range(NOISES)]
+        others = [quantize(family, model, samples, solver, weighting, torch.float32)[0]]
+        others += [quantize(family, model, noisy(samples, n), solver, weighting, torch.float64)[0] for n in range(NOISES)]
         for other in others:
             flipped = sum((tensors[key] != other[key]).sum().item() for key in codes)
             assert flipped == 0, f"{solver}-{weighting}: {flipped} of {total} codes flip; choose other conversations"

@@ -2,6 +2,9 @@
 
 use safetensors::{Dtype, SafeTensors};
 
+/// Checkpoints with random weights in tests/golden/model, of every family (tests/golden/families).
+pub const RANDOM: &[&str] = &["flat-tied-bf16", "nested-f16-sharded", "rope-parameters-f32"];
+
 /// A file of golden tensors.
 pub struct Golden {
     name: String,
