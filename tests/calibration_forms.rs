@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 use vlmq::calibration::dataset::{self, Conversation, ImageSource, Message, Part};
 use vlmq::calibration::image::decode;
-use vlmq::calibration::native_resolution::{NativeResolution, QwenVision};
+use vlmq::calibration::native_resolution::{NativeResolution, NativeVision};
 use vlmq::calibration::sequence::SequenceBuilder;
 use vlmq::calibration::template::ChatTemplate;
 
@@ -276,7 +276,7 @@ fn checkpoint(files: &[(&str, &str)]) -> TempDir {
 }
 
 fn builder(folder: &Path) -> Result<SequenceBuilder, String> {
-    let vision = QwenVision::new(NativeResolution::read(folder, None, None).unwrap(), 613);
+    let vision = NativeVision::new(NativeResolution::read(folder, None, None).unwrap(), 613, Some(614));
     SequenceBuilder::new(folder, Box::new(vision)).map_err(|error| format!("{error:#}"))
 }
 
@@ -330,7 +330,8 @@ fn bad_folders_are_refused() {
     let folder = checkpoint(&[("chat_template.jinja", SIMPLE)]);
     assert!(builder(folder.path()).is_ok());
     let settings = NativeResolution::read(folder.path(), None, None).unwrap();
-    let error = SequenceBuilder::new(folder.path(), Box::new(QwenVision::new(settings.clone(), 99_999))).err().unwrap();
+    let error =
+        SequenceBuilder::new(folder.path(), Box::new(NativeVision::new(settings.clone(), 99_999, None))).err().unwrap();
     assert!(error.to_string().contains("no token 99999"), "{error}");
     fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
     assert!(builder(folder.path()).err().unwrap().contains("tokenizer.json"));

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use support::{data, golden};
 use vlmq::calibration::dataset::{self, Conversation, ImageSource, Message, Part};
 use vlmq::calibration::image::decode;
-use vlmq::calibration::native_resolution::{NativeResolution, QwenVision};
+use vlmq::calibration::native_resolution::{NativeResolution, NativeVision};
 use vlmq::calibration::sequence::{Sequence, SequenceBuilder, collect};
 use vlmq::calibration::template::ChatTemplate;
 
@@ -22,7 +22,7 @@ fn settings() -> NativeResolution {
 }
 
 fn builder() -> SequenceBuilder {
-    let vision = QwenVision::new(settings(), 613);
+    let vision = NativeVision::new(settings(), 613, Some(614));
     SequenceBuilder::new(&data("tiny-qwen2-vl"), Box::new(vision)).unwrap()
 }
 

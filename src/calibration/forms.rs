@@ -9,6 +9,9 @@ use std::path::Path;
 
 type Object = Map<String, Value>;
 
+/// Said of every way to ask for one.
+pub(super) const NO_VIDEO: &str = "videos are not supported; write single frames as images, or leave the line out";
+
 /// Reads one line. `id` is used when the line has none. Errors do not name the line: the caller does.
 pub(super) fn conversation(value: &Value, root: &Path, origin: &str, id: String) -> Result<Conversation> {
     let row = value.as_object().with_context(|| format!("expected a JSON object, found {}", kind(value)))?;
@@ -18,6 +21,9 @@ pub(super) fn conversation(value: &Value, root: &Path, origin: &str, id: String)
         Some(Value::Number(id)) => id.to_string(),
         Some(other) => bail!("`id` must be a string or a number, not {}", kind(other)),
     };
+    for key in ["video", "videos"] {
+        ensure!(present(row, key).is_none(), "`{key}`: {NO_VIDEO}");
+    }
     let metric = string(row, "metric")?;
     if let Some(metric) = &metric {
         ensure!(METRICS.contains(&metric.as_str()), "unknown `metric` {metric:?}; known: {}", METRICS.join(", "));
@@ -108,6 +114,7 @@ fn part(value: &Value, root: &Path) -> Result<Part> {
             };
             source(url, "url", root)
         }
+        "video" | "video_url" => bail!("a part of `type` {name:?}: {NO_VIDEO}"),
         other => bail!("unknown part `type` {other:?}; known: text, image, image_url"),
     }
 }

@@ -103,23 +103,28 @@ impl NativeResolution {
     }
 }
 
-/// [`VisionInput`] of the Qwen families: one token per merged square of patches, M-RoPE positions.
+/// [`VisionInput`] of families that take images at their own resolution: one token per merged square of patches, M-RoPE positions.
 #[derive(Clone, Debug)]
-pub struct QwenVision {
+pub struct NativeVision {
     settings: NativeResolution,
     image_token_id: u32,
+    video_token_id: Option<u32>,
 }
 
-impl QwenVision {
-    /// With the image processor's settings and `image_token_id` of config.json.
-    pub fn new(settings: NativeResolution, image_token_id: u32) -> Self {
-        Self { settings, image_token_id }
+impl NativeVision {
+    /// With the image processor's settings, and `image_token_id` and `video_token_id` of config.json.
+    pub fn new(settings: NativeResolution, image_token_id: u32, video_token_id: Option<u32>) -> Self {
+        Self { settings, image_token_id, video_token_id }
     }
 }
 
-impl VisionInput for QwenVision {
+impl VisionInput for NativeVision {
     fn image_token_id(&self) -> u32 {
         self.image_token_id
+    }
+
+    fn video_token_id(&self) -> Option<u32> {
+        self.video_token_id
     }
 
     fn prepare(&self, image: &RgbImage, _: usize) -> Result<ImagePatches> {

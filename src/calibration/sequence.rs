@@ -1,6 +1,7 @@
 //! Token sequences: what a model takes of a conversation.
 
 use super::dataset::{Conversation, Message, Part};
+use super::forms::NO_VIDEO;
 use super::image::{ImagePatches, decode};
 use super::patches::read_json;
 use super::template::ChatTemplate;
@@ -15,6 +16,11 @@ use tokenizers::Tokenizer;
 pub trait VisionInput: Send + Sync {
     /// The token that stands for one vector of the vision tower.
     fn image_token_id(&self) -> u32;
+
+    /// The token that stands for a video, which no text may spell: videos are not supported.
+    fn video_token_id(&self) -> Option<u32> {
+        None
+    }
 
     /// Resizes and crops an image, one of `of` images of its sample. Errors when its proportions do not allow it.
     fn prepare(&self, image: &RgbImage, of: usize) -> Result<ImagePatches>;
@@ -49,6 +55,8 @@ pub struct SequenceBuilder {
     template: ChatTemplate,
     vision: Box<dyn VisionInput>,
     placeholder: String,
+    /// Text of the video token.
+    video: Option<String>,
     end_tokens: Vec<u32>,
 }
 
@@ -69,8 +77,9 @@ impl SequenceBuilder {
         let placeholder = tokenizer.id_to_token(id);
         let placeholder = placeholder
             .with_context(|| format!("{} has no token {id}, the image token of config.json", path.display()))?;
+        let video = vision.video_token_id().and_then(|id| tokenizer.id_to_token(id));
         let end_tokens = end_tokens(folder, &tokenizer)?;
-        let builder = Self { tokenizer, template: ChatTemplate::load(folder)?, vision, placeholder, end_tokens };
+        let builder = Self { tokenizer, template: ChatTemplate::load(folder)?, vision, placeholder, video, end_tokens };
         let alone = builder.encode(&builder.placeholder)?;
         ensure!(
             alone.get_ids() == [id],
@@ -177,13 +186,16 @@ impl SequenceBuilder {
         Ok(text)
     }
 
-    /// Text that spells the image token would be taken for an image.
+    /// Text that spells the image token would be taken for an image, or for a video.
     fn refuse_placeholder(&self, text: &str) -> Result<()> {
         let placeholder = &self.placeholder;
         ensure!(
             !text.contains(placeholder),
             "a text contains {placeholder:?}, which stands for an image; write images as parts of their own"
         );
+        if let Some(video) = self.video.as_ref().filter(|video| text.contains(*video)) {
+            bail!("a text contains {video:?}, which stands for a video: {NO_VIDEO}");
+        }
         Ok(())
     }
 

@@ -165,6 +165,12 @@ impl DecoderConfig {
         if text.flag_or("use_sliding_window", false)? {
             bail!("{} is true; sliding-window attention is not supported for {family}", text.at("use_sliding_window"));
         }
+        if let Some(layers) = text.get("layer_types") {
+            let kinds = layers.as_array().with_context(|| text.wrong("layer_types", "a list"))?;
+            if let Some(kind) = kinds.iter().find(|kind| kind.as_str() != Some("full_attention")) {
+                bail!("{} has {kind}, not supported for {family}; known is full_attention", text.at("layer_types"));
+            }
+        }
         let rope = rope_section(text)?;
         for key in ["rope_type", "type"] {
             let Some(rope) = rope.as_ref().filter(|rope| rope.get(key).is_some()) else { continue };
@@ -248,6 +254,11 @@ impl DecoderNames {
             checkpoint.contains(&last),
             "{layers} is {count}, but there is no tensor {last}; weights and config.json do not belong together, or a \
              file is missing"
+        );
+        let next = format!("{prefix}{}", norm(count));
+        ensure!(
+            !checkpoint.contains(&next),
+            "{layers} is {count}, but there is a tensor {next}; weights and config.json do not belong together"
         );
         Ok(Self { prefix, head: head.into() })
     }

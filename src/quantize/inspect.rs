@@ -252,10 +252,11 @@ fn module_bytes(checkpoint: &Checkpoint, module: &str) -> Result<u64> {
 fn parts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Part>> {
     let blocks = format!("{}layers.", config.names.prefix);
     let embedding = format!("{}embed_tokens.", config.names.prefix);
+    let norm = format!("{}norm.", config.names.prefix);
     let place = |name: &str| match name {
         _ if name.starts_with(&blocks) => 2,
         _ if name.starts_with(&embedding) => 1,
-        _ if name.starts_with(&config.names.prefix) && !name.contains("visual.") => 3,
+        _ if name.starts_with(&norm) => 3,
         _ if name == config.names.head => 4,
         _ => 0,
     };

@@ -84,7 +84,7 @@ mod tests {
         };
         let inspection = Inspection {
             model: "m".into(),
-            family: "qwen2_vl".into(),
+            family: "a_family".into(),
             quantization: None,
             decoder,
             bytes: 15_600_000,
@@ -93,7 +93,7 @@ mod tests {
             estimate: Some(estimate(&decoder, &workload)),
         };
         let lines = describe(&inspection);
-        assert_eq!(lines[0], "m: qwen2_vl, 14.88 MiB, not quantized");
+        assert_eq!(lines[0], "m: a_family, 14.88 MiB, not quantized");
         assert_eq!(lines[1], "decoder: 6 blocks, width 256, MLP 768, 4 heads and 2 key/value heads of 64");
         assert_eq!(lines[4], "vision tower       54  BF16  2.00 KiB");
         let row: Vec<&str> = lines[7].split_whitespace().collect();

@@ -128,7 +128,7 @@ mod tests {
         let report = RunReport {
             vlmq_version: "0",
             model: "m".into(),
-            family: "qwen2_vl".into(),
+            family: "a_family".into(),
             format: "gptq".into(),
             device: "cpu".into(),
             settings: serde_json::Value::Null,

@@ -4,6 +4,7 @@
 //! turns patches into features, and where tokens stand. Everything behind that is shared.
 
 mod qwen;
+mod qwen2_5_vl;
 mod qwen2_vl;
 
 use super::config::{DecoderConfig, DecoderNames};
@@ -100,8 +101,8 @@ pub trait Family<D: ModelOps>: Send + Sync {
 }
 
 /// All known families.
-fn registry<D: ModelOps>() -> [&'static dyn Family<D>; 1] {
-    [&qwen2_vl::Qwen2Vl]
+fn registry<D: ModelOps>() -> &'static [&'static dyn Family<D>] {
+    &[&qwen2_vl::Qwen2Vl, &qwen2_5_vl::Qwen25Vl]
 }
 
 /// The type that a checkpoint stores its model in: that of the token embedding, which no format quantizes.
@@ -114,7 +115,7 @@ pub fn float_type(checkpoint: &Checkpoint) -> Result<ScaleType> {
 pub fn of<D: ModelOps>(checkpoint: &Checkpoint) -> Result<&'static dyn Family<D>> {
     let model_type = Section::root(checkpoint)?.text("model_type")?;
     let families = registry::<D>();
-    families.into_iter().find(|family| family.model_type() == model_type).with_context(|| {
+    families.iter().copied().find(|family| family.model_type() == model_type).with_context(|| {
         let known: Vec<&str> = families.iter().map(|family| family.model_type()).collect();
         format!(
             "{}: model_type {model_type:?} is not known; known are: {}",

@@ -2,7 +2,7 @@
 
 use super::{ImageOptions, ModelConfig};
 use crate::calibration::image::ImagePatches;
-use crate::calibration::native_resolution::{NativeResolution, QwenVision};
+use crate::calibration::native_resolution::{NativeResolution, NativeVision};
 use crate::calibration::sequence::VisionInput;
 use crate::checkpoint::Checkpoint;
 use crate::device::{ModelOps, Rotary, Span};
@@ -53,7 +53,8 @@ pub(super) fn vision_input(
         root.at("vision_config"),
         [model.side, model.frames, model.merge]
     );
-    Ok(Box::new(QwenVision::new(settings, root.token("image_token_id")?)))
+    let video_token = root.get("video_token_id").map(|_| root.token("video_token_id")).transpose()?;
+    Ok(Box::new(NativeVision::new(settings, root.token("image_token_id")?, video_token)))
 }
 
 /// How a vision tower cuts images; Hub files leave out what equals the class's defaults.
@@ -88,6 +89,28 @@ impl Patches {
     pub(super) fn per_token(&self) -> usize {
         self.merge * self.merge
     }
+}
+
+/// The width of a tower's output, where `key` gives it, must be the decoder's: its rows take the places of embeddings.
+pub(super) fn check_output(vision: &Section<'_>, key: &str, hidden: usize) -> Result<()> {
+    let output = vision.count_or(key, hidden)?;
+    ensure!(
+        output == hidden,
+        "{} is {output}, but the language model is {hidden} wide; weights and config.json do not belong together",
+        vision.at(key)
+    );
+    Ok(())
+}
+
+/// The tower under `prefix` must end where `depth` of the vision config says: blocks left out would be missed by nobody.
+pub(super) fn check_depth(checkpoint: &Checkpoint, vision: &Section<'_>, prefix: &str, depth: usize) -> Result<()> {
+    let next = format!("{prefix}blocks.{depth}.norm1.weight");
+    ensure!(
+        !checkpoint.contains(&next),
+        "{} is {depth}, but there is a tensor {next}; weights and config.json do not belong together",
+        vision.at("depth")
+    );
+    Ok(())
 }
 
 /// Inverse frequencies of a vision tower's rotary embedding: half of the head's for each of row and column.

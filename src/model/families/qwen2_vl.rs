@@ -62,12 +62,15 @@ impl<T> Tower<T> {
         let vision = vision_section(&root)?;
         let patches = Patches::read(&vision, PATCH_SIZE)?;
         // `hidden_size` is the output width here.
+        qwen::check_output(&vision, "hidden_size", output)?;
         let width = vision.count_or("embed_dim", 1280)?;
         let heads = vision.count_or("num_heads", 16)?;
         let activation = vision.activation_or("hidden_act", Activation::QuickGelu)?;
         let inner = width * vision.count_or("mlp_ratio", 4)?;
         let frequencies = qwen::vision_frequencies(&vision, "embed_dim", width, heads)?;
         let prefix = checkpoint.prefix(&VISION_PREFIXES, "patch_embed.proj.weight")?;
+        let depth = vision.count_or("depth", 32)?;
+        qwen::check_depth(checkpoint, &vision, prefix, depth)?;
         let block = |i: usize| -> Result<TowerBlock<T>> {
             let at = format!("{prefix}blocks.{i}");
             let fc = (format!("{at}.mlp.fc1"), format!("{at}.mlp.fc2"));
@@ -84,7 +87,7 @@ impl<T> Tower<T> {
         let embedding = format!("{prefix}patch_embed.proj");
         Ok(Self {
             embedding: Linear::load(device, checkpoint, &embedding, (width, patches.values()), false)?,
-            blocks: (0..vision.count_or("depth", 32)?).map(block).collect::<Result<_>>()?,
+            blocks: (0..depth).map(block).collect::<Result<_>>()?,
             merger_norm: Norm::layer(device, checkpoint, &format!("{at}.ln_q"), width)?,
             merger: Mlp::plain(device, checkpoint, (&fc.0, &fc.1), [merged, merged, output], Activation::Gelu)?,
             patches,

@@ -4,9 +4,10 @@ A family is a subclass of base.Family (or of qwen.Qwen) and its line in FAMILIES
 one dictionary each; make_model.py writes every one with its outputs and importance factors.
 """
 
+from .qwen2_5_vl import Qwen25VL
 from .qwen2_vl import Qwen2VL
 
-FAMILIES = [Qwen2VL()]
+FAMILIES = [Qwen2VL(), Qwen25VL()]
 
 
 def of(model_type):
