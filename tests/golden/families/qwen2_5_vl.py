@@ -17,7 +17,7 @@ class Qwen25VL(Qwen):
     variants = {
         # 8x5 image tokens in windows of 3x3.
         "qwen2_5_vl-flat-bf16": dict(
-            generation="flat", dtype=torch.bfloat16, seed=201, hidden=64, inter=96, layers=2, heads=4, kv=1,
+            generation="flat", dtype=torch.bfloat16, seed=201, hidden=64, inter=96, layers=2, heads=4, kv=2,
             section=[2, 3, 3], theta=1e6, eps=1e-6, embed=64, vision_heads=16, depth=3, tied=True, shards=1,
             language="model.", vision="visual.", limit=45, vision_inter=100, window=84, full=[1], brief=True, pixels=True,
         ),
