@@ -294,7 +294,7 @@ fn measured_flops_per_second<D: ModelOps>(device: &D) -> Result<f64> {
 mod tests {
     use super::*;
 
-    const QWEN2_7B: DecoderShape =
+    const SEVEN_BILLION: DecoderShape =
         DecoderShape { blocks: 28, hidden: 3584, intermediate: 18944, heads: 28, kv_heads: 4, head_dim: 128 };
 
     fn workload(solver: Solver, importance: Importance) -> Workload {
@@ -302,20 +302,20 @@ mod tests {
     }
 
     #[test]
-    fn block_weights_are_those_of_qwen2_7b() {
+    fn block_weights_are_those_of_a_7b_model() {
         // 3584·(3584 + 512 + 512 + 3584) + 3·3584·18944
-        assert_eq!(QWEN2_7B.block_weights(), 233_046_016);
+        assert_eq!(SEVEN_BILLION.block_weights(), 233_046_016);
     }
 
     #[test]
     fn estimates_are_of_the_known_size() {
         // 7B, 512 samples of 512 tokens: 28 blocks of two forward passes of about 122 TFLOP and 104 TFLOP of H.
-        let gptq = estimate(&QWEN2_7B, &workload(Solver::Gptq, Importance::None));
+        let gptq = estimate(&SEVEN_BILLION, &workload(Solver::Gptq, Importance::None));
         assert!((8e15..11e15).contains(&gptq.flops), "{:e}", gptq.flops);
         // One stream of 3.8 GB in float32, weights of 1.9 GB, H and factor of 2.9 GB.
         assert!((8e9..9e9).contains(&(gptq.peak_memory_bytes as f64)), "{}", gptq.peak_memory_bytes);
         // The second stream, C and the cross term.
-        let vlmq = estimate(&QWEN2_7B, &workload(Solver::Gptaq, Importance::Vlmq));
+        let vlmq = estimate(&SEVEN_BILLION, &workload(Solver::Gptaq, Importance::Vlmq));
         assert!((14.5e9..15.5e9).contains(&(vlmq.peak_memory_bytes as f64)), "{}", vlmq.peak_memory_bytes);
         let estimate = gptq;
         assert_eq!(estimate.seconds, estimate.flops / 1e12);
@@ -323,7 +323,7 @@ mod tests {
 
     #[test]
     fn more_method_costs_more() {
-        let flops = |solver, importance| estimate(&QWEN2_7B, &workload(solver, importance)).flops;
+        let flops = |solver, importance| estimate(&SEVEN_BILLION, &workload(solver, importance)).flops;
         let rising = [
             flops(Solver::Rtn, Importance::Vlmq),
             flops(Solver::Gptq, Importance::None),
