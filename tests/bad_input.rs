@@ -7,37 +7,15 @@ mod support;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
-use support::program::{Bench, copy_folder, edit_header, edit_json, edit_tensor, question, succeed, text, vlmq_run};
+use support::program::{
+    Bench, Meets, broken, copy_folder, edit_header, edit_json, edit_tensor, question, succeed, text, vlmq_run,
+};
 use support::{checkpoint::with_header, golden};
 
 /// One file of bf16 weights; `rope_scaling` and all other text keys at the root of config.json.
 const FLAT: &str = "flat-tied-bf16";
 const WEIGHTS: &str = "model.safetensors";
 const Q_PROJ: &str = "model.layers.1.self_attn.q_proj.weight";
-
-/// Which commands meet the fault.
-#[derive(Clone, Copy, PartialEq)]
-enum Meets {
-    /// quantize, eval and inspect.
-    All,
-    /// quantize and eval: weights and side files, which inspect does not read.
-    Runs,
-    /// quantize only.
-    Quantize,
-}
-
-/// Breaks a copy of a checkpoint and asserts that the commands refuse it with words that contain all of `says`.
-fn broken(checkpoint: &str, meets: Meets, says: &[&str], fault: impl FnOnce(&Path)) {
-    let bench = Bench::new(checkpoint);
-    fault(&bench.model());
-    bench.refused(&bench.quantize(&[]), says);
-    if meets != Meets::Quantize {
-        bench.refused(&bench.eval(&[]), says);
-    }
-    if meets == Meets::All {
-        bench.refused(&bench.inspect(), says);
-    }
-}
 
 #[test]
 fn folders_and_files() {

@@ -171,3 +171,24 @@ fn names_of_metrics_agree() {
         vlmq::calibration::dataset::METRICS
     );
 }
+
+/// A family is one file of src/model/families and its line there: no other code knows one.
+#[test]
+fn families_are_known_to_nobody_else() {
+    let names = ["qwen", "llava", "siglip", "internvl", "model_type\")? =="];
+    for (name, text) in sources().into_iter().filter(|(name, _)| !name.starts_with("src/model/families/")) {
+        for (number, line) in code(&text) {
+            let lower = line.to_lowercase();
+            assert!(!names.iter().any(|family| lower.contains(family)), "{name}:{number} knows a family: {line:?}");
+        }
+    }
+    // And each is registered once.
+    let registry = fs::read_to_string(root().join("src/model/families/mod.rs")).unwrap();
+    let files = files("src/model/families", &["rs"]);
+    let families: Vec<_> = files.iter().filter(|(_, text)| text.contains("Family<D> for")).collect();
+    assert!(families.len() >= 2);
+    for (name, _) in families {
+        let module = Path::new(name).file_stem().unwrap().to_str().unwrap();
+        assert_eq!(registry.matches(&format!("&{module}::")).count(), 1, "{module} is not in the registry, or twice");
+    }
+}

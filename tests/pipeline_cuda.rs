@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use support::data;
 use support::kernels::{Variant, build};
-use support::program::{copy_folder, read_json, stderr, succeed, text, vlmq_run};
+use support::program::{copy_folder, emulated_run, read_json, stderr, succeed, text, vlmq_run};
 use vlmq::calibration::dataset;
 use vlmq::calibration::sequence::{Sequence, SequenceBuilder};
 use vlmq::checkpoint::Checkpoint;
@@ -36,12 +36,6 @@ const QUESTIONS: usize = 96;
 
 fn library() -> PathBuf {
     build("vlmq_kernels", "kernels", Variant::Plain)
-}
-
-/// `vlmq-run` with emulated kernels at hand.
-fn emulated_run(arguments: &[&str]) -> std::process::Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vlmq-run"));
-    command.env("VLMQ_EMULATED_KERNELS", library()).args(arguments).output().unwrap()
 }
 
 /// Quantizes a checkpoint, otherwise with the settings of the command line.

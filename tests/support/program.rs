@@ -11,6 +11,13 @@ pub fn vlmq_run<S: AsRef<OsStr>>(arguments: &[S]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vlmq-run")).args(arguments).output().unwrap()
 }
 
+/// Runs the program with emulated kernels at hand.
+pub fn emulated_run<S: AsRef<OsStr>>(arguments: &[S]) -> Output {
+    let library = super::kernels::build("vlmq_kernels", "kernels", super::kernels::Variant::Plain);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vlmq-run"));
+    command.env("VLMQ_EMULATED_KERNELS", library).args(arguments).output().unwrap()
+}
+
 /// Runs the program, which must succeed, and returns what it prints.
 pub fn succeed<S: AsRef<OsStr> + std::fmt::Debug>(arguments: &[S]) -> String {
     let output = vlmq_run(arguments);
@@ -177,4 +184,28 @@ pub fn question(image: &str) -> String {
         {"role": "assistant", "content": "square"},
     ]})
     .to_string()
+}
+
+/// Which commands meet the fault.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Meets {
+    /// quantize, eval and inspect.
+    All,
+    /// quantize and eval: weights and side files, which inspect does not read.
+    Runs,
+    /// quantize only.
+    Quantize,
+}
+
+/// Breaks a copy of a checkpoint and asserts that the commands refuse it with words that contain all of `says`.
+pub fn broken(checkpoint: &str, meets: Meets, says: &[&str], fault: impl FnOnce(&Path)) {
+    let bench = Bench::new(checkpoint);
+    fault(&bench.model());
+    bench.refused(&bench.quantize(&[]), says);
+    if meets != Meets::Quantize {
+        bench.refused(&bench.eval(&[]), says);
+    }
+    if meets == Meets::All {
+        bench.refused(&bench.inspect(), says);
+    }
 }
