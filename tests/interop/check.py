@@ -6,8 +6,8 @@ MODEL is the float checkpoint that every DIR was quantized from. FILE is what du
 
     sample.N.input_ids       I64 [tokens]
     sample.N.positions       I64 [3, tokens]
-    sample.N.pixel_values    F32 [patches, 1176]      absent for a text-only sample
-    sample.N.image_grid_thw  I64 [images, 3]          absent for a text-only sample
+    sample.N.NAME            whatever the model's forward takes besides, as it takes it; for images of their own resolution
+                             pixel_values F32 [patches, values] and image_grid_thw I64 [images, 3]
     sample.N.logits          F32 [tokens, vocabulary] ours, in float32
     codes.MODULE             U8  [out, in]            ours; these four for packed formats only, MODULE as in the file
     scales.MODULE            F32 [out, groups]
@@ -129,13 +129,14 @@ def difference(model, dump):
         raise Mismatch("the dump holds no samples")
     apart = size = 0.0
     for sample in samples:
-        get = lambda key: dump.get(f"sample.{sample}.{key}")
-        inputs = {"input_ids": get("input_ids")[None], "position_ids": get("positions")[:, None, :]}
-        if get("pixel_values") is not None:
-            inputs |= {"pixel_values": get("pixel_values"), "image_grid_thw": get("image_grid_thw")}
+        at = f"sample.{sample}."
+        inputs = {name[len(at):]: value for name, value in dump.items() if name.startswith(at)}
+        ours, positions = inputs.pop("logits").double(), inputs.pop("positions")
+        # Three axes where the model has them.
+        positions = positions[:, None] if hasattr(model.model, "get_rope_index") else positions[:1]
+        inputs |= {"input_ids": inputs["input_ids"][None], "position_ids": positions}
         with torch.no_grad():
             theirs = model(**inputs).logits[0].double()
-        ours = get("logits").double()
         apart += (theirs - ours).square().sum().item()
         size += ours.square().sum().item()
     return (apart / size) ** 0.5
