@@ -132,6 +132,16 @@ fn videos() {
     }
 }
 
+#[test]
+fn images_of_extreme_proportions() {
+    let bench = Bench::new("qwen2_5_vl-nested-f16");
+    image::RgbImage::new(10, 2010).save(bench.file("long.png")).unwrap();
+    bench.write_data(&[&question(&text(bench.file("long.png")))]);
+    let says = ["data.jsonl:1: image 1", "is 10x2010: one side is more than 200 times the other"];
+    bench.refused(&bench.quantize(&[]), &says);
+    bench.refused(&bench.eval(&[]), &says);
+}
+
 /// Two families' towers, whose features must be as many as the placeholders they replace.
 #[test]
 fn image_tokens_that_disagree_with_the_features() {
