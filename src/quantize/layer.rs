@@ -1,6 +1,7 @@
 //! A quantized linear layer: integer codes and what turns them back into weights.
 
 use crate::tensor::Matrix;
+use rayon::prelude::*;
 use serde::Serialize;
 
 /// Codes, scales and zeros of one linear layer, columns in the *original* order.
@@ -44,14 +45,14 @@ impl QuantizedLinear {
         let groups = self.groups();
         let group_of: Vec<usize> = (0..self.in_features).map(|column| self.group_of(column)).collect();
         let mut weight = Matrix::zeros(self.out_features, self.in_features);
-        for row in 0..self.out_features {
+        weight.data_mut().par_chunks_mut(self.in_features.max(1)).enumerate().for_each(|(row, weight)| {
             let codes = &self.codes[row * self.in_features..(row + 1) * self.in_features];
             let scales = &self.scales[row * groups..(row + 1) * groups];
             let zeros = &self.zeros[row * groups..(row + 1) * groups];
-            for ((value, &code), &group) in weight.row_mut(row).iter_mut().zip(codes).zip(&group_of) {
+            for ((value, &code), &group) in weight.iter_mut().zip(codes).zip(&group_of) {
                 *value = scales[group] * (f32::from(code) - f32::from(zeros[group]));
             }
-        }
+        });
         weight
     }
 }
