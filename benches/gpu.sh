@@ -17,10 +17,10 @@ pack() {
     cargo "$@" --release --message-format=json-render-diagnostics |
       python3 -c 'import json, sys; [print(m["executable"]) for m in map(json.loads, sys.stdin) if m.get("executable")]'
   }
-  for executable in $(built test --no-run --test device_cuda) $(built bench --no-run --bench kernels) $(built build --bin vlmq-run); do
+  for executable in $(built test --no-run --test device_cuda) $(built bench --no-run --bench kernels) $(built build --bin vlmq-run --example wide_checkpoint); do
     strip -o "$folder/$(basename "$executable" | sed 's/-[0-9a-f]\{16\}$//')" "$executable"
   done
-  cp benches/gpu.sh benches/gpu_reference.py benches/wide_checkpoint.py "$folder"
+  cp benches/gpu.sh benches/gpu_reference.py "$folder"
   cp -r tests/data/tiny-qwen2-vl tests/data/tiny-qwen2-vl-narrow tests/data/vqa "$folder/tests/data"
   tar -C target -czf target/vlmq-gpu.tar.gz vlmq-gpu
   du -h target/vlmq-gpu.tar.gz
@@ -71,12 +71,20 @@ PYTHON
   echo; echo "## Operations"
   ./kernels
 
-  if python3 -c 'import numpy' 2> /dev/null; then
-    echo; echo "## Blocks of a 7B model, 4 of its 28"; echo '```'
-    python3 wide_checkpoint.py "$work/wide" --hidden 3584 --intermediate 18944 --heads 28 --kv-heads 4 --blocks 4
-    ./vlmq-run quantize "$work/wide" --calib $calib --samples 256 --device cuda --quiet --out "$work/wide-w3"
-    echo '```'
-  fi
+  echo; echo "## A 7B model, 512 samples of about 512 tokens"; echo '```'
+  ./wide_checkpoint "$work/wide" --hidden 3584 --intermediate 18944 --heads 28 --kv-heads 4 --blocks 28 --small $model
+  cat $calib $questions | head -512 > "$work/long.jsonl"
+  # The small images, enlarged to 470 tokens or a few more.
+  ./vlmq-run quantize "$work/wide" --calib "$work/long.jsonl" --image-root "$(dirname $calib)" --samples 512 \
+    --min-pixels $((470 * 28 * 28)) --max-pixels $((520 * 28 * 28)) --device cuda --quiet --out "$work/wide-w3"
+  python3 - "$work/wide-w3/report.json" << 'PYTHON'
+import json, sys
+report = json.load(open(sys.argv[1]))
+counts = report["calibration"]
+print(f"{counts['used']} samples, {counts['vision_tokens'] + counts['text_tokens']} tokens: {report['seconds']:.1f} s")
+print(", ".join(f"{stage['stage']} {stage['seconds']:.1f} s" for stage in report["stages"]))
+PYTHON
+  echo '```'
 }
 
 if [[ ${1:-} == pack ]]; then pack; else run "$@"; fi

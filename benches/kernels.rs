@@ -9,10 +9,10 @@ use anyhow::Result;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use vlmq::device::cpu::Cpu;
-use vlmq::device::cuda::{Cuda, Precision};
-use vlmq::device::{Activation, AttentionShape, ModelOps, SolveOps, Span};
+use vlmq::device::cuda::{Cuda, PackedAlong, Packing, Precision};
+use vlmq::device::{Activation, AttentionShape, Device, ModelOps, QuantizedWeight, SolveOps, Span};
 use vlmq::quantize::settings::{Solver, SolverSettings};
-use vlmq::quantize::solve::{prepare, solve};
+use vlmq::quantize::solve::{enqueue, prepare, solve};
 use vlmq::quantize::statistics::Statistics;
 use vlmq::tensor::Matrix;
 
@@ -26,11 +26,36 @@ fn main() -> Result<()> {
     match Cuda::open(0, Precision::Bf16) {
         Ok(cuda) => {
             let layers = [(4096, 4096), (3584, 18944), (18944, 3584)];
-            Bench::new(&cuda, filter, 8192)?.all(&layers, 32_768)?;
+            let bench = Bench::new(&cuda, filter, 8192)?;
+            bench.all(&layers, 32_768)?;
+            bench.standalone()?;
         }
         Err(why) => println!("no GPU is measured: {why:#}\n"),
     }
     Bench::new(&Cpu, filter, 2048)?.all(&[(1024, 1024)], 2048)
+}
+
+impl Bench<'_, Cuda> {
+    /// What only the C API and its Rust twin offer.
+    fn standalone(&self) -> Result<()> {
+        let (rows, cols, bits) = (18944, 3584, 3);
+        let count = (rows * cols) as f64;
+        let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 37 % 8) as u8).collect();
+        let packing = Packing { rows, cols, bits, along: PackedAlong::Rows, offset: 0 };
+        self.line("pack 3 bits, with copies", 0.0, 1.375 * count, || self.device.pack(&codes, &packing).map(drop))?;
+        let words = self.device.pack(&codes, &packing)?;
+        self.line("unpack 3 bits, with copies", 0.0, 1.375 * count, || self.device.unpack(&words, &packing).map(drop))?;
+        let n = 4096;
+        let mut h = noise(n, n, 7);
+        (0..n).for_each(|i| h.row_mut(i)[i] = n as f32);
+        let h = self.device.upload(h)?;
+        let cubed = (n as f64).powi(3);
+        self.line("inverse factor 4096", 2.0 / 3.0 * cubed, 8.0 * (n * n) as f64, || {
+            self.device.cholesky_inverse(self.device.slice_rows(&h, 0..n)?, 0.01).map(drop)
+        })?;
+        println!();
+        Ok(())
+    }
 }
 
 /// Prints lines.
@@ -77,6 +102,13 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
             self.layer(out, inputs, tokens)?;
         }
         self.block(tokens.min(8192))?;
+        let (rows, cols) = layers[0];
+        let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 37 % 8) as u8).collect();
+        let groups = rows * cols.div_ceil(128);
+        let (scales, zeros) = (vec![0.5; groups], vec![3; groups]);
+        let weight = QuantizedWeight { rows, cols, codes: &codes, scales: &scales, zeros: &zeros, group_index: None };
+        let name = format!("dequantize {rows}x{cols}, from the host");
+        self.line(&name, 0.0, 3.0 * (rows * cols) as f64, || self.device.dequantize(&weight).map(drop))?;
         println!();
         Ok(())
     }
@@ -102,8 +134,12 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
             prepare(device, &statistics, &settings).map(drop)
         })?;
         let prepared = prepare(device, &statistics, &settings)?;
-        let weight = noise(out, inputs, 4);
+        let weight = device.upload_model(noise(out, inputs, 4))?;
         self.line(&wanted[3], 2.0 * rows * d * d, rows * d * 9.0 + d * d * 8.0, || {
+            enqueue(device, &prepared, &weight, &settings).map(drop)
+        })?;
+        let to_host = format!("{}, codes on the host", wanted[3]);
+        self.line(&to_host, 2.0 * rows * d * d, rows * d * 9.0 + d * d * 8.0, || {
             solve(device, &prepared, &weight, &settings).map(drop)
         })?;
         let gptq = SolverSettings { solver: Solver::Gptq, ..settings };

@@ -75,7 +75,7 @@ fn by_the_library<D: ModelOps + vlmq::device::SolveOps>(device: &D) -> Quantized
     let mut statistics = Statistics::new(device, FEATURES, false).unwrap();
     statistics.accumulate(device, &device.upload_model(u).unwrap(), None, Some(&g)).unwrap();
     let prepared = prepare(device, &statistics, &settings).unwrap();
-    solve_layer(device, &prepared, &statistics.hessian, &weight, &settings).unwrap().0
+    solve_layer(device, &prepared, &statistics.hessian, &device.upload(weight).unwrap(), &settings).unwrap().0
 }
 
 #[test]

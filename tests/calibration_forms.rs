@@ -136,7 +136,10 @@ fn bad_lines_are_refused_with_their_place() {
         (r#"{"messages":{}}"#.into(), "must be a list"),
         (r#"{"id":[],"text":"a"}"#.into(), "`id`"),
         (r#"{"group":3,"text":"a"}"#.into(), "`group` must be a string"),
-        (r#"{"metric":"bleu","text":"a"}"#.into(), "exact, relaxed, anls, vqa, substring, choice"),
+        (
+            r#"{"metric":"bleu","text":"a"}"#.into(),
+            "exact, relaxed, anls, vqa, substring, formula, choice, first_letter",
+        ),
         (r#"{"max_new_tokens":0,"text":"a"}"#.into(), "positive"),
         (r#"{"answers":"a","question":"q"}"#.into(), "`answers` must be a list"),
         (r#"{"answers":[1],"question":"q"}"#.into(), "`answers` must hold strings"),

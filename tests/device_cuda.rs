@@ -8,11 +8,12 @@ mod support;
 use support::kernels::{Variant, build};
 use support::noise;
 use vlmq::device::cpu::Cpu;
-use vlmq::device::cuda::{Cuda, CudaTensor, Precision};
+use vlmq::device::cuda::{Cuda, CudaTensor, PackedAlong, Packing, Precision};
 use vlmq::device::{
-    Activation, AttentionShape, BLOCK, Device, Factored, ModelOps, PermuteSymmetric, ProductRange, Rotary, SolveOps,
-    Span,
+    Activation, AttentionShape, BLOCK, Device, Factored, ModelOps, PermuteSymmetric, ProductRange, QuantizedWeight,
+    Rotary, SolveOps, Span,
 };
+use vlmq::quantize::pack::pack;
 use vlmq::quantize::plain::quantize_layer;
 use vlmq::quantize::settings::{CrossTerm, Grid, Order, ScaleType, Solver, SolverSettings};
 use vlmq::tensor::Matrix;
@@ -148,6 +149,79 @@ fn rows_are_moved_exactly() {
         assert!(cuda.scatter_rows(&mut target, &[1, 2, 20], &more).is_err());
         assert!(cuda.reshape(target, 3, 47).is_err());
     }
+}
+
+#[test]
+fn codes_are_packed_and_become_weights() {
+    for case in Case::all() {
+        let (cuda, rows, cols) = (&case.cuda, 33, 192);
+        for bits in [2u32, 3, 4, 8] {
+            let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 37 % (1 << bits)) as u8).collect();
+            // Scales that every type holds.
+            let scales: Vec<f32> = (0..rows * 3).map(|i| 2f32.powi(i as i32 % 5 - 3)).collect();
+            let zeros: Vec<u8> = (0..rows * 3).map(|i| (i % (1 << bits)) as u8).collect();
+            let index: Vec<u32> = (0..cols as u32).map(|column| column * 7 % 3).collect();
+            for group_index in [None, Some(index.as_slice())] {
+                let weight = QuantizedWeight { rows, cols, codes: &codes, scales: &scales, zeros: &zeros, group_index };
+                let found = cuda.dequantize(&weight).unwrap();
+                assert_eq!(found.precision(), case.precision);
+                assert_eq!(case.down(&found), Cpu.dequantize(&weight).unwrap());
+                let short = QuantizedWeight { zeros: &zeros[1..], ..weight };
+                assert_eq!(support::message(cuda.dequantize(&short)), support::message(Cpu.dequantize(&short)));
+            }
+            let (along, down) = ((cols * bits as usize).div_ceil(32), (rows * bits as usize).div_ceil(32));
+            let mut expected = [vec![0; rows * along], vec![0; down * cols]];
+            for (codes, words) in codes.chunks(cols).zip(expected[0].chunks_mut(along)) {
+                pack(codes, 1, cols, bits, words, 1);
+            }
+            let less: Vec<u8> = codes.iter().map(|c| c.wrapping_sub(1) & ((1u16 << bits) - 1) as u8).collect();
+            for column in 0..cols {
+                pack(&less[column..], cols, rows, bits, &mut expected[1][column..], cols);
+            }
+            for (along, offset, expected) in
+                [(PackedAlong::Rows, 0, &expected[0]), (PackedAlong::Columns, 1, &expected[1])]
+            {
+                let packing = Packing { rows, cols, bits, along, offset };
+                assert_eq!(&cuda.pack(&codes, &packing).unwrap(), expected, "{packing:?}");
+                assert_eq!(cuda.unpack(expected, &packing).unwrap(), codes, "{packing:?}");
+            }
+        }
+        let x = numbers(17, 33, 40);
+        let wide = cuda.convert(&case.up(&x), Precision::F32).unwrap();
+        assert_eq!((wide.precision(), case.down(&wide)), (Precision::F32, x));
+        let order: Vec<u32> = (0..33).map(|place| place * 5 % 33).collect();
+        let x = numbers(17, 33, 41);
+        let found = cuda.permute_columns(&case.up(&x), &order, &[4, 32]).unwrap();
+        assert_eq!(case.down(&found), Cpu.permute_columns(&x, &order, &[4, 32]).unwrap());
+    }
+}
+
+/// H⁻¹ = UᵀU: H·UᵀU is the identity.
+#[test]
+fn inverses_agree() {
+    let cuda = device(Precision::Bf16);
+    for n in [1, 65, 300] {
+        let (h, ..) = statistics(n);
+        let mut damped = h.clone();
+        let mean = (0..n).map(|i| h.row(i)[i]).sum::<f32>() / n as f32;
+        for i in 0..n {
+            damped.row_mut(i)[i] += 0.01 * mean;
+            (0..i).for_each(|j| damped.row_mut(i)[j] = h.row(j)[i]);
+        }
+        let u = cuda.download(&cuda.cholesky_inverse(cuda.upload(h.clone()).unwrap(), 0.01).unwrap()).unwrap();
+        let transposed = Matrix::new(n, n, (0..n * n).map(|i| u.row(i % n)[i / n]).collect()).unwrap();
+        let inverse = Cpu.matmul(&transposed, &u).unwrap();
+        let product = Cpu.matmul(&damped, &inverse).unwrap();
+        let identity = Matrix::new(n, n, (0..n * n).map(|i| f32::from(i / n == i % n)).collect()).unwrap();
+        let error = norm_error(&product, &identity);
+        assert!(error < 1e-3, "{n}: {error:e}");
+    }
+    let mut broken = Matrix::zeros(3, 3);
+    for (i, value) in [1.0, -2.0, 1.0].into_iter().enumerate() {
+        broken.row_mut(i)[i] = value;
+    }
+    let error = support::message(cuda.cholesky_inverse(cuda.upload(broken).unwrap(), 0.0));
+    assert!(error.contains("pivot 1"), "{error}");
 }
 
 #[test]

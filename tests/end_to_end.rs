@@ -153,7 +153,13 @@ fn every_solver_and_format_can_be_evaluated() {
         let output = vlmq_run(&eval);
         assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()), "{run:?}");
         let scores = read_json(&json);
-        assert_eq!(keys(&scores), ["answers", "groups", "kl", "n", "nll", "score"], "{run:?}");
+        let expected = "answers groups kl max_pixels min_pixels n nll points preset score";
+        assert_eq!(keys(&scores).join(" "), expected, "{run:?}");
+        // The checkpoint's own limits, which no flag changed.
+        assert!(
+            scores["min_pixels"].is_u64() && scores["max_pixels"].is_u64() && scores["preset"].is_null(),
+            "{run:?}"
+        );
         assert_eq!(keys(&scores["answers"][0]), ["answer", "id", "score"], "{run:?}");
         assert!(scores["kl"].as_f64().unwrap() > 0.0, "{run:?}: {scores}");
         assert!(scores["nll"].as_f64().unwrap().is_finite(), "{run:?}");

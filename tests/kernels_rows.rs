@@ -8,9 +8,9 @@ use support::activations::{
     size,
 };
 use support::kernels::{Variant, pass_under_sanitizers};
-use vlmq::device::ModelOps;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
+use vlmq::device::{ModelOps, SolveOps};
 
 #[test]
 fn rows_by_index() {
@@ -47,6 +47,38 @@ fn rows_by_index() {
                     Cpu.gather_rows(&matrix(from, cols, &table), &indices).unwrap()
                 };
                 assert_eq!(outputs[0].values(), expected.data(), "{dtype:?} {cols} scatter {scatter} shift {shift}");
+            }
+        }
+    }
+}
+
+#[test]
+fn columns_in_processing_order() {
+    for dtype in DTYPES {
+        for &cols in lengths() {
+            for (rows, shift, dead) in [(1, 0, vec![]), (11, 0, vec![0, cols - 1]), (5, 1, vec![cols / 2])] {
+                let x = noise(dtype, rows * cols, 31);
+                // A step that shares no factor with the columns visits each of them once.
+                let step = [7, 11, 13].into_iter().find(|step| !cols.is_multiple_of(*step)).unwrap();
+                let order: Vec<u32> = (0..cols).map(|place| ((place * step + 3) % cols) as u32).collect();
+                let from: Vec<i32> =
+                    order.iter().map(|&c| if dead.contains(&(c as usize)) { -1 } else { c as i32 }).collect();
+                let x_buffer = Buffer::input(dtype, &x, shift);
+                let outputs = every_schedule(|| {
+                    let mut out = Buffer::output(vlmq_dtype::VLMQ_F32, rows * cols, shift);
+                    let args = vlmq_permute_columns_args {
+                        x: x_buffer.ptr(),
+                        order: from.as_ptr(),
+                        out: out.ptr_mut().cast(),
+                        rows: rows as i64,
+                        cols: cols as i64,
+                        dtype,
+                    };
+                    accepted("vlmq_permute_columns", &args);
+                    vec![out]
+                });
+                let expected = Cpu.permute_columns(&matrix(rows, cols, &x), &order, &dead).unwrap();
+                assert_eq!(outputs[0].values(), expected.data(), "{dtype:?} {rows}x{cols} shift {shift}");
             }
         }
     }

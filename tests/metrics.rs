@@ -33,7 +33,10 @@ fn names_read_back() {
     }
     assert_eq!(Metric::default(), Metric::Exact);
     let error = "bleu".parse::<Metric>().unwrap_err().to_string();
-    assert!(error.contains("bleu") && error.contains("exact, relaxed, anls, vqa, substring, choice"), "{error}");
+    assert!(
+        error.contains("bleu") && error.contains("exact, relaxed, anls, vqa, substring, formula, choice, first_letter"),
+        "{error}"
+    );
 }
 
 #[test]

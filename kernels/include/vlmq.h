@@ -161,7 +161,19 @@ typedef struct vlmq_squared_norm_args {
 size_t vlmq_squared_norm_workspace_bytes(const vlmq_squared_norm_args* args);
 vlmq_status vlmq_squared_norm(const vlmq_squared_norm_args* args, vlmq_stream stream);
 
-/* ---- solve: quantize_block.cu, group_grid.cu (method section 3) ---- */
+/* ---- solve: permute_columns.cu, quantize_block.cu, group_grid.cu (method section 3) ---- */
+
+/* out[r, j] = x[r, order[j]], 0 where order[j] < 0: the columns of a weight in processing order, dead inputs zero. */
+typedef struct vlmq_permute_columns_args {
+  const void* x;        /* [rows, cols] */
+  const int32_t* order; /* [cols], place -> original column, below cols: the caller's to know */
+  float* out;           /* [rows, cols], not x */
+  int64_t rows;
+  int64_t cols;
+  vlmq_dtype dtype; /* of x */
+} vlmq_permute_columns_args;
+
+vlmq_status vlmq_permute_columns(const vlmq_permute_columns_args* args, vlmq_stream stream);
 
 typedef enum vlmq_grid {
   VLMQ_MINMAX = 0, /* the full range of the group's weights */

@@ -7,7 +7,7 @@ use serde_json::Value;
 use std::path::Path;
 
 /// Names of the metrics a line may ask for; `vlmq-run eval` has one of each.
-pub const METRICS: [&str; 6] = ["exact", "relaxed", "anls", "vqa", "substring", "choice"];
+pub const METRICS: [&str; 8] = ["exact", "relaxed", "anls", "vqa", "substring", "formula", "choice", "first_letter"];
 
 /// One line of a data file.
 #[derive(Clone, Debug, PartialEq)]
@@ -73,6 +73,15 @@ impl Conversation {
 /// A relative image path counts from `image_root`, or from the file's folder when there is none. Images are not read
 /// yet. Errors name the file and line; a file without conversations is an error too.
 pub fn read(path: &Path, image_root: Option<&Path>) -> Result<Vec<Conversation>> {
+    read_with(path, image_root, &|row| Ok(row))
+}
+
+/// As [`read`], every line changed by `prepare` before its form is looked at. Its errors get the file and line, too.
+pub fn read_with(
+    path: &Path,
+    image_root: Option<&Path>,
+    prepare: &dyn Fn(Value) -> Result<Value>,
+) -> Result<Vec<Conversation>> {
     let bytes = std::fs::read(path).with_context(|| format!("cannot read the data file {}", path.display()))?;
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
     let text = std::str::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", path.display()))?;
@@ -82,14 +91,14 @@ pub fn read(path: &Path, image_root: Option<&Path>) -> Result<Vec<Conversation>>
     let folder = path.parent().unwrap_or(Path::new(""));
     let root = image_root.unwrap_or(folder);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let one = |value: &Value, origin: String, id: String| {
-        forms::conversation(value, root, &origin, id).with_context(|| origin.clone())
+    let one = |value: Value, origin: String, id: String| {
+        prepare(value).and_then(|value| forms::conversation(&value, root, &origin, id)).with_context(|| origin.clone())
     };
     let mut conversations = Vec::new();
     if text.trim_start().starts_with('[') {
         let rows: Vec<Value> =
             serde_json::from_str(text).with_context(|| format!("{} is not a JSON list", path.display()))?;
-        for (index, row) in rows.iter().enumerate() {
+        for (index, row) in rows.into_iter().enumerate() {
             let entry = index + 1;
             conversations.push(one(row, format!("{}, entry {entry}", path.display()), format!("{name}:{entry}"))?);
         }
@@ -100,7 +109,7 @@ pub fn read(path: &Path, image_root: Option<&Path>) -> Result<Vec<Conversation>>
             let value: Value = serde_json::from_str(line).with_context(|| {
                 format!("{origin}: not a JSON object; a data file has one on each line, or is one JSON list")
             })?;
-            conversations.push(one(&value, origin, format!("{name}:{number}"))?);
+            conversations.push(one(value, origin, format!("{name}:{number}"))?);
         }
     }
     if conversations.is_empty() {

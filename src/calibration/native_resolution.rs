@@ -140,4 +140,8 @@ impl VisionInput for NativeVision {
         let grids: Vec<_> = images.iter().map(ImagePatches::merged_grid).collect();
         mrope_positions(tokens, self.image_token_id, &grids)
     }
+
+    fn pixel_limits(&self) -> Option<[usize; 2]> {
+        Some([self.settings.min_pixels, self.settings.max_pixels])
+    }
 }

@@ -30,6 +30,11 @@ pub trait VisionInput: Send + Sync {
 
     /// Position of every token on the three axes of rotary embedding; a family with one axis repeats it.
     fn positions(&self, tokens: &[u32], images: &[ImagePatches]) -> Result<Vec<[u32; 3]>>;
+
+    /// Smallest and largest area in pixels that images are brought to; `None` where a family resizes by another rule.
+    fn pixel_limits(&self) -> Option<[usize; 2]> {
+        None
+    }
 }
 
 /// A conversation as a model takes it.
@@ -94,6 +99,11 @@ impl SequenceBuilder {
     /// tokenizer_config.json.
     pub fn end_tokens(&self) -> &[u32] {
         &self.end_tokens
+    }
+
+    /// As [`VisionInput::pixel_limits`].
+    pub fn pixel_limits(&self) -> Option<[usize; 2]> {
+        self.vision.pixel_limits()
     }
 
     /// Text of decoded tokens, without special tokens.

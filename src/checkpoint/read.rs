@@ -240,7 +240,7 @@ impl Checkpoint {
         if self.contains(&weight) || !self.is_quantized() {
             return self.matrix(&weight, out_features, in_features);
         }
-        Ok(self.packed(module, out_features, in_features)?.dequantize())
+        self.packed(module, out_features, in_features)?.dequantize()
     }
 }
 

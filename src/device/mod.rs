@@ -11,10 +11,10 @@ mod model_ops;
 mod solve_ops;
 
 pub use grid::{Grid, GridRule, ScaleType};
-pub use model_ops::{Activation, AttentionShape, ModelOps, Rotary, Span};
+pub use model_ops::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
 pub use solve_ops::{
-    BLOCK, Block, BlockCodes, CrossFactor, Factor, Factored, GroupGrid, PermuteSymmetric, ProductRange, SolveOps,
-    SolveState,
+    BLOCK, Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, GroupGrid, PermuteSymmetric, ProductRange,
+    SolveOps, SolveState,
 };
 
 use crate::tensor::Matrix;

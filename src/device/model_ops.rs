@@ -2,7 +2,7 @@
 
 use super::Device;
 use crate::tensor::Matrix;
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use std::ops::Range;
 
 /// Heads of an attention module. Query head `h` reads key/value head `h / (heads / kv_heads)`.
@@ -57,12 +57,54 @@ pub struct Rotary<T> {
     pub sin: T,
 }
 
+/// A quantized weight `[rows, cols]`: value `[r, c]` is `scale · (code − zero)` of the column's group.
+#[derive(Clone, Copy, Debug)]
+pub struct QuantizedWeight<'a> {
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// `[rows, cols]`.
+    pub codes: &'a [u8],
+    /// `[rows, groups]`.
+    pub scales: &'a [f32],
+    /// `[rows, groups]`.
+    pub zeros: &'a [u8],
+    /// Group of each column; `None`: equal runs of columns.
+    pub group_index: Option<&'a [u32]>,
+}
+
+impl QuantizedWeight<'_> {
+    /// Groups of a row. Errors where the parts do not have the shapes they should.
+    pub(super) fn groups(&self) -> Result<usize> {
+        let Self { rows, cols, .. } = *self;
+        let groups = self.scales.len().checked_div(rows).unwrap_or(0);
+        let runs = self.group_index.is_none() && groups > 0 && cols.is_multiple_of(groups);
+        let index =
+            self.group_index.is_some_and(|i| i.len() == cols && i.iter().all(|&group| (group as usize) < groups));
+        ensure!(
+            self.codes.len() == rows * cols
+                && self.scales.len() == rows * groups
+                && self.zeros.len() == self.scales.len()
+                && (runs || index || self.codes.is_empty()),
+            "{} codes, {} scales and {} zeros do not make a weight of {rows}x{cols}",
+            self.codes.len(),
+            self.scales.len(),
+            self.zeros.len()
+        );
+        Ok(groups)
+    }
+}
+
 /// Forward and backward operations on activations `[tokens, channels]`.
 pub trait ModelOps: Device {
     /// Copies a weight or an activation to the device, in the precision that the model runs in (the CPU: float32).
     /// Everything that meets activations comes this way; rotary tables and statistics stay float32
     /// ([`upload`](Device::upload)).
     fn upload_model(&self, matrix: Matrix) -> Result<Self::Tensor>;
+
+    /// The values of a quantized weight, as [`upload_model`](Self::upload_model) would bring them.
+    fn dequantize(&self, weight: &QuantizedWeight<'_>) -> Result<Self::Tensor>;
 
     /// Rows of `table` by index: `[indices, cols]`.
     fn gather_rows(&self, table: &Self::Tensor, indices: &[u32]) -> Result<Self::Tensor>;

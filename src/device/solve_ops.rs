@@ -118,8 +118,31 @@ pub struct BlockCodes {
     pub error: f64,
 }
 
+/// What a block of columns brings to a layer's codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockShape {
+    /// Columns.
+    pub columns: usize,
+    /// Groups that begin in it; 1 where it lies in a group whose grid is given.
+    pub groups: usize,
+}
+
 /// Weighted second-order statistics, factorization and blockwise error propagation on float32 tensors.
 pub trait SolveOps: Device {
+    /// The codes of a layer while its blocks are being quantized. They stay on the device until all are there, so that no
+    /// block waits for the host.
+    type Codes;
+
+    /// Room for the codes of `rows` rows in `blocks`, in the order in which these will be quantized.
+    fn room_for_codes(&self, rows: usize, blocks: &[BlockShape]) -> Result<Self::Codes>;
+
+    /// All codes, block by block. Waits. Errors where a scale did not fit its storage type.
+    fn take_codes(&self, codes: Self::Codes, rule: &GridRule) -> Result<Vec<BlockCodes>>;
+
+    /// Columns of a weight `[rows, in]` of any storage in processing order, in float32; those of `dead` inputs (original
+    /// indices) are zero.
+    fn permute_columns(&self, weight: &Self::Tensor, order: &[u32], dead: &[usize]) -> Result<Self::Tensor>;
+
     /// `hessian += Uᵀ·diag(g²)·U` (upper triangle only) and `cross += (F − U)ᵀ·diag(g²)·U`: u and f `[tokens, in]`,
     /// hessian and cross `[in, in]`, g `[tokens]`. Tokens with g = 0 are not read. Sums are accurate enough for
     /// float32 to be within 1e-6 relative of the exact sum.
@@ -176,11 +199,13 @@ pub trait SolveOps: Device {
         blocks: &[Range<usize>],
     ) -> Result<GroupGrid>;
 
-    /// Quantizes the columns of a block one after the other (method section 3, steps 6 and 7) and updates `state`.
-    /// Errors where a scale does not fit its storage type.
+    /// Quantizes the columns of a block one after the other (method section 3, steps 6 and 7), adds them to `codes` and
+    /// updates `state`. A scale that does not fit its storage type is an error here or in
+    /// [`take_codes`](Self::take_codes).
     fn quantize_block(
         &self,
         block: &Block<'_, Self::Tensor>,
         state: &mut SolveState<Self::Tensor>,
-    ) -> Result<BlockCodes>;
+        codes: &mut Self::Codes,
+    ) -> Result<()>;
 }

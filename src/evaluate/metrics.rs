@@ -26,13 +26,28 @@ pub enum Metric {
     Vqa,
     /// An answer occurs in the prediction, case and full-width forms alike. OCRBench's rule.
     Substring,
+    /// An answer occurs in the prediction, spaces and line breaks left out, case kept. OCRBench's rule for the formulas
+    /// of HME100k.
+    Formula,
     /// The first of the letters A to E in the prediction is the answer. MME-RealWorld's rule.
     Choice,
+    /// The prediction's first character is the answer, upper and lower case alike. SEED-Bench-2-Plus's rule.
+    #[serde(rename = "first_letter")]
+    FirstLetter,
 }
 
 impl Metric {
     /// Every metric, in the order in which help texts list them.
-    pub const ALL: [Self; 6] = [Self::Exact, Self::Relaxed, Self::Anls, Self::Vqa, Self::Substring, Self::Choice];
+    pub const ALL: [Self; 8] = [
+        Self::Exact,
+        Self::Relaxed,
+        Self::Anls,
+        Self::Vqa,
+        Self::Substring,
+        Self::Formula,
+        Self::Choice,
+        Self::FirstLetter,
+    ];
 
     /// The name in data files and tables.
     pub fn name(self) -> &'static str {
@@ -42,7 +57,9 @@ impl Metric {
             Self::Anls => "anls",
             Self::Vqa => "vqa",
             Self::Substring => "substring",
+            Self::Formula => "formula",
             Self::Choice => "choice",
+            Self::FirstLetter => "first_letter",
         }
     }
 
@@ -83,7 +100,9 @@ impl Metric {
             Self::Anls => best(anls),
             Self::Vqa => vqa(prediction, answers),
             Self::Substring => best(substring),
+            Self::Formula => best(formula),
             Self::Choice => best(choice),
+            Self::FirstLetter => best(first_letter),
         }
     }
 }
@@ -110,7 +129,8 @@ fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
-fn strip(text: &str) -> &str {
+/// `text` without the white space around it, as Python's `strip` sees it.
+pub(super) fn strip(text: &str) -> &str {
     text.trim_matches(is_space)
 }
 
@@ -197,6 +217,16 @@ fn substring(prediction: &str, answer: &str) -> f64 {
     };
     let plain = |text: &str| strip(&text.chars().map(fold).collect::<String>().to_lowercase()).replace('\n', " ");
     f64::from(plain(prediction).contains(&plain(answer)))
+}
+
+fn formula(prediction: &str, answer: &str) -> f64 {
+    let plain = |text: &str| strip(text).replace(['\n', ' '], "");
+    f64::from(plain(prediction).contains(&plain(answer)))
+}
+
+fn first_letter(prediction: &str, answer: &str) -> f64 {
+    let first: String = prediction.chars().take(1).collect();
+    f64::from(first.to_lowercase() == strip(&answer.to_lowercase()))
 }
 
 /// Openings that are taken out of a multiple-choice answer, one after the other.

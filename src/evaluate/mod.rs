@@ -3,9 +3,10 @@
 pub mod generate;
 pub mod likelihood;
 pub mod metrics;
+pub mod presets;
 mod report;
 
-pub use report::{Answer, Evaluation, GroupResult, SampleResult};
+pub use report::{Answer, Conditions, Evaluation, GroupResult, SampleResult};
 
 use crate::calibration::dataset::{self, Conversation};
 use crate::calibration::sequence::{Sequence, SequenceBuilder};
@@ -17,10 +18,14 @@ use crate::progress::{Observer, Stage, StageClock};
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, ensure};
 use metrics::Metric;
+use presets::Preset;
 use rayon::prelude::*;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+
+/// Most tokens of an answer, where nobody says.
+const MAX_NEW_TOKENS: usize = 64;
 
 /// Samples that are decoded together.
 const BATCH: usize = 16;
@@ -38,14 +43,16 @@ pub struct EvaluationSettings {
     pub reference: Option<PathBuf>,
     /// Only the first so many samples.
     pub limit: Option<usize>,
-    /// Most tokens of an answer, where the sample says nothing.
-    pub max_new_tokens: usize,
+    /// Benchmark whose questions, limits and metrics the data gets where it says nothing itself.
+    pub preset: Option<&'static Preset>,
+    /// Most tokens of an answer, where the sample says nothing; `None`: the preset's, or 64.
+    pub max_new_tokens: Option<usize>,
     /// Overrides of the checkpoint's image sizes.
     pub image_options: ImageOptions,
 }
 
 impl EvaluationSettings {
-    /// All samples, no reference, the checkpoint's own image sizes, answers of at most 64 tokens.
+    /// All samples, no reference, no preset, the checkpoint's own image sizes, answers of at most 64 tokens.
     pub fn new(model: PathBuf, data: PathBuf) -> Self {
         Self {
             model,
@@ -53,14 +60,21 @@ impl EvaluationSettings {
             image_root: None,
             reference: None,
             limit: None,
-            max_new_tokens: 64,
+            preset: None,
+            max_new_tokens: None,
             image_options: ImageOptions::default(),
         }
+    }
+
+    fn max_new_tokens(&self, conversation: &Conversation) -> usize {
+        let preset = self.preset.map(|preset| preset.max_new_tokens);
+        conversation.max_new_tokens.or(self.max_new_tokens).or(preset).unwrap_or(MAX_NEW_TOKENS)
     }
 }
 
 /// A model with what feeds it.
 struct Evaluated<D: ModelOps> {
+    model_type: &'static str,
     model: LanguageModel<D>,
     builder: SequenceBuilder,
 }
@@ -68,9 +82,9 @@ struct Evaluated<D: ModelOps> {
 impl<D: ModelOps> Evaluated<D> {
     fn load(device: &D, folder: &Path, options: ImageOptions) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
-        let vision = families::of::<D>(&checkpoint)?.vision_input(&checkpoint, options)?;
-        let builder = SequenceBuilder::new(folder, vision)?;
-        Ok(Self { model: LanguageModel::load(device, &checkpoint)?, builder })
+        let family = families::of::<D>(&checkpoint)?;
+        let builder = SequenceBuilder::new(folder, family.vision_input(&checkpoint, options)?)?;
+        Ok(Self { model_type: family.model_type(), model: LanguageModel::load(device, &checkpoint)?, builder })
     }
 }
 
@@ -119,7 +133,11 @@ pub fn answer_logits<D: ModelOps>(device: &D, settings: &EvaluationSettings) -> 
 
 fn read(settings: &EvaluationSettings) -> Result<Vec<Conversation>> {
     ensure!(settings.limit != Some(0), "a limit of 0 samples leaves nothing to evaluate");
-    let mut conversations = dataset::read(&settings.data, settings.image_root.as_deref())?;
+    let prepare = |row| match settings.preset {
+        Some(preset) => preset.prepare(row),
+        None => Ok(row),
+    };
+    let mut conversations = dataset::read_with(&settings.data, settings.image_root.as_deref(), &prepare)?;
     conversations.truncate(settings.limit.unwrap_or(usize::MAX));
     Ok(conversations)
 }
@@ -152,7 +170,8 @@ fn score<D: ModelOps>(
         observer.stage_advanced(Stage::Evaluate, samples.len() as u64, "");
     }
     clock.finish(observer);
-    Ok(Evaluation::new(samples))
+    let conditions = Conditions::new(settings.preset, evaluated.builder.pixel_limits());
+    Ok(Evaluation::under(conditions, samples))
 }
 
 /// How a sample is scored, and its right answers.
@@ -203,14 +222,14 @@ fn score_batch<D: ModelOps>(
     rules: &[(Metric, Vec<String>)],
     settings: &EvaluationSettings,
 ) -> Result<Vec<SampleResult>> {
-    let Evaluated { model, builder } = evaluated;
+    let Evaluated { model_type, model, builder } = evaluated;
     let whole = evaluated.build(batch)?;
     let prompts: Vec<Sequence> = batch.par_iter().map(|c| builder.prompt(c)).collect::<Result<_>>()?;
     let prompts: Vec<&Sequence> = prompts.iter().collect();
 
     // A prompt has the images of its whole conversation: the vision tower runs once for both.
     let features = model.embedder().image_features(device, &prompts)?;
-    let limits: Vec<usize> = batch.iter().map(|c| c.max_new_tokens.unwrap_or(settings.max_new_tokens)).collect();
+    let limits: Vec<usize> = batch.iter().map(|c| settings.max_new_tokens(c)).collect();
     let which = || format!("samples {} to {}", batch[0].id, batch[batch.len() - 1].id);
     let decoded = generate::greedy(device, model, &prompts, features.as_ref(), &limits, builder.end_tokens())
         .with_context(which)?;
@@ -238,7 +257,9 @@ fn score_batch<D: ModelOps>(
             let (conversation, sequence, (metric, answers)) = (&batch[i], &whole[i], &rules[i]);
             let kl = reference.map(|reference| likelihood::divergence(&reference[i], &logits[i])).transpose()?;
             let nll = likelihood::negative_log_likelihood(&logits[i], &sequence.tokens[sequence.answer.clone()]);
-            let answer = builder.decode(&decoded[i])?.trim().to_owned();
+            let whole = builder.decode(&decoded[i])?;
+            let answer =
+                settings.preset.map_or(whole.as_str(), |preset| preset.kept(model_type, &whole)).trim().to_owned();
             Ok(SampleResult {
                 id: conversation.id.clone(),
                 group: conversation.group.clone(),

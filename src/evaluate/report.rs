@@ -1,5 +1,6 @@
 //! What an evaluation found.
 
+use super::presets::Preset;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -48,36 +49,75 @@ pub struct GroupResult {
     pub kl: Option<f64>,
 }
 
-/// Scores of a whole data set; serialises to the keys `n`, `score`, `nll`, `kl`, `groups`, `answers`.
+/// What the scores depend on besides model and data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Conditions {
+    /// The benchmark; serialised as its name.
+    #[serde(serialize_with = "name")]
+    pub preset: Option<&'static Preset>,
+    /// Smallest area of an image, in pixels; `None` where the model's family has no such limit.
+    pub min_pixels: Option<usize>,
+    /// Largest area of an image, in pixels.
+    pub max_pixels: Option<usize>,
+}
+
+impl Conditions {
+    /// With the smallest and the largest area of an image.
+    pub fn new(preset: Option<&'static Preset>, pixel_limits: Option<[usize; 2]>) -> Self {
+        let [min_pixels, max_pixels] = pixel_limits.map_or([None; 2], |limits| limits.map(Some));
+        Self { preset, min_pixels, max_pixels }
+    }
+}
+
+fn name<S: serde::Serializer>(preset: &Option<&'static Preset>, serializer: S) -> Result<S::Ok, S::Error> {
+    preset.map(|preset| preset.name).serialize(serializer)
+}
+
+/// Scores of a whole data set; serialises to the keys `n`, `score`, `points`, `nll`, `kl`, `preset`, `min_pixels`,
+/// `max_pixels`, `groups`, `answers`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Evaluation {
     /// Samples.
     pub n: usize,
     /// Mean score over samples, 0 to 1.
     pub score: f64,
+    /// The benchmark's own figure where that is a sum of scores (OCRBench).
+    pub points: Option<f64>,
     /// Mean negative log-likelihood per answer token, in nats; `None` without answer tokens.
     pub nll: Option<f64>,
     /// Mean divergence from the reference per answer token, in nats; `None` without reference or answer tokens.
     pub kl: Option<f64>,
-    /// The same by group; samples without a group count in the total only.
+    /// What the scores depend on.
+    #[serde(flatten)]
+    pub conditions: Conditions,
+    /// The same by group; samples without a group count in the total only. A preset may count a sample in a second one.
     pub groups: BTreeMap<String, GroupResult>,
     /// Answers in the data's order.
     pub answers: Vec<Answer>,
 }
 
 impl Evaluation {
-    /// Sums up `samples`, kept in their order.
+    /// Sums up `samples`, kept in their order, which no preset shaped.
     pub fn new(samples: Vec<SampleResult>) -> Self {
+        Self::under(Conditions::default(), samples)
+    }
+
+    /// Sums up `samples`, kept in their order.
+    pub fn under(conditions: Conditions, samples: Vec<SampleResult>) -> Self {
         let mut members: BTreeMap<String, Vec<&SampleResult>> = BTreeMap::new();
         for sample in &samples {
             if let Some(group) = &sample.group {
-                members.entry(group.clone()).or_default().push(sample);
+                let groups = conditions.preset.map_or_else(|| [group.clone()].into(), |preset| preset.groups(group));
+                for group in groups {
+                    members.entry(group).or_default().push(sample);
+                }
             }
         }
         let groups = members.into_iter().map(|(name, members)| (name, means(&members))).collect();
         let GroupResult { n, score, nll, kl } = means(&samples.iter().collect::<Vec<_>>());
+        let points = conditions.preset.and_then(|preset| preset.points(samples.iter().map(|sample| sample.score)));
         let answers = samples.into_iter().map(|SampleResult { id, answer, score, .. }| Answer { id, answer, score });
-        Self { n, score, nll, kl, groups, answers: answers.collect() }
+        Self { n, score, points, nll, kl, conditions, groups, answers: answers.collect() }
     }
 }
 
@@ -115,7 +155,8 @@ mod tests {
     fn json_has_the_agreed_keys() {
         let value = serde_json::to_value(Evaluation::new(vec![sample(Some("x"), 1.0, 2, 1.0, None)])).unwrap();
         let expected = serde_json::json!({
-            "n": 1, "score": 1.0, "nll": 0.5, "kl": null,
+            "n": 1, "score": 1.0, "points": null, "nll": 0.5, "kl": null,
+            "preset": null, "min_pixels": null, "max_pixels": null,
             "groups": {"x": {"n": 1, "score": 1.0}},
             "answers": [{"id": "s", "answer": "yes", "score": 1.0}],
         });

@@ -166,6 +166,19 @@ impl<T> Block<T> {
         Ok(Self { input_norm: norm("input_layernorm")?, post_norm: norm("post_attention_layernorm")?, linears })
     }
 
+    /// A copy on the device.
+    pub fn duplicate<D: ModelOps<Tensor = T>>(&self, device: &D) -> Result<Self> {
+        let copy = |tensor: &T| device.slice_rows(tensor, 0..device.shape(tensor).0);
+        let linear = |linear: &Linear<T>| -> Result<Linear<T>> {
+            Ok(Linear { weight: copy(&linear.weight)?, bias: linear.bias.as_ref().map(copy).transpose()? })
+        };
+        Ok(Self {
+            input_norm: copy(&self.input_norm)?,
+            post_norm: copy(&self.post_norm)?,
+            linears: self.linears.iter().map(linear).collect::<Result<_>>()?,
+        })
+    }
+
     /// One of the block's linear layers.
     pub fn linear(&self, projection: Projection) -> &Linear<T> {
         &self.linears[projection as usize]

@@ -132,7 +132,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
                 let prepared = self.prepare(set, projections[0], chunks, factors)?;
                 let solved = self.solve_layers(projections, prepared, factors, chunks)?;
                 for layer in solved {
-                    let weight = self.device.upload_model(layer.linear.dequantize())?;
+                    let weight = self.device.dequantize(&layer.linear.weight())?;
                     self.quantized.set_weight(layer.projection, weight);
                     finished(layer)?;
                 }
@@ -215,9 +215,9 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             .iter()
             .map(|&projection| {
                 let start = Instant::now();
-                let weight = self.device.download(&self.float.linear(projection).weight)?;
+                let weight = &self.float.linear(projection).weight;
                 let (linear, mut report) =
-                    solve::solve_layer(self.device, &shared.prepared, &shared.hessian, &weight, self.settings)
+                    solve::solve_layer(self.device, &shared.prepared, &shared.hessian, weight, self.settings)
                         .with_context(|| self.place(projection))?;
                 report.seconds = start.elapsed().as_secs_f64() + std::mem::take(&mut shared_seconds);
                 Ok(SolvedLayer { projection, linear, report, importance: importance.clone() })

@@ -42,21 +42,30 @@ pub fn attention_importance<D: ModelOps>(
     let attention = device.attention(&q, &k, &v, &layout.spans, config.attention)?;
     let output = block.linear(Projection::O).apply(device, &attention)?;
 
-    let mut d_output = device.scaled_difference(&output, &float_output, 2.0)?;
-    device.add_assign(&mut d_output, &device.scaled_difference(x_quantized, x_float, 2.0)?)?;
+    let gradient = |scale: f32| -> Result<D::Tensor> {
+        let mut d_output = device.scaled_difference(&output, &float_output, 2.0 * scale)?;
+        device.add_assign(&mut d_output, &device.scaled_difference(x_quantized, x_float, 2.0 * scale)?)?;
+        Ok(d_output)
+    };
+    let scale = loss_scale(&device.mean_abs_rows(&gradient(1.0)?)?);
+    let d_output = gradient(scale)?;
     let d_attention = device.matmul(&d_output, &block.linear(Projection::O).weight)?;
     let (mut d_q, mut d_k, d_v) =
         device.attention_backward(&q, &k, &v, &d_attention, &layout.spans, config.attention)?;
     device.rotate(&mut d_q, &layout.rotary, true)?;
     device.rotate(&mut d_k, &layout.rotary, true)?;
-    Ok(Factors {
-        projections: [
-            device.mean_abs_rows(&d_q)?,
-            device.mean_abs_rows(&d_k)?,
-            device.mean_abs_rows(&d_v)?,
-            device.mean_abs_rows(&d_output)?,
-        ],
-    })
+    let factors = |gradient: &D::Tensor| -> Result<Vec<f32>> {
+        Ok(device.mean_abs_rows(gradient)?.into_iter().map(|g| g / scale).collect())
+    };
+    Ok(Factors { projections: [factors(&d_q)?, factors(&d_k)?, factors(&d_v)?, factors(&d_output)?] })
+}
+
+/// A power of two that brings the gradient at the module's output, given by its rows' magnitudes, near 1: in float16 what
+/// follows from it would vanish below 6e-8 otherwise. Where nothing vanishes the factors are the same to the last bit.
+fn loss_scale(magnitudes: &[f32]) -> f32 {
+    let largest = magnitudes.iter().copied().fold(0.0f32, f32::max);
+    // Beyond, float32 itself ends; a gradient of 0 or without end needs no scale.
+    if largest > 0.0 && largest.is_finite() { (-largest.log2().round()).clamp(-100.0, 100.0).exp2() } else { 1.0 }
 }
 
 /// Scales each projection's factors so that the mean of `g²` over all tokens is 1: the solve is indifferent to a common
@@ -93,6 +102,14 @@ mod tests {
             assert!((squares / 3.0 - 1.0).abs() < 1e-6);
             assert!((chunks[1].projections[2][0] / chunks[0].projections[2][0] - 3.0).abs() < 1e-6);
         }
+    }
+
+    #[test]
+    fn the_loss_is_scaled_by_powers_of_two() {
+        for (largest, scale) in [(1.0, 1.0), (3e-4, 4096.0), (1000.0, 1.0 / 1024.0), (0.0, 1.0), (f32::INFINITY, 1.0)] {
+            assert_eq!(loss_scale(&[0.0, largest]), scale, "{largest}");
+        }
+        assert_eq!(loss_scale(&[1e-45]), 100f32.exp2());
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! A quantized linear layer: integer codes and what turns them back into weights.
 
+use crate::device::cpu::Cpu;
+use crate::device::{ModelOps, QuantizedWeight};
 use crate::tensor::Matrix;
+use anyhow::Result;
 use serde::Serialize;
 
 /// Codes, scales and zeros of one linear layer, columns in the *original* order.
@@ -39,20 +42,22 @@ impl QuantizedLinear {
         self.group_index.as_ref().map_or(column / self.group_columns, |index| index[column] as usize)
     }
 
-    /// The weights these codes stand for, `[out, in]`, in float32.
-    pub fn dequantize(&self) -> Matrix {
-        let groups = self.groups();
-        let group_of: Vec<usize> = (0..self.in_features).map(|column| self.group_of(column)).collect();
-        let mut weight = Matrix::zeros(self.out_features, self.in_features);
-        for row in 0..self.out_features {
-            let codes = &self.codes[row * self.in_features..(row + 1) * self.in_features];
-            let scales = &self.scales[row * groups..(row + 1) * groups];
-            let zeros = &self.zeros[row * groups..(row + 1) * groups];
-            for ((value, &code), &group) in weight.row_mut(row).iter_mut().zip(codes).zip(&group_of) {
-                *value = scales[group] * (f32::from(code) - f32::from(zeros[group]));
-            }
+    /// What a device needs to turn the codes into weights.
+    pub fn weight(&self) -> QuantizedWeight<'_> {
+        QuantizedWeight {
+            rows: self.out_features,
+            cols: self.in_features,
+            codes: &self.codes,
+            scales: &self.scales,
+            zeros: &self.zeros,
+            group_index: self.group_index.as_deref(),
         }
-        weight
+    }
+
+    /// The weights these codes stand for, `[out, in]`, in float32. Errors where codes, scales and zeros are not as many
+    /// as the shape asks for.
+    pub fn dequantize(&self) -> Result<Matrix> {
+        Cpu.dequantize(&self.weight())
     }
 }
 

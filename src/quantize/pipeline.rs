@@ -101,8 +101,7 @@ pub fn run<D: ModelOps + SolveOps>(
     let mut layers = Vec::with_capacity(linears.len());
     let clock = StageClock::start(Stage::Blocks, config.decoder.layers as u64, observer);
     for index in 0..config.decoder.layers {
-        let load = || Block::load(device, &checkpoint, &config.decoder, &config.names, index);
-        let float = load()?;
+        let float = Block::load(device, &checkpoint, &config.decoder, &config.names, index)?;
         let shared = std::cell::RefCell::new(&mut *observer);
         let mut finished = |layer: SolvedLayer| {
             let name = module_name(&config.names, index, layer.projection);
@@ -115,7 +114,7 @@ pub fn run<D: ModelOps + SolveOps>(
         match solver.solver {
             Solver::Rtn => round_to_nearest(device, &solver, index, &float, &mut finished)?,
             Solver::Gptq | Solver::Gptaq => {
-                let (config, quantized) = (&config.decoder, load()?);
+                let (config, quantized) = (&config.decoder, float.duplicate(device)?);
                 BlockQuantizer { device, config, settings: &solver, importance, index, float, quantized }.run(
                     &mut chunks,
                     &mut |step| shared.borrow_mut().stage_advanced(Stage::Blocks, index as u64, step),

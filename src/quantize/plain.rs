@@ -85,7 +85,7 @@ pub fn quantize_layer<D: SolveOps>(
     let upload = |matrix: &Matrix| device.upload(matrix.clone());
     statistics.accumulate(device, &upload(u)?, f.map(upload).transpose()?.as_ref(), g)?;
     let prepared = prepare(device, &statistics, settings)?;
-    let (linear, mut report) = solve_layer(device, &prepared, &statistics.hessian, weight, settings)?;
+    let (linear, mut report) = solve_layer(device, &prepared, &statistics.hessian, &upload(weight)?, settings)?;
     report.seconds += prepared.seconds();
     Ok(QuantizedLayer { linear, order: prepared.order().to_vec(), report })
 }

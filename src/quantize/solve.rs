@@ -6,8 +6,8 @@ use super::statistics::Statistics;
 use super::{QuantizedLinear, SolveReport};
 use crate::device::cpu::Cpu;
 use crate::device::{
-    BLOCK, Block, BlockCodes, CrossFactor, Factor, Factored, GridRule, GroupGrid, PermuteSymmetric, ProductRange,
-    SolveOps, SolveState,
+    BLOCK, Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, GridRule, GroupGrid, PermuteSymmetric,
+    ProductRange, SolveOps, SolveState,
 };
 use crate::tensor::Matrix;
 use anyhow::{Result, bail, ensure};
@@ -129,12 +129,13 @@ pub fn solve_layer<D: SolveOps>(
     device: &D,
     prepared: &Prepared<D::Tensor>,
     hessian: &D::Tensor,
-    weight: &Matrix,
+    weight: &D::Tensor,
     settings: &SolverSettings,
 ) -> Result<(QuantizedLinear, SolveReport)> {
     let start = Instant::now();
     let (linear, error) = solve(device, prepared, weight, settings)?;
-    let norm = device.weighted_squared_norm(&device.upload(weight.clone())?, hessian)?;
+    let as_it_is: Vec<u32> = (0..prepared.order.len() as u32).collect();
+    let norm = device.weighted_squared_norm(&device.permute_columns(weight, &as_it_is, &[])?, hessian)?;
     let report = SolveReport {
         relative_error: if error == 0.0 { 0.0 } else { error / norm },
         damp: Some(prepared.damp),
@@ -152,9 +153,28 @@ pub fn solve_layer<D: SolveOps>(
 pub fn solve<D: SolveOps>(
     device: &D,
     prepared: &Prepared<D::Tensor>,
-    weight: &Matrix,
+    weight: &D::Tensor,
     settings: &SolverSettings,
 ) -> Result<(QuantizedLinear, f64)> {
+    enqueue(device, prepared, weight, settings)?.finish(device, prepared, settings)
+}
+
+/// A solve that is under way on the device.
+pub struct Enqueued<D: SolveOps> {
+    codes: D::Codes,
+    /// `[rows, in]`, W − Ŵ in processing order.
+    residual: D::Tensor,
+    blocks: Vec<std::ops::Range<usize>>,
+}
+
+/// The part of [`solve`] that the device does: with groups of at most [`BLOCK`] columns no step waits for the host. Errors
+/// as [`solve`] does.
+pub fn enqueue<D: SolveOps>(
+    device: &D,
+    prepared: &Prepared<D::Tensor>,
+    weight: &D::Tensor,
+    settings: &SolverSettings,
+) -> Result<Enqueued<D>> {
     settings.validate()?;
     let made = &prepared.settings;
     ensure!(
@@ -163,13 +183,16 @@ pub fn solve<D: SolveOps>(
         "the statistics were prepared for other settings: solver, group size, order, damping and alpha must agree"
     );
     let features = prepared.order.len();
-    check_weight(weight, features)?;
-    let rows = weight.rows();
+    check_shape(device.shape(weight), features)?;
+    if device.first_non_finite_row(weight)?.is_some() {
+        check_finite(&device.download(weight)?)?;
+    }
+    let (rows, _) = device.shape(weight);
     let group = settings.group_columns(features);
     let rule = rule_of(settings);
     let factor = &prepared.factor;
 
-    let permuted = device.upload(permuted(weight, &prepared.order, &prepared.dead))?;
+    let permuted = device.permute_columns(weight, &prepared.order, &prepared.dead)?;
     let first_width = prepared.spans[0].end;
     let quantized_cross = prepared.cross.is_some() && settings.cross_term == CrossTerm::Quantized;
     let mut state = SolveState {
@@ -179,11 +202,15 @@ pub fn solve<D: SolveOps>(
         error: device.zeros(rows, first_width)?,
         cross: prepared.cross.as_ref().map(|_| device.zeros(rows, first_width)).transpose()?,
     };
-    let mut out = Assembly::new(rows, group, &prepared.order, settings);
+    let blocks: Vec<_> = prepared.spans.iter().flat_map(|span| span.blocks.iter().cloned()).collect();
+    let shapes: Vec<BlockShape> = blocks
+        .iter()
+        .map(|block| BlockShape { columns: block.len(), groups: if group > BLOCK { 1 } else { block.len() / group } })
+        .collect();
+    let mut codes = device.room_for_codes(rows, &shapes)?;
     let whole_row = (group > BLOCK && group == features)
         .then(|| device.group_grid(&state, 0..features, rule, None, &[]))
         .transpose()?;
-    let mut error = 0.0;
     for span in &prepared.spans {
         let width = span.end - span.start;
         if device.shape(&state.error).1 == width {
@@ -208,14 +235,32 @@ pub fn solve<D: SolveOps>(
                 factor: Some(factor),
                 cross: prepared.cross.as_ref(),
             };
-            let codes = device.quantize_block(&job, &mut state)?;
-            error += codes.error;
-            out.place(&job.columns, &codes);
+            device.quantize_block(&job, &mut state, &mut codes)?;
         }
     }
-    // The factor is that of the damped matrix.
-    let damping = prepared.absolute_damp * device.squared_norm(&state.residual)?;
-    Ok((out.linear, (error - damping).max(0.0)))
+    Ok(Enqueued { codes, residual: state.residual, blocks })
+}
+
+impl<D: SolveOps> Enqueued<D> {
+    /// Waits and brings the codes to the host, columns in their original order. The arguments are those of the call that
+    /// enqueued it.
+    fn finish(
+        self,
+        device: &D,
+        prepared: &Prepared<D::Tensor>,
+        settings: &SolverSettings,
+    ) -> Result<(QuantizedLinear, f64)> {
+        let (rows, features) = device.shape(&self.residual);
+        let mut out = Assembly::new(rows, settings.group_columns(features), &prepared.order, settings);
+        let mut error = 0.0;
+        for (block, codes) in self.blocks.iter().zip(device.take_codes(self.codes, &rule_of(settings))?) {
+            error += codes.error;
+            out.place(block, &codes);
+        }
+        // The factor is that of the damped matrix.
+        let damping = prepared.absolute_damp * device.squared_norm(&self.residual)?;
+        Ok((out.linear, (error - damping).max(0.0)))
+    }
 }
 
 /// Brings `columns` of the current span up to date with the columns `done`; `target` is their place in the span.
@@ -249,7 +294,8 @@ pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> Result<(Q
     let start = Instant::now();
     settings.validate()?;
     let features = weight.cols();
-    check_weight(weight, features)?;
+    check_shape((weight.rows(), features), features)?;
+    check_finite(weight)?;
     let group = checked_group(settings, features)?;
     let order: Vec<u32> = (0..features as u32).collect();
     let rule = rule_of(settings);
@@ -259,11 +305,14 @@ pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> Result<(Q
         SolveState { residual: weight.clone(), carried: None, shift: None, error: Matrix::default(), cross: None };
     let mut out = Assembly::new(weight.rows(), group, &order, settings);
     let mut error = 0.0;
+    let mut codes = Vec::new();
     for columns in (0..features).step_by(group).map(|first| first..first + group) {
         let job = Block { columns, span: 0, group, grid: None, rule, factor: None, cross: None };
-        let codes = Cpu.quantize_block(&job, &mut state)?;
-        error += codes.error;
-        out.place(&job.columns, &codes);
+        Cpu.quantize_block(&job, &mut state, &mut codes)?;
+        for codes in codes.drain(..) {
+            error += codes.error;
+            out.place(&job.columns, &codes);
+        }
     }
     let report = SolveReport {
         relative_error: if error == 0.0 { 0.0 } else { error / weight_norm },
@@ -298,27 +347,17 @@ fn checked_group(settings: &SolverSettings, features: usize) -> Result<usize> {
     Ok(group)
 }
 
-fn check_weight(weight: &Matrix, features: usize) -> Result<()> {
-    ensure!(weight.cols() == features, "the weight has {} columns, the statistics {features} inputs", weight.cols());
-    ensure!(weight.rows() > 0, "the weight has no rows");
+fn check_shape((rows, cols): (usize, usize), features: usize) -> Result<()> {
+    ensure!(cols == features, "the weight has {cols} columns, the statistics {features} inputs");
+    ensure!(rows > 0, "the weight has no rows");
+    Ok(())
+}
+
+fn check_finite(weight: &Matrix) -> Result<()> {
     if let Some((row, column)) = weight.first_non_finite() {
         bail!("weight [{row}, {column}] is {}, not a finite number", weight.row(row)[column]);
     }
     Ok(())
-}
-
-/// Columns in processing order, those of dead inputs zero.
-fn permuted(weight: &Matrix, order: &[u32], dead: &[usize]) -> Matrix {
-    let mut alive = vec![true; order.len()];
-    dead.iter().for_each(|&i| alive[i] = false);
-    let mut out = Matrix::zeros(weight.rows(), weight.cols());
-    out.data_mut().par_chunks_mut(order.len()).enumerate().for_each(|(r, row)| {
-        for (value, &column) in row.iter_mut().zip(order) {
-            let column = column as usize;
-            *value = if alive[column] { weight.row(r)[column] } else { 0.0 };
-        }
-    });
-    out
 }
 
 /// Puts blocks of codes back to where their columns came from.

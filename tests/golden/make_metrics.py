@@ -3,45 +3,23 @@
     pip install --no-deps lmms-eval==0.7.3
     python tests/golden/make_metrics.py
 
-Only the few modules that hold the rules are loaded, from their files; the packages they import for other purposes are
-replaced by empty ones. Where a task of the harness knows one right answer and a sample here lists several, the best
+Where a task of the harness knows one right answer and a sample here lists several, the best
 score counts, as it does in the tasks that know several.
 """
 
-import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
-from unittest.mock import MagicMock
 
-HARNESS = Path(next(iter(importlib.util.find_spec("lmms_eval").submodule_search_locations)))
+import harness
 
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), HARNESS / f"{path}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def replace_imports():
-    for name in ("loguru", "sacrebleu", "PIL", "PIL.Image", "lmms_eval", "lmms_eval.api", "lmms_eval.tasks",
-                 "lmms_eval.tasks._task_utils", "lmms_eval.tasks._task_utils.file_utils"):
-        sys.modules[name] = MagicMock()
-    keep = MagicMock()
-    keep.register_metric = keep.register_aggregation = lambda *names, **options: lambda function: function
-    sys.modules["lmms_eval.api.registry"] = keep
-    sys.modules["lmms_eval.tasks._task_utils.vqa_eval_metric"] = load("tasks/_task_utils/vqa_eval_metric")
-
-
-replace_imports()
-chartqa = load("tasks/chartqa/utils")
-metrics = load("api/metrics")
-mme = load("tasks/mme_realworld/utils")
-ocrbench = load("tasks/ocrbench/utils")
-scienceqa = load("tasks/scienceqa/utils")
-textvqa = load("tasks/textvqa/utils")
+chartqa = harness.load("tasks/chartqa/utils")
+metrics = harness.load("api/metrics")
+mme = harness.load("tasks/mme_realworld/utils")
+ocrbench = harness.load("tasks/ocrbench/utils")
+scienceqa = harness.load("tasks/scienceqa/utils")
+seedbench = harness.load("tasks/seedbench_2_plus/utils")
+textvqa = harness.load("tasks/textvqa/utils")
 # The task's documents hold the number of the right option; here the answer itself is given.
 scienceqa.sqa_doc_to_target = lambda doc: doc["answer"]
 
@@ -69,6 +47,17 @@ def substring(prediction, answers):
     return ocrbench.ocrbench_process_results(document, [prediction])["ocrbench_accuracy"]["score"]
 
 
+def formula(prediction, answers):
+    document = {"answer": answers, "dataset": "HME100k", "question_type": "all"}
+    return ocrbench.ocrbench_process_results(document, [prediction])["ocrbench_accuracy"]["score"]
+
+
+def first_letter(prediction, answer):
+    document = {"answer": answer, "question_image_type": "map", "question_id": 0}
+    result = seedbench.seed_process_result(document, [prediction])["seedbench_2_plus_Map"]
+    return seedbench.seed_aggregation_result([result])
+
+
 def vqa(prediction, answers):
     return textvqa.textvqa_process_results({"answers": list(answers), "question_id": 0}, [prediction])["exact_match"]
 
@@ -77,7 +66,7 @@ def score(metric, prediction, answers):
     # api/task.py strips every output before a task's own rule sees it.
     prediction = prediction.strip()
     rule = globals()[metric]
-    if metric in ("anls", "substring", "vqa"):
+    if metric in ("anls", "substring", "formula", "vqa"):
         return float(rule(prediction, answers))
     return float(max(rule(prediction, answer) for answer in answers))
 
@@ -146,6 +135,17 @@ CASES = {
         ("The best answer is", ["A"]), ("The best answer is: B", ["B"]), ("Both", ["B"]), ("Definitely A", ["A"]), ("the answer is b", ["B"]),
         ("C", ["A", "C"]), ("选项 B", ["B"]), ("B", ["(B)"]), ("B", ["B. blue"]), ("The answer is a", ["A"]), ("(A) (B)", ["B"]), ("x", [""]),
     ],
+    "formula": [
+        (r"x ^ { 2 }", ["x^{2}"]), ("x^2", ["x ^ 2"]), (r"\frac { 1 } { 2 } = y", [r"\frac{1}{2}"]), ("X", ["x"]), ("x", ["X"]),
+        ("a\nb", ["ab"]), ("ab", ["a\nb"]), ("a\tb", ["ab"]), ("", [""]), ("x", [""]), ("", ["x"]), ("１＋１", ["1+1"]), ("1\u30002", ["12"]),
+        ("y = 2 x", ["2x", "3x"]), ("y = 3 x", ["2x", "3x"]), ("\\alpha", ["\\Alpha"]), (" a b ", [" b "]), ("a\r\nb", ["ab"]),
+        ("1,000", ["1 , 0 0 0"]), ("50 %", ["50%"]),
+    ],
+    "first_letter": [
+        ("A", ["A"]), ("a", ["A"]), ("A", ["a "]), ("B. blue", ["B"]), ("(B)", ["B"]), ("Answer: A", ["A"]), ("The answer is B", ["B"]),
+        ("The answer is B", ["T"]), ("", [""]), ("", ["A"]), ("A", [""]), ("\n C", ["C"]), ("D)", ["D"]), ("Ａ", ["A"]), ("Ａ", ["ａ"]),
+        ("blue", ["B"]), ("B", ["B. blue"]), ("İx", ["i̇"]), ("Σ", ["ς"]), ("E", ["A", "E"]), ("\x1cA", ["A"]), ("A,B", ["A"]), ("1", ["1"]),
+    ],
 }
 
 # Pieces from which random texts are joined; few enough that predictions and answers meet often.
@@ -155,6 +155,8 @@ PIECES = {
     "anls": ["a", "b", " ", "ß", "é", "A", "\n"],
     "vqa": ["a ", "the", "two", "2", "dont", "don't", "'s", "'", ".", "-", " ", ",", "?", "/", "x", "\n", "none", "!"],
     "substring": ["a", "B", "Ａ", "\n", " ", "\u3000", "b"],
+    "formula": ["x", "X", " ", "\n", "{2}", "^", "\t"],
+    "first_letter": ["A", "b", "B", " ", ".", "a", "\n"],
     "choice": ["A", "b", "(", ")", "The answer is", " ", "B", "e"],
 }
 

@@ -261,7 +261,9 @@ impl Tally {
 
 pub fn on_cpu(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> Outcome {
     let mut state = state.clone();
-    let codes = Cpu.quantize_block(block, &mut state).unwrap();
+    let mut all = Vec::new();
+    Cpu.quantize_block(block, &mut state, &mut all).unwrap();
+    let codes = all.remove(0);
     Outcome { codes, row_errors: Vec::new(), state, status: i32::MAX }
 }
 

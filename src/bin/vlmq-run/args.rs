@@ -9,12 +9,10 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use vlmq::checkpoint::formats::Format;
 use vlmq::evaluate::EvaluationSettings;
+use vlmq::evaluate::presets::{PRESETS, Preset};
 use vlmq::model::families::ImageOptions;
 use vlmq::quantize::pipeline::PipelineSettings;
 use vlmq::quantize::settings::{CrossTerm, Grid, Importance, Order, Solver, SolverSettings};
-
-/// Longest answer where neither sample nor flag says.
-const MAX_NEW_TOKENS: usize = 64;
 
 /// Quantizes vision-language models after training (VLMQ, arXiv 2508.03351) and measures what that costs.
 #[derive(Debug, Parser)]
@@ -196,7 +194,7 @@ pub(crate) struct EvalArgs {
     /// Folder of the checkpoint, float or written by `vlmq-run quantize`.
     #[arg(value_name = "MODEL")]
     model: PathBuf,
-    /// JSONL of conversations whose last assistant turn is the answer.
+    /// JSONL of conversations whose last assistant turn is the answer; with --preset, of its questions.
     #[arg(value_name = "DATA")]
     data: PathBuf,
     /// Also measure the KL divergence from this checkpoint, per answer token.
@@ -205,9 +203,12 @@ pub(crate) struct EvalArgs {
     /// Only the first N samples.
     #[arg(long, value_name = "N", value_parser = positive, allow_negative_numbers = true)]
     limit: Option<usize>,
-    /// Longest answer, where the sample does not say.
-    #[arg(long, default_value_t = MAX_NEW_TOKENS, value_name = "N", value_parser = positive)]
-    max_new_tokens: usize,
+    /// Benchmark whose columns DATA has; words the questions, bounds and scores the answers as LMMs-Eval does.
+    #[arg(long, value_name = "NAME", value_parser = presets())]
+    preset: Option<&'static Preset>,
+    /// Longest answer, where the sample does not say [default: the preset's, or 64]
+    #[arg(long, value_name = "N", value_parser = positive, allow_negative_numbers = true)]
+    max_new_tokens: Option<usize>,
     /// Write scores and answers to this file.
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
@@ -331,7 +332,8 @@ impl QuantizeArgs {
             data,
             reference: None,
             limit: None,
-            max_new_tokens: MAX_NEW_TOKENS,
+            preset: None,
+            max_new_tokens: None,
             // --image-root belongs to the calibration data.
             image_root: None,
             image_options: self.images.options(),
@@ -361,6 +363,7 @@ impl EvalArgs {
             data: self.data.clone(),
             reference: self.reference.clone(),
             limit: self.limit,
+            preset: self.preset,
             max_new_tokens: self.max_new_tokens,
             image_root: self.images.image_root.clone(),
             image_options: self.images.options(),
@@ -380,6 +383,11 @@ where
 
 fn log_level() -> impl TypedValueParser<Value = log::LevelFilter> {
     PossibleValuesParser::new(["off", "error", "warn", "info", "debug", "trace"]).try_map(|name| name.parse())
+}
+
+fn presets() -> impl TypedValueParser<Value = &'static Preset> {
+    let names = PRESETS.iter().map(|preset| PossibleValue::new(preset.name).aliases(preset.tasks));
+    PossibleValuesParser::new(names).try_map(|name| Preset::named(&name))
 }
 
 fn positive(text: &str) -> Result<usize, String> {

@@ -29,7 +29,15 @@ fn scores(evaluation: &Evaluation) -> Vec<String> {
     let mut rows = vec![["", "n", "score", "nll", "kl"].map(str::to_owned).to_vec()];
     rows.extend(evaluation.groups.iter().map(|(name, group)| row(name, group.n, group.score, group.nll, group.kl)));
     rows.push(row("total", evaluation.n, evaluation.score, evaluation.nll, evaluation.kl));
-    text::table(&rows)
+    let mut lines = text::table(&rows);
+    let conditions = &evaluation.conditions;
+    if let (Some(preset), Some(points)) = (conditions.preset, evaluation.points) {
+        lines.push(format!("{}: {points} points of {}", preset.name, evaluation.n));
+    }
+    if let (Some(min), Some(max)) = (conditions.min_pixels, conditions.max_pixels) {
+        lines.push(format!("images of {min} to {max} pixels"));
+    }
+    lines
 }
 
 /// Refuses a file that could not be written, before the work rather than after it.

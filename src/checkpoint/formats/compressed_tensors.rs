@@ -13,6 +13,7 @@ use crate::quantize::QuantizedLinear;
 use crate::quantize::pack::{pack, packed_words, unpack};
 use crate::quantize::settings::{Order, SolverSettings};
 use anyhow::{Result, ensure};
+use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -41,9 +42,9 @@ pub(super) fn encode(settings: &SolverSettings, quantized: &QuantizedLinear) -> 
         (quantized.out_features, quantized.in_features, quantized.bits, quantized.groups());
     let row = packed_words(inputs, bits);
     let mut packed = vec![0; out * row];
-    for (codes, words) in quantized.codes.chunks_exact(inputs).zip(packed.chunks_exact_mut(row)) {
+    quantized.codes.par_chunks_exact(inputs).zip(packed.par_chunks_exact_mut(row)).for_each(|(codes, words)| {
         pack(codes, 1, inputs, bits, words, 1);
-    }
+    });
     let shape = [out as i64, inputs as i64].iter().flat_map(|size| size.to_le_bytes()).collect();
     let mut tensors = vec![bytes_from_words(&packed), bytes_from_floats(settings.scale_type, &quantized.scales), shape];
     if !settings.symmetric {

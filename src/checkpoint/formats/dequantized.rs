@@ -4,6 +4,7 @@ use super::{LinearSpec, TensorSpec};
 use crate::checkpoint::convert::{bytes_from_floats, dtype_of};
 use crate::quantize::QuantizedLinear;
 use crate::quantize::settings::SolverSettings;
+use anyhow::Result;
 
 /// One tensor, `weight` `[out, in]` of the scales' type, which is the checkpoint's.
 pub(super) fn specs(linear: &LinearSpec, settings: &SolverSettings) -> Vec<TensorSpec> {
@@ -12,6 +13,6 @@ pub(super) fn specs(linear: &LinearSpec, settings: &SolverSettings) -> Vec<Tenso
 }
 
 /// Bytes of [`specs`].
-pub(super) fn encode(settings: &SolverSettings, quantized: &QuantizedLinear) -> Vec<Vec<u8>> {
-    vec![bytes_from_floats(settings.scale_type, quantized.dequantize().data())]
+pub(super) fn encode(settings: &SolverSettings, quantized: &QuantizedLinear) -> Result<Vec<Vec<u8>>> {
+    Ok(vec![bytes_from_floats(settings.scale_type, quantized.dequantize()?.data())])
 }

@@ -12,6 +12,7 @@ use crate::quantize::QuantizedLinear;
 use crate::quantize::pack::{pack, packed_words, unpack};
 use crate::quantize::settings::{Grid, SolverSettings};
 use anyhow::{Result, bail, ensure};
+use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
@@ -34,9 +35,13 @@ pub(super) fn encode(module: &str, settings: &SolverSettings, quantized: &Quanti
         (quantized.out_features, quantized.in_features, quantized.bits, quantized.groups());
     ensure!(quantized.zeros.iter().all(|&zero| zero >= 1), "{module} has a zero of 0, which gptq files cannot hold");
     let mut weight = vec![0; packed_words(inputs, bits) * out];
-    for (row, codes) in quantized.codes.chunks_exact(inputs).enumerate() {
-        pack(codes, 1, inputs, bits, &mut weight[row..], out);
-    }
+    // 32 codes fill whole words, as many as a code has bits: rows of words that no other codes share.
+    weight.par_chunks_mut(bits as usize * out).enumerate().for_each(|(run, words)| {
+        let columns = run * 32..inputs.min(run * 32 + 32);
+        for (row, codes) in quantized.codes.chunks_exact(inputs).enumerate() {
+            pack(&codes[columns.clone()], 1, columns.len(), bits, &mut words[row..], out);
+        }
+    });
     let stored: Vec<u8> = quantized.zeros.iter().map(|zero| zero - 1).collect();
     let row = packed_words(out, bits);
     let mut zeros = vec![0; groups * row];

@@ -151,7 +151,7 @@ impl Format {
         Ok(match self {
             Self::CompressedTensors => compressed_tensors::encode(settings, quantized),
             Self::Gptq => gptq::encode(&linear.module, settings, quantized)?,
-            Self::Dequantized => dequantized::encode(settings, quantized),
+            Self::Dequantized => dequantized::encode(settings, quantized)?,
         })
     }
 

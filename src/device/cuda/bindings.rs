@@ -246,6 +246,32 @@ const _: () = {
     ["Offset of field: vlmq_squared_norm_args::workspace_bytes"]
         [::core::mem::offset_of!(vlmq_squared_norm_args, workspace_bytes) - 48usize];
 };
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct vlmq_permute_columns_args {
+    pub x: *const ::core::ffi::c_void,
+    pub order: *const i32,
+    pub out: *mut f32,
+    pub rows: i64,
+    pub cols: i64,
+    pub dtype: vlmq_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of vlmq_permute_columns_args"][::core::mem::size_of::<vlmq_permute_columns_args>() - 48usize];
+    ["Alignment of vlmq_permute_columns_args"][::core::mem::align_of::<vlmq_permute_columns_args>() - 8usize];
+    ["Offset of field: vlmq_permute_columns_args::x"][::core::mem::offset_of!(vlmq_permute_columns_args, x) - 0usize];
+    ["Offset of field: vlmq_permute_columns_args::order"]
+        [::core::mem::offset_of!(vlmq_permute_columns_args, order) - 8usize];
+    ["Offset of field: vlmq_permute_columns_args::out"]
+        [::core::mem::offset_of!(vlmq_permute_columns_args, out) - 16usize];
+    ["Offset of field: vlmq_permute_columns_args::rows"]
+        [::core::mem::offset_of!(vlmq_permute_columns_args, rows) - 24usize];
+    ["Offset of field: vlmq_permute_columns_args::cols"]
+        [::core::mem::offset_of!(vlmq_permute_columns_args, cols) - 32usize];
+    ["Offset of field: vlmq_permute_columns_args::dtype"]
+        [::core::mem::offset_of!(vlmq_permute_columns_args, dtype) - 40usize];
+};
 impl vlmq_grid {
     pub const VLMQ_MINMAX: vlmq_grid = vlmq_grid(0);
     pub const VLMQ_MSE: vlmq_grid = vlmq_grid(1);
@@ -839,6 +865,7 @@ unsafe extern "C" {
     pub fn vlmq_cholesky_inverse(args: *const vlmq_cholesky_inverse_args, stream: vlmq_stream) -> vlmq_status;
     pub fn vlmq_squared_norm_workspace_bytes(args: *const vlmq_squared_norm_args) -> usize;
     pub fn vlmq_squared_norm(args: *const vlmq_squared_norm_args, stream: vlmq_stream) -> vlmq_status;
+    pub fn vlmq_permute_columns(args: *const vlmq_permute_columns_args, stream: vlmq_stream) -> vlmq_status;
     pub fn vlmq_quantize_block(args: *const vlmq_quantize_block_args, stream: vlmq_stream) -> vlmq_status;
     pub fn vlmq_group_grid_workspace_bytes(args: *const vlmq_group_grid_args) -> usize;
     pub fn vlmq_group_grid(args: *const vlmq_group_grid_args, stream: vlmq_stream) -> vlmq_status;

@@ -80,9 +80,14 @@ kernels! {
     vlmq_product(vlmq_product_args);
     vlmq_factor(vlmq_factor_args) workspace vlmq_factor_workspace_bytes;
     vlmq_cross_factor(vlmq_cross_factor_args) workspace vlmq_cross_factor_workspace_bytes;
+    vlmq_cholesky_inverse(vlmq_cholesky_inverse_args) workspace vlmq_cholesky_inverse_workspace_bytes;
     vlmq_squared_norm(vlmq_squared_norm_args) workspace vlmq_squared_norm_workspace_bytes;
+    vlmq_permute_columns(vlmq_permute_columns_args);
     vlmq_quantize_block(vlmq_quantize_block_args);
     vlmq_group_grid(vlmq_group_grid_args) workspace vlmq_group_grid_workspace_bytes;
+    vlmq_pack(vlmq_pack_args);
+    vlmq_unpack(vlmq_unpack_args);
+    vlmq_dequantize(vlmq_dequantize_args);
     vlmq_norm(vlmq_norm_args);
     vlmq_rotate(vlmq_rotate_args);
     vlmq_attention(vlmq_attention_args);
@@ -92,6 +97,7 @@ kernels! {
     vlmq_gather_rows(vlmq_gather_rows_args);
     vlmq_mean_abs_rows(vlmq_mean_abs_rows_args);
     vlmq_first_non_finite_row(vlmq_first_non_finite_row_args);
+    vlmq_convert(vlmq_convert_args);
 }
 
 impl Kernels {

@@ -10,6 +10,7 @@
 //! other just before, and none leaves it.
 
 pub mod bindings;
+mod codes;
 mod device;
 mod driver;
 mod emulated;
@@ -18,7 +19,11 @@ mod memory;
 mod model_ops;
 mod runtime;
 mod solve_ops;
+mod standalone;
 mod tensor;
 
+pub use codes::CudaCodes;
 pub use device::Cuda;
+
+pub use standalone::{PackedAlong, Packing};
 pub use tensor::{CudaTensor, Precision};

@@ -2,20 +2,53 @@
 
 use super::bindings::{
     vlmq_cross_factor_args, vlmq_factor_args, vlmq_gather_rows_args, vlmq_grid, vlmq_grid_rule, vlmq_group_grid_args,
-    vlmq_permute_args, vlmq_product_args, vlmq_quantize_block_args, vlmq_squared_norm_args, vlmq_weighted_hessian_args,
+    vlmq_permute_args, vlmq_permute_columns_args, vlmq_product_args, vlmq_quantize_block_args, vlmq_squared_norm_args,
+    vlmq_weighted_hessian_args,
 };
+use super::codes::{CudaCodes, Outputs};
 use super::memory::Memory;
 use super::tensor::CudaTensor;
 use super::{Cuda, Precision};
 use crate::device::{
-    BLOCK, Block, BlockCodes, CrossFactor, Factor, Factored, Grid, GridRule, GroupGrid, PermuteSymmetric, ProductRange,
-    SolveOps, SolveState,
+    BLOCK, Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, Grid, GridRule, GroupGrid, PermuteSymmetric,
+    ProductRange, SolveOps, SolveState,
 };
 use anyhow::{Context, Result, ensure};
 use std::ops::Range;
 use std::ptr;
 
 impl SolveOps for Cuda {
+    type Codes = CudaCodes;
+
+    fn room_for_codes(&self, rows: usize, blocks: &[BlockShape]) -> Result<CudaCodes> {
+        Ok(CudaCodes { outputs: Outputs::new(self, rows, blocks)?, done: 0 })
+    }
+
+    fn take_codes(&self, codes: CudaCodes, rule: &GridRule) -> Result<Vec<BlockCodes>> {
+        let CudaCodes { outputs, done } = codes;
+        ensure!(done == outputs.blocks.len(), "{done} of {} blocks have codes", outputs.blocks.len());
+        outputs.take(rule)
+    }
+
+    fn permute_columns(&self, weight: &CudaTensor, order: &[u32], dead: &[usize]) -> Result<CudaTensor> {
+        let (rows, cols) = (weight.rows, weight.cols);
+        ensure!(order.len() == cols && dead.iter().all(|&i| i < cols), "an order of another matrix than {rows}x{cols}");
+        let mut from: Vec<i32> = (0..cols).map(i32::try_from).collect::<Result<_, _>>().context("too many columns")?;
+        dead.iter().for_each(|&i| from[i] = -1);
+        let from: Option<Vec<i32>> = order.iter().map(|&column| from.get(column as usize).copied()).collect();
+        let from = Memory::of(&self.runtime, &from.context("an order with a column that is not there")?)?;
+        let mut out = self.tensor(rows, cols, Precision::F32)?;
+        self.launch(&vlmq_permute_columns_args {
+            x: self.read(weight)?,
+            order: from.at(0),
+            out: self.floats_mut(&mut out)?,
+            rows: rows as i64,
+            cols: cols as i64,
+            dtype: weight.precision.dtype(),
+        })?;
+        Ok(out)
+    }
+
     fn accumulate_statistics(
         &self,
         hessian: &mut CudaTensor,
@@ -192,7 +225,8 @@ impl SolveOps for Cuda {
             }
         }
         let ends = if factor.is_some() { ends(blocks, columns.clone())? } else { Vec::new() };
-        let mut outputs = Outputs::new(self, rows, 1, 0)?;
+        let mut outputs = Outputs::new(self, rows, &[BlockShape { columns: 0, groups: 1 }])?;
+        let place = outputs.blocks[0];
         let arguments = vlmq_group_grid_args {
             residual: self.floats(residual)?,
             error: factor.map_or(Ok(ptr::null()), |_| self.floats(error))?,
@@ -204,8 +238,8 @@ impl SolveOps for Cuda {
             inverses: factor.map_or(Ok(ptr::null()), |factor| self.floats(&factor.inverses))?,
             blocks: if factor.is_some() { ends.as_ptr() } else { ptr::null() },
             block_count: ends.len() as i64,
-            scales: outputs.memory.at_mut(outputs.scales),
-            zeros: outputs.memory.at_mut(outputs.zeros),
+            scales: outputs.memory.at_mut(place.scales),
+            zeros: outputs.memory.at_mut(place.zeros),
             status: outputs.memory.at_mut(outputs.status),
             rows: rows as i64,
             features: features as i64,
@@ -216,18 +250,32 @@ impl SolveOps for Cuda {
             workspace_bytes: 0,
         };
         self.launch_with_workspace(arguments)?;
-        Ok(outputs.take(&rule)?.grid)
+        let grid = outputs.take(&rule)?.pop().context("a group without a grid")?.grid;
+        Ok(grid)
     }
 
-    fn quantize_block(&self, block: &Block<'_, CudaTensor>, state: &mut SolveState<CudaTensor>) -> Result<BlockCodes> {
+    fn quantize_block(
+        &self,
+        block: &Block<'_, CudaTensor>,
+        state: &mut SolveState<CudaTensor>,
+        codes: &mut CudaCodes,
+    ) -> Result<()> {
         let (rows, features) = (state.residual.rows, state.residual.cols);
         let (columns, width, span) = (block.columns.clone(), block.columns.len(), state.error.cols);
         check_block(block, state)?;
         let groups = if block.grid.is_some() { 1 } else { width / block.group };
-        let mut outputs = Outputs::new(self, rows, groups, width)?;
+        let CudaCodes { outputs, done } = codes;
+        let place = outputs.blocks.get(*done).copied().filter(|place| {
+            outputs.rows == rows
+                && place.shape == BlockShape { columns: width, groups }
+                && outputs.memory.is_of(&self.runtime)
+        });
+        let place =
+            place.with_context(|| format!("there is no room for codes of block {columns:?} with {groups} groups"))?;
+        *done += 1;
         if let Some(grid) = block.grid {
-            outputs.memory.write(outputs.scales, bytemuck::cast_slice(&grid.scales))?;
-            outputs.memory.write(outputs.zeros, &grid.zeros)?;
+            outputs.memory.write(place.scales, bytemuck::cast_slice(&grid.scales))?;
+            outputs.memory.write(place.zeros, &grid.zeros)?;
         }
         let (factor, cross) = (block.factor, block.cross);
         let solved = factor.is_some();
@@ -246,10 +294,10 @@ impl SolveOps for Cuda {
             inverses: factor.map_or(Ok(ptr::null()), |factor| self.floats(&factor.inverses))?,
             diagonal: factor.map_or(Ok(ptr::null()), |factor| self.floats(&factor.diagonal))?,
             products: cross.filter(|_| solved).map_or(Ok(ptr::null()), |cross| self.floats(&cross.blocks))?,
-            codes: outputs.memory.at_mut(outputs.codes),
-            scales: outputs.memory.at_mut(outputs.scales),
-            zeros: outputs.memory.at_mut(outputs.zeros),
-            row_errors: outputs.memory.at_mut(outputs.row_errors),
+            codes: outputs.memory.at_mut(place.codes),
+            scales: outputs.memory.at_mut(place.scales),
+            zeros: outputs.memory.at_mut(place.zeros),
+            row_errors: outputs.memory.at_mut(place.row_errors),
             status: outputs.memory.at_mut(outputs.status),
             rows: rows as i64,
             features: features as i64,
@@ -260,8 +308,7 @@ impl SolveOps for Cuda {
             group: if block.grid.is_some() { width } else { block.group } as i64,
             given_grid: block.grid.is_some().into(),
             rule: rule_arguments(&block.rule),
-        })?;
-        outputs.take(&block.rule)
+        })
     }
 }
 
@@ -296,60 +343,6 @@ impl Cuda {
             workspace_bytes: 0,
         })?;
         Ok(norm.read::<f64>(0, 1)?[0])
-    }
-}
-
-/// What a block brings back, in one piece of memory so that it comes in one copy. Places are in bytes.
-struct Outputs {
-    memory: Memory,
-    rows: usize,
-    groups: usize,
-    columns: usize,
-    row_errors: usize,
-    scales: usize,
-    status: usize,
-    codes: usize,
-    zeros: usize,
-}
-
-impl Outputs {
-    fn new(device: &Cuda, rows: usize, groups: usize, columns: usize) -> Result<Self> {
-        let mut end = 0;
-        // For vector stores, each starts where an allocation could.
-        let mut place = |bytes: usize| {
-            let at = end;
-            end = (end + bytes).next_multiple_of(256);
-            at
-        };
-        let row_errors = place(rows * size_of::<f64>());
-        let scales = place(rows * groups * size_of::<f32>());
-        let status = place(size_of::<i32>());
-        let codes = place(rows * columns);
-        let zeros = place(rows * groups);
-        let mut memory = Memory::new(&device.runtime, end)?;
-        memory.write(status, bytemuck::bytes_of(&i32::MAX))?;
-        Ok(Self { memory, rows, groups, columns, row_errors, scales, status, codes, zeros })
-    }
-
-    /// Waits. Errors where a scale did not fit.
-    fn take(self, rule: &GridRule) -> Result<BlockCodes> {
-        let bytes: Vec<u8> = self.memory.read(0, self.memory.bytes())?;
-        let status: i32 = bytemuck::pod_read_unaligned(&bytes[self.status..][..size_of::<i32>()]);
-        if status != i32::MAX {
-            return Err(rule.misfit(status as usize));
-        }
-        let count = self.rows * self.groups;
-        // A group's grid alone has no codes, and its errors were not written.
-        let errors = if self.columns == 0 { 0 } else { self.rows };
-        let errors: Vec<f64> = bytemuck::pod_collect_to_vec(&bytes[self.row_errors..][..errors * size_of::<f64>()]);
-        Ok(BlockCodes {
-            codes: bytes[self.codes..][..self.rows * self.columns].to_vec(),
-            grid: GroupGrid {
-                scales: bytemuck::pod_collect_to_vec(&bytes[self.scales..][..count * size_of::<f32>()]),
-                zeros: bytes[self.zeros..][..count].to_vec(),
-            },
-            error: errors.iter().sum(),
-        })
     }
 }
 

@@ -5,14 +5,33 @@ mod elementwise;
 mod product;
 
 use super::Cpu;
-use crate::device::{Activation, AttentionShape, ModelOps, Rotary, Span};
+use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
+use rayon::prelude::*;
 use std::ops::Range;
 
 impl ModelOps for Cpu {
     fn upload_model(&self, matrix: Matrix) -> Result<Matrix> {
         Ok(matrix)
+    }
+
+    fn dequantize(&self, weight: &QuantizedWeight<'_>) -> Result<Matrix> {
+        let groups = weight.groups()?;
+        let QuantizedWeight { rows, cols, codes, scales, zeros, group_index } = *weight;
+        let group_of: Vec<usize> = match group_index {
+            Some(index) => index.iter().map(|&group| group as usize).collect(),
+            None => (0..cols).map(|column| column * groups / cols).collect(),
+        };
+        let mut out = Matrix::zeros(rows, cols);
+        out.data_mut().par_chunks_mut(cols.max(1)).enumerate().for_each(|(row, out)| {
+            let codes = &codes[row * cols..][..cols];
+            let (scales, zeros) = (&scales[row * groups..][..groups], &zeros[row * groups..][..groups]);
+            for ((value, &code), &group) in out.iter_mut().zip(codes).zip(&group_of) {
+                *value = scales[group] * (f32::from(code) - f32::from(zeros[group]));
+            }
+        });
+        Ok(out)
     }
 
     fn gather_rows(&self, table: &Matrix, indices: &[u32]) -> Result<Matrix> {

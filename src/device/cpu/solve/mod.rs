@@ -10,8 +10,8 @@ mod tile;
 
 use super::Cpu;
 use crate::device::{
-    Block, BlockCodes, CrossFactor, Factor, Factored, GridRule, GroupGrid, PermuteSymmetric, ProductRange, SolveOps,
-    SolveState,
+    Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, GridRule, GroupGrid, PermuteSymmetric, ProductRange,
+    SolveOps, SolveState,
 };
 use crate::tensor::Matrix;
 use anyhow::Result;
@@ -23,6 +23,29 @@ use std::ops::Range;
 const SLAB: usize = 128;
 
 impl SolveOps for Cpu {
+    type Codes = Vec<BlockCodes>;
+
+    fn room_for_codes(&self, _: usize, blocks: &[BlockShape]) -> Result<Vec<BlockCodes>> {
+        Ok(Vec::with_capacity(blocks.len()))
+    }
+
+    fn take_codes(&self, codes: Vec<BlockCodes>, _: &GridRule) -> Result<Vec<BlockCodes>> {
+        Ok(codes)
+    }
+
+    fn permute_columns(&self, weight: &Matrix, order: &[u32], dead: &[usize]) -> Result<Matrix> {
+        let mut alive = vec![true; order.len()];
+        dead.iter().for_each(|&i| alive[i] = false);
+        let mut out = Matrix::zeros(weight.rows(), weight.cols());
+        out.data_mut().par_chunks_mut(order.len().max(1)).enumerate().for_each(|(r, row)| {
+            for (value, &column) in row.iter_mut().zip(order) {
+                let column = column as usize;
+                *value = if alive[column] { weight.row(r)[column] } else { 0.0 };
+            }
+        });
+        Ok(out)
+    }
+
     fn accumulate_statistics(
         &self,
         hessian: &mut Matrix,
@@ -110,7 +133,13 @@ impl SolveOps for Cpu {
         quantize_block::group_grid(state, columns, rule, factor, blocks)
     }
 
-    fn quantize_block(&self, block: &Block<'_, Matrix>, state: &mut SolveState<Matrix>) -> Result<BlockCodes> {
-        quantize_block::quantize_block(block, state)
+    fn quantize_block(
+        &self,
+        block: &Block<'_, Matrix>,
+        state: &mut SolveState<Matrix>,
+        codes: &mut Vec<BlockCodes>,
+    ) -> Result<()> {
+        codes.push(quantize_block::quantize_block(block, state)?);
+        Ok(())
     }
 }

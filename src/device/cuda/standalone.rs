@@ -1,0 +1,150 @@
+//! What the C API offers beyond the operations of a run: packing, the full inverse's factor, conversion.
+
+use super::bindings::{vlmq_cholesky_inverse_args, vlmq_convert_args, vlmq_pack_args, vlmq_unpack_args};
+use super::memory::Memory;
+use super::tensor::CudaTensor;
+use super::{Cuda, Precision};
+use anyhow::{Result, ensure};
+use std::ptr;
+
+/// Which way through a matrix of codes consecutive bits run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PackedAlong {
+    /// Along a row: words `[rows, ⌈cols · bits / 32⌉]`, as `weight_packed` of compressed-tensors.
+    Rows,
+    /// Down a column: words `[⌈rows · bits / 32⌉, cols]`, as `qweight` of GPTQ files (of the transposed layer).
+    Columns,
+}
+
+/// A matrix of codes and how it is packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packing {
+    /// Rows of codes.
+    pub rows: usize,
+    /// Columns of codes.
+    pub cols: usize,
+    /// Width of a code: 2, 3, 4 or 8.
+    pub bits: u32,
+    /// Direction.
+    pub along: PackedAlong,
+    /// Taken off every code modulo `2^bits` before it is packed, and added again when it is unpacked: 1 for the zeros of
+    /// GPTQ files.
+    pub offset: u8,
+}
+
+impl Packing {
+    /// Runs of codes, and codes of a run.
+    fn runs(&self) -> (usize, usize) {
+        match self.along {
+            PackedAlong::Rows => (self.rows, self.cols),
+            PackedAlong::Columns => (self.cols, self.rows),
+        }
+    }
+
+    /// Words of all codes.
+    pub fn words(&self) -> usize {
+        let (runs, count) = self.runs();
+        runs * (count * self.bits as usize).div_ceil(32)
+    }
+
+    /// Strides from code to code and from run to run, and the same of words.
+    fn strides(&self) -> [i64; 4] {
+        let words = (self.cols * self.bits as usize).div_ceil(32);
+        match self.along {
+            PackedAlong::Rows => [1, self.cols as i64, 1, words as i64],
+            PackedAlong::Columns => [self.cols as i64, 1, self.cols as i64, 1],
+        }
+    }
+
+    fn check(&self, codes: usize, words: usize) -> Result<()> {
+        ensure!(matches!(self.bits, 2 | 3 | 4 | 8), "codes of {} bits; known are 2, 3, 4 and 8", self.bits);
+        ensure!(
+            codes == self.rows * self.cols && words == self.words(),
+            "{codes} codes and {words} words for a matrix of {}x{} codes of {} bits",
+            self.rows,
+            self.cols,
+            self.bits
+        );
+        Ok(())
+    }
+}
+
+impl Cuda {
+    /// Packs codes `[rows, cols]`, each below `2^bits`, on the device. Errors where sizes disagree.
+    pub fn pack(&self, codes: &[u8], packing: &Packing) -> Result<Vec<u32>> {
+        packing.check(codes.len(), packing.words())?;
+        let codes = Memory::of(&self.runtime, codes)?;
+        let mut words = Memory::new(&self.runtime, packing.words() * size_of::<u32>())?;
+        let (runs, count) = packing.runs();
+        let [code_stride, code_run_stride, word_stride, word_run_stride] = packing.strides();
+        self.launch(&vlmq_pack_args {
+            codes: codes.at(0),
+            words: words.at_mut(0),
+            runs: runs as i64,
+            count: count as i64,
+            code_stride,
+            code_run_stride,
+            word_stride,
+            word_run_stride,
+            bits: packing.bits as i32,
+            subtract: packing.offset.into(),
+        })?;
+        words.read(0, packing.words())
+    }
+
+    /// The inverse of [`pack`](Self::pack).
+    pub fn unpack(&self, words: &[u32], packing: &Packing) -> Result<Vec<u8>> {
+        let count_of_codes = packing.rows * packing.cols;
+        packing.check(count_of_codes, words.len())?;
+        let words = Memory::of(&self.runtime, words)?;
+        let mut codes = Memory::new(&self.runtime, count_of_codes)?;
+        let (runs, count) = packing.runs();
+        let [code_stride, code_run_stride, word_stride, word_run_stride] = packing.strides();
+        self.launch(&vlmq_unpack_args {
+            words: words.at(0),
+            codes: codes.at_mut(0),
+            runs: runs as i64,
+            count: count as i64,
+            code_stride,
+            code_run_stride,
+            word_stride,
+            word_run_stride,
+            bits: packing.bits as i32,
+            add: packing.offset.into(),
+        })?;
+        codes.read(0, count_of_codes)
+    }
+
+    /// U with `H⁻¹ = UᵀU`, upper triangular, of H damped by `damp · mean(diagonal)`: what solvers of the GPTQ family read
+    /// (method section 3, step 4). `h` `[n, n]` float32 by its upper triangle. Errors, naming the pivot, where the damped
+    /// matrix is not positive definite.
+    pub fn cholesky_inverse(&self, mut h: CudaTensor, damp: f32) -> Result<CudaTensor> {
+        let n = h.cols;
+        ensure!(h.rows == n, "{} is not square", h.describe());
+        let mut status = Memory::of(&self.runtime, &[-1i32])?;
+        self.launch_with_workspace(vlmq_cholesky_inverse_args {
+            h: self.floats_mut(&mut h)?,
+            damp,
+            n: n as i64,
+            status: status.at_mut(0),
+            workspace: ptr::null_mut(),
+            workspace_bytes: 0,
+        })?;
+        let pivot = status.read::<i32>(0, 1)?[0];
+        ensure!(pivot < 0, "H is not positive definite with damping {damp}: pivot {pivot}; damp more");
+        Ok(h)
+    }
+
+    /// The same numbers in another precision, rounded to nearest.
+    pub fn convert(&self, x: &CudaTensor, precision: Precision) -> Result<CudaTensor> {
+        let mut out = self.tensor(x.rows, x.cols, precision)?;
+        self.launch(&vlmq_convert_args {
+            x: self.read(x)?,
+            out: self.write(&mut out)?,
+            count: (x.rows * x.cols) as i64,
+            from: x.precision.dtype(),
+            to: precision.dtype(),
+        })?;
+        Ok(out)
+    }
+}
