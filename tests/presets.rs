@@ -8,12 +8,16 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
+use support::golden::RANDOM;
 use support::program::{Bench, read_json, stderr, succeed, text, vlmq_run};
 use support::{golden, message};
 use vlmq::calibration::dataset::{self, Conversation, Part};
+use vlmq::checkpoint::Checkpoint;
+use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::metrics::Metric;
 use vlmq::evaluate::presets::{PRESETS, Preset};
 use vlmq::evaluate::{Conditions, Evaluation, SampleResult};
+use vlmq::model::families;
 
 /// What the harness says about one preset's file.
 #[derive(Deserialize)]
@@ -148,12 +152,15 @@ fn what_a_line_says_stays() {
 #[test]
 fn only_qwen2_vl_s_answers_end_early() {
     let (chartqa, textvqa) = (named("chartqa"), named("textvqa"));
-    assert_eq!(chartqa.kept("qwen2_vl", "12\n\nbecause"), "12");
-    assert_eq!(chartqa.kept("qwen2_vl", "\n\n12"), "");
-    assert_eq!(chartqa.kept("qwen2_vl", "12\nASSISTANT: 13"), "12\nASSISTANT: 13");
-    assert_eq!(textvqa.kept("qwen2_vl", "12\n\n ASSISTANT: 13"), "12\n\n ");
-    for family in ["qwen2_5_vl", "qwen3_vl", "llava_onevision"] {
-        assert_eq!(chartqa.kept(family, "12\n\nbecause"), "12\n\nbecause");
+    assert_eq!(chartqa.kept(true, "12\n\nbecause"), "12");
+    assert_eq!(chartqa.kept(true, "\n\n12"), "");
+    assert_eq!(chartqa.kept(true, "12\nASSISTANT: 13"), "12\nASSISTANT: 13");
+    assert_eq!(textvqa.kept(true, "12\n\n ASSISTANT: 13"), "12\n\n ");
+    assert_eq!(chartqa.kept(false, "12\n\nbecause"), "12\n\nbecause");
+    for name in RANDOM {
+        let checkpoint = Checkpoint::open(&golden("model").join(name)).unwrap();
+        let family = families::of::<Cpu>(&checkpoint).unwrap();
+        assert_eq!(family.answers_stop(), family.model_type() == "qwen2_vl", "{name}");
     }
 }
 

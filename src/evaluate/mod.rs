@@ -74,7 +74,7 @@ impl EvaluationSettings {
 
 /// A model with what feeds it.
 struct Evaluated<D: ModelOps> {
-    model_type: &'static str,
+    answers_stop: bool,
     model: LanguageModel<D>,
     builder: SequenceBuilder,
 }
@@ -84,7 +84,7 @@ impl<D: ModelOps> Evaluated<D> {
         let checkpoint = Checkpoint::open(folder)?;
         let family = families::of::<D>(&checkpoint)?;
         let builder = SequenceBuilder::new(folder, family.vision_input(&checkpoint, options)?)?;
-        Ok(Self { model_type: family.model_type(), model: LanguageModel::load(device, &checkpoint)?, builder })
+        Ok(Self { answers_stop: family.answers_stop(), model: LanguageModel::load(device, &checkpoint)?, builder })
     }
 }
 
@@ -222,7 +222,7 @@ fn score_batch<D: ModelOps>(
     rules: &[(Metric, Vec<String>)],
     settings: &EvaluationSettings,
 ) -> Result<Vec<SampleResult>> {
-    let Evaluated { model_type, model, builder } = evaluated;
+    let Evaluated { answers_stop, model, builder } = evaluated;
     let whole = evaluated.build(batch)?;
     let prompts: Vec<Sequence> = batch.par_iter().map(|c| builder.prompt(c)).collect::<Result<_>>()?;
     let prompts: Vec<&Sequence> = prompts.iter().collect();
@@ -259,7 +259,7 @@ fn score_batch<D: ModelOps>(
             let nll = likelihood::negative_log_likelihood(&logits[i], &sequence.tokens[sequence.answer.clone()]);
             let whole = builder.decode(&decoded[i])?;
             let answer =
-                settings.preset.map_or(whole.as_str(), |preset| preset.kept(model_type, &whole)).trim().to_owned();
+                settings.preset.map_or(whole.as_str(), |preset| preset.kept(*answers_stop, &whole)).trim().to_owned();
             Ok(SampleResult {
                 id: conversation.id.clone(),
                 group: conversation.group.clone(),

@@ -212,13 +212,10 @@ impl Preset {
         Ok(())
     }
 
-    /// The part of an answer that LMMs-Eval scores: its class for Qwen2-VL ends it at [`Self::stop`], those for other
-    /// families take it whole.
-    pub fn kept<'a>(&self, model_type: &str, answer: &'a str) -> &'a str {
-        match model_type {
-            "qwen2_vl" => answer.split_once(self.stop).map_or(answer, |(kept, _)| kept),
-            _ => answer,
-        }
+    /// The part of an answer that LMMs-Eval scores. `stops`: whether its class for the model's family ends answers at
+    /// [`Self::stop`]; those for most take them whole.
+    pub fn kept<'a>(&self, stops: bool, answer: &'a str) -> &'a str {
+        if stops { answer.split_once(self.stop).map_or(answer, |(kept, _)| kept) } else { answer }
     }
 
     /// `group` and those that it is a part of: a task of MME-RealWorld, OCRBench's text recognition.

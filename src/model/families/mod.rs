@@ -90,6 +90,12 @@ pub trait Family<D: ModelOps>: Send + Sync {
     /// `model_type` of config.json.
     fn model_type(&self) -> &'static str;
 
+    /// Whether LMMs-Eval ends this family's answers where a benchmark's task says (`until`): most of its model classes
+    /// score the whole answer.
+    fn answers_stop(&self) -> bool {
+        false
+    }
+
     /// Reads config.json and finds the tensor names.
     fn config(&self, checkpoint: &Checkpoint) -> Result<ModelConfig>;
 

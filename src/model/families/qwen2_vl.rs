@@ -23,6 +23,10 @@ impl<D: ModelOps> Family<D> for Qwen2Vl {
         "qwen2_vl"
     }
 
+    fn answers_stop(&self) -> bool {
+        true
+    }
+
     fn config(&self, checkpoint: &Checkpoint) -> Result<ModelConfig> {
         qwen::model_config(checkpoint, decoder_config(&Section::root(checkpoint)?)?)
     }
