@@ -49,16 +49,26 @@ run() {
     echo; echo "compute-sanitizer is not installed: not run."
   fi
 
-  echo; echo "## The small checkpoint, from the images on"; echo '```'
-  for device in cpu cuda; do
-    ./vlmq-run quantize $model --calib $calib --samples 64 --device $device --quiet --out "$work/$device"
-    ./vlmq-run eval "$work/$device" $questions --reference $model --device cpu --quiet --json "$work/$device.json" > /dev/null
+  echo; echo "## The small checkpoint, from the images on: eight draws of 64 samples"; echo '```'
+  for seed in 1 2 3 4 5 6 7 8; do
+    for device in cpu cuda; do
+      ./vlmq-run quantize $model --calib $calib --samples 64 --seed $seed --device $device --quiet --out "$work/$device-$seed" > /dev/null
+      ./vlmq-run eval "$work/$device-$seed" $questions --limit 200 --reference $model --device cpu --quiet \
+        --json "$work/$device-$seed.json" > /dev/null
+    done
   done
   python3 - "$work" << 'PYTHON'
-import json, sys
-cpu, cuda = (json.load(open(f"{sys.argv[1]}/{device}.json")) for device in ("cpu", "cuda"))
-print(f"accuracy: {cpu['score']} quantized on the CPU, {cuda['score']} on the GPU; KL from float {cpu['kl']} and {cuda['kl']}")
-assert abs(cuda["kl"] / cpu["kl"] - 1) < 0.1, "KL is more than 10 % apart"
+import json, statistics, sys
+def of(device, key):
+    return [json.load(open(f"{sys.argv[1]}/{device}-{seed}.json"))[key] for seed in range(1, 9)]
+cpu, cuda = of("cpu", "kl"), of("cuda", "kl")
+mean = statistics.mean
+print(f"accuracy: {mean(of('cpu', 'score')):.4f} quantized on the CPU, {mean(of('cuda', 'score')):.4f} on the GPU")
+apart = (mean(cuda) - mean(cpu)) / mean(cpu)
+# One draw is chance (tests/pipeline_cuda.rs): the mean's own error says how much these show.
+error = statistics.stdev(b - a for a, b in zip(cpu, cuda)) / 8**0.5 / mean(cpu)
+print(f"KL from float: {mean(cpu):.3g} and {mean(cuda):.3g}, {100 * apart:+.1f} % with a standard error of {100 * error:.1f} %")
+assert abs(apart) < 0.1 + 2 * error, "KL is more than 10 % apart"
 PYTHON
   echo '```'
 
