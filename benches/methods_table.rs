@@ -114,6 +114,7 @@ fn runs(
                 seed,
                 max_tokens: 2048,
                 image_options: ImageOptions::default(),
+                chat_template: Default::default(),
             };
             pipeline::run(&Cpu, &settings, &mut ())?;
             evaluate::run_against(&Cpu, &evaluation(out), reference, &mut ())

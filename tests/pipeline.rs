@@ -26,6 +26,7 @@ fn settings(out: std::path::PathBuf, solver: Solver, importance: Importance) -> 
         seed: 0,
         max_tokens: 2048,
         image_options: ImageOptions::default(),
+        chat_template: Default::default(),
     }
 }
 

@@ -50,18 +50,34 @@ impl ImagePatches {
         }
     }
 
-    /// The normalised patches of all crops, one after another:
-    /// `[crops * grid_height * grid_width, 3 * temporal_patch_size * patch_size²]`.
-    ///
-    /// Rows go through a crop's merged grid row by row, and inside each merged square row by row. A row holds channels,
-    /// frames, then the patch's pixels row by row.
+    /// All of `image`, then `tiles` (rows, columns) of it, row by row: `crops`, all of one size.
+    pub(super) fn tiled(
+        image: &RgbImage,
+        crops: Vec<RgbImage>,
+        tiles: (usize, usize),
+        settings: Arc<PatchSettings>,
+    ) -> Self {
+        debug_assert_eq!(crops.len(), 1 + tiles.0 * tiles.1);
+        let mut crops = crops.into_iter();
+        let whole = Self::whole(image, crops.next().expect("the whole image comes first"), settings);
+        Self { tiles: Some(tiles), crops: whole.crops.into_iter().chain(crops).collect(), ..whole }
+    }
+
+    /// The normalised patches of all crops, one after another. See [`crop_patches`](Self::crop_patches).
     pub fn patches(&self) -> Matrix {
-        let mut crops = self.crops.iter().map(|crop| self.settings.patchify(crop));
-        let first = crops.next().expect("an image has a crop");
+        let first = self.crop_patches(0);
         let cols = first.cols();
         let mut values = first.into_data();
-        crops.for_each(|crop| values.extend_from_slice(crop.data()));
+        (1..self.crops.len()).for_each(|crop| values.extend_from_slice(self.crop_patches(crop).data()));
         Matrix::new(values.len() / cols, cols, values).expect("whole rows")
+    }
+
+    /// The normalised patches of one crop: `[grid_height * grid_width, 3 * temporal_patch_size * patch_size²]`.
+    ///
+    /// Rows go through the merged grid row by row, and inside each merged square row by row. A row holds channels, frames,
+    /// then the patch's pixels row by row.
+    pub fn crop_patches(&self, crop: usize) -> Matrix {
+        self.settings.patchify(&self.crops[crop])
     }
 
     /// The crops' pixels.

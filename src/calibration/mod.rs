@@ -3,6 +3,7 @@
 //! [`dataset::read`] reads a file of conversations, [`dataset::select`] draws a sample, and [`sequence::collect`] turns
 //! each into what a model takes: token ids, images cut to patches, and positions.
 
+pub mod anyres;
 mod clock;
 pub mod dataset;
 mod forms;

@@ -1,7 +1,7 @@
 //! Images at their own resolution: the Qwen towers' resizing, and one token for each merged square of patches.
 
 use super::image::ImagePatches;
-use super::patches::{PatchSettings, count, image_processor, resize};
+use super::patches::{PatchSettings, count, image_processor, refuse_extreme_aspect, resize};
 use super::positions::mrope_positions;
 use super::sequence::VisionInput;
 use anyhow::{Context, Result, ensure};
@@ -75,9 +75,8 @@ impl NativeResolution {
     /// 200 times the other.
     pub fn smart_resize(&self, height: usize, width: usize) -> Result<(usize, usize)> {
         let factor = (self.patches.patch_size * self.patches.merge_size) as f64;
+        refuse_extreme_aspect(height, width)?;
         let (high, wide) = (height as f64, width as f64);
-        let aspect = high.max(wide) / high.min(wide);
-        ensure!(aspect <= 200.0, "is {width}x{height}: one side is more than 200 times the other; crop it");
         let near = |side: f64| (side / factor).round_ties_even() * factor;
         let pixels = near(high) * near(wide);
         let (min, max) = (self.min_pixels as f64, self.max_pixels as f64);
@@ -125,6 +124,10 @@ impl VisionInput for NativeVision {
 
     fn video_token_id(&self) -> Option<u32> {
         self.video_token_id
+    }
+
+    fn image_markup(&self) -> (&'static str, &'static str) {
+        ("<|vision_start|>", "<|vision_end|>")
     }
 
     fn prepare(&self, image: &RgbImage, _: usize) -> Result<ImagePatches> {

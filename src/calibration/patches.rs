@@ -128,6 +128,13 @@ pub(super) fn resize(image: &RgbImage, width: u32, height: u32) -> Result<RgbIma
     RgbImage::from_raw(width, height, both.into_vec()).context("cannot be resized")
 }
 
+/// Refuses an image one side of which is more than 200 times the other: Qwen's own limit, and beyond all real images.
+pub(super) fn refuse_extreme_aspect(height: usize, width: usize) -> Result<()> {
+    let (long, short) = (height.max(width), height.min(width));
+    ensure!(long <= 200 * short, "is {width}x{height}: one side is more than 200 times the other; crop it");
+    Ok(())
+}
+
 /// The image processor of a checkpoint folder and the file it stands in: `image_processor` in `processor_config.json`, which
 /// wins as in transformers, else `preprocessor_config.json`. Errors when there is neither.
 pub(super) fn image_processor(folder: &Path) -> Result<(PathBuf, Value)> {

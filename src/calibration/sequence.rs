@@ -4,7 +4,7 @@ use super::dataset::{Conversation, Message, Part};
 use super::forms::NO_VIDEO;
 use super::image::{ImagePatches, decode};
 use super::patches::read_json;
-use super::template::ChatTemplate;
+use super::template::{ChatTemplate, TemplateChoice};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use image::RgbImage;
 use rayon::prelude::*;
@@ -21,6 +21,9 @@ pub trait VisionInput: Send + Sync {
     fn video_token_id(&self) -> Option<u32> {
         None
     }
+
+    /// What ChatML has before and after an image's placeholder.
+    fn image_markup(&self) -> (&'static str, &'static str);
 
     /// Resizes and crops an image, one of `of` images of its sample. Errors when its proportions do not allow it.
     fn prepare(&self, image: &RgbImage, of: usize) -> Result<ImagePatches>;
@@ -66,11 +69,16 @@ pub struct SequenceBuilder {
 }
 
 impl SequenceBuilder {
-    /// Reads `tokenizer.json` and the chat template of a checkpoint folder.
+    /// Reads `tokenizer.json` and the chat template of a checkpoint folder. See [`with_template`](Self::with_template).
+    pub fn new(folder: &Path, vision: Box<dyn VisionInput>) -> Result<Self> {
+        Self::with_template(folder, vision, &TemplateChoice::Checkpoint)
+    }
+
+    /// Reads `tokenizer.json` of a checkpoint folder, and the chat template that is asked for.
     ///
     /// Truncation and padding that earlier tools left in `tokenizer.json` are ignored. Errors when a file is missing or
     /// broken, and when the tokenizer does not know the image token.
-    pub fn new(folder: &Path, vision: Box<dyn VisionInput>) -> Result<Self> {
+    pub fn with_template(folder: &Path, vision: Box<dyn VisionInput>, choice: &TemplateChoice) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         let bytes = std::fs::read(&path)
             .with_context(|| format!("cannot read {}; copy it from the original checkpoint", path.display()))?;
@@ -84,7 +92,15 @@ impl SequenceBuilder {
             .with_context(|| format!("{} has no token {id}, the image token of config.json", path.display()))?;
         let video = vision.video_token_id().and_then(|id| tokenizer.id_to_token(id));
         let end_tokens = end_tokens(folder, &tokenizer)?;
-        let builder = Self { tokenizer, template: ChatTemplate::load(folder)?, vision, placeholder, video, end_tokens };
+        let template = match choice {
+            TemplateChoice::Checkpoint => ChatTemplate::load(folder)?,
+            TemplateChoice::Chatml => {
+                let (before, after) = vision.image_markup();
+                ChatTemplate::chatml(&format!("{before}{placeholder}{after}"))?
+            }
+            TemplateChoice::File(path) => ChatTemplate::from_file(path, folder)?,
+        };
+        let builder = Self { tokenizer, template, vision, placeholder, video, end_tokens };
         let alone = builder.encode(&builder.placeholder)?;
         ensure!(
             alone.get_ids() == [id],
@@ -329,7 +345,7 @@ pub fn collect(builder: &SequenceBuilder, conversations: &[Conversation], max_to
     ensure!(
         !sequences.is_empty(),
         "all {too_long} conversations are longer than {max_tokens} tokens, the shortest has {shortest}; \
-         raise --max-tokens or lower --max-pixels"
+         raise --max-tokens, or make images smaller (--max-pixels; --image-mode single where a model cuts tiles)"
     );
     if too_long > 0 {
         log::warn!(

@@ -6,8 +6,11 @@ use anyhow::{Context, Result, bail, ensure};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior, Value};
+use serde::{Serialize, Serializer};
 use serde_json::json;
-use std::path::Path;
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 /// Work one rendering may do, about one unit per instruction or 64 bytes: a real conversation needs some hundreds. Bounds
 /// a hostile template's time to a fraction of a second and its memory to 128 MB.
@@ -17,6 +20,48 @@ const FUEL: u64 = 2_000_000;
 const MAX_BYTES: usize = 16 << 20;
 
 const NAME: &str = "chat template";
+
+/// ChatML as Qwen2 was trained on it, and LLaVA-OneVision behind its images. `image` stands for one.
+const CHATML: &str = "\
+{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}\
+{% for message in messages %}{{ '<|im_start|>' ~ message.role ~ '\\n' }}\
+{% for part in message.content %}{{ image if part.type == 'image' else part.text }}{% endfor %}\
+{{ '<|im_end|>\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+
+/// Which template turns conversations into text.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum TemplateChoice {
+    /// The checkpoint's own.
+    #[default]
+    Checkpoint,
+    /// ChatML with line breaks and the system prompt "You are a helpful assistant.".
+    Chatml,
+    /// One in a file.
+    File(PathBuf),
+}
+
+impl FromStr for TemplateChoice {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(match text {
+            "checkpoint" => Self::Checkpoint,
+            "chatml" => Self::Chatml,
+            path => Self::File(path.into()),
+        })
+    }
+}
+
+impl Serialize for TemplateChoice {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Checkpoint => serializer.serialize_str("checkpoint"),
+            Self::Chatml => serializer.serialize_str("chatml"),
+            Self::File(path) => path.serialize(serializer),
+        }
+    }
+}
 
 /// A checkpoint's chat template.
 pub struct ChatTemplate {
@@ -55,6 +100,23 @@ impl ChatTemplate {
         let template = Self::new(&source, special_tokens(&config), path.display().to_string())?;
         template.probe()?;
         Ok(template)
+    }
+
+    /// Reads the template in a file, for the tokenizer of a checkpoint folder. Errors as [`load`](Self::load).
+    pub fn from_file(path: &Path, folder: &Path) -> Result<Self> {
+        let config = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
+        let name = path.display().to_string();
+        let source = std::fs::read_to_string(path)
+            .with_context(|| format!("--chat-template {name}: cannot be read; it is neither checkpoint nor chatml"))?;
+        let template = Self::new(&source, special_tokens(&config), name)?;
+        template.probe()?;
+        Ok(template)
+    }
+
+    /// ChatML; `image` is the text that stands for an image.
+    pub fn chatml(image: &str) -> Result<Self> {
+        let variables = serde_json::Map::from_iter([("image".to_owned(), image.into())]);
+        Self::new(CHATML, variables, "ChatML".into())
     }
 
     /// Compiles `source`. `special_tokens` (such as `bos_token`) are variables of the template, `file` names it in errors.

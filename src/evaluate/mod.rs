@@ -10,6 +10,7 @@ pub use report::{Answer, Conditions, Evaluation, GroupResult, SampleResult};
 
 use crate::calibration::dataset::{self, Conversation};
 use crate::calibration::sequence::{Sequence, SequenceBuilder};
+use crate::calibration::template::TemplateChoice;
 use crate::checkpoint::Checkpoint;
 use crate::device::ModelOps;
 use crate::model::families::{self, Features, ImageOptions};
@@ -49,6 +50,8 @@ pub struct EvaluationSettings {
     pub max_new_tokens: Option<usize>,
     /// Overrides of the checkpoint's image sizes.
     pub image_options: ImageOptions,
+    /// What turns conversations into text.
+    pub chat_template: TemplateChoice,
 }
 
 impl EvaluationSettings {
@@ -63,6 +66,7 @@ impl EvaluationSettings {
             preset: None,
             max_new_tokens: None,
             image_options: ImageOptions::default(),
+            chat_template: TemplateChoice::default(),
         }
     }
 
@@ -80,10 +84,12 @@ struct Evaluated<D: ModelOps> {
 }
 
 impl<D: ModelOps> Evaluated<D> {
-    fn load(device: &D, folder: &Path, options: ImageOptions) -> Result<Self> {
+    /// The model in `folder`, fed as `settings` say.
+    fn load(device: &D, folder: &Path, settings: &EvaluationSettings) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
         let family = families::of::<D>(&checkpoint)?;
-        let builder = SequenceBuilder::new(folder, family.vision_input(&checkpoint, options)?)?;
+        let vision = family.vision_input(&checkpoint, settings.image_options)?;
+        let builder = SequenceBuilder::with_template(folder, vision, &settings.chat_template)?;
         Ok(Self { answers_stop: family.answers_stop(), model: LanguageModel::load(device, &checkpoint)?, builder })
     }
 }
@@ -101,7 +107,7 @@ pub fn run<D: ModelOps>(device: &D, settings: &EvaluationSettings, observer: &mu
     let reference = match settings.reference.as_deref() {
         None => Reference::None,
         Some(folder) => Reference::Model(Box::new(
-            Evaluated::load(device, folder, settings.image_options)
+            Evaluated::load(device, folder, settings)
                 .with_context(|| format!("cannot use {} as the reference", folder.display()))?,
         )),
     };
@@ -122,7 +128,7 @@ pub fn run_against<D: ModelOps>(
 /// memory.
 pub fn answer_logits<D: ModelOps>(device: &D, settings: &EvaluationSettings) -> Result<Vec<Matrix>> {
     let conversations = read(settings)?;
-    let evaluated = Evaluated::load(device, &settings.model, settings.image_options)?;
+    let evaluated = Evaluated::load(device, &settings.model, settings)?;
     let mut logits = Vec::with_capacity(conversations.len());
     for batch in conversations.chunks(BATCH) {
         let sequences = evaluated.build(batch)?;
@@ -153,7 +159,7 @@ fn score<D: ModelOps>(
     if let Reference::Kept(kept) = reference {
         ensure!(kept.len() == conversations.len(), "{} reference answers for {} samples", kept.len(), rules.len());
     }
-    let evaluated = Evaluated::load(device, &settings.model, settings.image_options)
+    let evaluated = Evaluated::load(device, &settings.model, settings)
         .with_context(|| format!("cannot evaluate {}", settings.model.display()))?;
     let clock = StageClock::start(Stage::Evaluate, conversations.len() as u64, observer);
     let mut samples = Vec::with_capacity(conversations.len());

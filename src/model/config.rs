@@ -152,6 +152,11 @@ impl DecoderConfig {
     /// Errors where a key is missing or wrong, heads do not fit, sliding windows are on, or the rotary embedding is of a
     /// kind that changes frequencies.
     pub fn read(root: &Section<'_>, text: &Section<'_>) -> Result<Self> {
+        Self::with_norm_eps(root, text, text.positive("rms_norm_eps")?)
+    }
+
+    /// As [`read`](Self::read), with the epsilon of the norms given.
+    pub fn with_norm_eps(root: &Section<'_>, text: &Section<'_>, norm_eps: f64) -> Result<Self> {
         let hidden = text.count("hidden_size")?;
         let heads = text.count("num_attention_heads")?;
         let kv_heads = text.count_or("num_key_value_heads", heads)?;
@@ -193,7 +198,7 @@ impl DecoderConfig {
             intermediate: text.count("intermediate_size")?,
             layers: text.count("num_hidden_layers")?,
             attention: AttentionShape { heads, kv_heads, head_dim, causal: true },
-            norm_eps: text.positive("rms_norm_eps")? as f32,
+            norm_eps: norm_eps as f32,
             activation: text.activation_or("hidden_act", Activation::Silu)?,
             vocab: text.count("vocab_size")?,
             tied,
@@ -238,16 +243,13 @@ pub struct DecoderNames {
 }
 
 impl DecoderNames {
-    /// Finds the decoder under one of `prefixes`, and checks that its last block is there too. `layers` names the key of
-    /// config.json that gives their number.
-    pub fn find(
-        checkpoint: &Checkpoint,
-        prefixes: &[&str],
-        head: &str,
-        (layers, count): (String, usize),
-    ) -> Result<Self> {
+    /// Finds the decoder under one of `places` (prefix, and the head's name that goes with it), and checks that its last
+    /// block is there too. `layers` names the key of config.json that gives their number.
+    pub fn find(checkpoint: &Checkpoint, places: &[(&str, &str)], (layers, count): (String, usize)) -> Result<Self> {
         let norm = |block: usize| format!("layers.{block}.input_layernorm.weight");
-        let prefix = checkpoint.prefix(prefixes, &norm(0))?.to_owned();
+        let prefixes: Vec<&str> = places.iter().map(|&(prefix, _)| prefix).collect();
+        let prefix = checkpoint.prefix(&prefixes, &norm(0))?;
+        let head = places.iter().find(|place| place.0 == prefix).map_or("lm_head.weight", |place| place.1);
         // A wild number of layers must not become a list of as many.
         let last = format!("{prefix}{}", norm(count - 1));
         ensure!(
@@ -260,6 +262,6 @@ impl DecoderNames {
             !checkpoint.contains(&next),
             "{layers} is {count}, but there is a tensor {next}; weights and config.json do not belong together"
         );
-        Ok(Self { prefix, head: head.into() })
+        Ok(Self { prefix: prefix.into(), head: head.into() })
     }
 }

@@ -5,6 +5,7 @@ use super::report::{CalibrationCounts, LayerReport, RunObserver, RunReport, peak
 use super::settings::{Importance, Solver, SolverSettings};
 use crate::calibration::dataset;
 use crate::calibration::sequence::{Collected, Sequence, SequenceBuilder, collect};
+use crate::calibration::template::TemplateChoice;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::{Format, LinearSpec};
 use crate::checkpoint::write::{Writer, check_target};
@@ -48,6 +49,8 @@ pub struct PipelineSettings {
     /// Overrides of the checkpoint's image sizes.
     #[serde(flatten)]
     pub image_options: ImageOptions,
+    /// What turns conversations into text.
+    pub chat_template: TemplateChoice,
 }
 
 impl PipelineSettings {
@@ -207,7 +210,7 @@ fn calibrate<D: ModelOps>(
     let conversations = dataset::read(calib, settings.image_root.as_deref())?;
     let conversations = dataset::select(conversations, Some(settings.samples), settings.seed);
     let vision = families::of::<D>(checkpoint)?.vision_input(checkpoint, settings.image_options)?;
-    let builder = SequenceBuilder::new(checkpoint.folder(), vision)?;
+    let builder = SequenceBuilder::with_template(checkpoint.folder(), vision, &settings.chat_template)?;
     let clock = StageClock::start(Stage::Data, conversations.len() as u64, observer);
     let Collected { sequences, too_long, .. } = collect(&builder, &conversations, settings.max_tokens)?;
     stages.push(clock.finish(observer));

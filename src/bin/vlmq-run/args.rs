@@ -7,10 +7,11 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use vlmq::calibration::template::TemplateChoice;
 use vlmq::checkpoint::formats::Format;
 use vlmq::evaluate::EvaluationSettings;
 use vlmq::evaluate::presets::{PRESETS, Preset};
-use vlmq::model::families::ImageOptions;
+use vlmq::model::families::{ImageMode, ImageOptions};
 use vlmq::quantize::pipeline::PipelineSettings;
 use vlmq::quantize::settings::{CrossTerm, Grid, Importance, Order, Solver, SolverSettings};
 
@@ -176,7 +177,7 @@ struct CalibrationArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Images")]
+#[command(next_help_heading = "Images and text")]
 struct ImageArgs {
     /// Folder that image paths are relative to [default: the data file's]
     #[arg(long, value_name = "DIR")]
@@ -187,6 +188,15 @@ struct ImageArgs {
     /// Reduce larger images to about this area [default: the checkpoint's processor's]
     #[arg(long, value_name = "PIXELS", value_parser = positive, allow_negative_numbers = true)]
     max_pixels: Option<usize>,
+    /// For models that cut images into tiles [default: tiles where a sample has one image]
+    #[arg(long, value_parser = named::<ImageMode>(&[
+        ("anyres", "the whole image, and tiles of it at a higher resolution"),
+        ("single", "the whole image only, padded to a square"),
+    ]))]
+    image_mode: Option<ImageMode>,
+    /// What turns conversations into text: `checkpoint`, `chatml` (line breaks, a system prompt), or a Jinja file.
+    #[arg(long, default_value = "checkpoint", value_name = "checkpoint|chatml|FILE")]
+    chat_template: TemplateChoice,
 }
 
 #[derive(Debug, Args)]
@@ -322,6 +332,7 @@ impl QuantizeArgs {
             max_tokens: self.data.max_tokens,
             image_root: self.images.image_root.clone(),
             image_options: self.images.options(),
+            chat_template: self.images.chat_template.clone(),
         }
     }
 
@@ -337,6 +348,7 @@ impl QuantizeArgs {
             // --image-root belongs to the calibration data.
             image_root: None,
             image_options: self.images.options(),
+            chat_template: self.images.chat_template.clone(),
         }
     }
 
@@ -352,7 +364,7 @@ impl QuantizeArgs {
 
 impl ImageArgs {
     fn options(&self) -> ImageOptions {
-        ImageOptions { min_pixels: self.min_pixels, max_pixels: self.max_pixels, image_mode: None }
+        ImageOptions { min_pixels: self.min_pixels, max_pixels: self.max_pixels, image_mode: self.image_mode }
     }
 }
 
@@ -367,6 +379,7 @@ impl EvalArgs {
             max_new_tokens: self.max_new_tokens,
             image_root: self.images.image_root.clone(),
             image_options: self.images.options(),
+            chat_template: self.images.chat_template.clone(),
         }
     }
 }

@@ -3,9 +3,12 @@
 //! A family says how config.json and tensor names are read, how images become patches and tokens, how its vision tower
 //! turns patches into features, and where tokens stand. Everything behind that is shared.
 
+mod llava_onevision;
 mod qwen;
 mod qwen2_5_vl;
 mod qwen2_vl;
+
+pub use crate::calibration::anyres::ImageMode;
 
 use super::config::{DecoderConfig, DecoderNames};
 use crate::calibration::image::ImagePatches;
@@ -28,16 +31,6 @@ pub struct ImageOptions {
     pub image_mode: Option<ImageMode>,
 }
 
-/// How a family that cuts images into tiles takes one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ImageMode {
-    /// The whole image and tiles of it at a higher resolution (LLaVA-OneVision, arXiv 2408.03326, section 3.2).
-    Anyres,
-    /// The whole image only.
-    Single,
-}
-
 impl ImageOptions {
     /// For families that never cut images into tiles.
     fn refuse_mode(self, root: &Section<'_>) -> Result<()> {
@@ -47,6 +40,21 @@ impl ImageOptions {
                 root.at("model_type"),
                 root.text("model_type")?
             );
+        }
+        Ok(())
+    }
+
+    /// For families whose tower takes images of one size.
+    fn refuse_sizes(self, root: &Section<'_>) -> Result<()> {
+        for (flag, size) in [("--min-pixels", self.min_pixels), ("--max-pixels", self.max_pixels)] {
+            if size.is_some() {
+                bail!(
+                    "{flag} is for models that take images at their own resolution; {} is {:?}, whose resolutions are \
+                     fixed; choose with --image-mode",
+                    root.at("model_type"),
+                    root.text("model_type")?
+                );
+            }
         }
         Ok(())
     }
@@ -108,7 +116,7 @@ pub trait Family<D: ModelOps>: Send + Sync {
 
 /// All known families.
 fn registry<D: ModelOps>() -> &'static [&'static dyn Family<D>] {
-    &[&qwen2_vl::Qwen2Vl, &qwen2_5_vl::Qwen25Vl]
+    &[&qwen2_vl::Qwen2Vl, &qwen2_5_vl::Qwen25Vl, &llava_onevision::LlavaOnevision]
 }
 
 /// The type that a checkpoint stores its model in: that of the token embedding, which no format quantizes.

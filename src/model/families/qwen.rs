@@ -11,8 +11,8 @@ use crate::model::rope;
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, ensure};
 
-/// Where generations of transformers have put the decoder.
-const DECODER_PREFIXES: [&str; 2] = ["model.language_model.", "model."];
+/// Where generations of transformers have put the decoder, and its head.
+const DECODER_PLACES: [(&str, &str); 2] = [("model.language_model.", "lm_head.weight"), ("model.", "lm_head.weight")];
 /// Where they have put the vision tower.
 pub(super) const VISION_PREFIXES: [&str; 2] = ["model.visual.", "visual."];
 /// Base of the vision towers' rotary frequencies, a constant of the model classes.
@@ -31,7 +31,7 @@ pub(super) fn vision_section<'a>(root: &Section<'a>) -> Result<Section<'a>> {
 pub(super) fn model_config(checkpoint: &Checkpoint, decoder: DecoderConfig) -> Result<ModelConfig> {
     let root = Section::root(checkpoint)?;
     let layers = (text_section(&root)?.at("num_hidden_layers"), decoder.layers);
-    let names = DecoderNames::find(checkpoint, &DECODER_PREFIXES, "lm_head.weight", layers)?;
+    let names = DecoderNames::find(checkpoint, &DECODER_PLACES, layers)?;
     Ok(ModelConfig { decoder, names, image_token: root.token("image_token_id")? })
 }
 

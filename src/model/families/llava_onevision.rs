@@ -1,0 +1,322 @@
+//! LLaVA-OneVision (arXiv 2408.03326): images in tiles, SigLIP without its last layer and norm, projector, Qwen2 decoder.
+
+use super::{Family, Features, ImageOptions, ModelConfig, VisionTower};
+use crate::calibration::anyres::{Anyres, Kept, TileLayout};
+use crate::calibration::image::ImagePatches;
+use crate::calibration::sequence::VisionInput;
+use crate::checkpoint::Checkpoint;
+use crate::device::{Activation, ModelOps, Span};
+use crate::model::config::{DecoderConfig, DecoderNames, Section};
+use crate::model::decoder::Linear;
+use crate::model::vision::{Attention, Mlp, Norm, TowerBlock};
+use crate::tensor::Matrix;
+use anyhow::{Context, Result, bail, ensure};
+
+/// Where generations of transformers have put the decoder, and its head. The first is the hub's.
+const DECODER_PLACES: [(&str, &str); 2] =
+    [("language_model.model.", "language_model.lm_head.weight"), ("model.language_model.", "lm_head.weight")];
+/// Where they have put the vision tower.
+const TOWER_PREFIXES: [&str; 4] =
+    ["vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower."];
+/// Before the projector and the vector that ends a row.
+const REST_PREFIXES: [&str; 2] = ["", "model."];
+/// Crops that go through the tower together: 5832 tokens of the real one, 100 MB inside its MLP in float32.
+const CROPS: usize = 8;
+
+/// The LLaVA-OneVision family.
+pub(super) struct LlavaOnevision;
+
+impl<D: ModelOps> Family<D> for LlavaOnevision {
+    fn model_type(&self) -> &'static str {
+        "llava_onevision"
+    }
+
+    fn config(&self, checkpoint: &Checkpoint) -> Result<ModelConfig> {
+        let root = Section::root(checkpoint)?;
+        let decoder = decoder_config(&root)?;
+        let layers = (section(&root, "text_config")?.at("num_hidden_layers"), decoder.layers);
+        let names = DecoderNames::find(checkpoint, &DECODER_PLACES, layers)?;
+        Ok(ModelConfig { decoder, names, image_token: image_token(&root)? })
+    }
+
+    fn vision_input(&self, checkpoint: &Checkpoint, options: ImageOptions) -> Result<Box<dyn VisionInput>> {
+        let root = Section::root(checkpoint)?;
+        options.refuse_sizes(&root)?;
+        let layout = tile_layout(&root)?;
+        let tokens = (image_token(&root)?, video_token(&root)?);
+        Ok(Box::new(Anyres::read(checkpoint.folder(), layout, options.image_mode, tokens)?))
+    }
+
+    fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {
+        Ok(Box::new(Tower::load(device, checkpoint)?))
+    }
+}
+
+fn section<'a>(root: &Section<'a>, key: &str) -> Result<Section<'a>> {
+    root.section(key)?.with_context(|| format!("{} is missing; get the original config.json again", root.at(key)))
+}
+
+/// Refuses a model inside this one that is not the one that this file implements.
+fn only(section: &Section<'_>, key: &str, wanted: &str) -> Result<()> {
+    if section.get(key).is_some() && section.text(key)? != wanted {
+        bail!("{} is {:?}, not supported for llava_onevision; known is {wanted}", section.at(key), section.text(key)?);
+    }
+    Ok(())
+}
+
+fn decoder_config(root: &Section<'_>) -> Result<DecoderConfig> {
+    let text = section(root, "text_config")?;
+    only(&text, "model_type", "qwen2")?;
+    // Hub files leave out what equals the defaults of transformers' Qwen2Config.
+    let norm_eps = if text.get("rms_norm_eps").is_some() { text.positive("rms_norm_eps")? } else { 1e-6 };
+    DecoderConfig::with_norm_eps(root, &text, norm_eps)
+}
+
+fn image_token(root: &Section<'_>) -> Result<u32> {
+    root.token(spelled(root, ["image_token_id", "image_token_index"]))
+}
+
+fn video_token(root: &Section<'_>) -> Result<Option<u32>> {
+    let key = spelled(root, ["video_token_id", "video_token_index"]);
+    root.get(key).map(|_| root.token(key)).transpose()
+}
+
+/// transformers has spelled tokens both ways.
+fn spelled(root: &Section<'_>, [new, old]: [&'static str; 2]) -> &'static str {
+    if root.get(new).is_some() { new } else { old }
+}
+
+fn vision_section<'a>(root: &Section<'a>) -> Result<Section<'a>> {
+    let vision = section(root, "vision_config")?;
+    only(&vision, "model_type", "siglip_vision_model")?;
+    Ok(vision)
+}
+
+/// Side of image and patch, and what the root says of tiles; defaults are those of transformers' configuration classes.
+fn tile_layout(root: &Section<'_>) -> Result<TileLayout> {
+    let vision = vision_section(root)?;
+    let (side, patch) = (vision.count_or("image_size", 224)?, vision.count_or("patch_size", 16)?);
+    // A tower of a real size has 27 patches in a row; counts are squared and multiplied below.
+    ensure!(
+        patch <= side && side / patch <= 1024 && patch <= 1024,
+        "{} is {side} and {} is {patch}: an image has at least one patch and at most 1024 in a row",
+        vision.at("image_size"),
+        vision.at("patch_size")
+    );
+    let resolutions = TileLayout::resolutions(root.get("image_grid_pinpoints"), side);
+    let resolutions = resolutions.with_context(|| root.at("image_grid_pinpoints"))?;
+    let ratio = match root.get("vision_aspect_ratio") {
+        Some(_) => root.text("vision_aspect_ratio")?,
+        None => "anyres_max_9",
+    };
+    let most_tiles = ratio.strip_prefix("anyres_max_").and_then(|n| n.parse().ok()).filter(|n| (1..=1024).contains(n));
+    let most_tiles =
+        most_tiles.with_context(|| format!("{} is {ratio:?}, not anyres_max_N", root.at("vision_aspect_ratio")))?;
+    let resolutions = resolutions.unwrap_or_else(TileLayout::default_resolutions);
+    ensure!(
+        resolutions.iter().all(|&(height, width)| height.is_multiple_of(side) && width.is_multiple_of(side)),
+        "{} is missing, which means multiples of 384, but {} is {side}",
+        root.at("image_grid_pinpoints"),
+        vision.at("image_size")
+    );
+    Ok(TileLayout { side, patch, resolutions, most_tiles })
+}
+
+/// SigLIP, its last norm left out, and the projector.
+struct Tower<T> {
+    embedding: Linear<T>,
+    /// `[patches, width]`.
+    positions: T,
+    blocks: Vec<TowerBlock<T>>,
+    projector: Mlp<T>,
+    /// Ends a row of tiles' features, `[1, hidden]`.
+    newline: T,
+    layout: TileLayout,
+}
+
+impl<T> Tower<T> {
+    fn load<D: ModelOps<Tensor = T>>(device: &D, checkpoint: &Checkpoint) -> Result<Self> {
+        let root = Section::root(checkpoint)?;
+        let hidden = decoder_config(&root)?.hidden;
+        let layout = tile_layout(&root)?;
+        refuse_other_features(&root)?;
+
+        let vision = vision_section(&root)?;
+        let width = vision.count_or("hidden_size", 768)?;
+        let inner = vision.count_or("intermediate_size", 3072)?;
+        let heads = vision.count_or("num_attention_heads", 12)?;
+        ensure!(
+            width.is_multiple_of(heads) && (width / heads).is_multiple_of(2),
+            "{} is {width}, which {heads} heads do not share in even widths",
+            vision.at("hidden_size")
+        );
+        let activation = vision.activation_or("hidden_act", Activation::GeluTanh)?;
+        let prefix = checkpoint.prefix(&TOWER_PREFIXES, "embeddings.patch_embedding.bias")?;
+        let block = |i: usize| -> Result<TowerBlock<T>> {
+            let at = format!("{prefix}encoder.layers.{i}");
+            let fc = (format!("{at}.mlp.fc1"), format!("{at}.mlp.fc2"));
+            Ok(TowerBlock {
+                attention_norm: Norm::layer(device, checkpoint, &format!("{at}.layer_norm1"), width)?,
+                attention: Attention::separate(device, checkpoint, &format!("{at}.self_attn"), width, heads)?,
+                mlp_norm: Norm::layer(device, checkpoint, &format!("{at}.layer_norm2"), width)?,
+                mlp: Mlp::plain(device, checkpoint, (&fc.0, &fc.1), [width, inner, width], activation)?,
+            })
+        };
+        let embedding = format!("{prefix}embeddings.patch_embedding");
+        let values = vision.count_or("num_channels", 3)? * layout.patch * layout.patch;
+        let table = format!("{prefix}embeddings.position_embedding.weight");
+        let rest = checkpoint.prefix(&REST_PREFIXES, "image_newline")?;
+        let linears = [1, 2].map(|n| format!("{rest}multi_modal_projector.linear_{n}"));
+        let activation = root.activation_or("projector_hidden_act", Activation::Gelu)?;
+        Ok(Self {
+            embedding: Linear::load(device, checkpoint, &embedding, (width, values), true)?,
+            positions: device.upload_model(checkpoint.matrix(&table, layout.grid().pow(2), width)?)?,
+            blocks: (0..vision.count_or("num_hidden_layers", 12)?).map(block).collect::<Result<_>>()?,
+            projector: Mlp::plain(device, checkpoint, (&linears[0], &linears[1]), [width, hidden, hidden], activation)?,
+            newline: device.upload_model(checkpoint.vector(&format!("{rest}image_newline"), hidden)?)?,
+            layout,
+        })
+    }
+
+    /// Features of crops in order, `[crops · patches, hidden]`, at most [`CROPS`] crops at a time.
+    fn crops<D: ModelOps<Tensor = T>>(&self, device: &D, images: &[&ImagePatches]) -> Result<T> {
+        let crops: Vec<(&ImagePatches, usize)> =
+            images.iter().flat_map(|&image| (0..image.crops().len()).map(move |crop| (image, crop))).collect();
+        let patches = self.layout.grid().pow(2);
+        let mut features = None;
+        for batch in crops.chunks(CROPS) {
+            let values: Vec<f32> =
+                batch.iter().flat_map(|(image, crop)| image.crop_patches(*crop).into_data()).collect();
+            let rows = batch.len() * patches;
+            let x = device.upload_model(Matrix::new(rows, values.len() / rows, values)?)?;
+            let mut x = self.embedding.apply(device, &x)?;
+            let places: Vec<u32> = (0..batch.len()).flat_map(|_| 0..patches as u32).collect();
+            device.add_assign(&mut x, &device.gather_rows(&self.positions, &places)?)?;
+            let spans: Vec<Span> = (0..batch.len()).map(|i| Span::own(i * patches..(i + 1) * patches)).collect();
+            for block in &self.blocks {
+                block.apply(device, &mut x, None, &spans)?;
+            }
+            append(device, &mut features, self.projector.apply(device, &x)?)?;
+        }
+        features.context("an image without crops")
+    }
+
+    /// The tokens of an image whose crops' features begin at row `start`: those of the whole image, then, row by row, what
+    /// is kept of the tiles', each row ended by the newline.
+    fn tokens<D: ModelOps<Tensor = T>>(
+        &self,
+        device: &D,
+        features: &T,
+        start: usize,
+        image: &ImagePatches,
+    ) -> Result<T> {
+        let patches = self.layout.grid().pow(2);
+        let mut tokens = device.slice_rows(features, start..start + patches)?;
+        let Some(tiles) = image.tiles else {
+            device.append_rows(&mut tokens, &self.newline)?;
+            return Ok(tokens);
+        };
+        let kept = self.layout.kept(image.original, tiles)?;
+        let grid = self.layout.grid();
+        let place = |row: usize, column: usize| {
+            let tile = (row / grid) * tiles.1 + column / grid;
+            (start + (1 + tile) * patches + (row % grid) * grid + column % grid) as u32
+        };
+        let places: Vec<u32> =
+            kept.rows.clone().flat_map(|row| kept.columns.clone().map(move |column| place(row, column))).collect();
+        let mut rows = device.gather_rows(features, &places)?;
+        if kept.reduced.is_some() {
+            rows = reduce(device, rows, &kept)?;
+        }
+        let (high, wide) = kept.size();
+        device.append_rows(&mut rows, &self.newline)?;
+        let newline = (high * wide) as u32;
+        let order: Vec<u32> =
+            (0..newline).flat_map(|i| [i].into_iter().chain(((i + 1) % wide as u32 == 0).then_some(newline))).collect();
+        device.append_rows(&mut tokens, &device.gather_rows(&rows, &order)?)?;
+        Ok(tokens)
+    }
+}
+
+/// Features that are not the output of the tower's last layer, of all patches, are not implemented.
+fn refuse_other_features(root: &Section<'_>) -> Result<()> {
+    only(root, "vision_feature_select_strategy", "full")?;
+    if let Some(layer) = root.get("vision_feature_layer").filter(|layer| layer.as_i64() != Some(-1)) {
+        bail!("{} is {layer}, not supported for llava_onevision; known is -1", root.at("vision_feature_layer"));
+    }
+    ensure!(
+        root.flag_or("multimodal_projector_bias", true)?,
+        "{} is false; a projector without biases is not supported for llava_onevision",
+        root.at("multimodal_projector_bias")
+    );
+    let vision = vision_section(root)?;
+    if let Some(eps) = vision.get("layer_norm_eps").filter(|eps| eps.as_f64() != Some(1e-6)) {
+        bail!("{} is {eps}, not supported for llava_onevision; known is 1e-6", vision.at("layer_norm_eps"));
+    }
+    Ok(())
+}
+
+impl<D: ModelOps> VisionTower<D> for Tower<D::Tensor> {
+    /// Images are encoded a few at a time and packed at once, so that memory does not grow with their number.
+    fn encode(&self, device: &D, images: &[&ImagePatches]) -> Result<Features<D::Tensor>> {
+        let patches = self.layout.grid().pow(2);
+        let mut tokens = None;
+        let mut rest = images;
+        while !rest.is_empty() {
+            let mut crops = 0;
+            let fit = rest.iter().take_while(|image| {
+                crops += image.crops().len();
+                crops <= CROPS
+            });
+            let (together, after) = rest.split_at(fit.count().max(1));
+            let features = self.crops(device, together)?;
+            let mut start = 0;
+            for image in together {
+                append(device, &mut tokens, self.tokens(device, &features, start, image)?)?;
+                start += image.crops().len() * patches;
+            }
+            rest = after;
+        }
+        Ok(Features::plain(tokens.context("no images to encode")?))
+    }
+}
+
+fn append<D: ModelOps>(device: &D, all: &mut Option<D::Tensor>, more: D::Tensor) -> Result<()> {
+    match all {
+        Some(all) => device.append_rows(all, &more),
+        None => {
+            *all = Some(more);
+            Ok(())
+        }
+    }
+}
+
+/// Bilinear reduction of a grid of features, one row a cell: along its columns, then, transposed, along its rows.
+fn reduce<D: ModelOps>(device: &D, x: D::Tensor, kept: &Kept) -> Result<D::Tensor> {
+    let (high, wide) = (kept.rows.len(), kept.columns.len());
+    let (new_high, new_wide) = kept.size();
+    let (_, width) = device.shape(&x);
+    let along = |x: D::Tensor, from: usize, to: usize, others: usize| -> Result<D::Tensor> {
+        let weights = device.upload_model(bilinear(from, to))?;
+        let x = device.matmul(&weights, &device.reshape(x, from, others * width)?)?;
+        // Transposed, for the other direction or back.
+        let order: Vec<u32> = (0..others).flat_map(|j| (0..to).map(move |i| (i * others + j) as u32)).collect();
+        device.gather_rows(&device.reshape(x, to * others, width)?, &order)
+    };
+    let x = along(x, high, new_high, wide)?;
+    along(x, wide, new_wide, new_high)
+}
+
+/// Weights `[to, from]` of linear interpolation between the centres of cells, as PyTorch's `interpolate` has them without
+/// `align_corners`: two for each row, however much is left out between.
+fn bilinear(from: usize, to: usize) -> Matrix {
+    let mut weights = Matrix::zeros(to, from);
+    for i in 0..to {
+        let at = ((i as f64 + 0.5) * from as f64 / to as f64 - 0.5).max(0.0);
+        let (low, part) = (at as usize, at.fract() as f32);
+        let row = weights.row_mut(i);
+        row[low] += 1.0 - part;
+        row[(low + 1).min(from - 1)] += part;
+    }
+    weights
+}
