@@ -83,7 +83,8 @@ impl TileLayout {
 
     /// What is left of the features of `tiles` (rows, columns) of an image of `original` (height, width) pixels.
     ///
-    /// transformers' `unpad_image` and `pack_image_features`, with Python's rounding. Errors where nothing would be left.
+    /// transformers' `unpad_image` and `pack_image_features`, with Python's rounding. Of a very long or narrow image no row or
+    /// no column may be left, which is as there; errors where it is the reduction that leaves none.
     pub fn kept(&self, original: (usize, usize), tiles: (usize, usize)) -> Result<Kept> {
         let (height, width) = original;
         let (high, wide) = (tiles.0 * self.grid(), tiles.1 * self.grid());
@@ -99,10 +100,11 @@ impl TileLayout {
         let ratio = ((rows.len() * columns.len()) as f64 / most as f64).sqrt();
         let reduced =
             (ratio > REDUCE_ABOVE).then(|| (floor_quotient(rows.len(), ratio), floor_quotient(columns.len(), ratio)));
-        let kept = Kept { rows, columns, reduced };
-        let (high, wide) = kept.size();
-        ensure!(high > 0 && wide > 0, "is {width}x{height}: so long and narrow that no feature of it is left; crop it");
-        Ok(kept)
+        ensure!(
+            reduced.is_none_or(|(high, wide)| high > 0 && wide > 0),
+            "is {width}x{height}: so long and narrow that nothing is left once its features are reduced; crop it"
+        );
+        Ok(Kept { rows, columns, reduced })
     }
 }
 

@@ -94,7 +94,8 @@ def encode(processor, messages, prompt=False):
     rendered = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
     images = [Image.open(MODEL / part["image"]).convert("RGB") for part in parts]
-    return processor(text=[rendered], images=images or None, return_tensors="pt")
+    # In a list of their own: LLaVA-OneVision's processor treats several images of one sample otherwise than one.
+    return processor(text=[rendered], images=[images] if images else None, return_tensors="pt")
 
 
 @torch.no_grad()
@@ -160,7 +161,7 @@ def write(family, name, model, processor, trained):
             if row["id"] in ("eval-0002", "two-images"):
                 tensors[at + "hidden_first_layer"] = hidden[0]
         extra = {}
-        if trained:
+        if trained or v.get("greedy"):
             prompt, answer, lead = generate(model, processor, row["messages"])
             tensors[at + "prompt_ids"], tensors[at + "generated_ids"] = prompt.int(), answer.int()
             extra["generated"] = processor.tokenizer.decode(answer)

@@ -224,16 +224,20 @@ impl<T> Tower<T> {
         };
         let places: Vec<u32> =
             kept.rows.clone().flat_map(|row| kept.columns.clone().map(move |column| place(row, column))).collect();
-        let mut rows = device.gather_rows(features, &places)?;
-        if kept.reduced.is_some() {
-            rows = reduce(device, rows, &kept)?;
-        }
         let (high, wide) = kept.size();
-        device.append_rows(&mut rows, &self.newline)?;
+        // Of a line of pixels no row, or nothing in each row, may be left.
         let newline = (high * wide) as u32;
-        let order: Vec<u32> =
-            (0..newline).flat_map(|i| [i].into_iter().chain(((i + 1) % wide as u32 == 0).then_some(newline))).collect();
-        device.append_rows(&mut tokens, &device.gather_rows(&rows, &order)?)?;
+        let mut rows = None;
+        if newline > 0 {
+            let features = device.gather_rows(features, &places)?;
+            rows = Some(if kept.reduced.is_some() { reduce(device, features, &kept)? } else { features });
+        }
+        append(device, &mut rows, device.slice_rows(&self.newline, 0..1)?)?;
+        let row = |row: usize| ((row * wide) as u32..((row + 1) * wide) as u32).chain([newline]);
+        let order: Vec<u32> = (0..high).flat_map(row).collect();
+        if let Some(rows) = rows.filter(|_| !order.is_empty()) {
+            device.append_rows(&mut tokens, &device.gather_rows(&rows, &order)?)?;
+        }
         Ok(tokens)
     }
 }

@@ -4,10 +4,11 @@ A family is a subclass of base.Family (or of qwen.Qwen) and its line in FAMILIES
 one dictionary each; make_model.py writes every one with its outputs and importance factors.
 """
 
+from .llava_onevision import LlavaOnevision
 from .qwen2_5_vl import Qwen25VL
 from .qwen2_vl import Qwen2VL
 
-FAMILIES = [Qwen2VL(), Qwen25VL()]
+FAMILIES = [Qwen2VL(), Qwen25VL(), LlavaOnevision()]
 
 
 def of(model_type):
