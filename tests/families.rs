@@ -14,6 +14,8 @@ const ROWS: &[(&str, &str, &[&str])] = &[
     ("qwen2_vl", "nested-f16-sharded", &["--max-pixels", "12544"]),
     ("qwen2_5_vl", "qwen2_5_vl-flat-bf16", &["--max-pixels", "20000"]),
     ("qwen2_5_vl", "qwen2_5_vl-nested-f16", &["--max-pixels", "20000"]),
+    ("llava_onevision", "llava-hub-tied-f16", &[]),
+    ("llava_onevision", "llava-v5-f32", &["--image-mode", "anyres", "--chat-template", "chatml"]),
 ];
 
 /// The checkpoint's folder and its conversations.

@@ -21,6 +21,9 @@ const PUBLISHED: &[(&str, &str, f64, &str)] = &[
     ("Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", 6.525, "BF16"),
     ("Qwen2.5-VL-32B-Instruct", "qwen2_5_vl", 31.206, "BF16"),
     ("Qwen2.5-VL-72B-Instruct", "qwen2_5_vl", 70.213, "BF16"),
+    ("llava-onevision-qwen2-0.5b-ov-hf", "llava_onevision", 0.358, "F16"),
+    ("llava-onevision-qwen2-7b-ov-hf", "llava_onevision", 6.525, "F16"),
+    ("llava-onevision-qwen2-72b-ov-hf", "llava_onevision", 70.213, "F16"),
 ];
 
 /// Bytes of a shard, about as the published ones.

@@ -134,6 +134,8 @@ fn images_and_flags() {
     fs::write(folder.join("plain.jinja"), "{{ messages[0].content }}").unwrap();
     let plain = text(folder.join("plain.jinja"));
     bench.refused(&bench.eval(&["--chat-template", &plain]), &["plain.jinja", "only plain strings"]);
+    bench.write_data(&[r#"{"text": "see <video>"}"#]);
+    bench.refused(&bench.quantize(&[]), &["data.jsonl:1", "<video>", "videos are not supported"]);
     image::RgbImage::new(2010, 10).save(folder.join("long.png")).unwrap();
     bench.write_data(&[&support::program::question("long.png")]);
     bench.refused(&bench.quantize(&[]), &["data.jsonl:1", "image 1", "2010x10", "200 times"]);

@@ -7,7 +7,9 @@ MODEL is the float checkpoint that every DIR was quantized from. FILE is what du
     sample.N.input_ids       I64 [tokens]
     sample.N.positions       I64 [3, tokens]
     sample.N.NAME            whatever the model's forward takes besides, as it takes it; for images of their own resolution
-                             pixel_values F32 [patches, values] and image_grid_thw I64 [images, 3]
+                             pixel_values F32 [patches, values] and image_grid_thw I64 [images, 3], for tiles
+                             pixel_values F32 [images, crops, 3, side, side], image_sizes I64 [images, 2] and
+                             batch_num_images I64 [1]
     sample.N.logits          F32 [tokens, vocabulary] ours, in float32
     codes.MODULE             U8  [out, in]            ours; these four for packed formats only, MODULE as in the file
     scales.MODULE            F32 [out, groups]

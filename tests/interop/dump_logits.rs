@@ -81,7 +81,9 @@ fn dump_sample(model: &LanguageModel<Cpu>, sequence: &Sequence, name: &str, dump
     dump.longs(format!("{name}.input_ids"), &[tokens], sequence.tokens.iter().map(|&token| token as usize));
     let positions = (0..3).flat_map(|axis| sequence.positions.iter().map(move |at| at[axis] as usize));
     dump.longs(format!("{name}.positions"), &[3, tokens], positions);
-    if !sequence.images.is_empty() {
+    if sequence.images.iter().any(|image| image.merged_grid() == (image.grid_height, image.grid_width)) {
+        dump_tiles(sequence, name, dump);
+    } else if !sequence.images.is_empty() {
         let patches: Vec<_> = sequence.images.iter().map(|image| image.patches()).collect();
         let values: Vec<f32> = patches.iter().flat_map(|patches| patches.data()).copied().collect();
         let columns = patches[0].cols();
@@ -95,6 +97,33 @@ fn dump_sample(model: &LanguageModel<Cpu>, sequence: &Sequence, name: &str, dump
     let logits = model.logits(&Cpu, &hidden, &(0..tokens as u32).collect::<Vec<_>>())?;
     dump.floats(format!("{name}.logits"), &[tokens, logits.cols()], logits.data());
     Ok(())
+}
+
+/// Images of a tower that merges no patches, as LLaVA-OneVision takes them: pixels of crops, [images, crops, 3, side, side].
+/// What the patches leave out at the right and the bottom, which no tower sees, and crops that an image lacks, are 0.
+fn dump_tiles(sequence: &Sequence, name: &str, dump: &mut Dump) {
+    let images = &sequence.images;
+    let side = images[0].crops()[0].width() as usize;
+    let grid = images[0].grid_width;
+    let most = images.iter().map(|image| image.crops().len()).max().unwrap_or_default();
+    let mut values = vec![0.0; images.len() * most * 3 * side * side];
+    for (index, image) in images.iter().enumerate() {
+        for crop in 0..image.crops().len() {
+            let patches = image.crop_patches(crop);
+            let patch = (patches.cols() / 3).isqrt();
+            for row in 0..patches.rows() {
+                for (at, &value) in patches.row(row).iter().enumerate() {
+                    let (channel, y, x) = (at / patch.pow(2), at / patch % patch, at % patch);
+                    let (y, x) = (row / grid * patch + y, row % grid * patch + x);
+                    values[(((index * most + crop) * 3 + channel) * side + y) * side + x] = value;
+                }
+            }
+        }
+    }
+    dump.floats(format!("{name}.pixel_values"), &[images.len(), most, 3, side, side], &values);
+    let sizes = images.iter().flat_map(|image| [image.original.0, image.original.1]);
+    dump.longs(format!("{name}.image_sizes"), &[images.len(), 2], sizes);
+    dump.longs(format!("{name}.batch_num_images"), &[1], std::iter::once(images.len()));
 }
 
 fn dump_layers(checkpoint: &Checkpoint, dump: &mut Dump) -> Result<()> {
