@@ -1,6 +1,6 @@
 //! Where to compute.
 
-use crate::args::DeviceChoice;
+use crate::values::DeviceChoice;
 use anyhow::{Context, Result};
 use std::path::Path;
 use vlmq::checkpoint::Checkpoint;

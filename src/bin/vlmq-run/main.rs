@@ -9,6 +9,7 @@ mod inspect;
 mod progress;
 mod quantize;
 mod text;
+mod values;
 
 use anyhow::{Context, Result};
 use args::{Cli, Command, MachineArgs};
