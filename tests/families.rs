@@ -14,6 +14,8 @@ const ROWS: &[(&str, &str, &[&str])] = &[
     ("qwen2_vl", "nested-f16-sharded", &["--max-pixels", "12544"]),
     ("qwen2_5_vl", "qwen2_5_vl-flat-bf16", &["--max-pixels", "20000"]),
     ("qwen2_5_vl", "qwen2_5_vl-nested-f16", &["--max-pixels", "20000"]),
+    ("qwen3_vl", "qwen3_vl-tied-bf16", &["--max-pixels", "8192"]),
+    ("qwen3_vl", "qwen3_vl-f16-sharded", &["--max-pixels", "8192"]),
 ];
 
 /// The checkpoint's folder and its conversations.

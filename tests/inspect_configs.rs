@@ -21,6 +21,8 @@ const PUBLISHED: &[(&str, &str, f64, &str)] = &[
     ("Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", 6.525, "BF16"),
     ("Qwen2.5-VL-32B-Instruct", "qwen2_5_vl", 31.206, "BF16"),
     ("Qwen2.5-VL-72B-Instruct", "qwen2_5_vl", 70.213, "BF16"),
+    ("Qwen3-VL-8B-Instruct", "qwen3_vl", 6.946, "BF16"),
+    ("Qwen3-VL-32B-Instruct", "qwen3_vl", 31.206, "BF16"),
 ];
 
 /// Bytes of a shard, about as the published ones.

@@ -3,8 +3,16 @@
 use safetensors::{Dtype, SafeTensors};
 
 /// Checkpoints with random weights in tests/golden/model, of every family (tests/golden/families).
-pub const RANDOM: &[&str] =
-    &["flat-tied-bf16", "nested-f16-sharded", "rope-parameters-f32", "qwen2_5_vl-flat-bf16", "qwen2_5_vl-nested-f16"];
+pub const RANDOM: &[&str] = &[
+    "flat-tied-bf16",
+    "nested-f16-sharded",
+    "rope-parameters-f32",
+    "qwen2_5_vl-flat-bf16",
+    "qwen2_5_vl-nested-f16",
+    "qwen3_vl-tied-bf16",
+    "qwen3_vl-f16-sharded",
+    "qwen3_vl-f32",
+];
 
 /// A file of golden tensors.
 pub struct Golden {

@@ -6,8 +6,9 @@ one dictionary each; make_model.py writes every one with its outputs and importa
 
 from .qwen2_5_vl import Qwen25VL
 from .qwen2_vl import Qwen2VL
+from .qwen3_vl import Qwen3VL
 
-FAMILIES = [Qwen2VL(), Qwen25VL()]
+FAMILIES = [Qwen2VL(), Qwen25VL(), Qwen3VL()]
 
 
 def of(model_type):

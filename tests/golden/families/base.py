@@ -3,7 +3,7 @@
 Keys of a variant that the shared scripts read: `dtype` (as stored), `seed`, `hidden`, `inter`, `layers`, `heads`, `kv`, `tied`,
 `shards`, `language` (before `layers.N.`); optional: `head` (width of an attention head), `lm_head` (name of the output head),
 `brief` (fewer rows of logits, no statistics: for all but the first family, whose decoder the others share), `pixels` (pixel
-values of `tiny-image` are written too).
+values of `tiny-image` are written too), `greedy` (greedily generated ids are too).
 """
 
 import json
