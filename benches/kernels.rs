@@ -157,6 +157,12 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
         let x = device.upload_model(noise(tokens, hidden, 5))?;
         let weight = device.upload_model(Matrix::row_vector(vec![1.0; hidden]))?;
         self.line("rms_norm", 4.0 * t * h, 4.0 * t * h, || device.rms_norm(&x, &weight, 1e-6).map(drop))?;
+        // Queries of a decoder that normalises each head.
+        let heads = device.upload_model(noise(tokens * shape.heads, shape.head_dim, 7))?;
+        let weight = device.upload_model(Matrix::row_vector(vec![1.0; shape.head_dim]))?;
+        self.line("rms_norm backward", 10.0 * t * h, 6.0 * t * h, || {
+            device.rms_norm_backward(&heads, &weight, &heads, 1e-6).map(drop)
+        })?;
         self.line("gated silu", 8.0 * t * h, 6.0 * t * h, || device.gated(&x, &x, Activation::Silu).map(drop))?;
         let keys = device.upload_model(noise(tokens, shape.kv_heads * shape.head_dim, 6))?;
         let spans: Vec<Span> = (0..tokens / length).map(|i| Span::own(i * length..(i + 1) * length)).collect();

@@ -107,6 +107,71 @@ fn vision_towers_that_contradict_the_config() {
 }
 
 #[test]
+fn norms_of_heads_interleaved_sections_and_deepstack() {
+    let rope = |change: (&str, Value)| {
+        let mut rope = json!({"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]});
+        rope[change.0] = change.1;
+        rope
+    };
+    for (key, value, says) in [
+        ("attention_bias", json!(true), "text_config.attention_bias is true"),
+        ("rope_parameters", rope(("mrope_interleaved", json!(false))), "rope_parameters.mrope_interleaved is false"),
+        (
+            "rope_parameters",
+            rope(("mrope_section", json!([4, 4, 2]))),
+            "mrope_section [4, 4, 2] does not add up to half",
+        ),
+        ("rope_parameters", rope(("rope_type", json!("yarn"))), "text_config.rope_parameters.rope_type is \"yarn\""),
+        ("num_key_value_heads", json!(4), "text_config.num_attention_heads: 6 attention heads"),
+        ("head_dim", json!(32), "does not add up to half the head width 32"),
+    ] {
+        broken("qwen3_vl-tied-bf16", Meets::All, &["model/config.json", says], set("text_config", key, value));
+    }
+    for (key, value, says) in [
+        ("depth", json!(2), "vision_config.depth is 2, but there is a tensor model.visual.blocks.2."),
+        ("out_hidden_size", json!(96), "vision_config.out_hidden_size is 96, but the language model is 64 wide"),
+        (
+            "num_position_embeddings",
+            json!(48),
+            "vision_config.num_position_embeddings is 48, not the positions of a square",
+        ),
+        ("num_position_embeddings", json!(64), "tensor model.visual.pos_embed.weight"),
+        ("deepstack_visual_indexes", json!([2, 0]), "vision_config.deepstack_visual_indexes is [2, 0], not ascending"),
+        ("deepstack_visual_indexes", json!([0, 3]), "not ascending numbers of the 3 blocks"),
+        ("deepstack_visual_indexes", json!([0]), "but there is a tensor model.visual.deepstack_merger_list.1."),
+        ("deepstack_visual_indexes", json!([0, 1, 2]), "model.visual.deepstack_merger_list.2."),
+        ("hidden_size", json!(64), "tensor model.visual."),
+        ("intermediate_size", json!(99), "tensor model.visual.blocks.0.mlp.linear_fc1.weight"),
+    ] {
+        broken("qwen3_vl-tied-bf16", Meets::Runs, &["model", says], set("vision_config", key, value));
+    }
+    // Three levels for a decoder of two blocks.
+    broken("qwen3_vl-f32", Meets::Runs, &["the language model has only 2 blocks"], |model| {
+        set("vision_config", "depth", json!(3))(model);
+        set("vision_config", "deepstack_visual_indexes", json!([0, 1, 2]))(model);
+    });
+}
+
+#[test]
+fn mixtures_of_experts() {
+    for (checkpoint, model_type) in
+        [("qwen3_vl-tied-bf16", "qwen3_vl_moe"), ("flat-tied-bf16", "qwen2_vl_moe"), ("qwen3_vl-f32", "qwen2_5_vl_moe")]
+    {
+        let says = format!("model/config.json: model_type \"{model_type}\" is a mixture of experts");
+        broken(checkpoint, Meets::All, &[&says], set("", "model_type", json!(model_type)));
+    }
+    for (checkpoint, section, says) in [
+        ("qwen3_vl-tied-bf16", "text_config", "config.json: text_config.num_experts is 8; mixtures of experts"),
+        ("flat-tied-bf16", "", "config.json: num_experts is 8; mixtures of experts"),
+    ] {
+        broken(checkpoint, Meets::All, &["model", says], set(section, "num_experts", json!(8)));
+    }
+    // A model that is nobody's mixture is simply not known.
+    let says = ["model_type \"other_moe\" is not known"];
+    broken("flat-tied-bf16", Meets::All, &says, set("", "model_type", json!("other_moe")));
+}
+
+#[test]
 fn videos() {
     let part = |part: Value| {
         json!({"messages": [
@@ -142,10 +207,10 @@ fn images_of_extreme_proportions() {
     bench.refused(&bench.eval(&[]), &says);
 }
 
-/// Two families' towers, whose features must be as many as the placeholders they replace.
+/// Families' towers, whose features must be as many as the placeholders they replace.
 #[test]
 fn image_tokens_that_disagree_with_the_features() {
-    for checkpoint in ["flat-tied-bf16", "qwen2_5_vl-flat-bf16"] {
+    for checkpoint in ["flat-tied-bf16", "qwen2_5_vl-flat-bf16", "qwen3_vl-f16-sharded"] {
         let folder = golden("model").join(checkpoint);
         let opened = Checkpoint::open(&folder).unwrap();
         let family = families::of::<Cpu>(&opened).unwrap();

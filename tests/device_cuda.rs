@@ -267,6 +267,8 @@ fn elementwise_operations_agree() {
         let (weight, bias) = (numbers(1, 130, 3), numbers(1, 130, 4));
         let found = cuda.rms_norm(&a, &case.up(&weight), 1e-6).unwrap();
         case.check("rms norm", &found, &Cpu.rms_norm(&x, &weight, 1e-6).unwrap());
+        let found = cuda.rms_norm_backward(&a, &case.up(&weight), &b, 1e-6).unwrap();
+        case.check("rms norm's gradient", &found, &Cpu.rms_norm_backward(&x, &weight, &y, 1e-6).unwrap());
         let found = cuda.layer_norm(&a, &case.up(&weight), &case.up(&bias), 1e-6).unwrap();
         case.check("layer norm", &found, &Cpu.layer_norm(&x, &weight, &bias, 1e-6).unwrap());
         let means = Matrix::row_vector(cuda.mean_abs_rows(&a).unwrap());
@@ -276,6 +278,7 @@ fn elementwise_operations_agree() {
         assert!(cuda.add_assign(&mut sum, &narrow).is_err());
         assert!(cuda.gated(&a, &narrow, Activation::Silu).is_err());
         assert!(cuda.rms_norm(&narrow, &case.up(&weight), 1e-6).is_err());
+        assert!(cuda.rms_norm_backward(&a, &case.up(&weight), &narrow, 1e-6).is_err());
         if case.precision != Precision::F32 {
             // Float32 does not mix with the model's precision by accident.
             let float = cuda.upload(y.clone()).unwrap();

@@ -16,6 +16,8 @@ const ROWS: &[(&str, &str, &[&str])] = &[
     ("qwen2_5_vl", "qwen2_5_vl-nested-f16", &["--max-pixels", "20000"]),
     ("llava_onevision", "llava-hub-tied-f16", &[]),
     ("llava_onevision", "llava-v5-f32", &["--image-mode", "anyres", "--chat-template", "chatml"]),
+    ("qwen3_vl", "qwen3_vl-tied-bf16", &["--max-pixels", "8192"]),
+    ("qwen3_vl", "qwen3_vl-f16-sharded", &["--max-pixels", "8192"]),
 ];
 
 /// The checkpoint's folder and its conversations.

@@ -24,6 +24,8 @@ const PUBLISHED: &[(&str, &str, f64, &str)] = &[
     ("llava-onevision-qwen2-0.5b-ov-hf", "llava_onevision", 0.358, "F16"),
     ("llava-onevision-qwen2-7b-ov-hf", "llava_onevision", 6.525, "F16"),
     ("llava-onevision-qwen2-72b-ov-hf", "llava_onevision", 70.213, "F16"),
+    ("Qwen3-VL-8B-Instruct", "qwen3_vl", 6.946, "BF16"),
+    ("Qwen3-VL-32B-Instruct", "qwen3_vl", 31.206, "BF16"),
 ];
 
 /// Bytes of a shard, about as the published ones.

@@ -62,6 +62,87 @@ fn norms() {
     }
 }
 
+fn norm_backward([x, weight, d_y]: [&[f32]; 3], eps: f32, dtype: vlmq_dtype, shift: usize) -> Vec<f32> {
+    let cols = weight.len();
+    let [x_buffer, d_y_buffer] = [x, d_y].map(|values| Buffer::input(dtype, values, shift));
+    let weight = Buffer::input(dtype, weight, 0);
+    let outputs = every_schedule(|| {
+        let mut d_x = Buffer::output(dtype, x.len(), shift);
+        accepted(
+            "vlmq_norm_backward",
+            &vlmq_norm_backward_args {
+                x: x_buffer.ptr(),
+                weight: weight.ptr(),
+                d_y: d_y_buffer.ptr(),
+                d_x: d_x.ptr_mut(),
+                rows: (x.len() / cols) as i64,
+                cols: cols as i64,
+                eps,
+                dtype,
+            },
+        );
+        vec![d_x]
+    });
+    outputs[0].values()
+}
+
+/// The gradient in float64, from the derivative of `weight ∘ x · (mean(x²) + eps)^-½` term by term.
+fn exact_norm_gradient([x, weight, d_y]: [&[f32]; 3], eps: f32) -> Vec<f32> {
+    let cols = weight.len();
+    let wide = |values: &[f32]| values.iter().map(|&value| f64::from(value)).collect::<Vec<_>>();
+    let weight = wide(weight);
+    let rows = x.chunks(cols).zip(d_y.chunks(cols)).flat_map(|(x, d_y)| {
+        let (x, d_y) = (wide(x), wide(d_y));
+        let power = x.iter().map(|x| x * x).sum::<f64>() / cols as f64 + f64::from(eps);
+        let along: f64 = (0..cols).map(|j| weight[j] * d_y[j] * x[j]).sum();
+        let gradient = (0..cols)
+            .map(|i| weight[i] * d_y[i] * power.powf(-0.5) - along * x[i] / cols as f64 * power.powf(-1.5))
+            .map(|value| value as f32);
+        gradient.collect::<Vec<_>>()
+    });
+    rows.collect()
+}
+
+#[test]
+fn norm_gradients() {
+    for dtype in DTYPES {
+        for &cols in lengths() {
+            for (rows, shift) in [(1, 0), (5, 0), (5, 1)] {
+                let x: Vec<f32> = noise(dtype, rows * cols, 1).iter().map(|x| rounded(dtype, x * 3.0 + 1.0)).collect();
+                let (weight, d_y) = (noise(dtype, cols, 2), noise(dtype, rows * cols, 3));
+                let found = norm_backward([&x, &weight, &d_y], 0.5, dtype, shift);
+                let what = format!("{dtype:?} {rows}x{cols} shift {shift}");
+                let exact = exact_norm_gradient([&x, &weight, &d_y], 0.5);
+                // Rows of one or two elements are nearly constant under the norm: what is left of their gradients cancels.
+                let slack = if cols <= 2 { 1e-5 } else { 2e-6 };
+                assert_rounded_once(dtype, &found, &exact, slack, &what);
+                let (xm, dm) = (matrix(rows, cols, &x), matrix(rows, cols, &d_y));
+                let twin = Cpu.rms_norm_backward(&xm, &matrix(1, cols, &weight), &dm, 0.5).unwrap();
+                assert_rounded_once(vlmq_dtype::VLMQ_F32, twin.data(), &exact, slack, &what);
+            }
+        }
+    }
+}
+
+/// Of signs the mean square is 1; where weight and gradient are whole and their sum along x is a multiple of the row's
+/// length, nothing rounds.
+#[test]
+fn norm_gradients_of_signs_are_exact() {
+    for dtype in DTYPES {
+        let (rows, cols) = (3, 64);
+        let x: Vec<f32> = (0..rows * cols).map(|i| if i % 3 == 0 { 1.0 } else { -1.0 }).collect();
+        let weight: Vec<f32> = (0..cols).map(|i| (i % 5) as f32 - 2.0).collect();
+        let d_y = integers(rows * cols, 5);
+        let found = norm_backward([&x, &weight, &d_y], 0.0, dtype, 0);
+        let expected = (0..rows * cols).map(|i| {
+            let row = i / cols * cols;
+            let along: f32 = (0..cols).map(|j| weight[j] * d_y[row + j] * x[row + j]).sum();
+            rounded(dtype, weight[i % cols] * d_y[i] - x[i] * along / cols as f32)
+        });
+        assert_eq!(found, expected.collect::<Vec<_>>(), "{dtype:?}");
+    }
+}
+
 /// Signs have mean square 1, and as many of each mean 0: nothing rounds.
 #[test]
 fn norms_of_signs_are_exact() {
@@ -277,6 +358,20 @@ fn bad_arguments() {
     }
     accepted("vlmq_norm", &vlmq_norm_args { rows: 0, x: null, ..norm });
 
+    let backward = vlmq_norm_backward_args { x, weight: x, d_y: x, d_x: y, rows: 1, cols: 4, eps: 0.0, dtype };
+    for bad in [
+        vlmq_norm_backward_args { rows: -1, ..backward },
+        vlmq_norm_backward_args { cols: -1, ..backward },
+        vlmq_norm_backward_args { dtype: unknown, ..backward },
+        vlmq_norm_backward_args { x: null, ..backward },
+        vlmq_norm_backward_args { weight: null, ..backward },
+        vlmq_norm_backward_args { d_y: null, ..backward },
+        vlmq_norm_backward_args { d_x: std::ptr::null_mut(), ..backward },
+    ] {
+        refused("vlmq_norm_backward", &bad);
+    }
+    accepted("vlmq_norm_backward", &vlmq_norm_backward_args { rows: 0, x: null, ..backward });
+
     let table = space.as_ptr();
     let rotate =
         vlmq_rotate_args { x: y, cos: table, sin: table, tokens: 1, heads: 1, head_dim: 4, transposed: 0, dtype };
@@ -317,7 +412,7 @@ fn bad_arguments() {
 #[test]
 fn clean_under_sanitizers() {
     if Variant::current() == Variant::Plain {
-        let tests = ["norms", "rotary_embedding", "activations", "sums"];
+        let tests = ["norms", "norm_gradients", "rotary_embedding", "activations", "sums"];
         pass_under_sanitizers(&tests, &[("vlmq_kernels", "kernels")]);
     }
 }

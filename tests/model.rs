@@ -95,6 +95,12 @@ fn vision_features_equal_transformers() {
             let first = (features.tokens.rows() - shape[0]) * shape[1];
             let error = largest_error(&features.tokens.data()[first..], &expected);
             assert!(error < 1e-4, "{name} {id}: {error:e}");
+            let levels = (0..).take_while(|level| case.golden.contains(&format!("{id}.deepstack.{level}"))).count();
+            assert_eq!(features.deepstack.len(), levels, "{name} {id}");
+            for (level, added) in features.deepstack.iter().enumerate() {
+                let error = largest_error(added.data(), &case.golden.values(&format!("{id}.deepstack.{level}")));
+                assert!(error < 1e-4, "{name} {id}, DeepStack {level}: {error:e}");
+            }
         });
     }
 }
@@ -134,7 +140,7 @@ fn packed_sequences_do_not_see_each_other() {
 
 #[test]
 fn greedy_decoding_equals_transformers() {
-    for name in TRAINED.into_iter().chain(["llava-v5-f32"]) {
+    for name in TRAINED.into_iter().chain(["llava-v5-f32", "qwen3_vl-tied-bf16"]) {
         let case = Case::load(name);
         let prompts: Vec<Sequence> = case.conversations.iter().map(|c| case.builder.prompt(c).unwrap()).collect();
         let prompts: Vec<&Sequence> = prompts.iter().collect();

@@ -13,10 +13,22 @@ use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::report::RunReport;
 use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
 
-fn settings(out: std::path::PathBuf, solver: Solver, importance: Importance) -> PipelineSettings {
+/// A checkpoint, how the files of its goldens begin, and what its decoder holds.
+struct Case {
+    model: &'static str,
+    files: &'static str,
+    layers: usize,
+    codes: usize,
+}
+
+const QWEN2: Case = Case { model: "rope-parameters-f32", files: "pipeline", layers: 21, codes: 86_016 };
+/// Norms of queries and keys, more heads than the residual stream is wide, and DeepStack behind both blocks.
+const QWEN3: Case = Case { model: "qwen3_vl-f32", files: "qwen3_vl-pipeline", layers: 14, codes: 69_632 };
+
+fn settings(case: &Case, out: std::path::PathBuf, solver: Solver, importance: Importance) -> PipelineSettings {
     PipelineSettings {
-        model: golden("model/rope-parameters-f32"),
-        calib: Some(golden("model/pipeline.jsonl")),
+        model: golden("model").join(case.model),
+        calib: Some(golden("model").join(format!("{}.jsonl", case.files))),
         image_root: None,
         out,
         format: Format::CompressedTensors,
@@ -32,19 +44,21 @@ fn settings(out: std::path::PathBuf, solver: Solver, importance: Importance) -> 
 
 #[test]
 fn codes_of_every_layer_equal_the_float64_pipeline() {
-    let expected_errors: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(golden("model/pipeline.json")).unwrap()).unwrap();
-    for (solver, importance, name) in [
-        (Solver::Gptaq, Importance::Vlmq, "gptaq-vlmq"),
-        (Solver::Gptaq, Importance::None, "gptaq-none"),
-        (Solver::Gptq, Importance::Vlmq, "gptq-vlmq"),
-        (Solver::Gptq, Importance::None, "gptq-none"),
+    for (case, solver, importance, run) in [
+        (QWEN2, Solver::Gptaq, Importance::Vlmq, "gptaq-vlmq"),
+        (QWEN2, Solver::Gptaq, Importance::None, "gptaq-none"),
+        (QWEN2, Solver::Gptq, Importance::Vlmq, "gptq-vlmq"),
+        (QWEN2, Solver::Gptq, Importance::None, "gptq-none"),
+        (QWEN3, Solver::Gptaq, Importance::Vlmq, "gptaq-vlmq"),
     ] {
-        let golden = Golden::read(&format!("model/pipeline.{name}.safetensors"));
+        let errors = std::fs::read(golden("model").join(format!("{}.json", case.files))).unwrap();
+        let expected_errors: serde_json::Value = serde_json::from_slice(&errors).unwrap();
+        let golden = Golden::read(&format!("model/{}.{run}.safetensors", case.files));
+        let name = format!("{} {run}", case.model);
         let work = tempfile::tempdir().unwrap();
         let out = work.path().join("out");
-        let report = pipeline::run(&Cpu, &settings(out.clone(), solver, importance), &mut ()).unwrap();
-        assert_eq!(report.layers.len(), 21);
+        let report = pipeline::run(&Cpu, &settings(&case, out.clone(), solver, importance), &mut ()).unwrap();
+        assert_eq!(report.layers.len(), case.layers);
         assert_eq!(report.calibration.used, 4);
         let written = Checkpoint::open(&out).unwrap();
         let (mut different, mut total) = (0, 0);
@@ -56,11 +70,11 @@ fn codes_of_every_layer_equal_the_float64_pipeline() {
             total += expected.len();
             let scales = relative_error(&linear.scales, &golden.values(&format!("{key}.scales")));
             assert!(scales < 1e-3, "{name} {key}: scales off by {scales:e}");
-            let error = expected_errors["relative_error"][name][key].as_f64().unwrap();
+            let error = expected_errors["relative_error"][run][key].as_f64().unwrap();
             let relative = (layer.solve.relative_error - error).abs() / error;
             assert!(relative < 1e-2, "{name} {key}: error {} against {error}", layer.solve.relative_error);
         }
-        assert_eq!(total, 86_016);
+        assert_eq!(total, case.codes);
         assert!(different * 1000 <= total, "{name}: {different} of {total} codes differ");
     }
 }
@@ -71,7 +85,7 @@ fn same_bytes_whatever_the_number_of_threads() {
         let work = tempfile::tempdir().unwrap();
         let out = work.path().join("out");
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let settings = settings(out.clone(), Solver::Gptaq, Importance::Vlmq);
+        let settings = settings(&QWEN2, out.clone(), Solver::Gptaq, Importance::Vlmq);
         let report = pool.install(|| pipeline::run(&Cpu, &settings, &mut ())).unwrap();
         let mut files: Vec<(String, Vec<u8>)> = std::fs::read_dir(&out)
             .unwrap()

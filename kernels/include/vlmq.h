@@ -316,6 +316,21 @@ typedef struct vlmq_norm_args {
 
 vlmq_status vlmq_norm(const vlmq_norm_args* args, vlmq_stream stream);
 
+/* Gradient of vlmq_norm without a bias, for its input: with r = 1 / sqrt(mean(x^2) + eps),
+ * d_x = r * (weight * d_y - x * r^2 * mean(weight * d_y * x)), per row. */
+typedef struct vlmq_norm_backward_args {
+  const void* x;      /* [rows, cols] input of the forward call */
+  const void* weight; /* [cols] */
+  const void* d_y;    /* [rows, cols] */
+  void* d_x;          /* [rows, cols] out */
+  int64_t rows;
+  int64_t cols;
+  float eps;
+  vlmq_dtype dtype;
+} vlmq_norm_backward_args;
+
+vlmq_status vlmq_norm_backward(const vlmq_norm_backward_args* args, vlmq_stream stream);
+
 /* Rotary embedding in place, halves rotated: (a, b) -> (a cos - b sin, b cos + a sin) on each pair (j, j + head_dim /
  * 2). */
 typedef struct vlmq_rotate_args {

@@ -136,6 +136,16 @@ pub trait ModelOps: Device {
     /// `x / sqrt(mean(x²) + eps) · weight` per row; weight `[1, cols]`.
     fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Tensor, eps: f32) -> Result<Self::Tensor>;
 
+    /// Gradient of [`rms_norm`](Self::rms_norm) for its input `x`, `d_out` being the output's (the weight gets none): with
+    /// `r = 1 / sqrt(mean(x²) + eps)`, `r · (weight ∘ d_out − x · r² · mean(weight ∘ d_out ∘ x))` per row.
+    fn rms_norm_backward(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        d_out: &Self::Tensor,
+        eps: f32,
+    ) -> Result<Self::Tensor>;
+
     /// `(x − mean) / sqrt(var + eps) · weight + bias` per row; weight and bias `[1, cols]`.
     fn layer_norm(
         &self,

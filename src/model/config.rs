@@ -139,6 +139,8 @@ pub struct DecoderConfig {
     pub tied: bool,
     /// Whether q, k and v have a bias.
     pub qkv_bias: bool,
+    /// Whether every head's queries and keys are normalised before the rotation.
+    pub qk_norm: bool,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
     /// Which position each of the `head_dim / 2` frequencies turns with.
@@ -147,7 +149,8 @@ pub struct DecoderConfig {
 
 impl DecoderConfig {
     /// Reads the keys that all families share. `root` is the whole file, which the tie flag may stand in, `text` the
-    /// section of the language model; q, k and v have a bias, and positions one axis, until the family says otherwise.
+    /// section of the language model; q, k and v have a bias and no norm, and positions one axis, until the family says
+    /// otherwise.
     ///
     /// Errors where a key is missing or wrong, heads do not fit, sliding windows are on, or the rotary embedding is of a
     /// kind that changes frequencies.
@@ -174,6 +177,11 @@ impl DecoderConfig {
             let kinds = layers.as_array().with_context(|| text.wrong("layer_types", "a list"))?;
             if let Some(kind) = kinds.iter().find(|kind| kind.as_str() != Some("full_attention")) {
                 bail!("{} has {kind}, not supported for {family}; known is full_attention", text.at("layer_types"));
+            }
+        }
+        for key in ["num_experts", "num_local_experts"] {
+            if text.get(key).is_some() && text.count(key)? > 1 {
+                bail!("{} is {}; mixtures of experts are not supported for {family}", text.at(key), text.count(key)?);
             }
         }
         let rope = rope_section(text)?;
@@ -203,14 +211,16 @@ impl DecoderConfig {
             vocab: text.count("vocab_size")?,
             tied,
             qkv_bias: true,
+            qk_norm: false,
             rope_theta,
             rope_axes: RopeAxes::Text,
         })
     }
 }
 
-/// transformers 5 keeps base and sections of the rotary embedding together in rope_parameters, older ones apart.
-fn rope_section<'a>(text: &Section<'a>) -> Result<Option<Section<'a>>> {
+/// transformers 5 keeps base and sections of the rotary embedding together in `rope_parameters`, older ones apart; none
+/// where it is left out.
+pub fn rope_section<'a>(text: &Section<'a>) -> Result<Option<Section<'a>>> {
     match text.section("rope_parameters")? {
         Some(rope) => Ok(Some(rope)),
         None => text.section("rope_scaling"),

@@ -135,9 +135,41 @@ pub struct Attended<T> {
     pub v: T,
 }
 
+/// RMS norm of every head's queries or keys.
+struct HeadNorm<T> {
+    /// `[1, head_dim]`.
+    weight: T,
+    eps: f32,
+}
+
+impl<T> HeadNorm<T> {
+    /// `[tokens, heads · head_dim]` with one head a row.
+    fn split<D: ModelOps<Tensor = T>>(&self, device: &D, x: T) -> Result<T> {
+        let (_, head_dim) = device.shape(&self.weight);
+        let (tokens, width) = device.shape(&x);
+        device.reshape(x, tokens * width / head_dim, head_dim)
+    }
+
+    fn apply<D: ModelOps<Tensor = T>>(&self, device: &D, x: T) -> Result<T> {
+        let (tokens, width) = device.shape(&x);
+        let normed = device.rms_norm(&self.split(device, x)?, &self.weight, self.eps)?;
+        device.reshape(normed, tokens, width)
+    }
+
+    /// Gradient for the input `x` from the output's.
+    fn backward<D: ModelOps<Tensor = T>>(&self, device: &D, x: T, d_out: T) -> Result<T> {
+        let (tokens, width) = device.shape(&x);
+        let (x, d_out) = (self.split(device, x)?, self.split(device, d_out)?);
+        let d_x = device.rms_norm_backward(&x, &self.weight, &d_out, self.eps)?;
+        device.reshape(d_x, tokens, width)
+    }
+}
+
 /// The weights of one decoder block.
 pub struct Block<T> {
     input_norm: T,
+    /// Of queries and keys, where the family has them.
+    head_norms: Option<[HeadNorm<T>; 2]>,
     post_norm: T,
     linears: Vec<Linear<T>>,
 }
@@ -151,9 +183,16 @@ impl<T> Block<T> {
         names: &DecoderNames,
         index: usize,
     ) -> Result<Self> {
-        let norm = |name: &str| {
+        let norm = |name: &str, width: usize| {
             let name = format!("{}layers.{index}.{name}.weight", names.prefix);
-            device.upload_model(checkpoint.vector(&name, config.hidden)?)
+            device.upload_model(checkpoint.vector(&name, width)?)
+        };
+        let head_norm = |name: &str| -> Result<HeadNorm<T>> {
+            Ok(HeadNorm { weight: norm(name, config.attention.head_dim)?, eps: config.norm_eps })
+        };
+        let head_norms = match config.qk_norm {
+            true => Some([head_norm("self_attn.q_norm")?, head_norm("self_attn.k_norm")?]),
+            false => None,
         };
         let linears = Projection::ALL
             .iter()
@@ -163,7 +202,12 @@ impl<T> Block<T> {
                 Linear::load(device, checkpoint, &module, projection.shape(config), bias)
             })
             .collect::<Result<_>>()?;
-        Ok(Self { input_norm: norm("input_layernorm")?, post_norm: norm("post_attention_layernorm")?, linears })
+        Ok(Self {
+            input_norm: norm("input_layernorm", config.hidden)?,
+            head_norms,
+            post_norm: norm("post_attention_layernorm", config.hidden)?,
+            linears,
+        })
     }
 
     /// A copy on the device.
@@ -172,8 +216,15 @@ impl<T> Block<T> {
         let linear = |linear: &Linear<T>| -> Result<Linear<T>> {
             Ok(Linear { weight: copy(&linear.weight)?, bias: linear.bias.as_ref().map(copy).transpose()? })
         };
+        let head_norm =
+            |norm: &HeadNorm<T>| -> Result<HeadNorm<T>> { Ok(HeadNorm { weight: copy(&norm.weight)?, eps: norm.eps }) };
+        let head_norms = match &self.head_norms {
+            Some([q, k]) => Some([head_norm(q)?, head_norm(k)?]),
+            None => None,
+        };
         Ok(Self {
             input_norm: copy(&self.input_norm)?,
+            head_norms,
             post_norm: copy(&self.post_norm)?,
             linears: self.linears.iter().map(linear).collect::<Result<_>>()?,
         })
@@ -194,13 +245,34 @@ impl<T> Block<T> {
         device.rms_norm(x, &self.input_norm, config.norm_eps)
     }
 
-    /// Rotated queries and keys, and values, of normalised inputs.
+    /// Rotated queries and keys, normalised by head before it where the family does so, and values, of normalised inputs.
     pub fn attended<D: ModelOps<Tensor = T>>(&self, device: &D, input: &T, rotary: &Rotary<T>) -> Result<Attended<T>> {
         let mut q = self.linear(Projection::Q).apply(device, input)?;
         let mut k = self.linear(Projection::K).apply(device, input)?;
+        if let Some([q_norm, k_norm]) = &self.head_norms {
+            (q, k) = (q_norm.apply(device, q)?, k_norm.apply(device, k)?);
+        }
         device.rotate(&mut q, rotary, false)?;
         device.rotate(&mut k, rotary, false)?;
         Ok(Attended { q, k, v: self.linear(Projection::V).apply(device, input)? })
+    }
+
+    /// Gradients for the outputs of q and k from those for the rotated queries and keys of [`attended`](Self::attended).
+    pub fn projection_gradients<D: ModelOps<Tensor = T>>(
+        &self,
+        device: &D,
+        input: &T,
+        rotary: &Rotary<T>,
+        (mut d_q, mut d_k): (T, T),
+    ) -> Result<(T, T)> {
+        device.rotate(&mut d_q, rotary, true)?;
+        device.rotate(&mut d_k, rotary, true)?;
+        let Some([q_norm, k_norm]) = &self.head_norms else { return Ok((d_q, d_k)) };
+        // Kept from the forward pass the norms' inputs would cost as much memory as queries and keys do.
+        let q = self.linear(Projection::Q).apply(device, input)?;
+        let d_q = q_norm.backward(device, q, d_q)?;
+        let k = self.linear(Projection::K).apply(device, input)?;
+        Ok((d_q, k_norm.backward(device, k, d_k)?))
     }
 
     /// Input of o: from the residual stream through normalisation, projections and attention.

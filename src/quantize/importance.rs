@@ -3,7 +3,8 @@
 //! With both paths through the block's *float* attention module `Attn(X) = X + o(attention(norm(X)))`, the loss of a
 //! sample is `L = ‖Attn(X_F) − Attn(X_U)‖²`, and token n's importance for projection j is the mean over channels of
 //! `|∂L / ∂Z_j[n]|`, `Z_j` being the projection's output (bias included) on the quantized path. The backward is written
-//! out: `∂L/∂Z_o = 2 (Attn(X_U) − Attn(X_F))`, then through o, the attention and the rotary embedding.
+//! out: `∂L/∂Z_o = 2 (Attn(X_U) − Attn(X_F))`, then through o, the attention, the rotary embedding and, where the family
+//! has them, the norms of queries and keys.
 
 use crate::device::ModelOps;
 use crate::model::config::DecoderConfig;
@@ -50,10 +51,8 @@ pub fn attention_importance<D: ModelOps>(
     let scale = loss_scale(&device.mean_abs_rows(&gradient(1.0)?)?);
     let d_output = gradient(scale)?;
     let d_attention = device.matmul(&d_output, &block.linear(Projection::O).weight)?;
-    let (mut d_q, mut d_k, d_v) =
-        device.attention_backward(&q, &k, &v, &d_attention, &layout.spans, config.attention)?;
-    device.rotate(&mut d_q, &layout.rotary, true)?;
-    device.rotate(&mut d_k, &layout.rotary, true)?;
+    let (d_q, d_k, d_v) = device.attention_backward(&q, &k, &v, &d_attention, &layout.spans, config.attention)?;
+    let (d_q, d_k) = block.projection_gradients(device, &input, &layout.rotary, (d_q, d_k))?;
     let factors = |gradient: &D::Tensor| -> Result<Vec<f32>> {
         Ok(device.mean_abs_rows(gradient)?.into_iter().map(|g| g / scale).collect())
     };

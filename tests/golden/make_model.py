@@ -19,7 +19,6 @@ from families.base import DATA, MODEL
 from model_checkpoints import load, write
 
 TRAINED = ["tiny-qwen2-vl", "tiny-qwen2-vl-narrow"]
-PIPELINE = "rope-parameters-f32"
 
 
 def main():
@@ -33,15 +32,15 @@ def main():
             model, processor = load(family, MODEL / name)
             family.check_config(name, model, processor)
             sequences = model_outputs.write(family, name, model, processor, trained=False)
-            lines.append(f"{name:22} tokens {[len(x) for _, _, x in sequences]}")
+            lines.append(f"{name:22} tokens {[len(x) for _, _, x, _ in sequences]}")
             lines += model_importance.write(family, name, model, sequences)
-            if name == PIPELINE:
+            if name in model_pipeline.PIPELINES:
                 lines += model_pipeline.write(family, name, model, processor)
     for name in TRAINED:
         family = families.of("qwen2_vl")
         model, processor = load(family, DATA / name)
         sequences = model_outputs.write(family, name, model, processor, trained=True)
-        lines.append(f"{name:22} tokens {[len(x) for _, _, x in sequences]}")
+        lines.append(f"{name:22} tokens {[len(x) for _, _, x, _ in sequences]}")
     print("\n".join(lines))
     total = 0
     for path in sorted(p for p in MODEL.rglob("*") if p.is_file()):

@@ -62,6 +62,11 @@ def run(layer, x, cos_sin):
     return layer(x[None], attention_mask=None, position_embeddings=cos_sin)[0]
 
 
+def leave(x, levels, index):
+    """What leaves block `index` on either path: DeepStack's features are added behind the first blocks."""
+    return x + levels[index].to(x.dtype) if index < len(levels) else x
+
+
 def importance(layer, x_float, x_quantized, cos_sin):
     """Unnormalised factors {projection: [tokens]} and the loss of one sample."""
     outputs = {}
@@ -136,22 +141,22 @@ def write(family, name, model, sequences):
             module.weight.data = round_to_nearest(module.weight, bits=3, group=32)
     before, block = layer_in(layers[0], torch.float64), layer_in(layers[BLOCK], torch.float64)
     block32 = layer_in(layers[BLOCK], torch.float32)
-    tensors = {"lengths": torch.tensor([len(x) for _, _, x in samples], dtype=torch.int32)}
-    tensors["position_ids"] = torch.cat([place for _, place, _ in samples], 1).int()
+    tensors = {"lengths": torch.tensor([len(x) for _, _, x, _ in samples], dtype=torch.int32)}
+    tensors["position_ids"] = torch.cat([place for _, place, _, _ in samples], 1).int()
     inputs = {"x_float": [], "structured": [], "rounded": []}
-    for index, (_, place, embeddings) in enumerate(samples):
+    for index, (_, place, embeddings, levels) in enumerate(samples):
         assert len(embeddings) <= MOST_TOKENS
         cos_sin, x = family.rotary(model, place, torch.float64), embeddings.double()
         with torch.no_grad():
-            inputs["x_float"].append(run(before, x, cos_sin).float())
-            inputs["rounded"].append(run(rounded, x, cos_sin).float())
+            for path, layer in (("x_float", before), ("rounded", rounded)):
+                inputs[path].append(leave(run(layer, x, cos_sin), levels, 0).float())
         inputs["structured"].append(structured(inputs["x_float"][-1], seed=index))
     tensors["x_float"] = torch.cat(inputs["x_float"])
     lines = []
     for kind in ("structured", "rounded"):
         tensors[f"{kind}.x_quantized"] = torch.cat(inputs[kind])
         results = {torch.float64: [], torch.float32: []}
-        for (_, place, _), x_float, x_quantized in zip(samples, inputs["x_float"], inputs[kind]):
+        for (_, place, _, _), x_float, x_quantized in zip(samples, inputs["x_float"], inputs[kind]):
             for dtype, layer in ((torch.float64, block), (torch.float32, block32)):
                 pair = x_float.to(dtype), x_quantized.to(dtype)
                 results[dtype].append(importance(layer, *pair, family.rotary(model, place, dtype)))
@@ -173,7 +178,7 @@ def write_statistics(family, name, model, block, samples, inputs, made):
     """Statistics of block 1 with float weights in every linear, both paths' inputs being X_F and the rounded X_U."""
     names = ["q_proj", "o_proj", "gate_proj", "down_proj"]
     found = {"u": [], "f": []}
-    for (_, place, _), x_float, x_quantized in zip(samples, inputs["x_float"], inputs["rounded"]):
+    for (_, place, _, _), x_float, x_quantized in zip(samples, inputs["x_float"], inputs["rounded"]):
         cos_sin = family.rotary(model, place, torch.float64)
         found["u"].append(linear_inputs(block, x_quantized.double(), cos_sin, names))
         found["f"].append(linear_inputs(block, x_float.double(), cos_sin, names))

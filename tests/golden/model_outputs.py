@@ -14,7 +14,7 @@ import families
 from families.base import DATA, MODEL
 
 VQA = "../../data/vqa/images/"
-SMALL = 100_000  # bytes; larger pixel values stay out: other goldens check them
+SMALL = 150_000  # bytes; larger pixel values stay out: other goldens check them
 
 
 def draw_images():
@@ -100,13 +100,18 @@ def encode(processor, messages, prompt=False):
 
 @torch.no_grad()
 def embed(family, model, inputs):
-    """Vision features [vision tokens, hidden] (None without images) and embeddings after the scatter [tokens, hidden]."""
+    """Vision features [vision tokens, hidden] (None without images), embeddings after the scatter [tokens, hidden], and what
+    is added behind the first layers by DeepStack (a list of [tokens, hidden], zero where there is no image)."""
     embeddings = model.get_input_embeddings()(inputs["input_ids"])[0].clone()
     if "pixel_values" not in inputs:
-        return None, embeddings
-    features, _ = family.features(model, inputs)
-    embeddings[inputs["input_ids"][0] == model.config.image_token_id] = features
-    return features, embeddings
+        return None, embeddings, []
+    features, deepstack = family.features(model, inputs)
+    places = inputs["input_ids"][0] == model.config.image_token_id
+    embeddings[places] = features
+    levels = [torch.zeros_like(embeddings) for _ in deepstack]
+    for level, added in zip(levels, deepstack):
+        level[places] = added
+    return features, embeddings, levels
 
 
 @torch.no_grad()
@@ -136,12 +141,12 @@ def generate(model, processor, messages, limit=24):
 
 
 def write(family, name, model, processor, trained):
-    """Write `<name>.outputs.safetensors` and `<name>.jsonl`; returns the sequences with their embeddings."""
+    """Write `<name>.outputs.safetensors` and `<name>.jsonl`; returns the sequences with what `embed` makes of them."""
     tensors, rows, made = {}, [], []
     v = family.variants.get(name, {})
     for row in conversations(trained) + family.conversations(name):
         inputs = encode(processor, row["messages"])
-        features, embeddings = embed(family, model, inputs)
+        features, embeddings, levels = embed(family, model, inputs)
         hidden, logits = forward(model, inputs)
         at, place = row["id"] + ".", family.positions(model, inputs)
         tensors[at + "input_ids"] = inputs["input_ids"][0].int()
@@ -153,6 +158,8 @@ def write(family, name, model, processor, trained):
             # The trained checkpoints see 64 tokens an image: the first sequence in full, of others the last rows.
             keep = features if not trained or row["id"] == "eval-0002" else features[-8:]
             tensors[at + "vision_features"] = keep
+            places = inputs["input_ids"][0] == model.config.image_token_id
+            tensors |= {f"{at}deepstack.{level}": added[places] for level, added in enumerate(levels)}
         tensors[at + "hidden_last_token"] = torch.stack([layer[-1] for layer in hidden])
         short = trained or row["id"] == "tiny-image" or (v.get("brief") and row["id"] != "eval-0002")
         tensors[at + "logits"] = logits[-8:] if short else logits
@@ -167,7 +174,7 @@ def write(family, name, model, processor, trained):
             extra["generated"] = processor.tokenizer.decode(answer)
             extra["smallest_lead"] = round(lead, 4)
         rows.append(row | extra)
-        made.append((row["id"], place, embeddings))
+        made.append((row["id"], place, embeddings, levels))
     (MODEL / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, MODEL / f"{name}.outputs.safetensors")
     return made

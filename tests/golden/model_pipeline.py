@@ -1,4 +1,4 @@
-"""The whole method on one tiny checkpoint in float64: every code of every linear of every block.
+"""The whole method on a tiny checkpoint in float64: every code of every linear of every block.
 
 Settings: 3 bits, groups of 32, asymmetric min-max grid, act-group order, damping 0.01, α 0.25. Both paths start from the
 embeddings (vision features scattered in) that transformers computes in float32. Per block, with g = 1 in block 0:
@@ -6,9 +6,9 @@ importance with the block's float weights, then {q,k,v} → {o} → {gate,up} �
 with the sets before it quantized, then both paths advance.
 
 A weight that lies nearly in the middle between two codes may flip with the last bit of float32, and what follows changes
-with it: the rest of its row, later sets, later blocks. With most conversations one of 86016 weights does. The four here
-were chosen because nothing flips when everything is computed in float32, nor with noise of 1e-6 on the embeddings; both are
-asserted. The run of gptaq-vlmq also stores what enters blocks 1 and 2, so that blocks can be checked one by one.
+with it: the rest of its row, later sets, later blocks. With most conversations one of 86016 weights does. The four of each
+checkpoint were chosen because nothing flips when everything is computed in float32, nor with noise of 1e-6 on the embeddings;
+both are asserted. The run of gptaq-vlmq also stores what enters blocks 1 and 2, so that blocks can be checked one by one.
 """
 
 import json
@@ -19,7 +19,7 @@ import model_outputs
 from families.base import MODEL
 from model_grid import dequantize, solve
 from model_importance import (
-    PROJECTIONS, Norm, cross, hessian, importance, layer_in, linear_inputs, normalise, run, save,
+    PROJECTIONS, Norm, cross, hessian, importance, layer_in, leave, linear_inputs, normalise, run, save,
 )
 from model_outputs import VQA, embed, encode, image, text, turn, vqa
 
@@ -27,17 +27,22 @@ SETS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["
 SETTINGS = dict(bits=3, group=32, damp=0.01, alpha=0.25)
 NOISE, NOISES = 1e-6, 8
 RUNS = [("gptaq", "vlmq"), ("gptaq", "none"), ("gptq", "vlmq"), ("gptq", "none")]
+# By checkpoint: how its files begin, which conversations of calib.jsonl it sees, which runs it goes through.
+PIPELINES = {
+    "rope-parameters-f32": ("pipeline", ["calib-0005", "calib-0069"], RUNS),
+    "qwen3_vl-f32": ("qwen3_vl-pipeline", ["calib-0107", "calib-0048"], RUNS[:1]),
+}
 
 
-def calibration():
-    """Four conversations: two of one image, one of two images, one of text alone."""
+def calibration(chosen):
+    """Four conversations: the two chosen ones of one image, one of two images, one of text alone."""
     two = [
         turn("user", image(VQA + "calib-0010.png"), image("images/blocks-131x50.png"), text("what color is the ring?")),
         turn("assistant", text("yellow")),
     ]
     alone = [turn("user", text("read the digits. then describe a tall bar.")), turn("assistant", text("7 2, orange"))]
     made = [{"id": "two", "messages": two}, {"id": "text", "messages": alone}]
-    return vqa("calib.jsonl", ["calib-0005", "calib-0069"]) + made
+    return vqa("calib.jsonl", chosen) + made
 
 
 def weight_of(layer, name):
@@ -46,11 +51,11 @@ def weight_of(layer, name):
 
 
 def quantize(family, model, samples, solver, weighting, dtype):
-    """Tensors of all layers, relative errors by layer, and the last sample's logits on both paths."""
+    """Tensors of all layers, relative errors by layer, and all samples' logits on both paths."""
     tensors, errors = {}, {}
-    float_path = [x.to(dtype) for _, _, x in samples]
+    float_path = [x.to(dtype) for _, _, x, _ in samples]
     quantized_path = list(float_path)
-    cos_sin = [family.rotary(model, place, dtype) for _, place, _ in samples]
+    cos_sin = [family.rotary(model, place, dtype) for _, place, _, _ in samples]
     for index, original in enumerate(model.model.language_model.layers):
         if (solver, weighting) == RUNS[0] and index > 0:
             tensors[f"layers.{index}.x_float"] = torch.cat(float_path).float()
@@ -83,13 +88,15 @@ def quantize(family, model, samples, solver, weighting, dtype):
             for name, value in solved.items():
                 weight_of(layer, name).data = value
         with torch.no_grad():
-            float_path = [run(before, *xs) for xs in zip(float_path, cos_sin)]
-            quantized_path = [run(layer, *xs) for xs in zip(quantized_path, cos_sin)]
+            float_path, quantized_path = (
+                [leave(run(which, x, cs), levels, index) for x, cs, (*_, levels) in zip(path, cos_sin, samples)]
+                for which, path in ((before, float_path), (layer, quantized_path))
+            )
     norm, head = Norm(model.model.language_model.norm), model.lm_head.weight.to(dtype)
     norm.weight = torch.nn.Parameter(norm.weight.to(dtype))
     with torch.no_grad():
-        logits = [norm(path[-1]) @ head.T for path in (float_path, quantized_path)]
-    tensors["logits"] = logits[1][-8:].float()
+        logits = [[norm(x) @ head.T for x in path] for path in (float_path, quantized_path)]
+    tensors["logits"] = logits[1][-1][-8:].float()
     return tensors, errors, logits
 
 
@@ -100,22 +107,24 @@ def noisy(samples, seed):
     def shake(x):
         return x.double() * (1 + NOISE * torch.randn(x.shape, generator=generator, dtype=torch.float64))
 
-    return [(key, place, shake(x)) for key, place, x in samples]
+    return [(key, place, shake(x), levels) for key, place, x, levels in samples]
 
 
 def write(family, name, model, processor):
-    """Write `pipeline.jsonl`, `pipeline.json` and one `pipeline.<solver>-<importance>.safetensors` a run."""
-    rows, samples = calibration(), []
-    (MODEL / "pipeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """Write `<files>.jsonl`, `<files>.json` and one `<files>.<solver>-<importance>.safetensors` a run."""
+    files, chosen, runs = PIPELINES[name]
+    rows, samples, expected = calibration(chosen), [], []
+    (MODEL / f"{files}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for row in rows:
         inputs = encode(processor, row["messages"])
-        samples.append((row["id"], family.positions(model, inputs), embed(family, model, inputs)[1]))
-    expected = model_outputs.forward(model, inputs)[1]
-    report = {"checkpoint": name, "tokens": [len(x) for _, _, x in samples], "settings": SETTINGS, "relative_error": {}}
+        samples.append((row["id"], family.positions(model, inputs), *embed(family, model, inputs)[1:]))
+        expected.append(model_outputs.forward(model, inputs)[1])
+    tokens = [len(x) for _, _, x, _ in samples]
+    report = {"checkpoint": name, "tokens": tokens, "settings": SETTINGS, "relative_error": {}}
     lines = []
-    for solver, weighting in RUNS:
+    for solver, weighting in runs:
         tensors, errors, logits = quantize(family, model, samples, solver, weighting, torch.float64)
-        off = (logits[0] - expected).norm() / expected.norm()
+        off = max(((x - y).norm() / y.norm()).item() for x, y in zip(logits[0], expected))
         assert off < 1e-5, f"float path differs from transformers by {off}"
         codes = [key for key in tensors if key.endswith(".codes")]
         total = sum(tensors[key].numel() for key in codes)
@@ -125,10 +134,10 @@ def write(family, name, model, processor):
             flipped = sum((tensors[key] != other[key]).sum().item() for key in codes)
             assert flipped == 0, f"{solver}-{weighting}: {flipped} of {total} codes flip; choose other conversations"
         key = f"{solver}-{weighting}"
-        save(tensors, f"pipeline.{key}.safetensors")
+        save(tensors, f"{files}.{key}.safetensors")
         report["relative_error"][key] = errors
-        moved = (logits[1] - logits[0]).norm() / logits[0].norm()
+        moved = (logits[1][-1] - logits[0][-1]).norm() / logits[0][-1].norm()
         lines.append(f"{name:22} pipeline {key:10} {total} codes, none flips in float32 or under noise, "
                      f"logits moved by {moved:.3f}")
-    (MODEL / "pipeline.json").write_text(json.dumps(report, indent=2) + "\n")
+    (MODEL / f"{files}.json").write_text(json.dumps(report, indent=2) + "\n")
     return lines

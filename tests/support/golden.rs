@@ -12,6 +12,9 @@ pub const RANDOM: &[&str] = &[
     "llava-hub-tied-f16",
     "llava-resaved-f16-sharded",
     "llava-v5-f32",
+    "qwen3_vl-tied-bf16",
+    "qwen3_vl-f16-sharded",
+    "qwen3_vl-f32",
 ];
 
 /// A file of golden tensors.

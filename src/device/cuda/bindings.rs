@@ -546,6 +546,35 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct vlmq_norm_backward_args {
+    pub x: *const ::core::ffi::c_void,
+    pub weight: *const ::core::ffi::c_void,
+    pub d_y: *const ::core::ffi::c_void,
+    pub d_x: *mut ::core::ffi::c_void,
+    pub rows: i64,
+    pub cols: i64,
+    pub eps: f32,
+    pub dtype: vlmq_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of vlmq_norm_backward_args"][::core::mem::size_of::<vlmq_norm_backward_args>() - 56usize];
+    ["Alignment of vlmq_norm_backward_args"][::core::mem::align_of::<vlmq_norm_backward_args>() - 8usize];
+    ["Offset of field: vlmq_norm_backward_args::x"][::core::mem::offset_of!(vlmq_norm_backward_args, x) - 0usize];
+    ["Offset of field: vlmq_norm_backward_args::weight"]
+        [::core::mem::offset_of!(vlmq_norm_backward_args, weight) - 8usize];
+    ["Offset of field: vlmq_norm_backward_args::d_y"][::core::mem::offset_of!(vlmq_norm_backward_args, d_y) - 16usize];
+    ["Offset of field: vlmq_norm_backward_args::d_x"][::core::mem::offset_of!(vlmq_norm_backward_args, d_x) - 24usize];
+    ["Offset of field: vlmq_norm_backward_args::rows"]
+        [::core::mem::offset_of!(vlmq_norm_backward_args, rows) - 32usize];
+    ["Offset of field: vlmq_norm_backward_args::cols"]
+        [::core::mem::offset_of!(vlmq_norm_backward_args, cols) - 40usize];
+    ["Offset of field: vlmq_norm_backward_args::eps"][::core::mem::offset_of!(vlmq_norm_backward_args, eps) - 48usize];
+    ["Offset of field: vlmq_norm_backward_args::dtype"]
+        [::core::mem::offset_of!(vlmq_norm_backward_args, dtype) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct vlmq_rotate_args {
     pub x: *mut ::core::ffi::c_void,
     pub cos: *const f32,
@@ -873,6 +902,7 @@ unsafe extern "C" {
     pub fn vlmq_unpack(args: *const vlmq_unpack_args, stream: vlmq_stream) -> vlmq_status;
     pub fn vlmq_dequantize(args: *const vlmq_dequantize_args, stream: vlmq_stream) -> vlmq_status;
     pub fn vlmq_norm(args: *const vlmq_norm_args, stream: vlmq_stream) -> vlmq_status;
+    pub fn vlmq_norm_backward(args: *const vlmq_norm_backward_args, stream: vlmq_stream) -> vlmq_status;
     pub fn vlmq_rotate(args: *const vlmq_rotate_args, stream: vlmq_stream) -> vlmq_status;
     pub fn vlmq_attention(args: *const vlmq_attention_args, stream: vlmq_stream) -> vlmq_status;
     pub fn vlmq_attention_backward_workspace_bytes(args: *const vlmq_attention_backward_args) -> usize;

@@ -89,6 +89,7 @@ kernels! {
     vlmq_unpack(vlmq_unpack_args);
     vlmq_dequantize(vlmq_dequantize_args);
     vlmq_norm(vlmq_norm_args);
+    vlmq_norm_backward(vlmq_norm_backward_args);
     vlmq_rotate(vlmq_rotate_args);
     vlmq_attention(vlmq_attention_args);
     vlmq_attention_backward(vlmq_attention_backward_args) workspace vlmq_attention_backward_workspace_bytes;

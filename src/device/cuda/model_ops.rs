@@ -2,7 +2,7 @@
 
 use super::bindings::{
     vlmq_activate_args, vlmq_activation, vlmq_attention_args, vlmq_attention_backward_args, vlmq_dequantize_args,
-    vlmq_gather_rows_args, vlmq_mean_abs_rows_args, vlmq_norm_args, vlmq_rotate_args,
+    vlmq_gather_rows_args, vlmq_mean_abs_rows_args, vlmq_norm_args, vlmq_norm_backward_args, vlmq_rotate_args,
 };
 use super::memory::Memory;
 use super::tensor::CudaTensor;
@@ -165,6 +165,29 @@ impl ModelOps for Cuda {
         self.norm(x, weight, None, eps)
     }
 
+    fn rms_norm_backward(
+        &self,
+        x: &CudaTensor,
+        weight: &CudaTensor,
+        d_out: &CudaTensor,
+        eps: f32,
+    ) -> Result<CudaTensor> {
+        alike(d_out, x).context("output gradient of another shape than the output")?;
+        fits_rows(weight, x)?;
+        let mut d_x = self.tensor(x.rows, x.cols, x.precision)?;
+        self.launch(&vlmq_norm_backward_args {
+            x: self.read(x)?,
+            weight: self.read(weight)?,
+            d_y: self.read(d_out)?,
+            d_x: self.write(&mut d_x)?,
+            rows: x.rows as i64,
+            cols: x.cols as i64,
+            eps,
+            dtype: x.precision.dtype(),
+        })?;
+        Ok(d_x)
+    }
+
     fn layer_norm(&self, x: &CudaTensor, weight: &CudaTensor, bias: &CudaTensor, eps: f32) -> Result<CudaTensor> {
         self.norm(x, weight, Some(bias), eps)
     }
@@ -282,12 +305,7 @@ impl ModelOps for Cuda {
 impl Cuda {
     fn norm(&self, x: &CudaTensor, weight: &CudaTensor, bias: Option<&CudaTensor>, eps: f32) -> Result<CudaTensor> {
         for part in [Some(weight), bias].into_iter().flatten() {
-            ensure!(
-                part.rows == 1 && part.cols == x.cols && part.precision == x.precision,
-                "norm of {} on {}",
-                part.describe(),
-                x.describe()
-            );
+            fits_rows(part, x)?;
         }
         let mut y = self.tensor(x.rows, x.cols, x.precision)?;
         self.launch(&vlmq_norm_args {
@@ -405,6 +423,17 @@ fn apart<'a>(ranges: impl Iterator<Item = &'a Range<usize>>) -> bool {
     let mut ranges: Vec<&Range<usize>> = ranges.filter(|range| !range.is_empty()).collect();
     ranges.sort_by_key(|range| range.start);
     ranges.windows(2).all(|pair| pair[0].end <= pair[1].start)
+}
+
+/// Whether a norm's weight or bias goes with every row of `x`.
+fn fits_rows(part: &CudaTensor, x: &CudaTensor) -> Result<()> {
+    ensure!(
+        part.rows == 1 && part.cols == x.cols && part.precision == x.precision,
+        "norm of {} on {}",
+        part.describe(),
+        x.describe()
+    );
+    Ok(())
 }
 
 fn alike(a: &CudaTensor, b: &CudaTensor) -> Result<()> {

@@ -7,6 +7,7 @@ mod llava_onevision;
 mod qwen;
 mod qwen2_5_vl;
 mod qwen2_vl;
+mod qwen3_vl;
 
 pub use crate::calibration::anyres::ImageMode;
 
@@ -116,7 +117,7 @@ pub trait Family<D: ModelOps>: Send + Sync {
 
 /// All known families.
 fn registry<D: ModelOps>() -> &'static [&'static dyn Family<D>] {
-    &[&qwen2_vl::Qwen2Vl, &qwen2_5_vl::Qwen25Vl, &llava_onevision::LlavaOnevision]
+    &[&qwen2_vl::Qwen2Vl, &qwen2_5_vl::Qwen25Vl, &qwen3_vl::Qwen3Vl, &llava_onevision::LlavaOnevision]
 }
 
 /// The type that a checkpoint stores its model in: that of the token embedding, which no format quantizes.
@@ -129,6 +130,15 @@ pub fn float_type(checkpoint: &Checkpoint) -> Result<ScaleType> {
 pub fn of<D: ModelOps>(checkpoint: &Checkpoint) -> Result<&'static dyn Family<D>> {
     let model_type = Section::root(checkpoint)?.text("model_type")?;
     let families = registry::<D>();
+    if let Some(dense) = model_type.strip_suffix("_moe")
+        && families.iter().any(|family| family.model_type() == dense)
+    {
+        bail!(
+            "{}: model_type {model_type:?} is a mixture of experts, which is not supported; of this family only the dense \
+             models ({dense}) are",
+            checkpoint.folder().join("config.json").display()
+        );
+    }
     families.iter().copied().find(|family| family.model_type() == model_type).with_context(|| {
         let known: Vec<&str> = families.iter().map(|family| family.model_type()).collect();
         format!(

@@ -7,8 +7,9 @@ one dictionary each; make_model.py writes every one with its outputs and importa
 from .llava_onevision import LlavaOnevision
 from .qwen2_5_vl import Qwen25VL
 from .qwen2_vl import Qwen2VL
+from .qwen3_vl import Qwen3VL
 
-FAMILIES = [Qwen2VL(), Qwen25VL(), LlavaOnevision()]
+FAMILIES = [Qwen2VL(), Qwen25VL(), LlavaOnevision(), Qwen3VL()]
 
 
 def of(model_type):

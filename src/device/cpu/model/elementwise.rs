@@ -42,6 +42,24 @@ pub(super) fn rms_norm(x: &Matrix, weight: &Matrix, eps: f32) -> Result<Matrix> 
     Ok(y)
 }
 
+pub(super) fn rms_norm_backward(x: &Matrix, weight: &Matrix, d_out: &Matrix, eps: f32) -> Result<Matrix> {
+    ensure!(weight.cols() == x.cols(), "norm of {} channels on {}", weight.cols(), x.cols());
+    same_shape(x, d_out)?;
+    let mut d_x = d_out.clone();
+    let cols = x.cols().max(1);
+    rows_mut(&mut d_x).zip(x.data().par_chunks(cols)).for_each(|(row, x)| {
+        for (value, weight) in row.iter_mut().zip(weight.data()) {
+            *value *= weight;
+        }
+        let scale = 1.0 / (dot(x, x) / cols as f32 + eps).sqrt();
+        let along = scale * scale * (dot(row, x) / cols as f32);
+        for (value, x) in row.iter_mut().zip(x) {
+            *value = scale * (*value - x * along);
+        }
+    });
+    Ok(d_x)
+}
+
 pub(super) fn layer_norm(x: &Matrix, weight: &Matrix, bias: &Matrix, eps: f32) -> Result<Matrix> {
     ensure!(weight.cols() == x.cols() && bias.cols() == x.cols(), "norm of {} channels on {}", weight.cols(), x.cols());
     let mut y = x.clone();

@@ -97,6 +97,10 @@ impl ModelOps for Cpu {
         elementwise::rms_norm(x, weight, eps)
     }
 
+    fn rms_norm_backward(&self, x: &Matrix, weight: &Matrix, d_out: &Matrix, eps: f32) -> Result<Matrix> {
+        elementwise::rms_norm_backward(x, weight, d_out, eps)
+    }
+
     fn layer_norm(&self, x: &Matrix, weight: &Matrix, bias: &Matrix, eps: f32) -> Result<Matrix> {
         elementwise::layer_norm(x, weight, bias, eps)
     }
