@@ -14,7 +14,7 @@ use vlmq::checkpoint::formats::Format;
 use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::{self, Evaluation, EvaluationSettings};
 use vlmq::model::families::ImageOptions;
-use vlmq::quantize::pipeline::{self, PipelineSettings};
+use vlmq::quantize::pipeline::{self, CHUNK_TOKENS, PipelineSettings};
 use vlmq::quantize::settings::{CrossTerm, Grid, Importance, Order, Solver, SolverSettings};
 use vlmq::tensor::Matrix;
 
@@ -113,6 +113,7 @@ fn runs(
                 samples: SAMPLES,
                 seed,
                 max_tokens: 2048,
+                chunk_tokens: CHUNK_TOKENS,
                 image_options: ImageOptions::default(),
                 chat_template: Default::default(),
             };

@@ -103,6 +103,9 @@ fn absurd_settings_are_exit_code_2_and_touch_nothing() {
         (&["--grid", "max"], "minmax, mse"),
         (&["--format", "gguf"], "compressed-tensors, gptq, dequantized"),
         (&["--device", "cuda:x"], "cuda:N"),
+        (&["--max-gpu-memory", "lots"], "8GiB"),
+        (&["--max-gpu-memory", "-8"], "8GiB"),
+        (&["--max-gpu-memory", "0"], "from 1MiB to 16TiB"),
         (&["--symmetric", "yes"], "unexpected argument 'yes'"),
     ];
     for (extra, reason) in cases {
@@ -172,4 +175,15 @@ fn a_device_that_this_build_lacks_is_an_error() {
     let output = vlmq_run(&["inspect", &data("tiny-qwen2-vl"), "--device", "cuda:1"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("cuda:1") && stderr(&output).contains("--device cpu"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_limit_of_gpu_memory_needs_a_gpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let output = vlmq_run(&quantize(&data("tiny-qwen2-vl"), &out, &["--max-gpu-memory", "8GiB"]));
+    assert_eq!(output.status.code(), Some(1));
+    let message = stderr(&output);
+    assert!(message.contains("--max-gpu-memory") && message.contains("--device cuda"), "{message}");
+    assert!(names_in(folder.path()).is_empty());
 }

@@ -117,10 +117,15 @@ fn published_checkpoints_are_inspected() {
         let tied = !model["tensors"].to_string().contains("lm_head");
         assert_eq!(part("output head").is_none(), tied, "{name}");
 
-        // One block twice, four matrices of the widest input, two streams of 512 samples of 512 tokens, all in float32.
+        // One block twice with its norms and biases, four matrices of the widest input with diagonal blocks, diagonal and
+        // order, two streams and rotary tables of 512 samples of 512 tokens, all in float32.
         let size = |key: &str| number(&found["decoder"][key]);
-        let streams = 2.0 * 512.0 * 512.0 * size("hidden");
-        let expected = 4.0 * (2.0 * weights as f64 / size("blocks") + 4.0 * size("intermediate").powi(2) + streams);
+        let streams = 512.0 * 512.0 * (2.0 * size("hidden") + size("head_dim"));
+        let norms_and_biases = 2.0 * size("hidden") + (size("heads") + 2.0 * size("kv_heads")) * size("head_dim");
+        let blocks = 2.0 * (weights as f64 / size("blocks") + norms_and_biases);
+        let inner = size("intermediate");
+        let matrices = 4.0 * inner.powi(2) + (2.0 * 128.0 + 2.0) * inner + 128.0 * 128.0;
+        let expected = 4.0 * (blocks + matrices + streams);
         let peak = number(&found["estimate"]["peak_memory_bytes"]);
         assert!((peak / expected - 1.0).abs() < 1e-6, "{name}: {peak} against {expected}");
     }

@@ -9,7 +9,7 @@ use vlmq::checkpoint::Checkpoint;
 use vlmq::checkpoint::formats::Format;
 use vlmq::device::cpu::Cpu;
 use vlmq::model::families::ImageOptions;
-use vlmq::quantize::pipeline::{self, PipelineSettings};
+use vlmq::quantize::pipeline::{self, CHUNK_TOKENS, PipelineSettings};
 use vlmq::quantize::report::RunReport;
 use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
 
@@ -37,6 +37,7 @@ fn settings(case: &Case, out: std::path::PathBuf, solver: Solver, importance: Im
         samples: 512,
         seed: 0,
         max_tokens: 2048,
+        chunk_tokens: CHUNK_TOKENS,
         image_options: ImageOptions::default(),
         chat_template: Default::default(),
     }

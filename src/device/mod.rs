@@ -43,6 +43,33 @@ pub trait Device: Send + Sync + 'static {
     /// Index of the first row that holds a NaN or an infinity, if any.
     fn first_non_finite_row(&self, tensor: &Self::Tensor) -> Result<Option<usize>>;
 
+    /// Says that a tensor is not needed for a while. A device may move it out of its memory, behind the work enqueued so far,
+    /// and returns at once. Until it is fetched, any use but that and [`shape`](Self::shape) is an error there. A device
+    /// whose memory is the host's does nothing.
+    fn park(&self, _tensor: &mut Self::Tensor) -> Result<()> {
+        Ok(())
+    }
+
+    /// Starts to bring a parked tensor back and returns at once; work that uses it is ordered behind the copy. Nothing
+    /// happens to a tensor that is not parked.
+    fn fetch(&self, _tensor: &mut Self::Tensor) -> Result<()> {
+        Ok(())
+    }
+
+    /// Bytes of device memory that may be in use at once; `None` where it is the host's.
+    fn memory_limit(&self) -> Option<u64> {
+        None
+    }
+
+    /// Most bytes of device memory that were in use at once since [`reset_peak`](Self::reset_peak); `None` where it is the
+    /// host's.
+    fn peak_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// Begins to look for a new peak.
+    fn reset_peak(&self) {}
+
     /// `(rows, cols)` of a tensor.
     fn shape(&self, tensor: &Self::Tensor) -> (usize, usize);
 }

@@ -106,6 +106,9 @@ pub trait ModelOps: Device {
     /// The values of a quantized weight, as [`upload_model`](Self::upload_model) would bring them.
     fn dequantize(&self, weight: &QuantizedWeight<'_>) -> Result<Self::Tensor>;
 
+    /// Bytes of a value in that precision.
+    fn element_bytes(&self) -> usize;
+
     /// Rows of `table` by index: `[indices, cols]`.
     fn gather_rows(&self, table: &Self::Tensor, indices: &[u32]) -> Result<Self::Tensor>;
 

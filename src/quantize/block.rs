@@ -2,15 +2,16 @@
 //!
 //! Sets are quantized in the order {q, k, v} → {o} → {gate, up} → {down}. A set's `U` is computed with every set before
 //! it already quantized; `F` never meets a quantized weight. Inputs of a set are computed again for every pass and never
-//! kept, so memory holds the two residual streams, the block and one layer's statistics.
+//! kept, so memory holds the two residual streams, the block and one layer's statistics; [`plan`](super::plan) counts it.
 
 use super::importance::{Factors, attention_importance, normalise};
 use super::layer::{QuantizedLinear, SolveReport};
+use super::plan::Activations;
 use super::report::ImportanceSpread;
 use super::settings::{Importance, Solver, SolverSettings};
 use super::solve;
 use super::statistics::Statistics;
-use crate::device::{ModelOps, SolveOps};
+use crate::device::{Device, ModelOps, SolveOps};
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::{Block, Layout, Projection};
 use anyhow::{Context, Result, bail};
@@ -28,6 +29,62 @@ pub struct Chunk<T> {
     pub is_vision: Vec<bool>,
     /// Ids of the samples, in the order of the spans.
     pub samples: Vec<String>,
+}
+
+impl<T> Chunk<T> {
+    /// What a pass looks at: the streams, without the float path's where it does not, and the features that it adds behind
+    /// block `level`, if it does.
+    fn tensors(&mut self, with_float: bool, level: Option<usize>) -> impl Iterator<Item = &mut T> {
+        let rotary = [&mut self.layout.rotary.cos, &mut self.layout.rotary.sin];
+        let levels = self.layout.deepstack.iter_mut().flat_map(|deepstack| &mut deepstack.levels).enumerate();
+        let level = levels.filter(move |(i, _)| Some(*i) == level).map(|(_, features)| features);
+        [&mut self.x_quantized]
+            .into_iter()
+            .chain(self.x_float.as_mut().filter(|_| with_float))
+            .chain(rotary)
+            .chain(level)
+    }
+
+    /// Moves the chunk out of device memory until a pass comes to it.
+    pub fn park<D: Device<Tensor = T>>(&mut self, device: &D) -> Result<()> {
+        let mut levels = self.layout.deepstack.iter_mut().flat_map(|deepstack| &mut deepstack.levels);
+        levels.try_for_each(|features| device.park(features))?;
+        self.tensors(true, None).try_for_each(|tensor| device.park(tensor))
+    }
+}
+
+/// One pass over all chunks, in order. Streamed ones are parked before and after; the next is fetched while one is worked on.
+struct Pass<'a, D> {
+    device: &'a D,
+    activations: Activations,
+    /// Whether the pass looks at the float path.
+    with_float: bool,
+    /// The block that the pass leaves, if it does.
+    leaves: Option<usize>,
+}
+
+impl<D: Device> Pass<'_, D> {
+    fn run(
+        &self,
+        chunks: &mut [Chunk<D::Tensor>],
+        mut visit: impl FnMut(usize, &mut Chunk<D::Tensor>) -> Result<()>,
+    ) -> Result<()> {
+        let fetch = |chunk: &mut Chunk<D::Tensor>| match self.activations {
+            Activations::Streamed => {
+                chunk.tensors(self.with_float, self.leaves).try_for_each(|tensor| self.device.fetch(tensor))
+            }
+            Activations::Resident => Ok(()),
+        };
+        chunks.first_mut().map(fetch).transpose()?;
+        for i in 0..chunks.len() {
+            chunks.get_mut(i + 1).map(fetch).transpose()?;
+            visit(i, &mut chunks[i])?;
+            if self.activations == Activations::Streamed {
+                chunks[i].park(self.device)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Whether any part of the method looks at the float path.
@@ -105,6 +162,8 @@ pub struct BlockQuantizer<'a, D: ModelOps + SolveOps> {
     pub settings: &'a SolverSettings,
     /// How tokens are weighted.
     pub importance: Importance,
+    /// Where the chunks are between passes.
+    pub activations: Activations,
     /// Number of the block, from 0.
     pub index: usize,
     /// The block with its float weights.
@@ -144,25 +203,26 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         Ok(())
     }
 
+    /// A pass over the chunks that ends with `residual` added, if with any.
+    fn pass(&self, with_float: bool, residual: Option<Projection>) -> Pass<'_, D> {
+        let leaves = residual.filter(|&residual| residual == Projection::Down).map(|_| self.index);
+        Pass { device: self.device, activations: self.activations, with_float, leaves }
+    }
+
     /// Normalised importance factors of all tokens, chunk by chunk. In block 0 the paths are equal, the loss vanishes and
     /// all tokens weigh alike.
-    fn factors(&self, chunks: &[Chunk<D::Tensor>], progress: &mut dyn FnMut(&str)) -> Result<Option<Vec<Factors>>> {
+    fn factors(&self, chunks: &mut [Chunk<D::Tensor>], progress: &mut dyn FnMut(&str)) -> Result<Option<Vec<Factors>>> {
         if self.importance == Importance::None || self.index == 0 {
             return Ok(None);
         }
         progress(&format!("block {}: importance", self.index));
         let mut factors = Vec::with_capacity(chunks.len());
-        for chunk in chunks {
+        self.pass(true, None).run(chunks, |_, chunk| {
             let Some(x_float) = &chunk.x_float else { bail!("importance needs the float path") };
-            factors.push(attention_importance(
-                self.device,
-                self.config,
-                &self.float,
-                x_float,
-                &chunk.x_quantized,
-                &chunk.layout,
-            )?);
-        }
+            let (x_quantized, layout) = (&chunk.x_quantized, &chunk.layout);
+            factors.push(attention_importance(self.device, self.config, &self.float, x_float, x_quantized, layout)?);
+            Ok(())
+        })?;
         normalise(&mut factors);
         Ok(Some(factors))
     }
@@ -180,12 +240,11 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         let with_cross = self.settings.solver == Solver::Gptaq;
         let (_, in_features) = projection.shape(self.config);
         let mut statistics = Statistics::new(self.device, in_features, with_cross)?;
-        for (i, chunk) in chunks.iter_mut().enumerate() {
+        let with_float = with_cross || set.residual().is_some();
+        self.pass(with_float, set.residual()).run(chunks, |i, chunk| {
             let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
             let f = match &chunk.x_float {
-                Some(x) if with_cross || set.residual().is_some() => {
-                    Some(set.input(self.device, self.config, &self.float, x, &chunk.layout)?)
-                }
+                Some(x) if with_float => Some(set.input(self.device, self.config, &self.float, x, &chunk.layout)?),
                 _ => None,
             };
             let g = factors.and_then(|factors| factors[i].of(projection));
@@ -195,7 +254,8 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
                 self.leave(&chunk.layout, x_float, residual)?;
                 self.check_finite(x_float, &chunk.layout, &chunk.samples, residual, "float")?;
             }
-        }
+            Ok(())
+        })?;
         let prepared =
             solve::prepare(self.device, &statistics, self.settings).with_context(|| self.place(projection))?;
         Ok(Shared { prepared, hessian: statistics.hessian, seconds: start.elapsed().as_secs_f64() })
@@ -227,13 +287,12 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
 
     /// Adds the output of the attention module or the MLP to the quantized path's residual stream.
     fn advance(&self, set: LayerSet, residual: Projection, chunks: &mut [Chunk<D::Tensor>]) -> Result<()> {
-        for chunk in chunks {
+        self.pass(false, Some(residual)).run(chunks, |_, chunk| {
             let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
             self.quantized.add_output(self.device, &mut chunk.x_quantized, residual, &u)?;
             self.leave(&chunk.layout, &mut chunk.x_quantized, residual)?;
-            self.check_finite(&chunk.x_quantized, &chunk.layout, &chunk.samples, residual, "quantized")?;
-        }
-        Ok(())
+            self.check_finite(&chunk.x_quantized, &chunk.layout, &chunk.samples, residual, "quantized")
+        })
     }
 
     /// What a path meets at the end of the block.

@@ -1,9 +1,11 @@
 //! What a checkpoint holds, what would be quantized, and what that would cost.
 
+use super::pipeline::CHUNK_TOKENS;
+use super::plan::{ChunkSize, Costs, EmbedderSize, Job, MemoryPlan};
 use super::settings::{Importance, Solver, SolverSettings};
 use crate::checkpoint::Checkpoint;
 use crate::device::ModelOps;
-use crate::model::config::Section;
+use crate::model::config::{DecoderConfig, Section};
 use crate::model::decoder::{Projection, module_name};
 use crate::model::families::{self, ModelConfig};
 use crate::tensor::Matrix;
@@ -65,6 +67,18 @@ pub struct DecoderShape {
 }
 
 impl DecoderShape {
+    /// Those of a config.json.
+    pub fn of(decoder: &DecoderConfig) -> Self {
+        Self {
+            blocks: decoder.layers,
+            hidden: decoder.hidden,
+            intermediate: decoder.intermediate,
+            heads: decoder.attention.heads,
+            kv_heads: decoder.attention.kv_heads,
+            head_dim: decoder.attention.head_dim,
+        }
+    }
+
     /// Weights of a block's linear layers.
     pub fn block_weights(&self) -> usize {
         let query = self.heads * self.head_dim;
@@ -84,6 +98,8 @@ pub struct Workload {
     pub solver: Solver,
     /// How tokens are weighted.
     pub importance: Importance,
+    /// Bytes of a weight or an activation on the device.
+    pub element_bytes: usize,
     /// Floating-point operations a second that the device's matrix products reach, all threads together.
     pub flops_per_second: f64,
 }
@@ -94,8 +110,7 @@ pub struct Estimate {
     /// The work it is for.
     #[serde(flatten)]
     pub workload: Workload,
-    /// Bytes held at the worst moment: one block twice (float and quantized path), its statistics, two streams of
-    /// activations, all in float32.
+    /// Bytes held at the worst moment of quantizing the blocks, activations included; see [`MemoryPlan`].
     pub peak_memory_bytes: u64,
     /// Floating-point operations.
     pub flops: f64,
@@ -143,14 +158,20 @@ pub fn estimate(shape: &DecoderShape, workload: &Workload) -> Estimate {
 
     let flops = 2.0 * (tokens * (importance + passes + statistics) + solve) * shape.blocks as f64;
 
-    // One layer at a time: H in its order and as a factor, C in its order and as the cross term.
-    let largest_square = hidden.max(inner).max(query).powi(2);
-    let matrices = largest_square * 2.0 * (calibrated + gptaq);
-    let blocks = 2.0 * shape.block_weights() as f64;
-    let streams = paths * tokens * hidden;
-    let peak = 4.0 * (blocks + matrices + streams);
+    let solver = SolverSettings { solver: workload.solver, ..SolverSettings::default() };
+    let per_chunk = (CHUNK_TOKENS / workload.tokens.max(1)).max(1);
+    let chunk = ChunkSize { tokens: per_chunk * workload.tokens, ..ChunkSize::default() };
+    let job = Job {
+        shape: *shape,
+        solver: &solver,
+        importance: workload.importance,
+        chunks: vec![chunk; workload.samples.div_ceil(per_chunk)],
+        deepstack: 0,
+        embedder: None,
+    };
+    let peak = MemoryPlan::resident(&job, &Costs::plain(workload.element_bytes)).device_bytes;
 
-    Estimate { workload: *workload, peak_memory_bytes: peak as u64, flops, seconds: flops / workload.flops_per_second }
+    Estimate { workload: *workload, peak_memory_bytes: peak, flops, seconds: flops / workload.flops_per_second }
 }
 
 /// What [`inspect`] found.
@@ -181,15 +202,7 @@ pub struct Inspection {
 pub fn inspect<D: ModelOps>(device: &D, folder: &Path) -> Result<Inspection> {
     let checkpoint = Checkpoint::open(folder)?;
     let config = families::of::<D>(&checkpoint)?.config(&checkpoint)?;
-    let decoder = &config.decoder;
-    let shape = DecoderShape {
-        blocks: decoder.layers,
-        hidden: decoder.hidden,
-        intermediate: decoder.intermediate,
-        heads: decoder.attention.heads,
-        kv_heads: decoder.attention.kv_heads,
-        head_dim: decoder.attention.head_dim,
-    };
+    let shape = DecoderShape::of(&config.decoder);
     let quantization = checkpoint.quantization()?.map(|quantization| quantization.to_string());
     let quantizable = Projection::ALL
         .iter()
@@ -200,7 +213,9 @@ pub fn inspect<D: ModelOps>(device: &D, folder: &Path) -> Result<Inspection> {
         None => {
             let flops_per_second = measured_flops_per_second(device)?;
             let (solver, importance) = (SolverSettings::default().solver, Importance::Vlmq);
-            Some(estimate(&shape, &Workload { samples: 512, tokens: 512, solver, importance, flops_per_second }))
+            let element_bytes = device.element_bytes();
+            let workload = Workload { samples: 512, tokens: 512, solver, importance, element_bytes, flops_per_second };
+            Some(estimate(&shape, &workload))
         }
     };
     let parts = parts(&checkpoint, &config)?;
@@ -248,23 +263,26 @@ fn module_bytes(checkpoint: &Checkpoint, module: &str) -> Result<u64> {
     names.iter().map(|name| Ok(checkpoint.tensor(name)?.bytes.len() as u64)).sum()
 }
 
-/// Sums tensors up by where they stand: vision tower, embedding, decoder blocks, head.
-fn parts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Part>> {
-    let blocks = format!("{}layers.", config.names.prefix);
-    let embedding = format!("{}embed_tokens.", config.names.prefix);
-    let norm = format!("{}norm.", config.names.prefix);
-    let place = |name: &str| match name {
-        _ if name.starts_with(&blocks) => 2,
-        _ if name.starts_with(&embedding) => 1,
-        _ if name.starts_with(&norm) => 3,
+/// Parts of a checkpoint, in the order in which data passes them.
+const PARTS: [&str; 5] = ["vision tower", "embedding", "decoder blocks", "last norm", "output head"];
+
+/// The part that a tensor belongs to: what is not the language model's is the vision tower's.
+fn part_of(name: &str, config: &ModelConfig) -> usize {
+    match name.strip_prefix(&config.names.prefix) {
         _ if name == config.names.head => 4,
+        Some(rest) if rest.starts_with("layers.") => 2,
+        Some(rest) if rest.starts_with("embed_tokens.") => 1,
+        Some(rest) if rest.starts_with("norm.") => 3,
         _ => 0,
-    };
-    let names = ["vision tower", "embedding", "decoder blocks", "last norm", "output head"];
-    let mut parts = names.map(|name| Part { name: name.into(), tensors: 0, bytes: 0, types: Vec::new() });
+    }
+}
+
+/// Sums tensors up by where they stand.
+fn parts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Part>> {
+    let mut parts = PARTS.map(|name| Part { name: name.into(), tensors: 0, bytes: 0, types: Vec::new() });
     for name in checkpoint.names() {
         let tensor = checkpoint.tensor(name)?;
-        let part = &mut parts[place(name)];
+        let part = &mut parts[part_of(name, config)];
         part.tensors += 1;
         part.bytes += tensor.bytes.len() as u64;
         let dtype = format!("{:?}", tensor.dtype);
@@ -273,6 +291,37 @@ fn parts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Part>> {
         }
     }
     Ok(parts.into_iter().filter(|part| part.tensors > 0).collect())
+}
+
+/// What the embedding and, unless `text_only`, the vision tower take, from tensor headers alone.
+///
+/// All towers begin with a convolution over patches `[width, channels, …]`. Of their 2-D weights, those that widen `width`
+/// are the MLP's, but for fused queries, keys and values, which are taken apart; where two widen for one that narrows, the
+/// MLP is gated and holds three results at once instead of two.
+pub(super) fn embedder_size(checkpoint: &Checkpoint, config: &ModelConfig, text_only: bool) -> Result<EmbedderSize> {
+    let mut size = EmbedderSize::default();
+    let mut weights = Vec::new();
+    for name in checkpoint.names() {
+        let shape = checkpoint.tensor(name)?.shape;
+        let values: usize = shape.iter().product();
+        match part_of(name, config) {
+            1 => size.table += values,
+            0 if !text_only => size.tower += values,
+            _ => continue,
+        }
+        match shape[..] {
+            [rows, cols] => weights.push((rows, cols)),
+            // The patch embedding.
+            [width, _, _, ..] => (size.width, size.patch_values) = (width, values / width.max(1)),
+            _ => {}
+        }
+    }
+    let widening = weights.iter().filter(|&&(rows, cols)| cols == size.width && rows != 3 * cols);
+    let inner = widening.map(|&(rows, _)| rows).max().unwrap_or(0);
+    let count = |shape: (usize, usize)| weights.iter().filter(|&&weight| weight == shape).count();
+    let gated = inner != size.width && count((inner, size.width)) >= 2 * count((size.width, inner)).max(1);
+    size.inner = inner * if gated { 3 } else { 2 };
+    Ok(size)
 }
 
 /// Speed of a mid-sized product, the best of a few.
@@ -298,7 +347,7 @@ mod tests {
         DecoderShape { blocks: 28, hidden: 3584, intermediate: 18944, heads: 28, kv_heads: 4, head_dim: 128 };
 
     fn workload(solver: Solver, importance: Importance) -> Workload {
-        Workload { samples: 512, tokens: 512, solver, importance, flops_per_second: 1e12 }
+        Workload { samples: 512, tokens: 512, solver, importance, element_bytes: 4, flops_per_second: 1e12 }
     }
 
     #[test]

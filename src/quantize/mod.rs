@@ -4,7 +4,6 @@ mod layer;
 mod order;
 pub mod pack;
 pub mod plain;
-pub mod report;
 pub mod settings;
 pub mod solve;
 pub mod statistics;
@@ -17,6 +16,10 @@ pub mod importance;
 pub mod inspect;
 #[cfg(feature = "run")]
 pub mod pipeline;
+#[cfg(feature = "run")]
+pub mod plan;
+#[cfg(feature = "run")]
+pub mod report;
 
 pub use layer::{QuantizedLinear, SolveReport};
 pub use order::processing_order;

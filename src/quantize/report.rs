@@ -1,6 +1,7 @@
 //! What a quantization run says of itself: layers as they finish, and `report.json` beside the output.
 
 use super::SolveReport;
+use super::plan::MemoryPlan;
 use crate::checkpoint::formats::Loader;
 use crate::progress::{Observer, StageTime};
 use serde::Serialize;
@@ -85,6 +86,11 @@ pub struct RunReport {
     pub seconds: f64,
     /// Most memory that the process ever held, in bytes; `None` where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
+    /// What was counted before the start, and what the stages then had in use. On the CPU it is the arrays alone, beside
+    /// which the process holds files and images.
+    pub memory_plan: MemoryPlan,
+    /// Most device memory in use at once, in bytes; `None` on a device whose memory is the host's.
+    pub peak_device_bytes: Option<u64>,
     /// Bytes of the float checkpoint's tensors.
     pub bytes_before: u64,
     /// Bytes of the written checkpoint's tensors.
@@ -164,6 +170,8 @@ mod tests {
             stages: Vec::new(),
             seconds: 1.0,
             peak_memory_bytes: None,
+            memory_plan: MemoryPlan::default(),
+            peak_device_bytes: None,
             bytes_before: 0,
             bytes_after: 0,
             quantized_bytes: 26,

@@ -1,7 +1,7 @@
 //! The flags, their checks, and the library's settings made of them.
 
-use crate::eval;
 use crate::values::{DeviceChoice, GroupSize, log_level, named, positive, presets, threads};
+use crate::{eval, text};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -11,7 +11,7 @@ use vlmq::checkpoint::formats::Format;
 use vlmq::evaluate::EvaluationSettings;
 use vlmq::evaluate::presets::Preset;
 use vlmq::model::families::{ImageMode, ImageOptions};
-use vlmq::quantize::pipeline::PipelineSettings;
+use vlmq::quantize::pipeline::{CHUNK_TOKENS, PipelineSettings};
 use vlmq::quantize::settings::{CrossTerm, Grid, Importance, Order, Solver, SolverSettings};
 
 /// Quantizes vision-language models after training (VLMQ, arXiv 2508.03351) and measures what that costs.
@@ -41,6 +41,14 @@ impl Command {
             Self::Quantize(args) => args.settings().check(),
             Self::Eval(args) => args.json.as_deref().map_or(Ok(()), eval::check_target),
             Self::Inspect(_) => Ok(()),
+        }
+    }
+
+    /// GPU memory to use at most, where the command sets a limit.
+    pub(crate) fn max_gpu_memory(&self) -> Option<u64> {
+        match self {
+            Self::Quantize(args) => args.max_gpu_memory,
+            Self::Eval(_) | Self::Inspect(_) => None,
         }
     }
 
@@ -86,6 +94,9 @@ pub(crate) struct QuantizeArgs {
     /// Evaluate on this data before and after, and print both; its images are relative to it.
     #[arg(long, value_name = "FILE")]
     pub(crate) eval: Option<PathBuf>,
+    /// GPU memory to use at most, such as 24GiB or 500MB; otherwise what is free, less a sixteenth
+    #[arg(long, value_name = "SIZE", value_parser = text::parse_bytes, allow_negative_numbers = true)]
+    max_gpu_memory: Option<u64>,
     #[command(flatten)]
     method: MethodArgs,
     #[command(flatten)]
@@ -292,6 +303,7 @@ impl QuantizeArgs {
             samples: self.data.samples,
             seed: self.data.seed,
             max_tokens: self.data.max_tokens,
+            chunk_tokens: CHUNK_TOKENS,
             image_root: self.images.image_root.clone(),
             image_options: self.images.options(),
             chat_template: self.images.chat_template.clone(),

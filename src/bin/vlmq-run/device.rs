@@ -1,7 +1,7 @@
 //! Where to compute.
 
 use crate::values::DeviceChoice;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use std::path::Path;
 use vlmq::checkpoint::Checkpoint;
 use vlmq::device::Device;
@@ -18,17 +18,22 @@ pub(crate) enum Chosen {
 }
 
 /// Takes the device that was asked for, to run the checkpoint in `model` in its own precision. A device that was asked for
-/// by name and cannot be had is an error; `auto` says why it makes do with the CPU.
-pub(crate) fn choose(choice: DeviceChoice, model: &Path) -> Result<Chosen> {
+/// by name and cannot be had is an error; `auto` says why it makes do with the CPU. `limit`: bytes of GPU memory to use at
+/// most, an error where there is no GPU to use.
+pub(crate) fn choose(choice: DeviceChoice, model: &Path, limit: Option<u64>) -> Result<Chosen> {
+    let no_limit = || match limit {
+        Some(_) => bail!("--max-gpu-memory limits what a GPU holds, but the run is on the CPU; ask for --device cuda"),
+        None => Ok(Chosen::Cpu),
+    };
     // The checkpoint is read once there is a device to read it for.
     let any = Precision::F32;
     let device = match choice {
-        DeviceChoice::Cpu => return Ok(Chosen::Cpu),
+        DeviceChoice::Cpu => return no_limit(),
         DeviceChoice::Auto => match Cuda::open(0, any) {
             Ok(device) => device,
             Err(why) => {
                 log::info!("computing on the CPU: {why:#}");
-                return Ok(Chosen::Cpu);
+                return no_limit();
             }
         },
         DeviceChoice::Cuda(index) => match std::env::var_os(EMULATED_KERNELS) {
@@ -37,6 +42,9 @@ pub(crate) fn choose(choice: DeviceChoice, model: &Path) -> Result<Chosen> {
                 .with_context(|| format!("cannot compute on --device cuda:{index} (--device cpu goes without)"))?,
         },
     };
+    if let Some(limit) = limit {
+        device.limit_memory(limit).context("--max-gpu-memory")?;
+    }
     let precision = families::float_type(&Checkpoint::open(model)?)?.into();
     log::info!("computing on {}, the model in {precision:?}", device.name());
     Ok(Chosen::Cuda(device.with_precision(precision)))

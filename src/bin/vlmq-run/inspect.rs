@@ -71,7 +71,8 @@ mod tests {
     fn descriptions_are_tables() {
         let decoder = DecoderShape { blocks: 6, hidden: 256, intermediate: 768, heads: 4, kv_heads: 2, head_dim: 64 };
         let (solver, importance) = (Solver::Gptaq, Importance::Vlmq);
-        let workload = Workload { samples: 512, tokens: 512, solver, importance, flops_per_second: 1e11 };
+        let workload =
+            Workload { samples: 512, tokens: 512, solver, importance, element_bytes: 4, flops_per_second: 1e11 };
         let vision = Part { name: "vision tower".into(), tensors: 54, bytes: 2048, types: vec!["BF16".into()] };
         let (rows, cols) = (256, 768);
         let down = LinearKind {

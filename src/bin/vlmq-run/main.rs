@@ -42,7 +42,7 @@ fn run(cli: &Cli) -> Result<()> {
     let screen = Screen::new(cli.machine.quiet);
     prepare(&cli.machine, &screen)?;
     cli.command.check()?;
-    match device::choose(cli.machine.device, cli.command.model())? {
+    match device::choose(cli.machine.device, cli.command.model(), cli.command.max_gpu_memory())? {
         Chosen::Cpu => run_on(&Cpu, &cli.command, &screen),
         Chosen::Cuda(device) => run_on(&device, &cli.command, &screen),
     }

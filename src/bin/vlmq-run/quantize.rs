@@ -56,6 +56,9 @@ fn summary(settings: &PipelineSettings, report: &RunReport) -> Vec<String> {
     if let Some(peak) = report.peak_memory_bytes {
         say("peak memory", text::bytes(peak));
     }
+    if let Some(peak) = report.peak_device_bytes {
+        say("GPU memory", format!("{}, {} planned", text::bytes(peak), text::bytes(report.memory_plan.device_bytes)));
+    }
     if !report.loaders.is_empty() {
         lines.push("loads with".into());
         for loader in &report.loaders {
@@ -102,6 +105,7 @@ mod tests {
     use vlmq::evaluate::SampleResult;
     use vlmq::progress::{Stage, StageTime};
     use vlmq::quantize::SolveReport;
+    use vlmq::quantize::plan::MemoryPlan;
     use vlmq::quantize::report::{CalibrationCounts, LayerReport};
 
     fn settings() -> PipelineSettings {
@@ -137,6 +141,8 @@ mod tests {
             stages: vec![StageTime { stage: Stage::Blocks, seconds: 1.0 }],
             seconds: 2.0,
             peak_memory_bytes: Some(3 << 20),
+            memory_plan: MemoryPlan { device_bytes: 5 << 20, ..MemoryPlan::default() },
+            peak_device_bytes: Some(4 << 20),
             bytes_before: 2 << 20,
             bytes_after: 1 << 20,
             quantized_bytes: 35,
@@ -150,6 +156,7 @@ wrote o (gptq)
   calibration  5 samples, 1 left out as too long; 320 vision and 80 text tokens
   time         2.00 s (quantizing 1.00 s)
   peak memory  3.00 MiB
+  GPU memory   4.00 MiB, 5.00 MiB planned
 loads with
   vLLM
     vllm serve o";

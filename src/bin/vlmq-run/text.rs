@@ -5,6 +5,39 @@ pub(crate) fn bytes(bytes: u64) -> String {
     indicatif::HumanBytes(bytes).to_string()
 }
 
+/// Reads a number of bytes: a whole number, or one with a unit such as `8GiB`, `1.5GiB` or `500MB`.
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, u64); 10] = [
+        ("", 1),
+        ("B", 1),
+        ("KB", 1000),
+        ("MB", 1000 * 1000),
+        ("GB", 1000 * 1000 * 1000),
+        ("TB", 1000 * 1000 * 1000 * 1000),
+        ("KiB", 1 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", 1 << 30),
+        ("TiB", 1 << 40),
+    ];
+    // No GPU has less than a mebibyte, or more than a tebibyte or two.
+    const SENSIBLE: std::ops::RangeInclusive<u64> = 1 << 20..=16 << 40;
+    let wrong = || format!("must be a number of bytes, or one with a unit: {}", "8GiB, 500MiB, 24GB");
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = (&text[..end], text[end..].trim_start());
+    let (_, unit) = UNITS.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit)).ok_or_else(wrong)?;
+    let bytes = match number.parse::<u64>() {
+        Ok(number) => number.checked_mul(*unit),
+        // A fraction of a unit, exact enough below 2^53 bytes.
+        Err(_) if *unit > 1 => number.parse::<f64>().ok().map(|number| (number * *unit as f64) as u64),
+        Err(_) => None,
+    };
+    match bytes {
+        Some(bytes) if SENSIBLE.contains(&bytes) => Ok(bytes),
+        Some(_) => Err("must be from 1MiB to 16TiB".into()),
+        None => Err(wrong()),
+    }
+}
+
 /// A duration: `0.42 s`, `12.3 s`, `3m05s`, `2h07m`.
 pub(crate) fn seconds(seconds: f64) -> String {
     if seconds < 9.995 {
@@ -43,6 +76,34 @@ pub(crate) fn table(rows: &[Vec<String>]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes() {
+        let cases = [
+            ("8GiB", 8 << 30),
+            ("500MiB", 500 << 20),
+            ("24GB", 24_000_000_000),
+            ("24 gb", 24_000_000_000),
+            ("1.5GiB", 3 << 29),
+            ("2097152", 2 << 20),
+            ("2097152B", 2 << 20),
+            ("4096KiB", 4 << 20),
+            ("16TiB", 16 << 40),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(parse_bytes(text), Ok(expected), "{text}");
+        }
+        for wrong in
+            ["", "GiB", "8Gi", "8G", "8GiBs", "-8GiB", "1.5", "1.2.3GiB", ".", ".GiB", "1e9", "nan", "∞GiB", "8 G iB"]
+        {
+            assert!(parse_bytes(wrong).unwrap_err().contains("8GiB"), "{wrong}");
+        }
+        for absurd in ["0", "1", "0GiB", "0.1KiB", "17TiB", "18446744073709551615", "99999999.5TiB"] {
+            assert!(parse_bytes(absurd).unwrap_err().contains("from 1MiB"), "{absurd}");
+        }
+        assert!(parse_bytes("18446744073709551615GiB").is_err());
+        assert!(parse_bytes("99999999999999999999999").is_err());
+    }
 
     #[test]
     fn durations() {

@@ -4,9 +4,10 @@
 use super::bindings::{vlmq_add_args, vlmq_first_non_finite_row_args, vlmq_status};
 use super::driver::Driver;
 use super::emulated::Emulated;
+use super::heap::Heap;
 use super::kernels::{Arguments, Kernels, NeedsWorkspace};
 use super::memory::Memory;
-use super::runtime::{Product, Runtime};
+use super::runtime::Product;
 use super::tensor::{CudaTensor, Precision};
 use crate::device::Device;
 use crate::tensor::Matrix;
@@ -23,25 +24,35 @@ use std::sync::Arc;
 #[derive(Clone)]
 pub struct Cuda {
     kernels: Arc<Kernels>,
-    pub(super) runtime: Arc<dyn Runtime>,
+    pub(super) runtime: Arc<Heap>,
     pub(super) precision: Precision,
 }
 
 impl Cuda {
     /// Takes GPU `ordinal`, counted from 0. Errors, saying what is missing, where this program was built without kernels,
     /// where there is no driver, no such GPU or no cuBLAS, and where the GPU is older than compute capability 8.0.
+    ///
+    /// It uses what memory the GPU has free now, less a sixteenth; [`limit_memory`](Self::limit_memory) sets another limit.
     pub fn open(ordinal: usize, precision: Precision) -> Result<Self> {
-        Ok(Self { kernels: Arc::new(Kernels::linked()?), runtime: Arc::new(Driver::open(ordinal)?), precision })
+        let kernels = Arc::new(Kernels::linked()?);
+        Ok(Self { kernels, runtime: Arc::new(Heap::new(Box::new(Driver::open(ordinal)?))?), precision })
     }
 
     /// Runs a library of kernels that was built for the emulator on host memory. For tests: it is slow.
     pub fn emulated(library: &Path, precision: Precision) -> Result<Self> {
-        Ok(Self { kernels: Arc::new(Kernels::load(library)?), runtime: Arc::new(Emulated), precision })
+        let kernels = Arc::new(Kernels::load(library)?);
+        Ok(Self { kernels, runtime: Arc::new(Heap::new(Box::new(Emulated))?), precision })
     }
 
     /// The same device for a model of another precision; tensors of both work with both.
     pub fn with_precision(&self, precision: Precision) -> Self {
         Self { precision, ..self.clone() }
+    }
+
+    /// Limits the memory that this device, and every clone of it, has in use at once. What would pass the limit fails, with
+    /// the numbers. Errors where the GPU has less than that free.
+    pub fn limit_memory(&self, bytes: u64) -> Result<()> {
+        self.runtime.set_limit(bytes)
     }
 
     /// Waits until everything that was enqueued is done.
@@ -68,11 +79,16 @@ impl Cuda {
 
     /// The same of a call with a work space.
     pub(super) fn launch_with_workspace<A: NeedsWorkspace>(&self, mut arguments: A) -> Result<()> {
-        // SAFETY: the query reads the struct's sizes and nothing else.
-        let bytes = unsafe { A::query(&self.kernels)(&arguments) };
+        let bytes = self.workspace_bytes(&arguments);
         let mut workspace = Memory::new(&self.runtime, bytes)?;
         arguments.set_workspace(workspace.at_mut(0), bytes);
         self.launch(&arguments)
+    }
+
+    /// Bytes of work space that a call needs.
+    pub(super) fn workspace_bytes<A: NeedsWorkspace>(&self, arguments: &A) -> usize {
+        // SAFETY: the query reads the struct's sizes, which of its pointers are null, and nothing else.
+        unsafe { A::query(&self.kernels)(arguments) }
     }
 
     /// A tensor with arbitrary contents.
@@ -93,11 +109,13 @@ impl Cuda {
     /// Where a tensor lies, for a kernel to read. Errors where it is another device's.
     pub(super) fn read<T>(&self, tensor: &CudaTensor) -> Result<*const T> {
         ensure!(tensor.memory.is_of(&self.runtime), "a tensor of another device");
+        tensor.memory.settle()?;
         Ok(tensor.memory.at(0))
     }
 
     /// The same, for a kernel to write.
     pub(super) fn write<T>(&self, tensor: &mut CudaTensor) -> Result<*mut T> {
+        tensor.memory.settle_mut()?;
         Ok(self.read::<T>(tensor)?.cast_mut())
     }
 
@@ -109,7 +127,8 @@ impl Cuda {
 
     /// The same, for a kernel to write.
     pub(super) fn floats_mut(&self, tensor: &mut CudaTensor) -> Result<*mut f32> {
-        Ok(self.floats(tensor)?.cast_mut())
+        self.floats(tensor)?;
+        self.write(tensor)
     }
 
     /// `c = a · op(b)`, or `c += a · op(b)`, all of one precision; see [`Product`].
@@ -132,9 +151,10 @@ impl Cuda {
             b.describe(),
             if transposed { ", transposed" } else { "" }
         );
-        for tensor in [a, b, c] {
+        for tensor in [a, b] {
             self.read::<c_void>(tensor)?;
         }
+        self.write::<c_void>(c)?;
         if c.bytes() == 0 {
             return Ok(());
         }
@@ -214,6 +234,27 @@ impl Device for Cuda {
         })?;
         let row = row.read::<i32>(0, 1)?[0];
         Ok((row != i32::MAX).then_some(row as usize))
+    }
+
+    fn park(&self, tensor: &mut CudaTensor) -> Result<()> {
+        ensure!(tensor.memory.is_of(&self.runtime), "a tensor of another device");
+        tensor.memory.park()
+    }
+
+    fn fetch(&self, tensor: &mut CudaTensor) -> Result<()> {
+        tensor.memory.fetch()
+    }
+
+    fn memory_limit(&self) -> Option<u64> {
+        self.runtime.limit()
+    }
+
+    fn peak_bytes(&self) -> Option<u64> {
+        Some(self.runtime.peak())
+    }
+
+    fn reset_peak(&self) {
+        self.runtime.reset_peak();
     }
 
     fn shape(&self, tensor: &CudaTensor) -> (usize, usize) {

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::bindings::vlmq_stream;
-use super::runtime::{Address, Product, Runtime};
+use super::runtime::{Address, Arrival, Product, Runtime};
 use super::tensor::Precision;
 use anyhow::{Context, Result, bail, ensure};
 use cudarc::cublas::result as cublas;
@@ -18,10 +18,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Oldest GPU that the kernels run on.
 const OLDEST: (i32, i32) = (8, 0);
 
-/// One GPU, one stream.
+/// One GPU, one stream for its work and one for copies beside it.
 pub(super) struct Driver {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    /// Parks and fetches, in their order: what is fetched takes the place of what was parked before it, so that no more than
+    /// one piece is on its way in while another is worked on.
+    copies: Arc<CudaStream>,
     /// A handle serves one thread at a time.
     blas: Mutex<Blas>,
     name: String,
@@ -70,6 +73,7 @@ impl Driver {
         );
         keep_freed_memory(&context).context("the GPU's memory pool")?;
         let stream = context.new_stream().context("no stream")?;
+        let copies = context.new_stream().context("no second stream")?;
         let blas = Blas(cublas::create_handle().context("cuBLAS does not start")?);
         // SAFETY: handle and stream are live, and the driver's stream type is the runtime's under another name.
         unsafe {
@@ -78,12 +82,25 @@ impl Driver {
             let mode = cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
             blas::cublasSetMathMode(blas.0, mode).result().context("cuBLAS")?;
         }
-        Ok(Self { context, stream, blas: Mutex::new(blas), name: format!("cuda:{ordinal} ({model})") })
+        Ok(Self { context, stream, copies, blas: Mutex::new(blas), name: format!("cuda:{ordinal} ({model})") })
     }
 
     /// Makes the GPU the calling thread's.
     fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().context("the GPU's context is lost")
+    }
+
+    /// Memory that is there for work enqueued on `stream` from now on.
+    fn allocate_on(&self, stream: &CudaStream, bytes: usize) -> Result<Address> {
+        self.bind()?;
+        // The driver refuses sizes of 0; its pointers are aligned to 256 bytes.
+        // SAFETY: all uses of the memory are on this stream, or on one that waits for it.
+        let address = unsafe { driver::malloc_async(stream.cu_stream(), bytes.max(1)) };
+        let address = address.with_context(|| match self.context.mem_get_info() {
+            Ok((free, total)) => format!("{bytes} bytes do not fit on the GPU: {free} of {total} bytes are free"),
+            Err(_) => format!("{bytes} bytes do not fit on the GPU"),
+        })?;
+        Ok(address as Address)
     }
 }
 
@@ -111,21 +128,13 @@ impl Runtime for Driver {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Address> {
-        self.bind()?;
-        // The driver refuses sizes of 0; its pointers are aligned to 256 bytes.
-        // SAFETY: all uses of the memory are on this stream.
-        let address = unsafe { driver::malloc_async(self.stream.cu_stream(), bytes.max(1)) };
-        let address = address.with_context(|| match self.context.mem_get_info() {
-            Ok((free, total)) => format!("{bytes} bytes do not fit on the GPU: {free} of {total} bytes are free"),
-            Err(_) => format!("{bytes} bytes do not fit on the GPU"),
-        })?;
-        Ok(address as Address)
+        self.allocate_on(&self.stream, bytes)
     }
 
     unsafe fn free(&self, address: Address, _: usize) {
         // A context that is lost has taken its memory with it.
         if self.bind().is_ok() {
-            // SAFETY: the caller's promise; the stream is the one of the allocation.
+            // SAFETY: the caller's promise; the stream is the one of the allocation, or has waited for it.
             let _ = unsafe { driver::free_async(address as u64, self.stream.cu_stream()) };
         }
     }
@@ -167,6 +176,68 @@ impl Runtime for Driver {
         self.bind()?;
         // SAFETY: the caller's promise.
         unsafe { driver::memset_d8_async(to as u64, byte, bytes, self.stream.cu_stream()) }.context("fill on the GPU")
+    }
+
+    fn free_bytes(&self) -> Result<Option<u64>> {
+        let (free, _) = self.context.mem_get_info().context("the GPU does not say how much memory it has")?;
+        Ok(Some(free as u64))
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<Address> {
+        self.bind()?;
+        // SAFETY: no flags: memory that this context copies from and to.
+        let address = unsafe { driver::malloc_host(bytes.max(1), 0) };
+        let address = address.with_context(|| format!("the system grants no {bytes} bytes of page-locked memory"))?;
+        Ok(address as Address)
+    }
+
+    unsafe fn free_host(&self, address: Address, _: usize) {
+        // Copies from and to it may be under way; a context that is lost has none.
+        if self.bind().is_ok() && self.copies.synchronize().is_ok() {
+            // SAFETY: the caller's promise.
+            let _ = unsafe { driver::free_host(address as *mut c_void) };
+        }
+    }
+
+    unsafe fn park(&self, address: Address, to: Option<Address>, bytes: usize) -> Result<()> {
+        self.bind()?;
+        let used = self.stream.record_event(None).context("no event")?;
+        self.copies.wait(&used).context("the copies do not wait")?;
+        if let Some(to) = to.filter(|_| bytes > 0) {
+            // SAFETY: the caller's promise: page-locked memory that only this stream's copies touch.
+            let to = unsafe { std::slice::from_raw_parts_mut(to as *mut u8, bytes) };
+            // SAFETY: as above, and live device memory.
+            unsafe { driver::memcpy_dtoh_async(to, address as u64, self.copies.cu_stream()) }
+                .context("copy from the GPU")?;
+        }
+        // SAFETY: the caller's promise; all uses are done when the copies' stream comes to this.
+        unsafe { driver::free_async(address as u64, self.copies.cu_stream()) }.context("memory given back")
+    }
+
+    unsafe fn fetch(&self, from: Address, bytes: usize) -> Result<(Address, Arrival)> {
+        let address = self.allocate_on(&self.copies, bytes)?;
+        let start = || -> Result<Arrival> {
+            if bytes > 0 {
+                // SAFETY: the caller's promise: page-locked memory that only this stream's copies touch.
+                let from = unsafe { std::slice::from_raw_parts(from as *const u8, bytes) };
+                // SAFETY: as above, and memory that was just made.
+                unsafe { driver::memcpy_htod_async(address as u64, from, self.copies.cu_stream()) }
+                    .context("copy to the GPU")?;
+            }
+            Ok(Arrival::Event(self.copies.record_event(None).context("no event")?))
+        };
+        let arrival = start().inspect_err(|_| {
+            // SAFETY: made above, on this stream, and handed to nobody.
+            let _ = unsafe { driver::free_async(address as u64, self.copies.cu_stream()) };
+        })?;
+        Ok((address, arrival))
+    }
+
+    unsafe fn wait(&self, arrival: Arrival) -> Result<()> {
+        match arrival {
+            Arrival::Event(event) => self.stream.wait(&event).context("the work does not wait for a copy"),
+            Arrival::Late { .. } => unreachable!("the driver's copies have events"),
+        }
     }
 
     unsafe fn product(&self, product: &Product) -> Result<()> {

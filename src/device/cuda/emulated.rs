@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::bindings::vlmq_stream;
-use super::runtime::{Address, Product, Runtime};
+use super::runtime::{Address, Arrival, Product, Runtime};
 use super::tensor::{Precision, widen};
 use crate::device::ModelOps;
 use crate::device::cpu::Cpu;
@@ -14,7 +14,7 @@ use std::alloc::Layout;
 /// Alignment of every allocation, as the C API asks of work space.
 const ALIGNMENT: usize = 256;
 
-/// Host memory; every call is done when it returns.
+/// Host memory; every call but a fetch is done when it returns.
 pub(super) struct Emulated;
 
 impl Runtime for Emulated {
@@ -37,6 +37,9 @@ impl Runtime for Emulated {
     }
 
     unsafe fn free(&self, address: Address, bytes: usize) {
+        // What is read after it was given back shows too.
+        // SAFETY: the caller's promise.
+        unsafe { (address as *mut u8).write_bytes(0xff, bytes) };
         // SAFETY: the caller's promise; the layout is that of the allocation.
         unsafe { std::alloc::dealloc(address as *mut u8, layout(bytes)) };
     }
@@ -63,6 +66,43 @@ impl Runtime for Emulated {
         // SAFETY: the caller's promise.
         unsafe { (to as *mut u8).write_bytes(byte, bytes) };
         Ok(())
+    }
+
+    fn free_bytes(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<Address> {
+        self.allocate(bytes)
+    }
+
+    unsafe fn free_host(&self, address: Address, bytes: usize) {
+        // SAFETY: the caller's promise; the memory is that of `allocate`.
+        unsafe { self.free(address, bytes) };
+    }
+
+    unsafe fn park(&self, address: Address, to: Option<Address>, bytes: usize) -> Result<()> {
+        // SAFETY: the caller's promise, for both.
+        unsafe {
+            if let Some(to) = to {
+                self.copy(to, address, bytes)?;
+            }
+            self.free(address, bytes);
+        }
+        Ok(())
+    }
+
+    unsafe fn fetch(&self, from: Address, bytes: usize) -> Result<(Address, Arrival)> {
+        let to = self.allocate(bytes)?;
+        Ok((to, Arrival::Late { to, from, bytes }))
+    }
+
+    unsafe fn wait(&self, arrival: Arrival) -> Result<()> {
+        match arrival {
+            // SAFETY: the caller's promise; `fetch` made the one and was given the other, of this size.
+            Arrival::Late { to, from, bytes } => unsafe { self.copy(to, from, bytes) },
+            Arrival::Event(_) => unreachable!("the emulator has no events"),
+        }
     }
 
     unsafe fn product(&self, product: &Product) -> Result<()> {

@@ -4,16 +4,19 @@
 //! stream, and the plain matrix products that cuBLAS does best. There are two: a GPU through the driver, and the host
 //! itself, for kernels built for the emulator (`kernels/emulator`). All of the library's code for a GPU is the same on both.
 //!
-//! Work is enqueued on one stream, in order; a call waits only where it hands numbers to the host.
+//! Work is enqueued on one stream, in order; a call waits only where it hands numbers to the host. Tensors that are parked in
+//! host memory, and fetched from it, are copied on a second one, beside the work. What is allocated is counted (`heap.rs`).
 //!
 //! `unsafe` stands in this folder alone. Raw addresses are made in it, from tensors whose shapes were checked against each
 //! other just before, and none leaves it.
 
 pub mod bindings;
+mod checks;
 mod codes;
 mod device;
 mod driver;
 mod emulated;
+mod heap;
 mod kernels;
 mod memory;
 mod model_ops;

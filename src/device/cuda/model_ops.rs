@@ -43,6 +43,10 @@ impl ModelOps for Cuda {
         Ok(out)
     }
 
+    fn element_bytes(&self) -> usize {
+        self.precision.size()
+    }
+
     fn gather_rows(&self, table: &CudaTensor, indices: &[u32]) -> Result<CudaTensor> {
         if let Some(row) = indices.iter().find(|&&row| row as usize >= table.rows) {
             anyhow::bail!("row {row} asked of a table of {} rows", table.rows);

@@ -4,6 +4,7 @@
 use super::bindings::vlmq_stream;
 use super::tensor::Precision;
 use anyhow::Result;
+use cudarc::driver::CudaEvent;
 
 /// An address in device memory.
 pub(super) type Address = usize;
@@ -26,7 +27,16 @@ pub(super) struct Product {
     pub(super) precision: Precision,
 }
 
-/// Memory, copies and a stream. Everything is enqueued in order, on the one stream.
+/// A copy to device memory that is under way.
+pub(super) enum Arrival {
+    /// Comes when it is done.
+    Event(CudaEvent),
+    /// The emulator copies as late as it may, so that work which did not wait reads something else.
+    Late { to: Address, from: Address, bytes: usize },
+}
+
+/// Memory, copies and a stream. Everything is enqueued in order, on the one stream; only [`park`](Self::park) and
+/// [`fetch`](Self::fetch) copy beside it.
 pub(super) trait Runtime: Send + Sync {
     /// Name for logs and reports.
     fn name(&self) -> String;
@@ -66,6 +76,39 @@ pub(super) trait Runtime: Send + Sync {
     /// # Safety
     /// `to` starts at least `bytes` bytes of live memory.
     unsafe fn fill(&self, to: Address, byte: u8, bytes: usize) -> Result<()>;
+
+    /// Bytes of device memory that nobody uses; `None` where there is no end to them.
+    fn free_bytes(&self) -> Result<Option<u64>>;
+
+    /// `bytes` bytes of page-locked host memory with arbitrary contents. Errors where the system grants none.
+    fn allocate_host(&self, bytes: usize) -> Result<Address>;
+
+    /// Gives page-locked memory back, once the copies from and to it are done.
+    ///
+    /// # Safety
+    /// `address` comes from [`allocate_host`](Self::allocate_host) for as many bytes, and is freed once.
+    unsafe fn free_host(&self, address: Address, bytes: usize);
+
+    /// Behind the work that was enqueued so far, copies device memory to page-locked memory, where that is given, and gives
+    /// it back. Work enqueued later does not wait for the copy.
+    ///
+    /// # Safety
+    /// `address` comes from [`allocate`](Self::allocate) or [`fetch`](Self::fetch) for as many bytes and is used no more;
+    /// `to` is live page-locked memory of as many bytes, used by nothing but parking and fetching.
+    unsafe fn park(&self, address: Address, to: Option<Address>, bytes: usize) -> Result<()>;
+
+    /// Allocates device memory and starts to copy `bytes` bytes of page-locked memory to it, behind the copies of
+    /// [`park`](Self::park) so far. Work enqueued later does not wait for the copy until [`wait`](Self::wait) says so.
+    ///
+    /// # Safety
+    /// `from` is live page-locked memory of as many bytes, used by nothing but parking and fetching.
+    unsafe fn fetch(&self, from: Address, bytes: usize) -> Result<(Address, Arrival)>;
+
+    /// Orders all work enqueued from now on behind a copy.
+    ///
+    /// # Safety
+    /// The memory that [`fetch`](Self::fetch) copies from and to is still live.
+    unsafe fn wait(&self, arrival: Arrival) -> Result<()>;
 
     /// The product; no dimension is 0.
     ///

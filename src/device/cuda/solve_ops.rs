@@ -5,6 +5,7 @@ use super::bindings::{
     vlmq_permute_args, vlmq_permute_columns_args, vlmq_product_args, vlmq_quantize_block_args, vlmq_squared_norm_args,
     vlmq_weighted_hessian_args,
 };
+use super::checks::{check_block, check_factor, ends, shaped, square};
 use super::codes::{CudaCodes, Outputs};
 use super::memory::Memory;
 use super::tensor::CudaTensor;
@@ -77,14 +78,20 @@ impl SolveOps for Cuda {
             g: g.as_ref().map_or(ptr::null(), |g| g.at(0)),
             hessian: self.floats_mut(hessian)?,
             cross: cross.map_or(Ok(ptr::null_mut()), |cross| self.floats_mut(cross))?,
-            tokens: u.rows as i64,
-            features: features as i64,
-            u_stride: features as i64,
-            f_stride: features as i64,
-            dtype: u.precision.dtype(),
-            fast: 0,
-            workspace: ptr::null_mut(),
-            workspace_bytes: 0,
+            ..statistics_arguments(u.rows, features, u.precision)
+        })
+    }
+
+    fn statistics_workspace(&self, tokens: usize, features: usize, with_cross: bool) -> usize {
+        // The query looks at sizes, and at which pointers are there.
+        let there = ptr::dangling_mut::<f32>();
+        let cross = if with_cross { there } else { ptr::null_mut() };
+        self.workspace_bytes(&vlmq_weighted_hessian_args {
+            u: there.cast(),
+            f: cross.cast(),
+            hessian: there,
+            cross,
+            ..statistics_arguments(tokens, features, self.precision)
         })
     }
 
@@ -346,6 +353,25 @@ impl Cuda {
     }
 }
 
+/// Sizes of a weighted Hessian's call, without its pointers.
+fn statistics_arguments(tokens: usize, features: usize, precision: Precision) -> vlmq_weighted_hessian_args {
+    vlmq_weighted_hessian_args {
+        u: ptr::null(),
+        f: ptr::null(),
+        g: ptr::null(),
+        hessian: ptr::null_mut(),
+        cross: ptr::null_mut(),
+        tokens: tokens as i64,
+        features: features as i64,
+        u_stride: features as i64,
+        f_stride: features as i64,
+        dtype: precision.dtype(),
+        fast: 0,
+        workspace: ptr::null_mut(),
+        workspace_bytes: 0,
+    }
+}
+
 fn rule_arguments(rule: &GridRule) -> vlmq_grid_rule {
     vlmq_grid_rule {
         bits: rule.bits as i32,
@@ -357,68 +383,4 @@ fn rule_arguments(rule: &GridRule) -> vlmq_grid_rule {
         scale_type: Precision::from(rule.scale_type).dtype(),
         smallest_zero: rule.smallest_zero.into(),
     }
-}
-
-fn check_block(block: &Block<'_, CudaTensor>, state: &SolveState<CudaTensor>) -> Result<()> {
-    let (rows, features) = (state.residual.rows, state.residual.cols);
-    let (columns, width) = (&block.columns, block.columns.len());
-    ensure!(width > 0 && columns.end <= features, "block {columns:?} of {}", state.residual.describe());
-    match block.grid {
-        Some(grid) => ensure!(
-            grid.scales.len() == rows && grid.zeros.len() == rows,
-            "a grid of {} scales and {} zeros for {rows} rows",
-            grid.scales.len(),
-            grid.zeros.len()
-        ),
-        None => ensure!(
-            block.group > 0 && width.is_multiple_of(block.group),
-            "groups of {} columns in a block of {width}",
-            block.group
-        ),
-    }
-    let Some(factor) = block.factor else { return Ok(()) };
-    check_factor(factor, features)?;
-    let span = state.error.cols;
-    ensure!(
-        width <= BLOCK && block.span <= columns.start && columns.end <= block.span + span,
-        "block {columns:?} in a span of {span} columns from {} on",
-        block.span
-    );
-    for part in [Some(&state.error), state.cross.as_ref()].into_iter().flatten() {
-        shaped(part, rows, span)?;
-    }
-    for part in [&state.carried, &state.shift].into_iter().flatten() {
-        shaped(part, rows, features)?;
-    }
-    if let Some(cross) = block.cross {
-        shaped(&cross.blocks, features, BLOCK)?;
-    }
-    ensure!(state.shift.is_none() || block.cross.is_some(), "a shift without a cross term");
-    Ok(())
-}
-
-fn check_factor(factor: &Factor<CudaTensor>, n: usize) -> Result<()> {
-    square(&factor.root, n)?;
-    shaped(&factor.inverses, n, BLOCK)?;
-    shaped(&factor.diagonal, 1, n)
-}
-
-fn square(x: &CudaTensor, n: usize) -> Result<()> {
-    shaped(x, n, n)
-}
-
-fn shaped(x: &CudaTensor, rows: usize, cols: usize) -> Result<()> {
-    ensure!((x.rows, x.cols) == (rows, cols), "{} where {rows}x{cols} is needed", x.describe());
-    Ok(())
-}
-
-/// Ends of blocks, which must follow each other over all of `columns` and be at most [`BLOCK`] wide.
-fn ends(blocks: &[Range<usize>], columns: Range<usize>) -> Result<Vec<i32>> {
-    let mut at = columns.start;
-    for block in blocks {
-        ensure!(block.start == at && block.end > at && block.len() <= BLOCK, "block {block:?} behind column {at}");
-        at = block.end;
-    }
-    ensure!(at == columns.end, "blocks up to column {at} of {columns:?}");
-    blocks.iter().map(|block| i32::try_from(block.end).context("too many columns")).collect()
 }

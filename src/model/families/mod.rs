@@ -83,6 +83,15 @@ pub trait VisionTower<D: ModelOps>: Send + Sync {
     fn encode(&self, device: &D, images: &[&ImagePatches]) -> Result<Features<D::Tensor>>;
 }
 
+/// What a memory plan must know of a vision tower beyond its tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VisionLoad {
+    /// Levels of [`Features::deepstack`].
+    pub deepstack: usize,
+    /// Most crops that are encoded together; `None`: all at once.
+    pub crops: Option<usize>,
+}
+
 /// What a checkpoint's config.json and tensor names say, before any weight is read.
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
@@ -110,6 +119,11 @@ pub trait Family<D: ModelOps>: Send + Sync {
 
     /// How images become patches, placeholders and positions.
     fn vision_input(&self, checkpoint: &Checkpoint, options: ImageOptions) -> Result<Box<dyn VisionInput>>;
+
+    /// How the vision tower works, for families with DeepStack or with a bound on what is encoded together.
+    fn vision_load(&self, _checkpoint: &Checkpoint) -> Result<VisionLoad> {
+        Ok(VisionLoad::default())
+    }
 
     /// Loads the vision tower and its projector.
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>>;

@@ -34,6 +34,10 @@ impl ModelOps for Cpu {
         Ok(out)
     }
 
+    fn element_bytes(&self) -> usize {
+        size_of::<f32>()
+    }
+
     fn gather_rows(&self, table: &Matrix, indices: &[u32]) -> Result<Matrix> {
         let mut data = Vec::with_capacity(indices.len() * table.cols());
         for &index in indices {

@@ -1,0 +1,229 @@
+//! What memory a run takes on its device, counted before it starts: one way to count, for refusals, for streaming, for
+//! estimates.
+//!
+//! Each stage holds something throughout (the vision tower; a decoder block on both paths) and something more at its worst
+//! step. What grows with the samples is the residual streams, rotary tables and features for later blocks alone, and those
+//! can be streamed: parked in page-locked host memory but for the chunk at work and the next.
+
+mod count;
+
+use super::inspect::DecoderShape;
+use super::settings::{Importance, Solver, SolverSettings};
+use crate::device::{ModelOps, SolveOps};
+use crate::progress::Stage;
+use anyhow::{Result, bail};
+use count::Counter;
+use indicatif::HumanBytes;
+use serde::Serialize;
+
+/// Where the residual streams and rotary tables are between passes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Activations {
+    /// In device memory.
+    #[default]
+    Resident,
+    /// In page-locked host memory; a chunk is fetched while the one before it is worked on, and parked behind it.
+    Streamed,
+}
+
+/// A name and its bytes of device memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Entry {
+    /// What it is.
+    pub name: String,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// A stage of the run at its worst step.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StagePlan {
+    /// Which.
+    pub stage: Stage,
+    /// The step that takes most, such as `factoring mlp.down_proj`.
+    pub step: String,
+    /// What is in device memory then.
+    pub entries: Vec<Entry>,
+    /// Their sum.
+    pub bytes: u64,
+    /// Most that the stage had in use; `None` before it ran, and on a device whose memory is the host's.
+    pub measured_bytes: Option<u64>,
+}
+
+impl StagePlan {
+    fn new(stage: Stage, (step, entries): (String, Vec<Entry>)) -> Self {
+        let bytes = entries.iter().map(|entry| entry.bytes).sum();
+        let entries = entries.into_iter().filter(|entry| entry.bytes > 0).collect();
+        Self { stage, step, entries, bytes, measured_bytes: None }
+    }
+}
+
+/// Memory of a run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct MemoryPlan {
+    /// Bytes that the device may use; `None` where its memory is the host's.
+    pub limit_bytes: Option<u64>,
+    /// Where activations are between passes.
+    pub activations: Activations,
+    /// Device memory of the stage that takes most.
+    pub device_bytes: u64,
+    /// Page-locked host memory.
+    pub host_bytes: u64,
+    /// The stages in their order.
+    pub stages: Vec<StagePlan>,
+}
+
+/// Samples that go through a block together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ChunkSize {
+    /// Their tokens.
+    pub tokens: usize,
+    /// Those that stand for image features.
+    pub image_tokens: usize,
+    /// Patches of their images that the vision tower encodes together.
+    pub patches: usize,
+}
+
+/// What embeds samples. Counts are of values, not of bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EmbedderSize {
+    /// Values of the embedding table.
+    pub table: usize,
+    /// Values of the vision tower and its projector; 0 where no sample has an image.
+    pub tower: usize,
+    /// Values of a patch.
+    pub patch_values: usize,
+    /// Width of the tower.
+    pub width: usize,
+    /// Values of a patch inside the tower's MLP, all intermediate results of one layer together.
+    pub inner: usize,
+}
+
+/// What the plan is for.
+#[derive(Clone, Debug)]
+pub struct Job<'a> {
+    /// Sizes of the decoder.
+    pub shape: DecoderShape,
+    /// The solver's settings.
+    pub solver: &'a SolverSettings,
+    /// How tokens are weighted.
+    pub importance: Importance,
+    /// The calibration data, in order.
+    pub chunks: Vec<ChunkSize>,
+    /// Levels of image features that are added behind the first blocks; see [`DeepStack`](crate::model::decoder::DeepStack).
+    pub deepstack: usize,
+    /// `None` where the vision stage is left out.
+    pub embedder: Option<EmbedderSize>,
+}
+
+/// Work space of the statistics: tokens, features, whether there is a cross term → bytes.
+type Workspace<'a> = Box<dyn Fn(usize, usize, bool) -> usize + 'a>;
+
+/// What numbers take on a device.
+pub struct Costs<'a> {
+    element_bytes: u64,
+    statistics_workspace: Workspace<'a>,
+}
+
+impl<'a> Costs<'a> {
+    /// Of a device.
+    pub fn of<D: ModelOps + SolveOps>(device: &'a D) -> Self {
+        let statistics_workspace = Box::new(|t, n, cross| device.statistics_workspace(t, n, cross));
+        Self { element_bytes: device.element_bytes() as u64, statistics_workspace }
+    }
+
+    /// Of a device with weights and activations of so many bytes, and no work space.
+    pub fn plain(element_bytes: usize) -> Self {
+        Self { element_bytes: element_bytes as u64, statistics_workspace: Box::new(|_, _, _| 0) }
+    }
+}
+
+impl MemoryPlan {
+    /// The plan of a job under a limit: activations resident where they fit, else streamed. Errors, with the numbers, where
+    /// even that does not fit.
+    pub fn fit(job: &Job<'_>, costs: &Costs<'_>, limit_bytes: Option<u64>) -> Result<Self> {
+        let fits = |plan: &Self| limit_bytes.is_none_or(|limit| plan.device_bytes <= limit);
+        let plan = Self::new(job, costs, limit_bytes, Activations::Resident);
+        if fits(&plan) {
+            return Ok(plan);
+        }
+        let plan = Self::new(job, costs, limit_bytes, Activations::Streamed);
+        if fits(&plan) {
+            return Ok(plan);
+        }
+        let Some(worst) = plan.stages.iter().max_by_key(|stage| stage.bytes) else { bail!("a plan without stages") };
+        let parts: Vec<String> =
+            worst.entries.iter().map(|entry| format!("{} {}", entry.name, HumanBytes(entry.bytes))).collect();
+        bail!(
+            "the run does not fit into {} of GPU memory: {} takes {} with activations in host memory ({}){}; allow more \
+             with --max-gpu-memory where the GPU has it (fewer samples would not help)",
+            HumanBytes(limit_bytes.unwrap_or(u64::MAX)),
+            worst.step,
+            HumanBytes(worst.bytes),
+            parts.join(", "),
+            cheaper(job, costs, &plan)
+        )
+    }
+
+    /// The plan of a job without a limit.
+    pub fn resident(job: &Job<'_>, costs: &Costs<'_>) -> Self {
+        Self::new(job, costs, None, Activations::Resident)
+    }
+
+    fn new(job: &Job<'_>, costs: &Costs<'_>, limit_bytes: Option<u64>, activations: Activations) -> Self {
+        let counter = Counter::new(job, costs, activations);
+        let vision = job.embedder.as_ref().map(|embedder| StagePlan::new(Stage::Vision, counter.vision(embedder)));
+        let stages: Vec<_> = vision.into_iter().chain([StagePlan::new(Stage::Blocks, counter.blocks())]).collect();
+        let host_bytes = match activations {
+            Activations::Resident => 0,
+            Activations::Streamed => counter.all_chunks(),
+        };
+        let device_bytes = stages.iter().map(|stage| stage.bytes).max().unwrap_or(0);
+        Self { limit_bytes, activations, device_bytes, host_bytes, stages }
+    }
+
+    /// Notes what a stage had in use.
+    pub fn measured(&mut self, stage: Stage, bytes: Option<u64>) {
+        self.stages.iter_mut().filter(|plan| plan.stage == stage).for_each(|plan| plan.measured_bytes = bytes);
+    }
+
+    /// Most that was in use in any stage, once they have run.
+    pub fn measured_bytes(&self) -> Option<u64> {
+        self.stages.iter().filter_map(|stage| stage.measured_bytes).max()
+    }
+
+    /// The plan in lines.
+    pub fn lines(&self) -> Vec<String> {
+        let limit = self.limit_bytes.map_or_else(String::new, |limit| format!(" of {}", HumanBytes(limit)));
+        let host = match self.activations {
+            Activations::Resident => "activations stay there".to_owned(),
+            Activations::Streamed => {
+                format!("activations are streamed from {} of host memory", HumanBytes(self.host_bytes))
+            }
+        };
+        let mut lines = vec![format!("memory plan: {}{limit}; {host}", HumanBytes(self.device_bytes))];
+        for stage in &self.stages {
+            lines.push(format!("  {}, at {}: {}", stage.stage, stage.step, HumanBytes(stage.bytes)));
+            lines.extend(stage.entries.iter().map(|entry| format!("    {} {}", HumanBytes(entry.bytes), entry.name)));
+        }
+        lines
+    }
+}
+
+/// What the cheaper solvers would take, where that is less.
+fn cheaper(job: &Job<'_>, costs: &Costs<'_>, plan: &MemoryPlan) -> String {
+    let with = |name: &str, kind: Solver, importance: Importance| {
+        let solver = SolverSettings { solver: kind, ..job.solver.clone() };
+        let mut job = Job { solver: &solver, importance, ..job.clone() };
+        if kind == Solver::Rtn {
+            // It reads no data.
+            (job.chunks, job.embedder) = (Vec::new(), None);
+        }
+        let bytes = MemoryPlan::new(&job, costs, None, Activations::Streamed).device_bytes;
+        (bytes < plan.device_bytes).then(|| format!("; {name} would take {}", HumanBytes(bytes)))
+    };
+    let gptq = with("--solver gptq", Solver::Gptq, job.importance);
+    let rtn = with("--solver rtn", Solver::Rtn, Importance::None).filter(|_| job.solver.solver != Solver::Rtn);
+    gptq.into_iter().chain(rtn).collect()
+}

@@ -1,0 +1,302 @@
+//! The memory of the CUDA device on emulated kernels: parking and fetching tensors, the limit, and runs of the whole pipeline
+//! against the plan that was made before their start.
+#![cfg(feature = "run")]
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use support::kernels::{Variant, build};
+use support::program::{names_in, stderr, text};
+use support::{data, golden, message, noise};
+use vlmq::calibration::template::TemplateChoice;
+use vlmq::checkpoint::formats::Format;
+use vlmq::device::cpu::Cpu;
+use vlmq::device::cuda::{Cuda, Precision};
+use vlmq::device::{Device, ModelOps, SolveOps};
+use vlmq::model::families::ImageOptions;
+use vlmq::progress::{Observer, Stage};
+use vlmq::quantize::pipeline::{self, PipelineSettings};
+use vlmq::quantize::plan::{Activations, MemoryPlan};
+use vlmq::quantize::report::{RunObserver, RunReport};
+use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
+use vlmq::tensor::Matrix;
+
+/// The GPU that `VLMQ_TEST_GPU` names (benches/gpu.sh), else the emulated device.
+fn device() -> Cuda {
+    if let Ok(ordinal) = std::env::var("VLMQ_TEST_GPU") {
+        return Cuda::open(ordinal.parse().unwrap(), Precision::Bf16).unwrap();
+    }
+    Cuda::emulated(&build("vlmq_kernels", "kernels", Variant::Plain), Precision::Bf16).unwrap()
+}
+
+fn limited(limit: Option<u64>) -> Cuda {
+    let device = device();
+    if let Some(limit) = limit {
+        device.limit_memory(limit).unwrap();
+    }
+    device
+}
+
+/// Whole numbers, which bfloat16 holds.
+fn whole(rows: usize, cols: usize, seed: u64) -> Matrix {
+    let mut x = noise(rows, cols, seed);
+    x.data_mut().iter_mut().for_each(|v| *v = v.round());
+    x
+}
+
+#[test]
+fn parked_tensors_come_back_as_they_were() {
+    let device = device();
+    let (x, y) = (whole(33, 65, 1), whole(33, 65, 2));
+    let mut there = device.upload_model(x.clone()).unwrap();
+    let mut other = device.upload_model(y.clone()).unwrap();
+    for round in 0..3 {
+        device.park(&mut there).unwrap();
+        device.park(&mut there).unwrap();
+        assert_eq!(device.shape(&there), (33, 65));
+        device.fetch(&mut there).unwrap();
+        device.fetch(&mut there).unwrap();
+        assert_eq!(device.download(&there).unwrap(), x, "round {round}");
+    }
+    // What was changed since the last time is what comes back, whoever changed it.
+    let mut expected = x;
+    for round in 0..3 {
+        device.park(&mut there).unwrap();
+        device.fetch(&mut there).unwrap();
+        match round {
+            0 => {
+                device.add_assign(&mut there, &other).unwrap();
+                Cpu.add_assign(&mut expected, &y).unwrap();
+            }
+            1 => {
+                device.scatter_rows(&mut there, &[7, 3], &device.slice_rows(&other, 0..2).unwrap()).unwrap();
+                Cpu.scatter_rows(&mut expected, &[7, 3], &Cpu.slice_rows(&y, 0..2).unwrap()).unwrap();
+            }
+            _ => {
+                device.clear(&mut there).unwrap();
+                Cpu.clear(&mut expected).unwrap();
+            }
+        }
+        device.park(&mut there).unwrap();
+        device.fetch(&mut there).unwrap();
+        assert_eq!(device.download(&there).unwrap(), expected, "round {round}");
+    }
+    let mut empty = device.upload_model(Matrix::zeros(0, 5)).unwrap();
+    device.park(&mut empty).unwrap();
+    device.fetch(&mut empty).unwrap();
+    assert_eq!(device.download(&empty).unwrap(), Matrix::zeros(0, 5));
+    // Parked again before anybody looked.
+    device.park(&mut other).unwrap();
+    device.fetch(&mut other).unwrap();
+    device.park(&mut other).unwrap();
+    device.fetch(&mut other).unwrap();
+    assert_eq!(device.download(&other).unwrap(), y);
+    // Given back while parked, and while on its way.
+    device.park(&mut there).unwrap();
+    drop(there);
+    device.park(&mut empty).unwrap();
+    device.fetch(&mut empty).unwrap();
+    drop(empty);
+    device.synchronize().unwrap();
+}
+
+#[test]
+fn any_use_of_a_parked_tensor_is_an_error() {
+    let device = device();
+    let x = || device.upload_model(whole(4, 4, 1)).unwrap();
+    let (y, mut parked) = (x(), x());
+    device.park(&mut parked).unwrap();
+    let errors = [
+        message(device.download(&parked)),
+        message(device.clear(&mut parked)),
+        message(device.first_non_finite_row(&parked)),
+        message(device.linear(&y, &parked, None)),
+        message(device.linear(&parked, &y, None)),
+        message(device.matmul(&parked, &y)),
+        message(device.add_assign(&mut parked, &y)),
+        message(device.add_assign(&mut x(), &parked)),
+        message(device.slice_rows(&parked, 0..2)),
+        message(device.gather_rows(&parked, &[0])),
+        message(device.append_rows(&mut x(), &parked)),
+        message(device.append_rows(&mut parked, &y)),
+        message(device.squared_norm(&parked)),
+    ];
+    for (i, error) in errors.iter().enumerate() {
+        // The norm asks for float32 first.
+        assert!(error.contains("parked in host memory") || error.contains("float32"), "{i}: {error}");
+    }
+    device.fetch(&mut parked).unwrap();
+    assert_eq!(device.download(&parked).unwrap(), whole(4, 4, 1));
+}
+
+#[test]
+fn the_limit_holds_and_parking_makes_room() {
+    let device = device();
+    let bytes = |rows: u64| rows * 256 * 4;
+    device.limit_memory(bytes(10)).unwrap();
+    assert_eq!(device.memory_limit(), Some(bytes(10)));
+    device.reset_peak();
+    let mut a = device.zeros(6, 256).unwrap();
+    let error = message(device.zeros(5, 256));
+    for part in [bytes(5), bytes(6), bytes(10)] {
+        assert!(error.contains(&part.to_string()), "{error}");
+    }
+    device.park(&mut a).unwrap();
+    let b = device.zeros(5, 256).unwrap();
+    let error = message(device.fetch(&mut a));
+    assert!(error.contains(&bytes(10).to_string()), "{error}");
+    assert!(message(device.download(&a)).contains("parked"));
+    drop(b);
+    device.fetch(&mut a).unwrap();
+    assert_eq!(device.download(&a).unwrap(), Matrix::zeros(6, 256));
+    assert_eq!(device.peak_bytes(), Some(bytes(6)));
+    drop(a);
+    device.reset_peak();
+    assert_eq!(device.peak_bytes(), Some(0));
+    let whole = device.with_precision(Precision::F32).zeros(10, 256).unwrap();
+    assert_eq!(device.peak_bytes(), Some(bytes(10)));
+    drop(whole);
+}
+
+#[test]
+fn the_cpu_parks_nothing() {
+    let mut x = whole(3, 4, 1);
+    Cpu.park(&mut x).unwrap();
+    assert_eq!(Cpu.download(&x).unwrap(), whole(3, 4, 1));
+    Cpu.fetch(&mut x).unwrap();
+    assert_eq!((Cpu.memory_limit(), Cpu.peak_bytes()), (None, None));
+    assert_eq!(Cpu.statistics_workspace(64, 8, true), 0);
+}
+
+/// A few samples in several chunks. Twice as wide as anything else in it, the MLP makes the solve the worst step.
+fn settings(out: &Path, solver: SolverSettings, importance: Importance) -> PipelineSettings {
+    PipelineSettings {
+        model: data("tiny-qwen2-vl-narrow"),
+        calib: Some(data("vqa/calib.jsonl")),
+        out: out.to_owned(),
+        format: Format::CompressedTensors,
+        solver,
+        importance,
+        samples: 5,
+        seed: 0,
+        max_tokens: 2048,
+        chunk_tokens: 64,
+        image_root: None,
+        image_options: ImageOptions::default(),
+        chat_template: TemplateChoice::default(),
+    }
+}
+
+/// Long chunks of plain text through a model so narrow that a pass over them is the worst step of all.
+fn long_chunks(settings: PipelineSettings, calib: PathBuf) -> PipelineSettings {
+    let words = ["a red ring", "two blue squares", "what is the pink digit?", "describe the image."];
+    let line = |i: usize| {
+        let text: Vec<&str> = (0..25 + i).map(|j| words[(i + j * j) % 4]).collect();
+        serde_json::json!({"text": text.join(" ")}).to_string()
+    };
+    std::fs::write(&calib, (0..8).map(line).collect::<Vec<_>>().join("\n")).unwrap();
+    PipelineSettings {
+        model: golden("model/rope-parameters-f32"),
+        calib: Some(calib),
+        samples: 8,
+        chunk_tokens: 400,
+        solver: SolverSettings { group_size: Some(32), ..settings.solver },
+        ..settings
+    }
+}
+
+/// The peak of every stage is what was planned: not more, and not less by more than a tenth.
+fn check_plan(report: &RunReport, expected: &MemoryPlan) {
+    let plan = &report.memory_plan;
+    println!("{}", plan.lines().join("\n"));
+    for stage in &plan.stages {
+        let measured = stage.measured_bytes.unwrap();
+        println!("{}: {measured} of {}, {:.3}", stage.stage, stage.bytes, measured as f64 / stage.bytes as f64);
+    }
+    assert_eq!((plan.device_bytes, plan.activations), (expected.device_bytes, expected.activations));
+    for stage in &plan.stages {
+        let measured = stage.measured_bytes.unwrap();
+        assert!(measured <= stage.bytes && 10 * measured >= 9 * stage.bytes, "{measured} of {stage:?}");
+    }
+    assert_eq!(report.peak_device_bytes, plan.stages.iter().filter_map(|stage| stage.measured_bytes).max());
+}
+
+#[test]
+fn streamed_runs_write_the_same_bytes_within_their_plan() {
+    let work = tempfile::tempdir().unwrap();
+    let gptaq = SolverSettings::default();
+    let gptq = SolverSettings { solver: Solver::Gptq, group_size: Some(32), ..SolverSettings::default() };
+    let (none, vlmq, narrow) = (Importance::None, Importance::Vlmq, SolverSettings::default());
+    let cases = [("narrow", narrow, vlmq), ("gptaq", gptaq, vlmq), ("gptq", gptq, none)];
+    for (name, solver, importance) in cases {
+        let settings = |out: &Path| {
+            let settings = settings(out, solver.clone(), importance);
+            if name == "narrow" { long_chunks(settings, work.path().join("calib.jsonl")) } else { settings }
+        };
+        let run = |limit: Option<u64>, expected: Activations| {
+            let device = limited(limit);
+            let out = work.path().join(format!("{name}-{expected:?}"));
+            let settings = settings(&out);
+            let plan = pipeline::plan(&device, &settings).unwrap();
+            assert_eq!(plan.activations, expected);
+            let step = if name == "narrow" { "importance" } else { "solving mlp.down_proj" };
+            assert_eq!(plan.stages[1].step, step);
+            check_plan(&pipeline::run(&device, &settings, &mut ()).unwrap(), &plan);
+            std::fs::read(out.join("model.safetensors")).unwrap()
+        };
+        let plan = |limit: Option<u64>| pipeline::plan(&limited(limit), &settings(&work.path().join("plan"))).unwrap();
+        // Each run is given no byte more than its plan asks for.
+        let resident = plan(None);
+        assert_eq!((resident.activations, resident.host_bytes), (Activations::Resident, 0));
+        let streamed = plan(Some(resident.device_bytes - 1));
+        assert!(streamed.device_bytes < resident.device_bytes && streamed.host_bytes > 0, "{streamed:?}");
+        let bytes = run(Some(resident.device_bytes), Activations::Resident);
+        assert!(run(Some(streamed.device_bytes), Activations::Streamed) == bytes, "{name}: other bytes when streamed");
+    }
+}
+
+/// Hears what a run did before it failed.
+#[derive(Default)]
+struct Heard(Vec<Stage>);
+
+impl Observer for Heard {
+    fn stage_started(&mut self, stage: Stage, _: u64) {
+        self.0.push(stage);
+    }
+}
+
+impl RunObserver for Heard {}
+
+#[test]
+fn a_plan_that_cannot_work_is_refused_before_any_work() {
+    let work = tempfile::tempdir().unwrap();
+    let settings = settings(&work.path().join("out"), SolverSettings::default(), Importance::Vlmq);
+    let device = device();
+    let resident = pipeline::plan(&device, &settings).unwrap();
+    device.limit_memory(resident.device_bytes - 1).unwrap();
+    let streamed = pipeline::plan(&device, &settings).unwrap();
+    device.limit_memory(streamed.device_bytes - 1).unwrap();
+    device.reset_peak();
+    let mut heard = Heard::default();
+    let error = message(pipeline::run(&device, &settings, &mut heard));
+    println!("{error}");
+    for part in ["does not fit", "MiB", "--max-gpu-memory", "--solver rtn would take"] {
+        assert!(error.contains(part), "{part:?} is not in {error}");
+    }
+    assert_eq!(heard.0, [Stage::Data]);
+    assert_eq!(device.peak_bytes(), Some(0));
+    assert_eq!(names_in(work.path()), [""; 0]);
+
+    // The same of the program.
+    let (model, calib, out) = (text(settings.model), text(data("vqa/calib.jsonl")), text(settings.out));
+    let flags = ["--samples", "2", "--device", "cuda", "--max-gpu-memory", "2MiB"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vlmq-run"));
+    command.env("VLMQ_EMULATED_KERNELS", build("vlmq_kernels", "kernels", Variant::Plain));
+    command.args(["quantize", &model, "--calib", &calib, "--out", &out]).args(flags);
+    let output = command.output().unwrap();
+    let error = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.lines().last().unwrap().contains("does not fit into 2.00 MiB of GPU memory"), "{error}");
+    assert_eq!(names_in(work.path()), [""; 0]);
+}
