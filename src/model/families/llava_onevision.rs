@@ -1,6 +1,6 @@
 //! LLaVA-OneVision (arXiv 2408.03326): images in tiles, SigLIP without its last layer and norm, projector, Qwen2 decoder.
 
-use super::{Family, Features, ImageOptions, ModelConfig, VisionTower};
+use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower};
 use crate::calibration::anyres::{Anyres, Kept, TileLayout};
 use crate::calibration::image::ImagePatches;
 use crate::calibration::sequence::VisionInput;
@@ -45,6 +45,10 @@ impl<D: ModelOps> Family<D> for LlavaOnevision {
         let layout = tile_layout(&root)?;
         let tokens = (image_token(&root)?, video_token(&root)?);
         Ok(Box::new(Anyres::read(checkpoint.folder(), layout, options.image_mode, tokens)?))
+    }
+
+    fn vision_load(&self, _: &Checkpoint) -> Result<VisionLoad> {
+        Ok(VisionLoad { crops: Some(CROPS), ..VisionLoad::default() })
     }
 
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {

@@ -2,7 +2,7 @@
 //! interleaved M-RoPE.
 
 use super::qwen::{self, Packed, Patches, VISION_PREFIXES, text_section, vision_section};
-use super::{Family, Features, ImageOptions, ModelConfig, VisionTower};
+use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower};
 use crate::calibration::image::ImagePatches;
 use crate::calibration::sequence::VisionInput;
 use crate::checkpoint::Checkpoint;
@@ -18,6 +18,8 @@ use anyhow::{Result, bail, ensure};
 const PATCH_SIZE: usize = 16;
 /// Width of a decoder head where the text config leaves it out.
 const HEAD_DIM: usize = 128;
+/// Blocks of the tower where the vision config leaves it out.
+const DEPTH: usize = 27;
 /// Key of the vision config that says behind which blocks of the tower features for the decoder's first blocks are made.
 const DEEPSTACK_KEY: &str = "deepstack_visual_indexes";
 /// Those blocks where the vision config leaves them out.
@@ -38,6 +40,13 @@ impl<D: ModelOps> Family<D> for Qwen3Vl {
     fn vision_input(&self, checkpoint: &Checkpoint, options: ImageOptions) -> Result<Box<dyn VisionInput>> {
         let patches = Patches::read(&vision_section(&Section::root(checkpoint)?)?, PATCH_SIZE)?;
         qwen::vision_input(checkpoint, options, &patches)
+    }
+
+    fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
+        let root = Section::root(checkpoint)?;
+        let vision = vision_section(&root)?;
+        let levels = deepstack_indexes(&vision, vision.count_or("depth", DEPTH)?, decoder_config(&root)?.layers)?.len();
+        Ok(VisionLoad { deepstack: levels, ..VisionLoad::default() })
     }
 
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {
@@ -174,7 +183,7 @@ impl<T> Tower<T> {
         let width = vision.count_or("hidden_size", 1152)?;
         let heads = vision.count_or("num_heads", 16)?;
         let inner = vision.count_or("intermediate_size", 4304)?;
-        let depth = vision.count_or("depth", 27)?;
+        let depth = vision.count_or("depth", DEPTH)?;
         qwen::check_output(&vision, "out_hidden_size", decoder.hidden)?;
         let activation = vision.activation_or("hidden_act", Activation::GeluTanh)?;
         let frequencies = qwen::vision_frequencies(&vision, "hidden_size", width, heads)?;
