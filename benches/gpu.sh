@@ -17,7 +17,7 @@ pack() {
     cargo "$@" --release --message-format=json-render-diagnostics |
       python3 -c 'import json, sys; [print(m["executable"]) for m in map(json.loads, sys.stdin) if m.get("executable")]'
   }
-  for executable in $(built test --no-run --test device_cuda) $(built bench --no-run --bench kernels) $(built build --bin vlmq-run --example wide_checkpoint); do
+  for executable in $(built test --no-run --test device_cuda --test memory_cuda) $(built bench --no-run --bench kernels) $(built build --bin vlmq-run --example wide_checkpoint); do
     strip -o "$folder/$(basename "$executable" | sed 's/-[0-9a-f]\{16\}$//')" "$executable"
   done
   cp benches/gpu.sh benches/gpu_reference.py "$folder"
@@ -38,6 +38,7 @@ run() {
 
   echo; echo "## Operations against the CPU"; echo '```'
   ./device_cuda --skip missing
+  ./memory_cuda parked limit
   echo '```'
   if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck synccheck initcheck; do

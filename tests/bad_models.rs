@@ -80,6 +80,7 @@ fn vision_towers_that_contradict_the_config() {
     for (key, value, says) in [
         ("hidden_size", Value::Null, "config.json: vision_config.hidden_size is missing"),
         ("hidden_size", json!(128), "tensor visual.blocks.0.norm1.weight"),
+        ("hidden_size", json!(128), "config.json: the vision tower of qwen2_5_vl as vision_config has it"),
         (
             "out_hidden_size",
             json!(128),

@@ -8,7 +8,7 @@ use crate::calibration::image::ImagePatches;
 use crate::calibration::sequence::Sequence;
 use crate::checkpoint::Checkpoint;
 use crate::device::{ModelOps, Span};
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 /// What turns sequences into the decoder's input: embedding table, vision tower, rotary frequencies.
 pub struct Embedder<D: ModelOps> {
@@ -26,7 +26,13 @@ impl<D: ModelOps> Embedder<D> {
         let name = format!("{}embed_tokens.weight", config.names.prefix);
         let tower = match text_only {
             true => None,
-            false => Some(families::of::<D>(checkpoint)?.vision_tower(device, checkpoint)?),
+            false => {
+                let family = families::of::<D>(checkpoint)?;
+                Some(family.vision_tower(device, checkpoint).with_context(|| {
+                    let file = checkpoint.folder().join("config.json");
+                    format!("{}: the vision tower of {} as vision_config has it", file.display(), family.model_type())
+                })?)
+            }
         };
         Ok(Self {
             table: device.upload_model(checkpoint.matrix(&name, decoder.vocab, decoder.hidden)?)?,

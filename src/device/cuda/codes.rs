@@ -1,9 +1,12 @@
-//! What blocks of columns bring back from the GPU: codes, scales, zeros, errors.
+//! What blocks of columns bring back from the GPU (codes, scales, zeros, errors), and the weights that codes stand for.
 
 use super::Cuda;
+use super::bindings::vlmq_dequantize_args;
 use super::memory::Memory;
-use crate::device::{BlockCodes, BlockShape, GridRule, GroupGrid};
+use super::tensor::CudaTensor;
+use crate::device::{BlockCodes, BlockShape, GridRule, GroupGrid, QuantizedWeight};
 use anyhow::Result;
+use std::ptr;
 
 /// The codes of a layer, on the device.
 pub struct CudaCodes {
@@ -79,5 +82,30 @@ impl Outputs {
             }
         };
         Ok(self.blocks.iter().map(block).collect())
+    }
+}
+
+impl Cuda {
+    /// See [`ModelOps::dequantize`](crate::device::ModelOps::dequantize).
+    pub(super) fn weight_of_codes(&self, weight: &QuantizedWeight<'_>) -> Result<CudaTensor> {
+        let groups = weight.groups()?;
+        let QuantizedWeight { rows, cols, codes, scales, zeros, group_index } = *weight;
+        let codes = Memory::of(&self.runtime, codes)?;
+        let scales = Memory::of(&self.runtime, scales)?;
+        let zeros = Memory::of(&self.runtime, zeros)?;
+        let index = group_index.map(|index| Memory::of(&self.runtime, index)).transpose()?;
+        let mut out = self.tensor(rows, cols, self.precision)?;
+        self.launch(&vlmq_dequantize_args {
+            codes: codes.at(0),
+            scales: scales.at(0),
+            zeros: zeros.at(0),
+            group_index: index.as_ref().map_or(ptr::null(), |index| index.at(0)),
+            out: self.write(&mut out)?,
+            rows: rows as i64,
+            cols: cols as i64,
+            groups: groups as i64,
+            dtype: self.precision.dtype(),
+        })?;
+        Ok(out)
     }
 }

@@ -1,8 +1,8 @@
 //! Calibration forward and backward on the GPU.
 
 use super::bindings::{
-    vlmq_activate_args, vlmq_activation, vlmq_attention_args, vlmq_attention_backward_args, vlmq_dequantize_args,
-    vlmq_gather_rows_args, vlmq_mean_abs_rows_args, vlmq_norm_args, vlmq_norm_backward_args, vlmq_rotate_args,
+    vlmq_activate_args, vlmq_activation, vlmq_attention_args, vlmq_attention_backward_args, vlmq_gather_rows_args,
+    vlmq_mean_abs_rows_args, vlmq_norm_args, vlmq_norm_backward_args, vlmq_rotate_args,
 };
 use super::memory::Memory;
 use super::tensor::CudaTensor;
@@ -21,30 +21,12 @@ impl ModelOps for Cuda {
         self.tensor_of(&matrix, self.precision)
     }
 
-    fn dequantize(&self, weight: &QuantizedWeight<'_>) -> Result<CudaTensor> {
-        let groups = weight.groups()?;
-        let QuantizedWeight { rows, cols, codes, scales, zeros, group_index } = *weight;
-        let codes = Memory::of(&self.runtime, codes)?;
-        let scales = Memory::of(&self.runtime, scales)?;
-        let zeros = Memory::of(&self.runtime, zeros)?;
-        let index = group_index.map(|index| Memory::of(&self.runtime, index)).transpose()?;
-        let mut out = self.tensor(rows, cols, self.precision)?;
-        self.launch(&vlmq_dequantize_args {
-            codes: codes.at(0),
-            scales: scales.at(0),
-            zeros: zeros.at(0),
-            group_index: index.as_ref().map_or(ptr::null(), |index| index.at(0)),
-            out: self.write(&mut out)?,
-            rows: rows as i64,
-            cols: cols as i64,
-            groups: groups as i64,
-            dtype: self.precision.dtype(),
-        })?;
-        Ok(out)
-    }
-
     fn element_bytes(&self) -> usize {
         self.precision.size()
+    }
+
+    fn dequantize(&self, weight: &QuantizedWeight<'_>) -> Result<CudaTensor> {
+        self.weight_of_codes(weight)
     }
 
     fn gather_rows(&self, table: &CudaTensor, indices: &[u32]) -> Result<CudaTensor> {
