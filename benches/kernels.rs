@@ -10,7 +10,10 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{Cuda, PackedAlong, Packing, Precision};
-use vlmq::device::{Activation, AttentionShape, Device, ModelOps, QuantizedWeight, SolveOps, Span};
+use vlmq::device::{
+    Activation, AttentionShape, BLOCK, Device, ModelOps, PermuteSymmetric, ProductRange, QuantizedWeight, Rotary,
+    SolveOps, Span,
+};
 use vlmq::quantize::settings::{Solver, SolverSettings};
 use vlmq::quantize::solve::{enqueue, prepare, solve};
 use vlmq::quantize::statistics::Statistics;
@@ -102,6 +105,7 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
             self.layer(out, inputs, tokens)?;
         }
         self.block(tokens.min(8192))?;
+        self.steps(layers[0].1)?;
         let (rows, cols) = layers[0];
         let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 37 % 8) as u8).collect();
         let groups = rows * cols.div_ceil(128);
@@ -153,24 +157,52 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
         let device = self.device;
         let (hidden, length, shape) =
             (3584, 512, AttentionShape { heads: 28, kv_heads: 4, head_dim: 128, causal: true });
-        let (t, h, l) = (tokens as f64, hidden as f64, length as f64);
+        let (t, h, l, e) = (tokens as f64, hidden as f64, length as f64, device.element_bytes() as f64);
         let x = device.upload_model(noise(tokens, hidden, 5))?;
         let weight = device.upload_model(Matrix::row_vector(vec![1.0; hidden]))?;
-        self.line("rms_norm", 4.0 * t * h, 4.0 * t * h, || device.rms_norm(&x, &weight, 1e-6).map(drop))?;
+        self.line("rms_norm", 4.0 * t * h, 2.0 * e * t * h, || device.rms_norm(&x, &weight, 1e-6).map(drop))?;
         // Queries of a decoder that normalises each head.
         let heads = device.upload_model(noise(tokens * shape.heads, shape.head_dim, 7))?;
         let weight = device.upload_model(Matrix::row_vector(vec![1.0; shape.head_dim]))?;
-        self.line("rms_norm backward", 10.0 * t * h, 6.0 * t * h, || {
+        self.line("rms_norm backward", 10.0 * t * h, 3.0 * e * t * h, || {
             device.rms_norm_backward(&heads, &weight, &heads, 1e-6).map(drop)
         })?;
-        self.line("gated silu", 8.0 * t * h, 6.0 * t * h, || device.gated(&x, &x, Activation::Silu).map(drop))?;
+        self.line("gated silu", 8.0 * t * h, 3.0 * e * t * h, || device.gated(&x, &x, Activation::Silu).map(drop))?;
         let keys = device.upload_model(noise(tokens, shape.kv_heads * shape.head_dim, 6))?;
         let spans: Vec<Span> = (0..tokens / length).map(|i| Span::own(i * length..(i + 1) * length)).collect();
-        let (work, bytes) = (2.0 * t * l * h, 2.0 * t * h * 2.3);
+        let (work, bytes) = (2.0 * t * l * h, e * t * h * 2.3);
         self.line("attention", work, bytes, || device.attention(&x, &keys, &keys, &spans, shape).map(drop))?;
         self.line("attention backward", 3.5 * work, 2.0 * bytes, || {
             device.attention_backward(&x, &keys, &keys, &x, &spans, shape).map(drop)
-        })
+        })?;
+        let angles = device.upload(noise(tokens, shape.head_dim / 2, 8))?;
+        let rotary = Rotary { cos: angles, sin: device.upload(noise(tokens, shape.head_dim / 2, 9))? };
+        let mut y = device.slice_rows(&x, 0..tokens)?;
+        self.line("rotary embedding", 4.0 * t * h, 2.0 * e * t * h, || device.rotate(&mut y, &rotary, false))?;
+        self.line("add", t * h, 3.0 * e * t * h, || device.add_assign(&mut y, &x))?;
+        let backwards: Vec<u32> = (0..tokens as u32).rev().collect();
+        self.line("rows by index", 0.0, 2.0 * e * t * h, || device.gather_rows(&x, &backwards).map(drop))?;
+        self.line("magnitudes of rows", t * h, e * t * h, || device.mean_abs_rows(&x).map(drop))?;
+        self.line("first row that is not finite", 0.0, e * t * h, || device.first_non_finite_row(&x).map(drop))
+    }
+
+    /// Steps of a solve by themselves, on matrices of `n` columns.
+    fn steps(&self, n: usize) -> Result<()> {
+        let (device, square) = (self.device, (n * n) as f64);
+        let order: Vec<u32> = (0..n as u32).rev().collect();
+        let h = device.upload(noise(n, n, 10))?;
+        let diagonal = vec![1.0; n];
+        let how = PermuteSymmetric { order: &order, diagonal: &diagonal };
+        self.line("H in processing order", 0.0, 4.0 * square, || device.permute_symmetric(&h, how).map(drop))?;
+        let weight = device.upload_model(noise(n, n, 11))?;
+        let bytes = (device.element_bytes() as f64 + 4.0) * square;
+        self.line("weight in processing order", 0.0, bytes, || device.permute_columns(&weight, &order, &[]).map(drop))?;
+        let mut c = device.zeros(n, BLOCK)?;
+        let range = ProductRange { inner: 0..n, columns: 0..BLOCK, target: 0 };
+        self.line("product with a block", 2.0 * square * BLOCK as f64, 4.0 * square, || {
+            device.add_product(&mut c, &h, &h, &range)
+        })?;
+        self.line("norm in H", square * n as f64, 8.0 * square, || device.weighted_squared_norm(&h, &h).map(drop))
     }
 
     fn line(&self, name: &str, work: f64, bytes: f64, mut run: impl FnMut() -> Result<()>) -> Result<()> {
