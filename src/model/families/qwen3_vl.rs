@@ -18,8 +18,6 @@ use anyhow::{Result, bail, ensure};
 const PATCH_SIZE: usize = 16;
 /// Width of a decoder head where the text config leaves it out.
 const HEAD_DIM: usize = 128;
-/// Blocks of the tower where the vision config leaves it out.
-const DEPTH: usize = 27;
 /// Key of the vision config that says behind which blocks of the tower features for the decoder's first blocks are made.
 const DEEPSTACK_KEY: &str = "deepstack_visual_indexes";
 /// Those blocks where the vision config leaves them out.
@@ -43,9 +41,7 @@ impl<D: ModelOps> Family<D> for Qwen3Vl {
     }
 
     fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
-        let root = Section::root(checkpoint)?;
-        let vision = vision_section(&root)?;
-        let levels = deepstack_indexes(&vision, vision.count_or("depth", DEPTH)?, decoder_config(&root)?.layers)?.len();
+        let levels = deepstack_list(&vision_section(&Section::root(checkpoint)?)?)?.len();
         Ok(VisionLoad { deepstack: levels, ..VisionLoad::default() })
     }
 
@@ -183,7 +179,7 @@ impl<T> Tower<T> {
         let width = vision.count_or("hidden_size", 1152)?;
         let heads = vision.count_or("num_heads", 16)?;
         let inner = vision.count_or("intermediate_size", 4304)?;
-        let depth = vision.count_or("depth", DEPTH)?;
+        let depth = vision.count_or("depth", 27)?;
         qwen::check_output(&vision, "out_hidden_size", decoder.hidden)?;
         let activation = vision.activation_or("hidden_act", Activation::GeluTanh)?;
         let frequencies = qwen::vision_frequencies(&vision, "hidden_size", width, heads)?;
@@ -234,10 +230,14 @@ impl<T> Tower<T> {
     }
 }
 
+/// `deepstack_visual_indexes` as it stands.
+fn deepstack_list(vision: &Section<'_>) -> Result<Vec<usize>> {
+    Ok(if vision.get(DEEPSTACK_KEY).is_some() { vision.counts(DEEPSTACK_KEY)? } else { DEEPSTACK_INDEXES.to_vec() })
+}
+
 /// `deepstack_visual_indexes`: blocks of the tower, ascending, no more than the decoder has blocks to take their features.
 fn deepstack_indexes(vision: &Section<'_>, depth: usize, layers: usize) -> Result<Vec<usize>> {
-    let indexes =
-        if vision.get(DEEPSTACK_KEY).is_some() { vision.counts(DEEPSTACK_KEY)? } else { DEEPSTACK_INDEXES.to_vec() };
+    let indexes = deepstack_list(vision)?;
     ensure!(
         indexes.is_sorted_by(|a, b| a < b) && indexes.iter().all(|&index| index < depth),
         "{} is {indexes:?}, not ascending numbers of the {depth} blocks of the vision tower",
