@@ -5,8 +5,8 @@
 
 mod support;
 
-use support::kernels::{Variant, build};
-use support::noise;
+use support::devices::{Case, device, difference, norm_error, numbers, tolerance, whole};
+use support::{message, noise};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{Cuda, CudaTensor, PackedAlong, Packing, Precision};
 use vlmq::device::{
@@ -17,82 +17,6 @@ use vlmq::quantize::pack::pack;
 use vlmq::quantize::plain::quantize_layer;
 use vlmq::quantize::settings::{CrossTerm, Grid, Order, ScaleType, Solver, SolverSettings};
 use vlmq::tensor::Matrix;
-
-const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::F16];
-
-/// The GPU that `VLMQ_TEST_GPU` names (benches/gpu.sh), else the emulated device.
-fn device(precision: Precision) -> Cuda {
-    if let Ok(ordinal) = std::env::var("VLMQ_TEST_GPU") {
-        return Cuda::open(ordinal.parse().unwrap(), precision).unwrap();
-    }
-    Cuda::emulated(&build("vlmq_kernels", "kernels", Variant::Plain), precision).unwrap()
-}
-
-/// Noise of moderate size, exact in every precision.
-fn numbers(rows: usize, cols: usize, seed: u64) -> Matrix {
-    let mut x = noise(rows, cols, seed);
-    // Eight leading bits, none too small for f16.
-    x.data_mut().iter_mut().for_each(|v| *v = f32::from_bits((*v / 4.0).to_bits() & 0xffff_0000));
-    x.data_mut().iter_mut().filter(|v| v.abs() < 1e-3).for_each(|v| *v = 0.0);
-    x
-}
-
-fn whole(rows: usize, cols: usize, seed: u64) -> Matrix {
-    let mut x = noise(rows, cols, seed);
-    x.data_mut().iter_mut().for_each(|v| *v = v.round().clamp(-8.0, 8.0));
-    x
-}
-
-/// Largest difference, by the largest value.
-fn difference(found: &Matrix, expected: &Matrix) -> f64 {
-    assert_eq!((found.rows(), found.cols()), (expected.rows(), expected.cols()));
-    let pairs = || found.data().iter().zip(expected.data()).map(|(&a, &b)| (f64::from(a), f64::from(b)));
-    let largest = pairs().map(|(_, b)| b.abs()).fold(0.0, f64::max);
-    let worst = pairs().map(|(a, b)| if a.is_nan() { f64::INFINITY } else { (a - b).abs() }).fold(0.0, f64::max);
-    if worst == 0.0 { 0.0 } else { worst / largest }
-}
-
-/// `‖found − expected‖ / ‖expected‖`.
-fn norm_error(found: &Matrix, expected: &Matrix) -> f64 {
-    let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
-    let pairs = found.data().iter().zip(expected.data());
-    let off = square(&mut pairs.map(|(&a, &b)| f64::from(a) - f64::from(b)));
-    (off / square(&mut expected.data().iter().map(|&b| f64::from(b)))).sqrt()
-}
-
-/// One rounding to the precision, and sums in another order.
-fn tolerance(precision: Precision) -> f64 {
-    match precision {
-        Precision::F32 => 2e-6,
-        Precision::Bf16 => 1.0 / 256.0,
-        Precision::F16 => 1.0 / 2048.0,
-    }
-}
-
-/// A device with its precision, and what to do with results.
-struct Case {
-    cuda: Cuda,
-    precision: Precision,
-}
-
-impl Case {
-    fn all() -> impl Iterator<Item = Case> {
-        PRECISIONS.into_iter().map(|precision| Case { cuda: device(precision), precision })
-    }
-
-    fn up(&self, x: &Matrix) -> CudaTensor {
-        self.cuda.upload_model(x.clone()).unwrap()
-    }
-
-    fn down(&self, x: &CudaTensor) -> Matrix {
-        self.cuda.download(x).unwrap()
-    }
-
-    fn check(&self, what: &str, found: &CudaTensor, expected: &Matrix) {
-        let off = difference(&self.down(found), expected);
-        assert!(off <= tolerance(self.precision), "{what} in {:?} is {off:e} off", self.precision);
-    }
-}
 
 #[test]
 fn tensors_go_and_come_back() {
@@ -167,7 +91,7 @@ fn codes_are_packed_and_become_weights() {
                 assert_eq!(found.precision(), case.precision);
                 assert_eq!(case.down(&found), Cpu.dequantize(&weight).unwrap());
                 let short = QuantizedWeight { zeros: &zeros[1..], ..weight };
-                assert_eq!(support::message(cuda.dequantize(&short)), support::message(Cpu.dequantize(&short)));
+                assert_eq!(message(cuda.dequantize(&short)), message(Cpu.dequantize(&short)));
             }
             let (along, down) = ((cols * bits as usize).div_ceil(32), (rows * bits as usize).div_ceil(32));
             let mut expected = [vec![0; rows * along], vec![0; down * cols]];
@@ -220,7 +144,7 @@ fn inverses_agree() {
     for (i, value) in [1.0, -2.0, 1.0].into_iter().enumerate() {
         broken.row_mut(i)[i] = value;
     }
-    let error = support::message(cuda.cholesky_inverse(cuda.upload(broken).unwrap(), 0.0));
+    let error = message(cuda.cholesky_inverse(cuda.upload(broken).unwrap(), 0.0));
     assert!(error.contains("pivot 1"), "{error}");
 }
 
@@ -339,18 +263,12 @@ fn attention_agrees_forward_and_backward() {
             let found = case.cuda.attention(&a, &b, &c, spans, *shape).unwrap();
             let expected = Cpu.attention(&q, &k, &v, spans, *shape).unwrap();
             // Probabilities are rounded to the model's type before they meet the values: a second rounding.
-            let off = norm_error(&case.down(&found), &expected);
-            assert!(off <= 2.0 * tolerance(case.precision), "attention in {:?} is {off:e} off", case.precision);
+            case.check_norm(&format!("{shape:?}"), &found, &expected, 2.0 * tolerance(case.precision));
             let found = case.cuda.attention_backward(&a, &b, &c, &d, spans, *shape).unwrap();
             let expected = Cpu.attention_backward(&q, &k, &v, &d_out, spans, *shape).unwrap();
             let pairs = [(&found.0, &expected.0), (&found.1, &expected.1), (&found.2, &expected.2)];
             for (name, (found, expected)) in ["dq", "dk", "dv"].into_iter().zip(pairs) {
-                let off = norm_error(&case.down(found), expected);
-                assert!(
-                    off <= 3.0 * tolerance(case.precision),
-                    "{name} of {shape:?} in {:?} is {off:e} off",
-                    case.precision
-                );
+                case.check_norm(&format!("{name} of {shape:?}"), found, expected, 3.0 * tolerance(case.precision));
             }
         }
         let (shape, spans) = &cases[0];
@@ -386,8 +304,7 @@ fn statistics_agree() {
         };
         let off = norm_error(&upper(&case.down(&h_there)), &upper(&h));
         assert!(off <= 1e-6, "H in {:?} is {off:e} off", case.precision);
-        let off = norm_error(&case.down(&c_there), &c);
-        assert!(off <= 1e-6, "C in {:?} is {off:e} off", case.precision);
+        case.check_norm("C", &c_there, &c, 1e-6);
         let diagonal: Vec<f32> = (0..features).map(|i| case.down(&h_there).row(i)[i]).collect();
         assert_eq!(cuda.diagonal(&h_there).unwrap(), diagonal);
         assert!(cuda.accumulate_statistics(&mut h_there, None, &u_there, Some(&f_there), None).is_err());
@@ -498,8 +415,6 @@ fn layers_get_the_same_codes() {
     let mut huge = w;
     huge.row_mut(17)[5] = 1e30;
     let settings = SolverSettings { scale_type: ScaleType::F16, ..SolverSettings::default() };
-    let message =
-        |result: anyhow::Result<_>| support::message(result.map(|_: vlmq::quantize::plain::QuantizedLayer| ()));
     let expected = message(quantize_layer(&Cpu, &huge, &u, Some(&f), Some(&g), &settings));
     assert!(expected.contains("row 17"), "{expected}");
     assert_eq!(message(quantize_layer(&cuda, &huge, &u, Some(&f), Some(&g), &settings)), expected);
@@ -507,14 +422,14 @@ fn layers_get_the_same_codes() {
 
 #[test]
 fn what_is_missing_is_said() {
-    let error = support::message(Cuda::emulated(std::path::Path::new("no-such-library.so"), Precision::F32));
+    let error = message(Cuda::emulated(std::path::Path::new("no-such-library.so"), Precision::F32));
     assert!(error.contains("no-such-library.so"), "{error}");
     // On a machine with a GPU this one opens.
     if let Err(error) = Cuda::open(0, Precision::F32) {
         let error = format!("{error:#}");
         assert!(["VLMQ_CUDA=require", "driver", "cuBLAS"].iter().any(|part| error.contains(part)), "{error}");
     }
-    let error = support::message(Cuda::open(1000, Precision::F32));
+    let error = message(Cuda::open(1000, Precision::F32));
     assert!(!error.contains("panicked") && error != "no error", "{error}");
 }
 
@@ -523,7 +438,7 @@ fn devices_do_not_share_tensors() {
     let (one, other) = (device(Precision::F32), device(Precision::F32));
     let x = one.upload(noise(4, 4, 1)).unwrap();
     let y = other.upload(noise(4, 4, 2)).unwrap();
-    let error = support::message(one.scaled_difference(&x, &y, 1.0).map(|_| ()));
+    let error = message(one.scaled_difference(&x, &y, 1.0).map(|_| ()));
     assert!(error.contains("another device"), "{error}");
     assert!(one.matmul(&x, &y).is_err() && one.first_non_finite_row(&y).is_err());
     // The same device in another precision is the same device.

@@ -3,14 +3,15 @@
 mod support;
 
 use std::ops::Range;
-use support::activations::{Buffer, DTYPES, accepted, every_schedule, noise, refused};
+use support::activations::matrix;
+use support::buffers::{BF16, Buffer, DTYPES, F32, noise, rounded};
+use support::calls::{accepted, every_schedule, refused_each};
+use support::factors::widened;
+use support::golden::relative_error;
 use support::kernels::{Variant, pass_under_sanitizers, workspace_bytes};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
 use vlmq::device::{AttentionShape, ModelOps, Span};
-use vlmq::tensor::Matrix;
-
-const F32: vlmq_dtype = vlmq_dtype::VLMQ_F32;
 
 /// A call's operands.
 #[derive(Clone)]
@@ -65,16 +66,9 @@ impl Case {
     }
 
     fn spans(&self) -> Vec<vlmq_span> {
-        let narrow = |x: usize| i32::try_from(x).unwrap();
-        self.spans
-            .iter()
-            .map(|(q, k)| vlmq_span {
-                q_begin: narrow(q.start),
-                q_end: narrow(q.end),
-                k_begin: narrow(k.start),
-                k_end: narrow(k.end),
-            })
-            .collect()
+        let ends = |range: &Range<usize>| [range.start as i32, range.end as i32];
+        let spans = self.spans.iter().map(|(q, k)| (ends(q), ends(k)));
+        spans.map(|([q_begin, q_end], [k_begin, k_end])| vlmq_span { q_begin, q_end, k_begin, k_end }).collect()
     }
 
     fn longest_q(&self) -> i64 {
@@ -93,7 +87,7 @@ impl Case {
                 k: k.ptr(),
                 v: v.ptr(),
                 out: out.ptr_mut(),
-                log_sum: log_sum.ptr_mut().cast(),
+                log_sum: log_sum.ptr_mut(),
                 spans: spans.as_ptr(),
                 span_count: spans.len() as i64,
                 longest_q: self.longest_q(),
@@ -124,7 +118,7 @@ impl Case {
                 k: k.ptr(),
                 v: v.ptr(),
                 out: forward[0].ptr(),
-                log_sum: forward[1].ptr().cast(),
+                log_sum: forward[1].ptr(),
                 d_out: d_out.ptr(),
                 d_q: d_q.ptr_mut(),
                 d_k: d_k.ptr_mut(),
@@ -143,29 +137,13 @@ impl Case {
                 workspace: std::ptr::null_mut(),
                 workspace_bytes: 0,
             };
-            let mut workspace = Workspace::new(workspace_bytes("vlmq_attention_backward", &args));
-            args.workspace = workspace.ptr();
-            args.workspace_bytes = workspace.bytes;
+            args.workspace_bytes = workspace_bytes("vlmq_attention_backward", &args);
+            let mut workspace = Buffer::workspace(args.workspace_bytes);
+            args.workspace = workspace.ptr_mut();
             accepted("vlmq_attention_backward", &args);
+            workspace.bytes();
             vec![d_q, d_k, d_v]
         })
-    }
-}
-
-/// Bytes at a multiple of 256, full of NaN.
-struct Workspace {
-    space: Vec<u8>,
-    bytes: usize,
-}
-
-impl Workspace {
-    fn new(bytes: usize) -> Self {
-        Self { space: vec![0xff; bytes + 256], bytes }
-    }
-
-    fn ptr(&mut self) -> *mut std::ffi::c_void {
-        let first = self.space.as_ptr().align_offset(256);
-        self.space[first..].as_mut_ptr().cast()
     }
 }
 
@@ -224,19 +202,11 @@ fn exact(case: &Case) -> Exact {
     exact
 }
 
-/// Relative Frobenius error; values of NaN give NaN.
-fn error(values: &[f32], exact: &[f64]) -> f64 {
-    assert_eq!(values.len(), exact.len());
-    let difference: f64 = values.iter().zip(exact).map(|(&a, &b)| (f64::from(a) - b).powi(2)).sum();
-    let norm: f64 = exact.iter().map(|b| b * b).sum();
-    if norm == 0.0 { difference.sqrt() } else { (difference / norm).sqrt() }
-}
-
 /// Largest relative Frobenius errors allowed: forward, backward.
 fn allowed(dtype: vlmq_dtype) -> (f64, f64) {
     match dtype {
-        vlmq_dtype::VLMQ_F32 => (1e-6, 1e-5),
-        vlmq_dtype::VLMQ_BF16 => (5e-3, 1e-2),
+        F32 => (1e-6, 1e-5),
+        BF16 => (5e-3, 1e-2),
         _ => (6e-4, 1.5e-3),
     }
 }
@@ -244,21 +214,24 @@ fn allowed(dtype: vlmq_dtype) -> (f64, f64) {
 /// Largest errors seen, by type: output, dQ, dK, dV.
 type Seen = [[f64; 4]; 3];
 
+fn check_rows_of_nobody<'a>(x: &[f32], rows: usize, spans: impl Iterator<Item = &'a Range<usize>>, what: &str) {
+    let owned: Vec<usize> = spans.flat_map(Clone::clone).collect();
+    for (row, values) in x.chunks(x.len() / rows).enumerate().filter(|(row, _)| !owned.contains(row)) {
+        assert!(values.iter().all(|&x| x == 0.0), "{what}: row {row} of nobody");
+    }
+}
+
 fn check_forward(case: &Case, exact: &Exact, seen: &mut Seen, what: &str) {
     let outputs = case.forward();
     let (limit, _) = allowed(case.dtype);
     let out = outputs[0].values();
-    let found = error(&out, &exact.out);
+    let found = relative_error(&out, &exact.out);
     assert!(found <= limit, "{what}: output error {found:e}");
     let worst = &mut seen[case.dtype.0 as usize][0];
     *worst = worst.max(found);
-    let width = case.shape.heads * case.shape.head_dim;
-    for row in (0..case.q_rows).filter(|row| !case.spans.iter().any(|(q, _)| q.contains(row))) {
-        assert!(out[row * width..(row + 1) * width].iter().all(|&x| x == 0.0), "{what}: row {row} of nobody");
-    }
-    for (i, (&value, &expected)) in outputs[1].values().iter().zip(&exact.log_sum).enumerate() {
-        let same =
-            f64::from(value) == expected || (f64::from(value) - expected).abs() <= 2e-6 * expected.abs().max(1.0);
+    check_rows_of_nobody(&out, case.q_rows, case.spans.iter().map(|(q, _)| q), what);
+    for (i, (value, &expected)) in widened(&outputs[1].values()).into_iter().zip(&exact.log_sum).enumerate() {
+        let same = value == expected || (value - expected).abs() <= 2e-6 * expected.abs().max(1.0);
         assert!(same, "{what}: log sum {value} instead of {expected} at {i}");
     }
 }
@@ -267,17 +240,12 @@ fn check_backward(case: &Case, exact: &Exact, seen: &mut Seen, what: &str) {
     let (_, limit) = allowed(case.dtype);
     for (i, (output, exact)) in case.backward().iter().zip([&exact.d_q, &exact.d_k, &exact.d_v]).enumerate() {
         let values = output.values();
-        let found = error(&values, exact);
+        let found = relative_error(&values, exact);
         assert!(found <= limit, "{what}: {} error {found:e}", ["dQ", "dK", "dV"][i]);
         let worst = &mut seen[case.dtype.0 as usize][i + 1];
         *worst = worst.max(found);
-        let (rows, heads) = if i == 0 { (case.q_rows, case.shape.heads) } else { (case.k_rows, case.shape.kv_heads) };
-        let width = heads * case.shape.head_dim;
-        let owned =
-            |row: usize| case.spans.iter().any(|(q, k)| if i == 0 { q.contains(&row) } else { k.contains(&row) });
-        for row in (0..rows).filter(|&row| !owned(row)) {
-            assert!(values[row * width..(row + 1) * width].iter().all(|&x| x == 0.0), "{what}: row {row} of nobody");
-        }
+        let owned = case.spans.iter().map(|(q, k)| if i == 0 { q } else { k });
+        check_rows_of_nobody(&values, if i == 0 { case.q_rows } else { case.k_rows }, owned, what);
     }
 }
 
@@ -342,7 +310,7 @@ fn means_of_integers_are_exact() {
         for (q, k) in &case.spans {
             for (row, head, c) in q.clone().flat_map(|r| (0..2).flat_map(move |h| (0..64).map(move |c| (r, h, c)))) {
                 let sum: f32 = k.clone().map(|j| case.v[j * 64 + c]).sum();
-                let mean = support::activations::rounded(dtype, sum / k.len() as f32);
+                let mean = rounded(dtype, sum / k.len() as f32);
                 assert_eq!(out[(row * 2 + head) * 64 + c], mean, "{dtype:?} row {row}");
             }
         }
@@ -365,7 +333,7 @@ fn extreme_scores() {
             assert!(gradients.iter().all(|x| x.values().iter().all(|x| x.is_finite())), "{what}");
             // dQ and dK cancel here. The probabilities come back from the log sum, 2^14 rounded to float32.
             let limit = allowed(dtype).1 + 2f64.powi(14 - 24);
-            assert!(error(&gradients[2].values(), &exact.d_v) <= limit, "{what}");
+            assert!(relative_error(&gradients[2].values(), &exact.d_v) <= limit, "{what}");
         }
     }
 }
@@ -374,16 +342,14 @@ fn extreme_scores() {
 #[test]
 fn against_the_cpu_device() {
     let case = Case::own(F32, (4, 2), 40, true, &[65, 7]);
-    let matrix =
-        |values: &[f32], heads: usize| Matrix::new(values.len() / (heads * 40), heads * 40, values.to_vec()).unwrap();
-    let (q, k, v) = (matrix(&case.q, 4), matrix(&case.k, 2), matrix(&case.v, 2));
+    let of_heads = |values: &[f32], heads: usize| matrix(values.len() / (heads * 40), heads * 40, values);
+    let (q, k, v) = (of_heads(&case.q, 4), of_heads(&case.k, 2), of_heads(&case.v, 2));
     let spans: Vec<Span> = case.spans.iter().map(|(q, k)| Span { q: q.clone(), k: k.clone() }).collect();
-    let twin = |x: &Matrix| x.data().iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
     let out = Cpu.attention(&q, &k, &v, &spans, case.shape).unwrap();
-    assert!(error(&case.forward()[0].values(), &twin(&out)) <= 2e-6);
-    let gradients = Cpu.attention_backward(&q, &k, &v, &matrix(&case.d_out, 4), &spans, case.shape).unwrap();
-    for (found, twin_of) in case.backward().iter().zip([&gradients.0, &gradients.1, &gradients.2]) {
-        assert!(error(&found.values(), &twin(twin_of)) <= 1e-5);
+    assert!(relative_error(&case.forward()[0].values(), &widened(out.data())) <= 2e-6);
+    let gradients = Cpu.attention_backward(&q, &k, &v, &of_heads(&case.d_out, 4), &spans, case.shape).unwrap();
+    for (found, twin) in case.backward().iter().zip([&gradients.0, &gradients.1, &gradients.2]) {
+        assert!(relative_error(&found.values(), &widened(twin.data())) <= 1e-5);
     }
 }
 
@@ -409,32 +375,31 @@ fn bad_arguments() {
         causal: 1,
         dtype: F32,
     };
-    for bad in [
-        vlmq_attention_args { q: std::ptr::null(), ..forward },
-        vlmq_attention_args { v: std::ptr::null(), ..forward },
-        vlmq_attention_args { out: std::ptr::null_mut(), ..forward },
-        vlmq_attention_args { spans: std::ptr::null(), ..forward },
-        vlmq_attention_args { span_count: -1, ..forward },
-        vlmq_attention_args { span_count: i64::from(i32::MAX), longest_q: 1 << 20, ..forward },
-        vlmq_attention_args { longest_q: -1, ..forward },
-        vlmq_attention_args { q_rows: 1 << 31, ..forward },
-        vlmq_attention_args { k_rows: -1, ..forward },
-        vlmq_attention_args { kv_heads: 0, ..forward },
-        vlmq_attention_args { heads: 3, kv_heads: 2, ..forward },
-        vlmq_attention_args { heads: 65536, ..forward },
-        vlmq_attention_args { head_dim: 5, ..forward },
-        vlmq_attention_args { head_dim: 258, ..forward },
-        vlmq_attention_args { head_dim: 0, ..forward },
-        vlmq_attention_args { dtype: vlmq_dtype(7), ..forward },
-    ] {
-        refused("vlmq_attention", &bad);
-    }
+    let bad: [fn(&mut vlmq_attention_args); 16] = [
+        |a| a.q = std::ptr::null(),
+        |a| a.v = std::ptr::null(),
+        |a| a.out = std::ptr::null_mut(),
+        |a| a.spans = std::ptr::null(),
+        |a| a.span_count = -1,
+        |a| (a.span_count, a.longest_q) = (i64::from(i32::MAX), 1 << 20),
+        |a| a.longest_q = -1,
+        |a| a.q_rows = 1 << 31,
+        |a| a.k_rows = -1,
+        |a| a.kv_heads = 0,
+        |a| (a.heads, a.kv_heads) = (3, 2),
+        |a| a.heads = 65536,
+        |a| a.head_dim = 5,
+        |a| a.head_dim = 258,
+        |a| a.head_dim = 0,
+        |a| a.dtype = vlmq_dtype(7),
+    ];
+    refused_each("vlmq_attention", &forward, &bad);
     accepted("vlmq_attention", &vlmq_attention_args { q_rows: 0, q: std::ptr::null(), span_count: 0, ..forward });
     space[..8].fill(f32::NAN);
     accepted("vlmq_attention", &vlmq_attention_args { span_count: 0, spans: std::ptr::null(), ..forward });
     assert_eq!(space[..8], [0.0; 8], "rows outside all spans are zero");
 
-    let mut workspace = Workspace::new(8);
+    let mut workspace = Buffer::workspace(8);
     let backward = vlmq_attention_backward_args {
         q: x,
         k: x,
@@ -456,28 +421,25 @@ fn bad_arguments() {
         head_dim: 4,
         causal: 1,
         dtype: F32,
-        workspace: workspace.ptr(),
+        workspace: workspace.ptr_mut(),
         workspace_bytes: 8,
     };
     assert_eq!(workspace_bytes("vlmq_attention_backward", &backward), 8);
-    for bad in [
-        vlmq_attention_backward_args { log_sum: std::ptr::null(), ..backward },
-        vlmq_attention_backward_args { d_out: std::ptr::null(), ..backward },
-        vlmq_attention_backward_args { d_k: std::ptr::null_mut(), ..backward },
-        vlmq_attention_backward_args { longest_k: -1, ..backward },
-        vlmq_attention_backward_args { span_count: i64::from(i32::MAX), longest_k: 1 << 20, ..backward },
-        vlmq_attention_backward_args { head_dim: 7, ..backward },
-        vlmq_attention_backward_args { workspace_bytes: 7, ..backward },
-        vlmq_attention_backward_args { workspace: std::ptr::null_mut(), ..backward },
-        vlmq_attention_backward_args { workspace: backward.workspace.wrapping_byte_add(4), ..backward },
-        vlmq_attention_backward_args { dtype: vlmq_dtype(7), ..backward },
-    ] {
-        refused("vlmq_attention_backward", &bad);
-    }
-    accepted(
-        "vlmq_attention_backward",
-        &vlmq_attention_backward_args { q_rows: 0, k_rows: 0, span_count: 0, q: std::ptr::null(), ..backward },
-    );
+    let bad: [fn(&mut vlmq_attention_backward_args); 10] = [
+        |a| a.log_sum = std::ptr::null(),
+        |a| a.d_out = std::ptr::null(),
+        |a| a.d_k = std::ptr::null_mut(),
+        |a| a.longest_k = -1,
+        |a| (a.span_count, a.longest_k) = (i64::from(i32::MAX), 1 << 20),
+        |a| a.head_dim = 7,
+        |a| a.workspace_bytes = 7,
+        |a| a.workspace = std::ptr::null_mut(),
+        |a| a.workspace = a.workspace.wrapping_byte_add(4),
+        |a| a.dtype = vlmq_dtype(7),
+    ];
+    refused_each("vlmq_attention_backward", &backward, &bad);
+    let empty = vlmq_attention_backward_args { q_rows: 0, k_rows: 0, span_count: 0, q: std::ptr::null(), ..backward };
+    accepted("vlmq_attention_backward", &empty);
 }
 
 #[test]

@@ -3,10 +3,11 @@
 mod support;
 
 use std::ptr::{null, null_mut};
+use support::buffers::{Bits, Buffer, Element, F32, noise};
+use support::calls::{accepted, every_schedule, refused, refused_each};
 use support::factors::{
     blocks, by_blocks, exact_root, hessian, ranges, reference_inverse, reference_root, upper, widened,
 };
-use support::floats::{Floats, accepted, every_schedule, is_poison, noise, refused};
 use support::golden::relative_error;
 use support::kernels::{self, Variant};
 use vlmq::device::cpu::Cpu;
@@ -36,8 +37,8 @@ fn sizes() -> Vec<usize> {
 /// What vlmq_factor leaves of h, inverses and diagonal, one behind the other, and the status.
 fn outputs(h: &[f32], n: usize, ends: &[i32]) -> (Vec<f32>, i32) {
     let mut status = 77;
-    let (mut h, mut inverses) = (Floats::in_out(h, 0), Floats::output(n * BLOCK, 0));
-    let mut diagonal = Floats::output(n, 0);
+    let (mut h, mut inverses) = (Buffer::in_out(F32, h, 0), Buffer::output(F32, n * BLOCK, 0));
+    let mut diagonal = Buffer::output(F32, n, 0);
     let mut args = vlmq_factor_args {
         h: h.ptr_mut(),
         inverses: inverses.ptr_mut(),
@@ -50,16 +51,16 @@ fn outputs(h: &[f32], n: usize, ends: &[i32]) -> (Vec<f32>, i32) {
         workspace_bytes: 0,
     };
     args.workspace_bytes = kernels::workspace_bytes("vlmq_factor", &args);
-    let mut workspace = Floats::output(args.workspace_bytes / 4, 0);
-    args.workspace = workspace.ptr_mut().cast();
+    let mut workspace = Buffer::workspace(args.workspace_bytes);
+    args.workspace = workspace.ptr_mut();
     accepted("vlmq_factor", &args);
-    workspace.values();
+    workspace.bytes();
     ([h.values(), inverses.values(), diagonal.values()].concat(), status)
 }
 
 /// The factor, or the pivot that is named.
 fn factor(h: &[f32], n: usize, ends: &[i32]) -> Result<Factor<Matrix>, usize> {
-    let mut got = every_schedule("a factorization", || {
+    let mut got = every_schedule(|| {
         let (mut values, status) = outputs(h, n, ends);
         // After a failure the outputs are undefined.
         values.truncate(if status == -1 { values.len() } else { 0 });
@@ -190,17 +191,17 @@ fn nothing_is_done_after_a_failure() {
     let h = upper(&h, n);
     let (after, status) = outputs(&h, n, &blocks(n, 128));
     assert_eq!(status, (n - 1) as i32);
-    let untouched = h.iter().zip(&after).all(|(a, b)| a.to_bits() == b.to_bits());
-    assert!(untouched && after[n * n..].iter().all(|&v| is_poison(v)));
+    assert!(after[..n * n].bits() == h.bits());
+    assert!(after[n * n..].iter().all(|v| v.to_bits() == F32.poison().to_bits()));
 }
 
 #[test]
 fn cross_factors_match_float64_and_the_cpu() {
     for (n, ends) in cases() {
-        let (h, c, alpha) = (hessian(n, 1e-3), noise(n * n, 24), 0.25f32);
+        let (h, c, alpha) = (hessian(n, 1e-3), noise(F32, n * n, 24), 0.25f32);
         let Factored::Done(of) = cpu_factor(&h, n, &ends) else { panic!("n {n}: the CPU refuses") };
-        let got = every_schedule("a cross factor", || {
-            let (mut c, mut products) = (Floats::in_out(&upper(&c, n), 0), Floats::output(n * BLOCK, 0));
+        let got = every_schedule(|| {
+            let (mut c, mut products) = (Buffer::in_out(F32, &upper(&c, n), 0), Buffer::output(F32, n * BLOCK, 0));
             let args = vlmq_cross_factor_args {
                 c: c.ptr_mut(),
                 root: of.root.data().as_ptr(),
@@ -262,12 +263,12 @@ fn cholesky_inverse(h: &[f32], n: usize, damp: f32) -> (i32, Vec<f32>) {
         workspace_bytes: 0,
     };
     args.workspace_bytes = kernels::workspace_bytes("vlmq_cholesky_inverse", &args);
-    let values = every_schedule("an inverse", || {
-        let (mut h, mut workspace) = (Floats::in_out(h, 0), Floats::output(args.workspace_bytes / 4, 0));
-        let args = vlmq_cholesky_inverse_args { h: h.ptr_mut(), workspace: workspace.ptr_mut().cast(), ..args };
+    let values = every_schedule(|| {
+        let (mut h, mut workspace) = (Buffer::in_out(F32, h, 0), Buffer::workspace(args.workspace_bytes));
+        let args = vlmq_cholesky_inverse_args { h: h.ptr_mut(), workspace: workspace.ptr_mut(), ..args };
         accepted("vlmq_cholesky_inverse", &args);
-        workspace.values();
-        h.values().to_vec()
+        workspace.bytes();
+        h.values()
     });
     (status, values)
 }
@@ -306,9 +307,10 @@ fn exact_inverses_are_found_exactly_and_failures_told() {
 
 #[test]
 fn bad_arguments_are_refused() {
-    let mut h = Floats::output(4, 0);
+    let mut h = Buffer::output(F32, 4, 0);
     let (x, mut status) = ([1.0f32; 4 * BLOCK], 77);
-    let mut inverses = Floats::output(2 * BLOCK, 0);
+    let mut inverses = Buffer::output(F32, 2 * BLOCK, 0);
+    let mut workspace = Buffer::workspace(1 << 20);
     let ends = [1, 2];
     let good = vlmq_factor_args {
         h: h.ptr_mut(),
@@ -318,53 +320,62 @@ fn bad_arguments_are_refused() {
         block_count: 2,
         n: 2,
         status: &raw mut status,
-        workspace: inverses.ptr_mut().cast(),
+        workspace: workspace.ptr_mut(),
         workspace_bytes: 1 << 20,
     };
-    refused("vlmq_factor", &vlmq_factor_args { h: null_mut(), ..good }, "no h");
-    refused("vlmq_factor", &vlmq_factor_args { inverses: null_mut(), ..good }, "no inverses");
-    refused("vlmq_factor", &vlmq_factor_args { diagonal: null_mut(), ..good }, "no diagonal");
-    refused("vlmq_factor", &vlmq_factor_args { status: null_mut(), ..good }, "no status");
-    refused("vlmq_factor", &vlmq_factor_args { workspace: null_mut(), ..good }, "no work space");
-    refused("vlmq_factor", &vlmq_factor_args { workspace_bytes: 100, ..good }, "little work space");
-    refused("vlmq_factor", &vlmq_factor_args { n: -1, ..good }, "negative");
+    let bad: [fn(&mut vlmq_factor_args); 7] = [
+        |a| a.h = null_mut(),
+        |a| a.inverses = null_mut(),
+        |a| a.diagonal = null_mut(),
+        |a| a.status = null_mut(),
+        |a| a.workspace = null_mut(),
+        |a| a.workspace_bytes = 100,
+        |a| a.n = -1,
+    ];
+    refused_each("vlmq_factor", &good, &bad);
+    // Blocks that do not cover the columns.
     for (ends, n) in [(vec![2], 3), (vec![1, 1], 1), (vec![2, 1], 1), (vec![129], 129), (vec![0, 2], 2), (vec![], 2)] {
         let blocks = if ends.is_empty() { null() } else { ends.as_ptr() };
-        let args = vlmq_factor_args { blocks, block_count: ends.len() as i64, n, ..good };
-        refused("vlmq_factor", &args, "blocks that do not cover the columns");
+        refused("vlmq_factor", &vlmq_factor_args { blocks, block_count: ends.len() as i64, n, ..good });
         let args = vlmq_cross_factor_args { blocks, block_count: ends.len() as i64, n, ..cross(&mut h, &x, &ends) };
-        refused("vlmq_cross_factor", &args, "blocks that do not cover the columns");
+        refused("vlmq_cross_factor", &args);
     }
     assert_eq!(status, 77);
     let good = cross(&mut h, &x, &ends);
-    refused("vlmq_cross_factor", &vlmq_cross_factor_args { c: null_mut(), ..good }, "no c");
-    refused("vlmq_cross_factor", &vlmq_cross_factor_args { root: null(), ..good }, "no root");
-    refused("vlmq_cross_factor", &vlmq_cross_factor_args { inverses: null(), ..good }, "no inverses");
-    refused("vlmq_cross_factor", &vlmq_cross_factor_args { diagonal: null(), ..good }, "no diagonal");
-    refused("vlmq_cross_factor", &vlmq_cross_factor_args { products: null_mut(), ..good }, "no products");
-    refused("vlmq_cross_factor", &vlmq_cross_factor_args { n: -1, ..good }, "negative");
+    let bad: [fn(&mut vlmq_cross_factor_args); 6] = [
+        |a| a.c = null_mut(),
+        |a| a.root = null(),
+        |a| a.inverses = null(),
+        |a| a.diagonal = null(),
+        |a| a.products = null_mut(),
+        |a| a.n = -1,
+    ];
+    refused_each("vlmq_cross_factor", &good, &bad);
     accepted("vlmq_cross_factor", &vlmq_cross_factor_args { n: 0, c: null_mut(), ..good });
     let good = vlmq_cholesky_inverse_args {
         h: h.ptr_mut(),
         damp: 0.01,
         n: 2,
         status: &raw mut status,
-        workspace: inverses.ptr_mut().cast(),
+        workspace: workspace.ptr_mut(),
         workspace_bytes: 1 << 20,
     };
-    refused("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { h: null_mut(), ..good }, "no h");
-    refused("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { damp: -0.5, ..good }, "negative damping");
-    refused("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { damp: f32::NAN, ..good }, "no damping");
-    refused("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { n: -1, ..good }, "negative");
-    refused("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { status: null_mut(), ..good }, "no status");
-    refused("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { workspace_bytes: 9, ..good }, "little work space");
-    refused("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { workspace: null_mut(), ..good }, "no work space");
+    let bad: [fn(&mut vlmq_cholesky_inverse_args); 7] = [
+        |a| a.h = null_mut(),
+        |a| a.damp = -0.5,
+        |a| a.damp = f32::NAN,
+        |a| a.n = -1,
+        |a| a.status = null_mut(),
+        |a| a.workspace_bytes = 9,
+        |a| a.workspace = null_mut(),
+    ];
+    refused_each("vlmq_cholesky_inverse", &good, &bad);
     accepted("vlmq_cholesky_inverse", &vlmq_cholesky_inverse_args { n: 0, h: null_mut(), ..good });
     assert_eq!(status, -1, "nothing to factor");
-    assert!(h.values().iter().chain(inverses.values()).all(|&v| is_poison(v)));
+    assert!(h.is_untouched() && inverses.is_untouched());
 }
 
-fn cross(c: &mut Floats, x: &[f32], ends: &[i32]) -> vlmq_cross_factor_args {
+fn cross(c: &mut Buffer, x: &[f32], ends: &[i32]) -> vlmq_cross_factor_args {
     vlmq_cross_factor_args {
         c: c.ptr_mut(),
         root: x.as_ptr(),

@@ -2,16 +2,17 @@
 
 mod support;
 
-use half::{bf16, f16};
-use support::guarded::{Element, Guarded, noise};
-use support::kernels::{Variant, call, kernels, pass_under_sanitizers, set_seed};
+use support::buffers::{Buffer, DTYPES, Element, F32, U8, U32, noise, rounded};
+use support::calls::{accepted, refused, refused_each};
+use support::kernels::{Variant, kernels, pass_under_sanitizers, set_seed};
+use support::uniform;
 use vlmq::device::cuda::bindings::*;
 use vlmq::quantize::pack::{pack, packed_words, unpack};
 
 const WIDTHS: [u32; 4] = [2, 3, 4, 8];
 
 fn codes(count: usize, bits: u32, seed: u64) -> Vec<u8> {
-    noise(count, seed).iter().map(|x| ((x + 1.0) * 128.0) as u8 & ((1u32 << bits) - 1) as u8).collect()
+    uniform(seed).take(count).map(|x| ((x + 1.0) * 128.0) as u8 & ((1u32 << bits) - 1) as u8).collect()
 }
 
 /// Element `i` of run `r` lies at `i * stride + r * run_stride`.
@@ -39,8 +40,8 @@ impl Layout {
 }
 
 /// Values spread out, poison between them.
-fn spread<T: Element>(values: &[T], runs: usize, count: usize, layout: Layout) -> Vec<T> {
-    let mut out = vec![T::POISON; layout.len(runs, count)];
+fn spread<E: Element>(element: E, values: &[E::Value], runs: usize, count: usize, layout: Layout) -> Vec<E::Value> {
+    let mut out = vec![element.poison(); layout.len(runs, count)];
     for r in 0..runs {
         for i in 0..count {
             out[i * layout.stride + r * layout.run_stride] = values[r * count + i];
@@ -77,11 +78,11 @@ impl Case {
         let words = packed_words(count, bits);
         let plain = codes(runs * count, bits, 7 + seed);
         for shift in [0, 1] {
-            let mut from = Guarded::holding(&spread(&plain, runs, count, code));
-            let mut to = Guarded::<u32>::output(word.len(runs, words));
+            let from = Buffer::input(U8, &spread(U8, &plain, runs, count, code), 0);
+            let mut to = Buffer::output(U32, word.len(runs, words), 0);
             let args = vlmq_pack_args {
                 codes: from.ptr(),
-                words: to.ptr(),
+                words: to.ptr_mut(),
                 runs: runs as i64,
                 count: count as i64,
                 code_stride: code.stride as i64,
@@ -91,14 +92,14 @@ impl Case {
                 bits: bits as i32,
                 subtract: shift,
             };
-            assert_eq!(call("vlmq_pack", &args), vlmq_status::VLMQ_OK, "{what}");
-            let expected = spread(&packed(&plain, runs, count, bits, shift as u8), runs, words, word);
+            accepted("vlmq_pack", &args);
+            let expected = spread(U32, &packed(&plain, runs, count, bits, shift as u8), runs, words, word);
             assert!(to.values() == expected, "{what}: packed with {shift} taken off");
 
-            let mut back = Guarded::<u8>::output(code.len(runs, count));
+            let mut back = Buffer::output(U8, code.len(runs, count), 0);
             let args = vlmq_unpack_args {
                 words: to.ptr(),
-                codes: back.ptr(),
+                codes: back.ptr_mut(),
                 runs: args.runs,
                 count: args.count,
                 code_stride: args.code_stride,
@@ -108,7 +109,7 @@ impl Case {
                 bits: args.bits,
                 add: shift,
             };
-            assert_eq!(call("vlmq_unpack", &args), vlmq_status::VLMQ_OK, "{what}");
+            accepted("vlmq_unpack", &args);
             assert!(back.values() == from.values(), "{what}: unpacked with {shift} added");
         }
     }
@@ -144,10 +145,10 @@ fn gptq_files_read_back() {
     for bits in WIDTHS {
         let layer = codes(outputs * inputs, bits, 3);
         let words = packed_words(inputs, bits);
-        let mut qweight = Guarded::<u32>::output(words * outputs);
+        let mut qweight = Buffer::output(U32, words * outputs, 0);
         let mut args = vlmq_pack_args {
             codes: layer.as_ptr(),
-            words: qweight.ptr(),
+            words: qweight.ptr_mut(),
             runs: outputs as i64,
             count: inputs as i64,
             code_stride: 1,
@@ -157,24 +158,26 @@ fn gptq_files_read_back() {
             bits: bits as i32,
             subtract: 0,
         };
-        assert_eq!(call("vlmq_pack", &args), vlmq_status::VLMQ_OK);
+        accepted("vlmq_pack", &args);
+        let read = qweight.values();
         for output in 0..outputs {
             let mut row = vec![0; inputs];
-            unpack(&qweight.values()[output..], outputs, inputs, bits, &mut row, 1);
+            unpack(&read[output..], outputs, inputs, bits, &mut row, 1);
             assert!(row == layer[output * inputs..][..inputs], "{bits} bits, output {output}");
         }
 
         let zeros: Vec<u8> = codes(outputs * groups, bits, 4).iter().map(|zero| (*zero).max(1)).collect();
         let words = packed_words(outputs, bits);
-        let mut qzeros = Guarded::<u32>::output(groups * words);
-        (args.codes, args.words, args.subtract) = (zeros.as_ptr(), qzeros.ptr(), 1);
+        let mut qzeros = Buffer::output(U32, groups * words, 0);
+        (args.codes, args.words, args.subtract) = (zeros.as_ptr(), qzeros.ptr_mut(), 1);
         (args.runs, args.count) = (groups as i64, outputs as i64);
         (args.code_stride, args.code_run_stride) = (groups as i64, 1);
         (args.word_stride, args.word_run_stride) = (1, words as i64);
-        assert_eq!(call("vlmq_pack", &args), vlmq_status::VLMQ_OK);
+        accepted("vlmq_pack", &args);
+        let read = qzeros.values();
         for group in 0..groups {
             let mut column = vec![0; outputs];
-            unpack(&qzeros.values()[group * words..], 1, outputs, bits, &mut column, 1);
+            unpack(&read[group * words..], 1, outputs, bits, &mut column, 1);
             assert!((0..outputs).all(|o| column[o] + 1 == zeros[o * groups + group]), "{bits} bits, group {group}");
         }
     }
@@ -188,30 +191,30 @@ struct Dequantize {
 }
 
 impl Dequantize {
-    fn check<T: Element>(&self, dtype: vlmq_dtype, round: impl Fn(f32) -> T) {
+    fn check(&self, dtype: vlmq_dtype) {
         let Dequantize { rows, cols, groups, ref index } = *self;
         let what = format!("{rows}x{cols} in {groups} groups, index {}, {dtype:?}", index.is_some());
         let (codes, zeros) = (codes(rows * cols, 8, 5), codes(rows * groups, 8, 6));
-        let scales = noise(rows * groups, 8);
-        let mut out = Guarded::<T>::output(rows * cols);
+        let scales = noise(F32, rows * groups, 8);
+        let mut out = Buffer::output(dtype, rows * cols, 0);
         let args = vlmq_dequantize_args {
             codes: codes.as_ptr(),
             scales: scales.as_ptr(),
             zeros: zeros.as_ptr(),
             group_index: index.as_ref().map_or(std::ptr::null(), Vec::as_ptr),
-            out: out.ptr().cast(),
+            out: out.ptr_mut(),
             rows: rows as i64,
             cols: cols as i64,
             groups: groups as i64,
             dtype,
         };
-        assert_eq!(call("vlmq_dequantize", &args), vlmq_status::VLMQ_OK, "{what}");
+        accepted("vlmq_dequantize", &args);
         for (place, value) in out.values().iter().enumerate() {
             let (row, col) = (place / cols, place % cols);
             let group = index.as_ref().map_or_else(|| col / (cols / groups), |index| index[col] as usize);
             let at = row * groups + group;
             let expected = scales[at] * (f32::from(codes[place]) - f32::from(zeros[at]));
-            assert_eq!(value.bits(), round(expected).bits(), "{what}: [{row}, {col}]");
+            assert_eq!(value.to_bits(), rounded(dtype, expected).to_bits(), "{what}: [{row}, {col}]");
         }
     }
 }
@@ -226,9 +229,7 @@ fn dequantizes_by_the_formula() {
         let index = (0..cols).map(|c| (c * 7 % groups) as i32).collect();
         for index in [None, Some(index)] {
             let case = Dequantize { rows, cols, groups, index };
-            case.check(vlmq_dtype::VLMQ_F32, |x| x);
-            case.check(vlmq_dtype::VLMQ_BF16, |x| bf16::from_f32(x).to_bits());
-            case.check(vlmq_dtype::VLMQ_F16, |x| f16::from_f32(x).to_bits());
+            DTYPES.into_iter().for_each(|dtype| case.check(dtype));
         }
     }
 }
@@ -236,15 +237,15 @@ fn dequantizes_by_the_formula() {
 /// More rows than blocks fit along y: each block takes several.
 #[test]
 fn dequantizes_many_rows() {
-    Dequantize { rows: 65_537, cols: 3, groups: 1, index: None }.check(vlmq_dtype::VLMQ_F32, |x| x);
+    Dequantize { rows: 65_537, cols: 3, groups: 1, index: None }.check(F32);
 }
 
 #[test]
 fn bad_arguments_are_refused() {
-    let (layer, mut words) = (vec![0u8; 64], Guarded::<u32>::output(64));
+    let (layer, mut words) = (vec![0u8; 64], Buffer::output(U32, 64, 0));
     let good = vlmq_pack_args {
         codes: layer.as_ptr(),
-        words: words.ptr(),
+        words: words.ptr_mut(),
         runs: 4,
         count: 16,
         code_stride: 1,
@@ -267,14 +268,14 @@ fn bad_arguments_are_refused() {
         |a| a.code_run_stride = 15,
         |a| a.count = i64::MAX,
     ];
-    for (number, spoil) in bad.iter().enumerate() {
+    refused_each("vlmq_pack", &good, &bad);
+    for spoil in bad {
         let mut args = good;
         spoil(&mut args);
-        assert_eq!(call("vlmq_pack", &args), vlmq_status::VLMQ_BAD_ARGUMENT, "{number}");
-        let mut codes = Guarded::<u8>::output(64);
+        let mut codes = Buffer::output(U8, 64, 0);
         let unpack = vlmq_unpack_args {
             words: args.words,
-            codes: if args.codes.is_null() { std::ptr::null_mut() } else { codes.ptr() },
+            codes: if args.codes.is_null() { std::ptr::null_mut() } else { codes.ptr_mut() },
             runs: args.runs,
             count: args.count,
             code_stride: args.code_stride,
@@ -284,24 +285,24 @@ fn bad_arguments_are_refused() {
             bits: args.bits,
             add: 0,
         };
-        assert_eq!(call("vlmq_unpack", &unpack), vlmq_status::VLMQ_BAD_ARGUMENT, "{number}");
-        assert!(codes.values().iter().all(|&code| code == u8::POISON));
+        refused("vlmq_unpack", &unpack);
+        assert!(codes.is_untouched());
     }
-    assert!(words.values().iter().all(|&word| word == u32::POISON));
+    assert!(words.is_untouched());
     let empty = vlmq_pack_args { runs: 0, codes: std::ptr::null(), words: std::ptr::null_mut(), ..good };
-    assert_eq!(call("vlmq_pack", &empty), vlmq_status::VLMQ_OK);
+    accepted("vlmq_pack", &empty);
 
-    let (scales, mut out) = (vec![1.0f32; 16], Guarded::<f32>::output(64));
+    let (scales, mut out) = (vec![1.0f32; 16], Buffer::output(F32, 64, 0));
     let good = vlmq_dequantize_args {
         codes: layer.as_ptr(),
         scales: scales.as_ptr(),
         zeros: layer.as_ptr(),
         group_index: std::ptr::null(),
-        out: out.ptr().cast(),
+        out: out.ptr_mut(),
         rows: 4,
         cols: 16,
         groups: 4,
-        dtype: vlmq_dtype::VLMQ_F32,
+        dtype: F32,
     };
     let bad: [fn(&mut vlmq_dequantize_args); 8] = [
         |a| a.codes = std::ptr::null(),
@@ -313,14 +314,10 @@ fn bad_arguments_are_refused() {
         |a| a.rows = -1,
         |a| a.dtype = vlmq_dtype(3),
     ];
-    for (number, spoil) in bad.iter().enumerate() {
-        let mut args = good;
-        spoil(&mut args);
-        assert_eq!(call("vlmq_dequantize", &args), vlmq_status::VLMQ_BAD_ARGUMENT, "{number}");
-    }
-    assert!(out.values().iter().all(|x| x.is_nan()));
+    refused_each("vlmq_dequantize", &good, &bad);
+    assert!(out.is_untouched());
     let empty = vlmq_dequantize_args { cols: 0, groups: 0, codes: std::ptr::null(), ..good };
-    assert_eq!(call("vlmq_dequantize", &empty), vlmq_status::VLMQ_OK);
+    accepted("vlmq_dequantize", &empty);
 }
 
 #[test]

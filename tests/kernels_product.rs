@@ -3,7 +3,8 @@
 mod support;
 
 use std::ptr::{null, null_mut};
-use support::floats::{Floats, accepted, every_schedule, integers, is_poison, noise, refused};
+use support::buffers::{Buffer, F32, integers, noise};
+use support::calls::{accepted, every_schedule, refused, refused_each, schedules};
 use support::golden::relative_error;
 use support::kernels::{self, Variant};
 use vlmq::device::cpu::Cpu;
@@ -55,14 +56,14 @@ impl Case {
 
     fn run(&self, a: &[f32], b: &[f32], c: &[f32]) -> Vec<f32> {
         let (b_rows, b_cols) = self.b_shape();
-        let a = Floats::input(&self.spread(a, self.rows, self.inner), self.gap);
-        let b = Floats::input(&self.spread(b, b_rows, b_cols), self.gap);
+        let a = Buffer::input(F32, &self.spread(a, self.rows, self.inner), self.gap);
+        let b = Buffer::input(F32, &self.spread(b, b_rows, b_cols), self.gap);
         let c_stride = self.cols + self.gap;
         // Without beta, what c holds is poison.
         let mut out = if self.beta == 0.0 {
-            Floats::output((self.rows * c_stride).saturating_sub(self.gap), self.gap)
+            Buffer::output(F32, (self.rows * c_stride).saturating_sub(self.gap), self.gap)
         } else {
-            Floats::in_out(&self.spread(c, self.rows, self.cols), self.gap)
+            Buffer::in_out(F32, &self.spread(c, self.rows, self.cols), self.gap)
         };
         accepted(
             "vlmq_product",
@@ -130,10 +131,10 @@ fn products_of_integers_are_exact() {
 fn products_are_float32_accurate() {
     for case in cases(&[(130, 70, 300), (65, 129, 900)]) {
         let (b_rows, b_cols) = case.b_shape();
-        let a = noise(case.rows * case.inner, 4);
-        let b = noise(b_rows * b_cols, 5);
-        let c = noise(case.rows * case.cols, 6);
-        let got = every_schedule("a product", || case.run(&a, &b, &c));
+        let a = noise(F32, case.rows * case.inner, 4);
+        let b = noise(F32, b_rows * b_cols, 5);
+        let c = noise(F32, case.rows * case.cols, 6);
+        let got = every_schedule(|| case.run(&a, &b, &c));
         let error = relative_error(&got, &case.reference(&a, &b, &c));
         assert!(error <= 1e-6, "{case:?}: {error:.1e}");
         // One pass of tf32 would be off by 2e-4: the low parts are there.
@@ -144,16 +145,16 @@ fn products_are_float32_accurate() {
 #[test]
 fn products_agree_with_the_cpu() {
     let (rows, features, cols) = (40, 200, 90);
-    let matrix = |r, c, seed| Matrix::new(r, c, noise(r * c, seed)).unwrap();
+    let matrix = |r, c, seed| Matrix::new(r, c, noise(F32, r * c, seed)).unwrap();
     let (a, b) = (matrix(rows, features, 7), matrix(features, features, 8));
     let mut expected = matrix(rows, cols, 9);
-    let mut c = Floats::in_out(expected.data(), 0);
+    let mut c = Buffer::in_out(F32, expected.data(), 0);
     let range = ProductRange { inner: 50..178, columns: 110..150, target: 31 };
     Cpu.add_product(&mut expected, &a, &b, &range).unwrap();
     let args = vlmq_product_args {
         a: a.data()[range.inner.start..].as_ptr(),
         b: b.data()[range.inner.start * features + range.columns.start..].as_ptr(),
-        c: c.ptr_mut().wrapping_add(range.target),
+        c: c.ptr_mut::<f32>().wrapping_add(range.target),
         rows: rows as i64,
         cols: range.columns.len() as i64,
         inner: range.inner.len() as i64,
@@ -166,13 +167,13 @@ fn products_agree_with_the_cpu() {
     };
     accepted("vlmq_product", &args);
     let expected: Vec<f64> = expected.data().iter().map(|&v| f64::from(v)).collect();
-    let error = relative_error(c.values(), &expected);
+    let error = relative_error(&c.values(), &expected);
     assert!(error <= 1e-6, "{error:.1e}");
 }
 
 #[test]
 fn an_empty_product_scales_and_bad_arguments_are_refused() {
-    let mut c = Floats::in_out(&[1.0, 2.0, 3.0, 4.0], 0);
+    let mut c = Buffer::in_out(F32, &[1.0, 2.0, 3.0, 4.0], 0);
     let x = [1.0f32; 4];
     let good = vlmq_product_args {
         a: x.as_ptr(),
@@ -193,45 +194,50 @@ fn an_empty_product_scales_and_bad_arguments_are_refused() {
     assert_eq!(c.values(), [1.0, 2.0, 3.0, 4.0]);
     accepted("vlmq_product", &vlmq_product_args { inner: 0, a: null(), b: null(), ..good });
     assert_eq!(c.values(), [2.0, 4.0, 6.0, 8.0]);
-    refused("vlmq_product", &vlmq_product_args { a: null(), ..good }, "no a");
-    refused("vlmq_product", &vlmq_product_args { b: null(), ..good }, "no b");
-    refused("vlmq_product", &vlmq_product_args { c: null_mut(), ..good }, "no c");
-    refused("vlmq_product", &vlmq_product_args { rows: -1, ..good }, "negative");
-    refused("vlmq_product", &vlmq_product_args { inner: -1, ..good }, "negative");
-    refused("vlmq_product", &vlmq_product_args { a_stride: 1, ..good }, "rows overlap");
-    refused("vlmq_product", &vlmq_product_args { b_stride: 1, ..good }, "rows overlap");
-    refused("vlmq_product", &vlmq_product_args { c_stride: 1, ..good }, "rows overlap");
-    refused("vlmq_product", &vlmq_product_args { inner: 1, cols: 2, b_stride: 1, ..good }, "rows of b overlap");
+    // The last four: rows of a, of b and of c overlap.
+    let bad: [fn(&mut vlmq_product_args); 9] = [
+        |a| a.a = null(),
+        |a| a.b = null(),
+        |a| a.c = null_mut(),
+        |a| a.rows = -1,
+        |a| a.inner = -1,
+        |a| a.a_stride = 1,
+        |a| a.b_stride = 1,
+        |a| a.c_stride = 1,
+        |a| (a.inner, a.b_stride) = (1, 1),
+    ];
+    refused_each("vlmq_product", &good, &bad);
+    // More tiles than a launch has blocks.
     let wide = vlmq_product_args { rows: i64::MAX / 2, cols: i64::MAX / 2, inner: 0, c_stride: i64::MAX, ..good };
-    refused("vlmq_product", &wide, "more tiles than a launch has blocks");
+    refused("vlmq_product", &wide);
     assert_eq!(c.values(), [2.0, 4.0, 6.0, 8.0]);
 }
 
 /// An order that is neither the identity nor its own inverse.
 fn shuffled(n: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..n as u32).collect();
-    let steps = noise(n, 11);
+    let steps = noise(F32, n, 11);
     order.sort_by(|&a, &b| steps[a as usize].total_cmp(&steps[b as usize]));
     order
 }
 
 fn permuted(x: &[f32], n: usize, order: &[u32], diagonal: Option<&[f32]>, symmetric: bool) -> Vec<f32> {
     let order: Vec<i32> = order.iter().map(|&i| i as i32).collect();
-    let (x, diagonal) = (Floats::input(x, 0), diagonal.map(|d| Floats::input(d, 1)));
-    every_schedule("a permutation", || {
-        let mut out = Floats::output(n * n, 0);
+    let (x, diagonal) = (Buffer::input(F32, x, 0), diagonal.map(|d| Buffer::input(F32, d, 1)));
+    every_schedule(|| {
+        let mut out = Buffer::output(F32, n * n, 0);
         accepted(
             "vlmq_permute",
             &vlmq_permute_args {
                 x: x.ptr(),
                 order: order.as_ptr(),
-                diagonal: diagonal.as_ref().map_or(null(), Floats::ptr),
+                diagonal: diagonal.as_ref().map_or(null(), Buffer::ptr),
                 out: out.ptr_mut(),
                 n: n as i64,
                 symmetric: i32::from(symmetric),
             },
         );
-        out.values().to_vec()
+        out.values()
     })
 }
 
@@ -239,8 +245,8 @@ fn permuted(x: &[f32], n: usize, order: &[u32], diagonal: Option<&[f32]>, symmet
 fn permutations_are_the_cpus() {
     let sizes: &[usize] = if Variant::current() == Variant::Plain { &[1, 17, 33, 127, 129] } else { &[1, 17, 65] };
     for &n in sizes {
-        let x = Matrix::new(n, n, noise(n * n, 12)).unwrap();
-        let diagonal = noise(n, 13);
+        let x = Matrix::new(n, n, noise(F32, n * n, 12)).unwrap();
+        let diagonal = noise(F32, n, 13);
         let upper =
             |m: &Matrix| -> Vec<f32> { (0..n * n).map(|i| if i / n <= i % n { m.data()[i] } else { 0.0 }).collect() };
         for order in [(0..n as u32).collect(), (0..n as u32).rev().collect(), shuffled(n)] {
@@ -257,7 +263,7 @@ fn permutations_are_the_cpus() {
             assert_eq!(permuted(&half, n, &order, None, true), upper(&kept), "n {n}");
         }
     }
-    let mut out = Floats::output(4, 0);
+    let mut out = Buffer::output(F32, 4, 0);
     let (x, order) = ([0.0f32; 4], [0i32, 1]);
     let good = vlmq_permute_args {
         x: x.as_ptr(),
@@ -267,22 +273,19 @@ fn permutations_are_the_cpus() {
         n: 2,
         symmetric: 0,
     };
-    refused("vlmq_permute", &vlmq_permute_args { x: null(), ..good }, "no x");
-    refused("vlmq_permute", &vlmq_permute_args { order: null(), ..good }, "no order");
-    refused("vlmq_permute", &vlmq_permute_args { out: null_mut(), ..good }, "no out");
-    refused("vlmq_permute", &vlmq_permute_args { x: good.out, ..good }, "in place");
-    refused("vlmq_permute", &vlmq_permute_args { n: -2, ..good }, "negative");
+    let bad: [fn(&mut vlmq_permute_args); 5] =
+        [|a| a.x = null(), |a| a.order = null(), |a| a.out = null_mut(), |a| a.x = a.out, |a| a.n = -2];
+    refused_each("vlmq_permute", &good, &bad);
     accepted("vlmq_permute", &vlmq_permute_args { n: 0, ..good });
-    assert!(out.values().iter().all(|&v| is_poison(v)));
+    assert!(out.is_untouched());
 }
 
-fn norm(x: &Floats, h: Option<&Floats>, rows: usize, cols: usize) -> f64 {
-    let once = |seed| {
-        kernels::set_seed(kernels::kernels(), seed);
+fn norm(x: &Buffer, h: Option<&Buffer>, rows: usize, cols: usize) -> f64 {
+    schedules(0..2, || {
         let mut norm = f64::NAN;
         let mut args = vlmq_squared_norm_args {
             x: x.ptr(),
-            h: h.map_or(null(), Floats::ptr),
+            h: h.map_or(null(), Buffer::ptr),
             norm: &raw mut norm,
             rows: rows as i64,
             cols: cols as i64,
@@ -290,15 +293,12 @@ fn norm(x: &Floats, h: Option<&Floats>, rows: usize, cols: usize) -> f64 {
             workspace_bytes: 0,
         };
         args.workspace_bytes = kernels::workspace_bytes("vlmq_squared_norm", &args);
-        let mut workspace = Floats::output(args.workspace_bytes / 4, 0);
-        args.workspace = workspace.ptr_mut().cast();
+        let mut workspace = Buffer::workspace(args.workspace_bytes);
+        args.workspace = workspace.ptr_mut();
         accepted("vlmq_squared_norm", &args);
-        workspace.values();
+        workspace.bytes();
         norm
-    };
-    let first = once(0);
-    assert_eq!(once(1).to_bits(), first.to_bits(), "a norm depends on the schedule");
-    first
+    })
 }
 
 #[test]
@@ -307,14 +307,14 @@ fn norms_are_sums_in_float64() {
     let all = [(1, 1), (17, 33), (3, 128), (129, 127), (130, 300), (1, 9000)];
     for (rows, cols) in all.into_iter().take(if plain { 6 } else { 3 }) {
         for shift in [0, 1] {
-            let values = noise(rows * cols, 14);
+            let values = noise(F32, rows * cols, 14);
             let expected: f64 = values.iter().map(|&v| f64::from(v).powi(2)).sum();
-            let got = norm(&Floats::input(&values, shift), None, rows, cols);
+            let got = norm(&Buffer::input(F32, &values, shift), None, rows, cols);
             assert!((got - expected).abs() <= 1e-13 * expected, "{rows}x{cols}: {got} {expected}");
         }
         let large = integers(rows * cols, 15, 4000);
         let expected: f64 = large.iter().map(|&v| f64::from(v).powi(2)).sum();
-        assert_eq!(norm(&Floats::input(&large, 0), None, rows, cols), expected, "{rows}x{cols}");
+        assert_eq!(norm(&Buffer::input(F32, &large, 0), None, rows, cols), expected, "{rows}x{cols}");
     }
 }
 
@@ -336,14 +336,14 @@ fn weighted_norms_read_the_upper_triangle() {
         };
         let (x, h) = (integers(rows * cols, 16, 9), upper(integers(cols * cols, 17, 9)));
         for shift in [0, 1] {
-            let got = norm(&Floats::input(&x, shift), Some(&Floats::input(&h, 0)), rows, cols);
+            let got = norm(&Buffer::input(F32, &x, shift), Some(&Buffer::input(F32, &h, 0)), rows, cols);
             assert_eq!(got, reference(&x, &h), "{rows}x{cols}");
         }
         // Positive definite, as H is: nothing cancels.
-        let (x, mut h) = (noise(rows * cols, 18), upper(noise(cols * cols, 19)));
+        let (x, mut h) = (noise(F32, rows * cols, 18), upper(noise(F32, cols * cols, 19)));
         (0..cols).for_each(|i| h[i * cols + i] = 2.0 * cols as f32);
         let expected = reference(&x, &h);
-        let got = norm(&Floats::input(&x, 0), Some(&Floats::input(&h, 0)), rows, cols);
+        let got = norm(&Buffer::input(F32, &x, 0), Some(&Buffer::input(F32, &h, 0)), rows, cols);
         assert!((got - expected).abs() <= 1e-6 * expected, "{rows}x{cols}: {got} {expected}");
         let matrix = |r, c, data: &[f32]| Matrix::new(r, c, data.to_vec()).unwrap();
         let cpu = Cpu.weighted_squared_norm(&matrix(rows, cols, &x), &matrix(cols, cols, &h)).unwrap();
@@ -354,22 +354,25 @@ fn weighted_norms_read_the_upper_triangle() {
 #[test]
 fn norms_refuse_bad_arguments() {
     let mut norm = f64::NAN;
-    let (x, mut workspace) = ([1.0f32; 4], [0u64; 4]);
+    let (x, mut workspace) = ([1.0f32; 4], Buffer::workspace(32));
     let good = vlmq_squared_norm_args {
         x: x.as_ptr(),
         h: null(),
         norm: &raw mut norm,
         rows: 2,
         cols: 2,
-        workspace: workspace.as_mut_ptr().cast(),
+        workspace: workspace.ptr_mut(),
         workspace_bytes: 8,
     };
-    refused("vlmq_squared_norm", &vlmq_squared_norm_args { x: null(), ..good }, "no x");
-    refused("vlmq_squared_norm", &vlmq_squared_norm_args { norm: null_mut(), ..good }, "no norm");
-    refused("vlmq_squared_norm", &vlmq_squared_norm_args { rows: -1, ..good }, "negative");
-    refused("vlmq_squared_norm", &vlmq_squared_norm_args { rows: i64::MAX, cols: 2, ..good }, "too many");
-    refused("vlmq_squared_norm", &vlmq_squared_norm_args { workspace_bytes: 7, ..good }, "work space");
-    refused("vlmq_squared_norm", &vlmq_squared_norm_args { workspace: null_mut(), ..good }, "work space");
+    let bad: [fn(&mut vlmq_squared_norm_args); 6] = [
+        |a| a.x = null(),
+        |a| a.norm = null_mut(),
+        |a| a.rows = -1,
+        |a| (a.rows, a.cols) = (i64::MAX, 2),
+        |a| a.workspace_bytes = 7,
+        |a| a.workspace = null_mut(),
+    ];
+    refused_each("vlmq_squared_norm", &good, &bad);
     accepted("vlmq_squared_norm", &vlmq_squared_norm_args { rows: 0, x: null(), ..good });
     assert_eq!(norm, 0.0, "the sum of nothing");
 }

@@ -3,10 +3,9 @@
 mod support;
 
 use half::{bf16, f16};
-use support::activations::{
-    Buffer, DTYPES, accepted, assert_rounded_once, every_schedule, integers, lengths, matrix, noise, refused, rounded,
-    size,
-};
+use support::activations::{assert_rounded_once, lengths, matrix};
+use support::buffers::{BF16, Buffer, DTYPES, Element, F16, F32, integers, noise, rounded};
+use support::calls::{accepted, every_schedule, refused};
 use support::kernels::{Variant, pass_under_sanitizers};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
@@ -33,7 +32,7 @@ fn rows_by_index() {
                             indices: indices.as_ptr(),
                             out: out.ptr_mut(),
                             rows: small as i64,
-                            row_bytes: (cols * size(dtype)) as i64,
+                            row_bytes: (cols * dtype.size()) as i64,
                             scatter: scatter.into(),
                         },
                     );
@@ -65,11 +64,11 @@ fn columns_in_processing_order() {
                     order.iter().map(|&c| if dead.contains(&(c as usize)) { -1 } else { c as i32 }).collect();
                 let x_buffer = Buffer::input(dtype, &x, shift);
                 let outputs = every_schedule(|| {
-                    let mut out = Buffer::output(vlmq_dtype::VLMQ_F32, rows * cols, shift);
+                    let mut out = Buffer::output(F32, rows * cols, shift);
                     let args = vlmq_permute_columns_args {
                         x: x_buffer.ptr(),
                         order: from.as_ptr(),
-                        out: out.ptr_mut().cast(),
+                        out: out.ptr_mut(),
                         rows: rows as i64,
                         cols: cols as i64,
                         dtype,
@@ -86,17 +85,16 @@ fn columns_in_processing_order() {
 
 #[test]
 fn mean_magnitudes() {
-    let f32s = vlmq_dtype::VLMQ_F32;
     for dtype in DTYPES {
         for &cols in lengths() {
             for (rows, shift, exact) in [(1, 0, true), (6, 0, false), (3, 1, true)] {
-                let x = if exact { integers(rows * cols, 17) } else { noise(dtype, rows * cols, 17) };
+                let x = if exact { integers(rows * cols, 17, 28) } else { noise(dtype, rows * cols, 17) };
                 let x_buffer = Buffer::input(dtype, &x, shift);
                 let outputs = every_schedule(|| {
-                    let mut means = Buffer::output(f32s, rows, 0);
+                    let mut means = Buffer::output(F32, rows, 0);
                     let args = vlmq_mean_abs_rows_args {
                         x: x_buffer.ptr(),
-                        means: means.ptr_mut().cast(),
+                        means: means.ptr_mut(),
                         rows: rows as i64,
                         cols: cols as i64,
                         dtype,
@@ -106,7 +104,7 @@ fn mean_magnitudes() {
                 });
                 let expected = Cpu.mean_abs_rows(&matrix(rows, cols, &x)).unwrap();
                 let slack = if exact { 0.0 } else { 1e-6 };
-                assert_rounded_once(f32s, &outputs[0].values(), &expected, slack, &format!("{dtype:?} {rows}x{cols}"));
+                assert_rounded_once(F32, &outputs[0].values(), &expected, slack, &format!("{dtype:?} {rows}x{cols}"));
             }
         }
     }
@@ -120,7 +118,7 @@ fn first_row_that_is_not_finite() {
                 [(vec![], 0), (vec![(6, f32::NAN), (4, f32::INFINITY)], 0), (vec![(0, f32::NEG_INFINITY)], 1)]
             {
                 let mut x = noise(dtype, 7 * cols, 18);
-                x[0] = if dtype == vlmq_dtype::VLMQ_F16 { 65504.0 } else { 3.3e38 };
+                x[0] = if dtype == F16 { 65504.0 } else { 3.3e38 };
                 for &(row, value) in &bad {
                     x[row * cols + (row * 31) % cols] = value;
                 }
@@ -172,18 +170,17 @@ fn conversions() {
 fn conversions_of_all_values() {
     let every: Vec<u16> = (0..=u16::MAX).collect();
     for (dtype, nan) in [
-        (vlmq_dtype::VLMQ_BF16, (|bits| bf16::from_bits(bits).is_nan()) as fn(u16) -> bool),
-        (vlmq_dtype::VLMQ_F16, |bits| f16::from_bits(bits).is_nan()),
+        (BF16, (|bits| bf16::from_bits(bits).is_nan()) as fn(u16) -> bool),
+        (F16, |bits| f16::from_bits(bits).is_nan()),
     ] {
         let mut wide = vec![0f32; every.len()];
         let mut back = vec![0u16; every.len()];
         let count = every.len() as i64;
-        let f32s = vlmq_dtype::VLMQ_F32;
         let widen =
-            vlmq_convert_args { x: every.as_ptr().cast(), out: wide.as_mut_ptr().cast(), count, from: dtype, to: f32s };
+            vlmq_convert_args { x: every.as_ptr().cast(), out: wide.as_mut_ptr().cast(), count, from: dtype, to: F32 };
         accepted("vlmq_convert", &widen);
         let narrow =
-            vlmq_convert_args { x: wide.as_ptr().cast(), out: back.as_mut_ptr().cast(), count, from: f32s, to: dtype };
+            vlmq_convert_args { x: wide.as_ptr().cast(), out: back.as_mut_ptr().cast(), count, from: F32, to: dtype };
         accepted("vlmq_convert", &narrow);
         for (&bits, &back) in every.iter().zip(&back) {
             assert!(back == bits || (nan(bits) && nan(back)), "{dtype:?} {bits:#x} -> {back:#x}");
@@ -193,7 +190,7 @@ fn conversions_of_all_values() {
 
 #[test]
 fn bad_arguments() {
-    let dtype = vlmq_dtype::VLMQ_F32;
+    let dtype = F32;
     let mut space = [0f32; 64];
     let (x, y) = (space.as_ptr().cast(), space.as_mut_ptr().cast());
     let null = std::ptr::null();
@@ -231,7 +228,7 @@ fn bad_arguments() {
         refused("vlmq_first_non_finite_row", &bad);
     }
 
-    let convert = vlmq_convert_args { x, out: y, count: 4, from: dtype, to: vlmq_dtype::VLMQ_F16 };
+    let convert = vlmq_convert_args { x, out: y, count: 4, from: dtype, to: F16 };
     for bad in [
         vlmq_convert_args { count: -1, ..convert },
         vlmq_convert_args { to: unknown, ..convert },

@@ -3,7 +3,8 @@
 mod support;
 
 use std::ptr::{null, null_mut};
-use support::activations::{Buffer, DTYPES, accepted, every_schedule, noise, refused, rounded};
+use support::buffers::{BF16, Buffer, DTYPES, F16, F32, noise, rounded};
+use support::calls::{accepted, every_schedule, refused_each};
 use support::golden::relative_error;
 use support::kernels::{self, Variant};
 use vlmq::device::SolveOps;
@@ -11,9 +12,6 @@ use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
 use vlmq::tensor::Matrix;
 
-const F32: vlmq_dtype = vlmq_dtype::VLMQ_F32;
-const BF16: vlmq_dtype = vlmq_dtype::VLMQ_BF16;
-const F16: vlmq_dtype = vlmq_dtype::VLMQ_F16;
 const NAME: &str = "vlmq_weighted_hessian";
 
 /// Inputs, row by row without gaps, in values that `dtype` holds.
@@ -33,15 +31,6 @@ struct Call {
     fast: bool,
     /// Elements from row to row beyond the features, and before the first: odd numbers take the path of single elements.
     gap: usize,
-}
-
-/// Work space: lines, for its alignment.
-#[derive(Clone)]
-#[repr(C, align(256))]
-struct Line([u8; 256]);
-
-fn workspace(bytes: usize) -> Vec<Line> {
-    vec![Line([0xff; 256]); bytes.div_ceil(256)]
 }
 
 impl Inputs {
@@ -116,8 +105,8 @@ impl Inputs {
             u: u.ptr(),
             f: f.as_ref().map_or(null(), Buffer::ptr),
             g: self.g.as_ref().map_or(null(), |g| g.as_ptr()),
-            hessian: hessian.ptr_mut().cast(),
-            cross: if f.is_some() { cross.ptr_mut().cast() } else { null_mut() },
+            hessian: hessian.ptr_mut(),
+            cross: if f.is_some() { cross.ptr_mut() } else { null_mut() },
             tokens: self.tokens as i64,
             features: self.features as i64,
             u_stride: stride,
@@ -128,9 +117,10 @@ impl Inputs {
             workspace_bytes: 0,
         };
         args.workspace_bytes = kernels::workspace_bytes(NAME, &args);
-        let mut space = workspace(args.workspace_bytes);
-        args.workspace = space.as_mut_ptr().cast();
+        let mut workspace = Buffer::workspace(args.workspace_bytes);
+        args.workspace = workspace.ptr_mut();
         accepted(NAME, &args);
+        workspace.bytes();
     }
 
     /// Adds to `old` everywhere, NaN below H's diagonal, which must stay. H comes back with zeros there.
@@ -351,48 +341,46 @@ fn bad_arguments_are_refused() {
     let inputs = Inputs::integers(BF16, 2000, 8);
     let u = inputs.spread(&inputs.u, 0);
     let mut outputs = [0, 1].map(|_| Buffer::output(F32, 64, 0));
-    let mut space = workspace(1 << 20);
+    let mut workspace = Buffer::workspace(1 << 20);
     let [hessian, cross] = &mut outputs;
     let mut good = vlmq_weighted_hessian_args {
         u: u.ptr(),
         f: u.ptr(),
         g: inputs.g.as_ref().unwrap().as_ptr(),
-        hessian: hessian.ptr_mut().cast(),
-        cross: cross.ptr_mut().cast(),
+        hessian: hessian.ptr_mut(),
+        cross: cross.ptr_mut(),
         tokens: 2000,
         features: 8,
         u_stride: 8,
         f_stride: 8,
         dtype: BF16,
         fast: 0,
-        workspace: space.as_mut_ptr().cast(),
+        workspace: workspace.ptr_mut(),
         workspace_bytes: 0,
     };
     good.workspace_bytes = kernels::workspace_bytes(NAME, &good);
-    assert!((1..=space.len() * 256).contains(&good.workspace_bytes));
-    let bad = |change: &dyn Fn(&mut vlmq_weighted_hessian_args)| {
-        let mut args = good;
-        change(&mut args);
-        refused(NAME, &args);
-    };
-    bad(&|args| args.u = null());
-    bad(&|args| args.u = args.u.wrapping_byte_add(1));
-    bad(&|args| args.f = args.f.wrapping_byte_add(1));
-    bad(&|args| args.g = args.g.wrapping_byte_add(2));
-    bad(&|args| args.hessian = null_mut());
-    bad(&|args| args.hessian = args.hessian.wrapping_byte_add(2));
-    bad(&|args| args.cross = args.cross.wrapping_byte_add(2));
-    bad(&|args| args.f = null());
-    bad(&|args| args.cross = null_mut());
-    bad(&|args| args.tokens = -1);
-    bad(&|args| args.features = -1);
-    bad(&|args| args.features = 1 << 40);
-    bad(&|args| args.u_stride = 7);
-    bad(&|args| args.f_stride = 7);
-    bad(&|args| args.dtype = vlmq_dtype(3));
-    bad(&|args| args.workspace = null_mut());
-    bad(&|args| args.workspace = args.workspace.wrapping_byte_add(128));
-    bad(&|args| args.workspace_bytes -= 1);
+    assert!((1..=1 << 20).contains(&good.workspace_bytes));
+    let bad: [fn(&mut vlmq_weighted_hessian_args); 18] = [
+        |a| a.u = null(),
+        |a| a.u = a.u.wrapping_byte_add(1),
+        |a| a.f = a.f.wrapping_byte_add(1),
+        |a| a.g = a.g.wrapping_byte_add(2),
+        |a| a.hessian = null_mut(),
+        |a| a.hessian = a.hessian.wrapping_byte_add(2),
+        |a| a.cross = a.cross.wrapping_byte_add(2),
+        |a| a.f = null(),
+        |a| a.cross = null_mut(),
+        |a| a.tokens = -1,
+        |a| a.features = -1,
+        |a| a.features = 1 << 40,
+        |a| a.u_stride = 7,
+        |a| a.f_stride = 7,
+        |a| a.dtype = vlmq_dtype(3),
+        |a| a.workspace = null_mut(),
+        |a| a.workspace = a.workspace.wrapping_byte_add(128),
+        |a| a.workspace_bytes -= 1,
+    ];
+    refused_each(NAME, &good, &bad);
     for empty in [(0, 8), (2000, 0)] {
         let mut args = good;
         (args.tokens, args.features) = empty;
@@ -400,9 +388,7 @@ fn bad_arguments_are_refused() {
         assert_eq!(kernels::workspace_bytes(NAME, &args), 0);
         accepted(NAME, &args);
     }
-    for output in &outputs {
-        assert!(output.bytes().iter().all(|&byte| byte == 0xff), "written by a call that does nothing");
-    }
+    assert!(outputs.iter().all(Buffer::is_untouched), "written by a call that does nothing");
 }
 
 #[test]

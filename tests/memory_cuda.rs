@@ -6,9 +6,10 @@ mod support;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use support::devices::{self, whole};
 use support::kernels::{Variant, build};
 use support::program::{names_in, stderr, text};
-use support::{data, golden, message, noise};
+use support::{data, golden, message};
 use vlmq::calibration::template::TemplateChoice;
 use vlmq::checkpoint::formats::Format;
 use vlmq::device::cpu::Cpu;
@@ -22,12 +23,8 @@ use vlmq::quantize::report::{RunObserver, RunReport};
 use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
 use vlmq::tensor::Matrix;
 
-/// The GPU that `VLMQ_TEST_GPU` names (benches/gpu.sh), else the emulated device.
 fn device() -> Cuda {
-    if let Ok(ordinal) = std::env::var("VLMQ_TEST_GPU") {
-        return Cuda::open(ordinal.parse().unwrap(), Precision::Bf16).unwrap();
-    }
-    Cuda::emulated(&build("vlmq_kernels", "kernels", Variant::Plain), Precision::Bf16).unwrap()
+    devices::device(Precision::Bf16)
 }
 
 fn limited(limit: Option<u64>) -> Cuda {
@@ -36,13 +33,6 @@ fn limited(limit: Option<u64>) -> Cuda {
         device.limit_memory(limit).unwrap();
     }
     device
-}
-
-/// Whole numbers, which bfloat16 holds.
-fn whole(rows: usize, cols: usize, seed: u64) -> Matrix {
-    let mut x = noise(rows, cols, seed);
-    x.data_mut().iter_mut().for_each(|v| *v = v.round());
-    x
 }
 
 #[test]

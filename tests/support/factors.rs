@@ -1,6 +1,6 @@
 //! Matrices to factor, and their factors in float64, for the tests of kernels/factor.
 
-use super::floats::{integers, noise};
+use super::buffers::{F32, integers, noise};
 use std::ops::Range;
 use vlmq::device::BLOCK;
 
@@ -23,8 +23,8 @@ pub fn upper(values: &[f32], n: usize) -> Vec<f32> {
 /// XᵀX/m of inputs whose columns differ in size and lean on one another, damped: condition number about 1e4.
 pub fn hessian(n: usize, damp: f64) -> Vec<f32> {
     let tokens = n + n / 2 + 3;
-    let x = noise(tokens * n, 20);
-    let size = noise(n, 21);
+    let x = noise(F32, tokens * n, 20);
+    let size = noise(F32, n, 21);
     let column = |t: usize, j: usize| {
         let own = f64::from(x[t * n + j]);
         let first = f64::from(x[t * n]);

@@ -4,11 +4,12 @@
 #![allow(dead_code, unreachable_pub)]
 
 pub mod activations;
+pub mod buffers;
+pub mod calls;
 pub mod checkpoint;
+pub mod devices;
 pub mod factors;
-pub mod floats;
 pub mod golden;
-pub mod guarded;
 pub mod kernels;
 #[cfg(feature = "run")]
 pub mod program;
@@ -35,15 +36,21 @@ pub fn message<T>(result: anyhow::Result<T>) -> String {
     }
 }
 
-/// Sums of four uniform values, columns of different loudness, each column leaning on its neighbour.
-pub fn noise(rows: usize, cols: usize, seed: u64) -> Matrix {
+/// Numbers without pattern or period in [-1, 1), of 24 bits each.
+pub fn uniform(seed: u64) -> impl Iterator<Item = f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
+    std::iter::repeat_with(move || {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
         (state >> 40) as f32 / 8_388_608.0 - 1.0
-    };
+    })
+}
+
+/// Sums of four uniform values, columns of different loudness, each column leaning on its neighbour.
+pub fn noise(rows: usize, cols: usize, seed: u64) -> Matrix {
+    let mut values = uniform(seed);
+    let mut next = || values.next().unwrap();
     let mut x = Matrix::zeros(rows, cols);
     for r in 0..rows {
         let mut before = 0.0;

@@ -1,7 +1,9 @@
 //! One layer's problem for the solver's kernels, how they are called, and how their results are compared with the CPU's.
 
-use super::guarded::{Guarded, bits, noise};
-use super::kernels::{call, workspace_bytes};
+use super::buffers::{Bits, Buffer, F32, F64, I32, U8};
+use super::calls::accepted;
+use super::kernels::workspace_bytes;
+use super::uniform;
 use std::ops::Range;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
@@ -10,8 +12,9 @@ use vlmq::device::{
 };
 use vlmq::tensor::Matrix;
 
+/// Numbers of [-1, 1).
 pub fn matrix(rows: usize, cols: usize, seed: u64) -> Matrix {
-    Matrix::new(rows, cols, noise(rows * cols, seed)).unwrap()
+    Matrix::new(rows, cols, uniform(seed).take(rows * cols).collect()).unwrap()
 }
 
 pub const RULE: GridRule =
@@ -102,22 +105,29 @@ impl Outcome {
     /// Everything, to compare to the last bit.
     pub fn bits(&self) -> Vec<Vec<u64>> {
         let state = &self.state;
-        let optional = |x: &Option<Matrix>| x.as_ref().map_or_else(Vec::new, |x| bits(x.data()));
+        let optional = |x: &Option<Matrix>| x.as_ref().map_or_else(Vec::new, |x| x.data().bits());
         vec![
-            bits(&self.codes.codes),
-            bits(&self.codes.grid.scales),
-            bits(&self.codes.grid.zeros),
-            bits(&self.row_errors),
-            bits(state.residual.data()),
+            self.codes.codes.bits(),
+            self.codes.grid.scales.bits(),
+            self.codes.grid.zeros.bits(),
+            self.row_errors.bits(),
+            state.residual.data().bits(),
             optional(&state.carried),
             optional(&state.shift),
-            bits(state.error.data()),
+            state.error.data().bits(),
             vec![self.status as u64],
         ]
     }
 }
 
-pub fn groups_of(block: &Block<'_, Matrix>) -> usize {
+impl Bits for GroupGrid {
+    fn append_bits(&self, to: &mut Vec<u64>) {
+        self.scales.append_bits(to);
+        self.zeros.append_bits(to);
+    }
+}
+
+fn groups_of(block: &Block<'_, Matrix>) -> usize {
     if block.grid.is_some() { 1 } else { block.columns.len() / block.group }
 }
 
@@ -125,33 +135,34 @@ pub fn groups_of(block: &Block<'_, Matrix>) -> usize {
 pub fn quantize_block(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> Outcome {
     let (rows, features) = (state.residual.rows(), state.residual.cols());
     let (width, groups) = (block.columns.len(), groups_of(block));
-    let mut residual = Guarded::holding(state.residual.data());
-    let mut carried = state.carried.as_ref().map(|x| Guarded::holding(x.data()));
-    let mut shift = state.shift.as_ref().map(|x| Guarded::holding(x.data()));
-    let mut error = Guarded::holding(state.error.data());
-    let mut codes = Guarded::<u8>::output(rows * width);
+    let in_out = |x: &Matrix| Buffer::in_out(F32, x.data(), 0);
+    let mut residual = in_out(&state.residual);
+    let mut carried = state.carried.as_ref().map(in_out);
+    let mut shift = state.shift.as_ref().map(in_out);
+    let mut error = in_out(&state.error);
+    let mut codes = Buffer::output(U8, rows * width, 0);
     let (mut scales, mut zeros) = match block.grid {
-        Some(grid) => (Guarded::holding(&grid.scales), Guarded::holding(&grid.zeros)),
-        None => (Guarded::output(rows * groups), Guarded::output(rows * groups)),
+        Some(grid) => (Buffer::in_out(F32, &grid.scales, 0), Buffer::in_out(U8, &grid.zeros, 0)),
+        None => (Buffer::output(F32, rows * groups, 0), Buffer::output(U8, rows * groups, 0)),
     };
-    let mut row_errors = Guarded::<f64>::output(rows);
-    let mut status = Guarded::holding(&[i32::MAX]);
+    let mut row_errors = Buffer::output(F64, rows, 0);
+    let mut status = Buffer::in_out(I32, &[i32::MAX], 0);
     let pointer = |x: Option<&Matrix>| x.map_or(std::ptr::null(), |x| x.data().as_ptr());
     let args = vlmq_quantize_block_args {
-        residual: residual.ptr(),
-        carried: carried.as_mut().map_or(std::ptr::null_mut(), Guarded::ptr),
-        shift: shift.as_mut().map_or(std::ptr::null_mut(), Guarded::ptr),
-        error: if block.factor.is_some() { error.ptr() } else { std::ptr::null_mut() },
+        residual: residual.ptr_mut(),
+        carried: carried.as_mut().map_or(std::ptr::null_mut(), Buffer::ptr_mut),
+        shift: shift.as_mut().map_or(std::ptr::null_mut(), Buffer::ptr_mut),
+        error: if block.factor.is_some() { error.ptr_mut() } else { std::ptr::null_mut() },
         cross: pointer(state.cross.as_ref()),
         root: pointer(block.factor.map(|factor| &factor.root)),
         inverses: pointer(block.factor.map(|factor| &factor.inverses)),
         diagonal: block.factor.map_or(std::ptr::null(), |factor| factor.diagonal.data().as_ptr()),
         products: pointer(block.cross.map(|cross| &cross.blocks)),
-        codes: codes.ptr(),
-        scales: scales.ptr(),
-        zeros: zeros.ptr(),
-        row_errors: row_errors.ptr(),
-        status: status.ptr(),
+        codes: codes.ptr_mut(),
+        scales: scales.ptr_mut(),
+        zeros: zeros.ptr_mut(),
+        row_errors: row_errors.ptr_mut(),
+        status: status.ptr_mut(),
         rows: rows as i64,
         features: features as i64,
         first: block.columns.start as i64,
@@ -162,11 +173,11 @@ pub fn quantize_block(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> 
         given_grid: block.grid.is_some().into(),
         rule: c_rule(&block.rule),
     };
-    assert_eq!(call("vlmq_quantize_block", &args), vlmq_status::VLMQ_OK);
-    let back = |x: &Guarded<f32>, like: &Matrix, columns: Range<usize>| {
-        let after = Matrix::new(like.rows(), like.cols(), x.values().to_vec()).unwrap();
+    accepted("vlmq_quantize_block", &args);
+    let back = |x: &Buffer, like: &Matrix, columns: Range<usize>| {
+        let after = Matrix::new(like.rows(), like.cols(), x.values()).unwrap();
         for row in 0..rows {
-            let outside = |x: &Matrix| bits(&[&x.row(row)[..columns.start], &x.row(row)[columns.end..]].concat());
+            let outside = |x: &Matrix| [&x.row(row)[..columns.start], &x.row(row)[columns.end..]].concat().bits();
             assert_eq!(outside(&after), outside(like), "row {row} outside the block");
         }
         after
@@ -175,11 +186,11 @@ pub fn quantize_block(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> 
     let local = columns.start - block.span..columns.end - block.span;
     Outcome {
         codes: BlockCodes {
-            codes: codes.values().to_vec(),
-            grid: GroupGrid { scales: scales.values().to_vec(), zeros: zeros.values().to_vec() },
+            codes: codes.values(),
+            grid: GroupGrid { scales: scales.values(), zeros: zeros.values() },
             error: row_errors.values().iter().sum(),
         },
-        row_errors: row_errors.values().to_vec(),
+        row_errors: row_errors.values(),
         state: SolveState {
             residual: back(&residual, &state.residual, columns.clone()),
             carried: carried.map(|x| back(&x, state.carried.as_ref().unwrap(), columns.clone())),
@@ -214,7 +225,7 @@ impl Tally {
         let rows = ours.row_errors.len();
         let (a, b) = (&ours.codes, &cpu.codes);
         let wrong_codes = a.codes.iter().zip(&b.codes).filter(|(a, b)| a != b).count();
-        let wrong_scales = bits(&a.grid.scales).iter().zip(bits(&b.grid.scales)).filter(|(a, b)| **a != *b).count();
+        let wrong_scales = a.grid.scales.bits().into_iter().zip(b.grid.scales.bits()).filter(|(a, b)| a != b).count();
         self.codes += a.codes.len();
         self.scales += a.grid.scales.len();
         self.wrong_codes += wrong_codes;
@@ -281,6 +292,7 @@ pub fn check_row_errors(outcome: &Outcome, block: &Block<'_, Matrix>, factor: &F
         assert!((error - exact).abs() <= 1e-5 * exact, "{what}, row {row}: {error}, exactly {exact}");
     }
 }
+
 /// Runs `vlmq_group_grid` and hands back the status too.
 pub fn group_grid(
     state: &SolveState<Matrix>,
@@ -290,8 +302,8 @@ pub fn group_grid(
     ends: &[i32],
 ) -> (GroupGrid, i32) {
     let rows = state.residual.rows();
-    let (mut scales, mut zeros) = (Guarded::<f32>::output(rows), Guarded::<u8>::output(rows));
-    let mut status = Guarded::holding(&[i32::MAX]);
+    let (mut scales, mut zeros) = (Buffer::output(F32, rows, 0), Buffer::output(U8, rows, 0));
+    let mut status = Buffer::in_out(I32, &[i32::MAX], 0);
     let factor_matrix = |x: fn(&Factor<Matrix>) -> &Matrix| factor.map_or(std::ptr::null(), |f| x(f).data().as_ptr());
     let mut args = vlmq_group_grid_args {
         residual: state.residual.data().as_ptr(),
@@ -304,9 +316,9 @@ pub fn group_grid(
         inverses: factor_matrix(|f| &f.inverses),
         blocks: ends.as_ptr(),
         block_count: ends.len() as i64,
-        scales: scales.ptr(),
-        zeros: zeros.ptr(),
-        status: status.ptr(),
+        scales: scales.ptr_mut(),
+        zeros: zeros.ptr_mut(),
+        status: status.ptr_mut(),
         rows: rows as i64,
         features: state.residual.cols() as i64,
         first: columns.start as i64,
@@ -317,11 +329,9 @@ pub fn group_grid(
     };
     let bytes = workspace_bytes("vlmq_group_grid", &args);
     assert_eq!(bytes == 0, factor.is_none());
-    // NaN, aligned to 256 bytes, a guard behind it.
-    let mut workspace = vec![0xffu8; bytes + 512];
-    let start = workspace.as_ptr().align_offset(256);
-    (args.workspace, args.workspace_bytes) = (workspace[start..].as_mut_ptr().cast(), bytes);
-    assert_eq!(call("vlmq_group_grid", &args), vlmq_status::VLMQ_OK);
-    assert!(workspace[start + bytes..].iter().all(|&byte| byte == 0xff), "written behind the work space");
-    (GroupGrid { scales: scales.values().to_vec(), zeros: zeros.values().to_vec() }, status.values()[0])
+    let mut workspace = Buffer::workspace(bytes);
+    (args.workspace, args.workspace_bytes) = (workspace.ptr_mut(), bytes);
+    accepted("vlmq_group_grid", &args);
+    workspace.bytes();
+    (GroupGrid { scales: scales.values(), zeros: zeros.values() }, status.values()[0])
 }
