@@ -14,10 +14,15 @@ pack() {
   mkdir -p "$folder/tests/data"
   export VLMQ_CUDA=require
   built() {
-    cargo "$@" --release --message-format=json-render-diagnostics |
+    cargo "$@" --message-format=json-render-diagnostics |
       python3 -c 'import json, sys; [print(m["executable"]) for m in map(json.loads, sys.stdin) if m.get("executable")]'
   }
-  for executable in $(built test --no-run --test device_cuda --test memory_cuda) $(built bench --no-run --bench kernels) $(built build --bin vlmq-run --example wide_checkpoint); do
+  # One by one: a failure inside a list would not end the script.
+  local tests benches programs
+  tests=$(built test --release --no-run --test device_cuda --test memory_cuda)
+  benches=$(built bench --no-run --bench kernels)
+  programs=$(built build --release --bin vlmq-run --example wide_checkpoint)
+  for executable in $tests $benches $programs; do
     strip -o "$folder/$(basename "$executable" | sed 's/-[0-9a-f]\{16\}$//')" "$executable"
   done
   cp benches/gpu.sh benches/gpu_reference.py "$folder"
