@@ -20,6 +20,8 @@ const ROWS: &[(&str, &str, &[&str])] = &[
     ("qwen3_vl", "qwen3_vl-f16-sharded", &["--max-pixels", "8192"]),
 ];
 
+const FORMATS: [&str; 3] = ["compressed-tensors", "gptq", "dequantized"];
+
 /// The checkpoint's folder and its conversations.
 fn inputs(checkpoint: &str) -> (String, String) {
     (text(golden("model").join(checkpoint)), text(golden("model").join(format!("{checkpoint}.jsonl"))))
@@ -58,7 +60,7 @@ fn every_family_goes_through_all_formats() {
         let float = inspect(&inputs(checkpoint).0);
         assert_eq!((&float["family"], &float["quantization"]), (&Value::from(family), &Value::Null));
         let mut divergences = Vec::new();
-        for format in ["compressed-tensors", "gptq", "dequantized"] {
+        for format in FORMATS {
             let out = work.path().join(format);
             succeed(&quantize(checkpoint, &out, &[flags, &["--format", format, "--bits", "8"]].concat()));
             succeed(&evaluate(checkpoint, &out, flags));
@@ -87,21 +89,28 @@ fn every_family_goes_through_all_formats() {
 fn every_family_runs_on_emulated_kernels() {
     for &(_, checkpoint, flags) in ROWS {
         let work = tempfile::tempdir().unwrap();
-        let out = work.path().join("out");
-        let flags = [flags, &["--device", "cuda"]].concat();
-        for arguments in
-            [quantize(checkpoint, &out, &[&flags[..], &["--bits", "4"]].concat()), evaluate(checkpoint, &out, &flags)]
-        {
-            let output = emulated_run(&arguments);
-            assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+        let on_device = [flags, &["--device", "cuda"]].concat();
+        for format in FORMATS {
+            let out = work.path().join(format);
+            for arguments in [
+                quantize(checkpoint, &out, &[&on_device[..], &["--format", format, "--bits", "4"]].concat()),
+                evaluate(checkpoint, &out, &on_device),
+                ["inspect", &text(&out), "--device", "cuda"].map(str::to_owned).to_vec(),
+            ] {
+                let output = emulated_run(&arguments);
+                assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+            }
+            assert_eq!(read_json(out.join("report.json"))["device"], "cuda (emulated)");
+            let there = kl(&out);
+            // The same folder on the CPU: the device's float16 or bfloat16 weighs little beside 4 bits.
+            succeed(&evaluate(checkpoint, &out, flags));
+            let here = kl(&out);
+            println!("{checkpoint} {format}: kl {there} on the device, {here} on the CPU");
+            assert!((1e-5..1.0).contains(&here), "{checkpoint} {format}: {here}");
+            assert!(
+                (there / here - 1.0).abs() < 0.2,
+                "{checkpoint} {format}: {there} on the device, {here} on the CPU"
+            );
         }
-        assert_eq!(read_json(out.join("report.json"))["device"], "cuda (emulated)");
-        let there = kl(&out);
-        // The same folder on the CPU: the device's float16 or bfloat16 weighs little beside 4 bits.
-        succeed(&evaluate(checkpoint, &out, &flags[..flags.len() - 2]));
-        let here = kl(&out);
-        println!("{checkpoint}: kl {there} on the device, {here} on the CPU");
-        assert!((1e-5..1.0).contains(&here), "{checkpoint}: {here}");
-        assert!((there / here - 1.0).abs() < 0.2, "{checkpoint}: {there} on the device, {here} on the CPU");
     }
 }
