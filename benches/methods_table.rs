@@ -116,6 +116,8 @@ fn runs(
                 chunk_tokens: CHUNK_TOKENS,
                 image_options: ImageOptions::default(),
                 chat_template: Default::default(),
+                strict: false,
+                restart: false,
             };
             pipeline::run(&Cpu, &settings, &mut ())?;
             evaluate::run_against(&Cpu, &evaluation(out), reference, &mut ())

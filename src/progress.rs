@@ -10,6 +10,8 @@ use std::time::Instant;
 pub enum Stage {
     /// Reading conversations and images; counts samples.
     Data,
+    /// Taking checksums of what is read; counts no parts.
+    Checksums,
     /// Running the vision tower; counts samples.
     Vision,
     /// Quantizing the decoder; counts decoder blocks.
@@ -25,6 +27,7 @@ impl Stage {
     pub fn describe(self) -> (&'static str, &'static str) {
         match self {
             Self::Data => ("reading data", "samples"),
+            Self::Checksums => ("checksums", "sets"),
             Self::Vision => ("encoding images", "samples"),
             Self::Blocks => ("quantizing", "blocks"),
             Self::Write => ("writing", "MB"),

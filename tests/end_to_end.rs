@@ -83,10 +83,11 @@ fn a_whole_run_prints_scores_and_writes_a_checkpoint() {
     }
 
     let report = read_json(out.join("report.json"));
-    let expected = "bytes_after bytes_before calibration device family format layers loaders memory_plan model \
+    let expected = "blocks bytes_after bytes_before calibration device family format inputs layers loaders memory_plan model \
                     peak_device_bytes peak_memory_bytes quantized_bytes seconds settings stages vlmq_version";
     assert_eq!(keys(&report).join(" "), expected);
-    let layer = "bits block cols damp dead_inputs group_columns importance name relative_error rows seconds tokens";
+    let layer =
+        "bits block cols damp dead_inputs findings group_columns importance name relative_error rows seconds tokens";
     assert_eq!(keys(&report["layers"][0]).join(" "), layer);
     assert_eq!(keys(&report["loaders"][0]), ["command", "name"]);
     assert_eq!(report["calibration"]["used"], 8);

@@ -175,6 +175,8 @@ fn settings(out: &Path, solver: SolverSettings, importance: Importance) -> Pipel
         image_root: None,
         image_options: ImageOptions::default(),
         chat_template: TemplateChoice::default(),
+        strict: false,
+        restart: false,
     }
 }
 

@@ -40,6 +40,8 @@ fn settings(case: &Case, out: std::path::PathBuf, solver: Solver, importance: Im
         chunk_tokens: CHUNK_TOKENS,
         image_options: ImageOptions::default(),
         chat_template: Default::default(),
+        strict: false,
+        restart: false,
     }
 }
 

@@ -1,5 +1,7 @@
 //! Checkpoints in and out: Hugging Face folders of safetensors files.
 
+#[cfg(feature = "run")]
+pub mod checksum;
 mod config;
 mod convert;
 pub mod formats;

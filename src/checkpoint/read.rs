@@ -84,6 +84,11 @@ impl Checkpoint {
         &self.folder
     }
 
+    /// The files that hold the tensors.
+    pub fn weight_files(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().map(|shard| shard.path.as_path())
+    }
+
     /// config.json, an object.
     pub fn config(&self) -> &Value {
         &self.config

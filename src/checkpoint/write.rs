@@ -344,27 +344,43 @@ fn reserve(path: &Path, length: u64) -> std::io::Result<File> {
     Ok(file)
 }
 
+/// The files of a checkpoint that go into a copy as they are, by their names in `source`, in order; sub-folders that stay behind
+/// are named in a warning.
+pub(crate) fn side_files(source: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let mut folders = vec![PathBuf::new()];
+    while let Some(folder) = folders.pop() {
+        let shown = source.join(&folder);
+        let cannot_read = || format!("cannot read the folder {}", shown.display());
+        for entry in fs::read_dir(&shown).with_context(cannot_read)? {
+            let entry = entry.with_context(cannot_read)?;
+            let (path, name) = (entry.path(), folder.join(entry.file_name()));
+            let name_text = entry.file_name().to_string_lossy().into_owned();
+            if name_text.starts_with('.') {
+                continue;
+            }
+            // Follows links: download caches keep the files elsewhere.
+            let kind = fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            // Not below itself: links may go round in circles.
+            if kind.is_dir() && name_text == TEMPLATES && folder == Path::new("") {
+                folders.push(name);
+            } else if kind.is_dir() {
+                log::warn!("the sub-folder {} is not copied", path.display());
+            } else if kind.is_file() && !is_replaced(&name_text) {
+                found.push(name);
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
 fn copy_side_files(source: &Path, target: &Path) -> Result<()> {
-    let cannot_read = || format!("cannot read the folder {}", source.display());
-    for entry in fs::read_dir(source).with_context(cannot_read)? {
-        let entry = entry.with_context(cannot_read)?;
-        let path = entry.path();
-        let name = entry.file_name();
-        let name_text = name.to_string_lossy();
-        if name_text.starts_with('.') {
-            continue;
-        }
-        // Follows links: download caches keep the files elsewhere.
-        let kind = fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        if kind.is_dir() && name_text == TEMPLATES {
-            let folder = target.join(&name);
-            fs::create_dir(&folder).with_context(|| cannot_write(&folder))?;
-            copy_side_files(&path, &folder)?;
-        } else if kind.is_dir() {
-            log::warn!("the sub-folder {} is not copied", path.display());
-        } else if kind.is_file() && !is_replaced(&name_text) {
-            copy(&path, &target.join(&name))?;
-        }
+    for name in side_files(source)? {
+        let to = target.join(&name);
+        let folder = parent_of(&to);
+        fs::create_dir_all(folder).with_context(|| cannot_write(folder))?;
+        copy(&source.join(&name), &to)?;
     }
     Ok(())
 }

@@ -1,10 +1,11 @@
 //! A quantized linear layer: integer codes and what turns them back into weights.
 
+use super::Finding;
 use crate::device::cpu::Cpu;
 use crate::device::{ModelOps, QuantizedWeight};
 use crate::tensor::Matrix;
 use anyhow::Result;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Codes, scales and zeros of one linear layer, columns in the *original* order.
 ///
@@ -62,7 +63,7 @@ impl QuantizedLinear {
 }
 
 /// What one layer's solve has to say of itself.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SolveReport {
     /// `‖(Ŵ−W)‖²_H / ‖W‖²_H` with the undamped H; for round-to-nearest without statistics, in the Frobenius norm.
     pub relative_error: f64,
@@ -74,4 +75,6 @@ pub struct SolveReport {
     pub tokens: usize,
     /// Wall-clock seconds of the solve, factorization included where this layer caused it.
     pub seconds: f64,
+    /// What a user should know.
+    pub findings: Vec<Finding>,
 }

@@ -1,5 +1,6 @@
 //! The method: importance, statistics, order, grid, solve, packing.
 
+mod finding;
 mod layer;
 mod order;
 pub mod pack;
@@ -19,7 +20,10 @@ pub mod pipeline;
 #[cfg(feature = "run")]
 pub mod plan;
 #[cfg(feature = "run")]
+pub mod provenance;
+#[cfg(feature = "run")]
 pub mod report;
 
+pub use finding::{Finding, FindingKind};
 pub use layer::{QuantizedLinear, SolveReport};
 pub use order::processing_order;

@@ -3,7 +3,7 @@
 use super::order::{Span, processing_order, spans};
 use super::settings::{CrossTerm, Solver, SolverSettings};
 use super::statistics::Statistics;
-use super::{QuantizedLinear, SolveReport};
+use super::{Finding, FindingKind, QuantizedLinear, SolveReport};
 use crate::device::cpu::Cpu;
 use crate::device::{
     BLOCK, Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, GridRule, GroupGrid, PermuteSymmetric,
@@ -23,6 +23,7 @@ pub struct Prepared<T> {
     factor: Factor<T>,
     cross: Option<CrossFactor<T>>,
     damp: f64,
+    findings: Vec<Finding>,
     absolute_damp: f64,
     tokens: usize,
     seconds: f64,
@@ -93,6 +94,14 @@ pub fn prepare<D: SolveOps>(
             ),
         }
     };
+    let mut findings = Vec::new();
+    if damp > settings.damp {
+        findings.push(Finding {
+            kind: FindingKind::DampingRaised,
+            found: format!("H is not positive definite with damping {}", settings.damp),
+            done: format!("damping raised to {damp}"),
+        });
+    }
     let cross = match (settings.solver, &statistics.cross) {
         (Solver::Gptaq, Some(cross)) => {
             let broken = device.first_non_finite_row(cross)?;
@@ -113,6 +122,7 @@ pub fn prepare<D: SolveOps>(
         factor,
         cross,
         damp,
+        findings,
         absolute_damp: damp * mean,
         tokens: statistics.tokens,
         seconds: start.elapsed().as_secs_f64(),
@@ -142,6 +152,7 @@ pub fn solve_layer<D: SolveOps>(
         dead_inputs: prepared.dead.len(),
         tokens: prepared.tokens,
         seconds: start.elapsed().as_secs_f64(),
+        findings: prepared.findings.clone(),
     };
     Ok((linear, report))
 }
@@ -320,6 +331,7 @@ pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> Result<(Q
         dead_inputs: 0,
         tokens: 0,
         seconds: start.elapsed().as_secs_f64(),
+        findings: Vec::new(),
     };
     Ok((out.linear, report))
 }

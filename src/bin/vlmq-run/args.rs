@@ -307,6 +307,8 @@ impl QuantizeArgs {
             image_root: self.images.image_root.clone(),
             image_options: self.images.options(),
             chat_template: self.images.chat_template.clone(),
+            strict: false,
+            restart: false,
         }
     }
 

@@ -201,7 +201,14 @@ mod tests {
             cols: 18944,
             bits: 3,
             group_columns: 128,
-            solve: SolveReport { relative_error: 0.01234, damp, dead_inputs, tokens: 9, seconds: 1.5 },
+            solve: SolveReport {
+                relative_error: 0.01234,
+                damp,
+                dead_inputs,
+                tokens: 9,
+                seconds: 1.5,
+                findings: Vec::new(),
+            },
             importance: None,
         }
     }

@@ -118,7 +118,14 @@ mod tests {
 
     #[test]
     fn summaries_say_what_matters() {
-        let solve = SolveReport { relative_error: 0.02, damp: Some(0.04), dead_inputs: 0, tokens: 9, seconds: 0.1 };
+        let solve = SolveReport {
+            relative_error: 0.02,
+            damp: Some(0.04),
+            dead_inputs: 0,
+            tokens: 9,
+            seconds: 0.1,
+            findings: Vec::new(),
+        };
         let layer = LayerReport {
             name: "model.layers.0.mlp.down_proj".into(),
             block: 0,
@@ -130,12 +137,9 @@ mod tests {
             importance: None,
         };
         let report = RunReport {
-            vlmq_version: "0",
-            model: "m".into(),
             family: "a_family".into(),
             format: "gptq".into(),
             device: "cpu".into(),
-            settings: serde_json::Value::Null,
             calibration: CalibrationCounts { used: 5, too_long: 1, vision_tokens: 320, text_tokens: 80 },
             layers: vec![layer],
             stages: vec![StageTime { stage: Stage::Blocks, seconds: 1.0 }],
@@ -147,6 +151,7 @@ mod tests {
             bytes_after: 1 << 20,
             quantized_bytes: 35,
             loaders: vec![Loader { name: "vLLM", command: "vllm serve o".into() }],
+            ..RunReport::default()
         };
         let expected = "\
 wrote o (gptq)

@@ -2,9 +2,11 @@
 
 use super::SolveReport;
 use super::plan::MemoryPlan;
+use super::provenance::Provenance;
 use crate::checkpoint::formats::Loader;
 use crate::progress::{Observer, StageTime};
-use serde::Serialize;
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
 
 /// Listens to a quantization run: to its stages, and to layers as they finish. `()` listens to nothing.
 pub trait RunObserver: Observer {
@@ -16,7 +18,7 @@ impl RunObserver for () {}
 
 /// Spread of a layer's importance factors g over the calibration tokens, scaled so that the mean of g² is 1 (paper
 /// section 4). All alike is 1 everywhere.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImportanceSpread {
     /// Mean of g over vision tokens.
     pub vision_mean: f64,
@@ -27,7 +29,7 @@ pub struct ImportanceSpread {
 }
 
 /// One linear layer's quantization.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerReport {
     /// Name in the checkpoint, without `.weight`.
     pub name: String,
@@ -48,6 +50,15 @@ pub struct LayerReport {
     pub importance: Option<ImportanceSpread>,
 }
 
+/// One decoder block's quantization.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BlockReport {
+    /// Which, from 0.
+    pub block: usize,
+    /// Wall-clock seconds.
+    pub seconds: f64,
+}
+
 /// What became of the calibration data.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CalibrationCounts {
@@ -62,24 +73,23 @@ pub struct CalibrationCounts {
 }
 
 /// All that a finished run has to say; `report.json` is this structure.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct RunReport {
-    /// Version of this crate.
-    pub vlmq_version: &'static str,
-    /// The float checkpoint's folder, as it was given.
-    pub model: String,
-    /// Its `model_type`.
+    /// Program, settings, checksums of what was read.
+    #[serde(flatten)]
+    pub provenance: Provenance,
+    /// The checkpoint's `model_type`.
     pub family: String,
     /// The format written.
     pub format: String,
     /// Device that computed, such as `cpu`.
     pub device: String,
-    /// Every setting of the run under its command-line name.
-    pub settings: serde_json::Value,
     /// What became of the calibration data.
     pub calibration: CalibrationCounts,
     /// Layers in the order in which they were quantized.
     pub layers: Vec<LayerReport>,
+    /// Decoder blocks, in order.
+    pub blocks: Vec<BlockReport>,
     /// Stages in the order in which they ended.
     pub stages: Vec<StageTime>,
     /// Wall-clock seconds from the first file read to the last one written.
@@ -102,6 +112,11 @@ pub struct RunReport {
 }
 
 impl RunReport {
+    /// The files that tell of the run, by name.
+    pub fn files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
+        Ok(vec![("report.json", serde_json::to_vec_pretty(self)?)])
+    }
+
     /// Bits that one quantized weight takes in the file, scales, zeros and indices included; `None` without layers.
     pub fn bits_per_weight(&self) -> Option<f64> {
         let weights: usize = self.layers.iter().map(|layer| layer.rows * layer.cols).sum();
@@ -135,7 +150,14 @@ mod tests {
     use super::*;
 
     fn layer(relative_error: f64) -> LayerReport {
-        let solve = SolveReport { relative_error, damp: Some(0.01), dead_inputs: 0, tokens: 7, seconds: 0.5 };
+        let solve = SolveReport {
+            relative_error,
+            damp: Some(0.01),
+            dead_inputs: 0,
+            tokens: 7,
+            seconds: 0.5,
+            findings: Vec::new(),
+        };
         LayerReport {
             name: "model.layers.0.self_attn.q_proj".into(),
             block: 0,
@@ -159,23 +181,10 @@ mod tests {
     #[test]
     fn bits_and_errors_are_over_all_layers() {
         let report = RunReport {
-            vlmq_version: "0",
-            model: String::new(),
-            family: String::new(),
-            format: String::new(),
-            device: String::new(),
-            settings: serde_json::Value::Null,
-            calibration: CalibrationCounts::default(),
             layers: vec![layer(0.25), layer(0.5)],
-            stages: Vec::new(),
             seconds: 1.0,
-            peak_memory_bytes: None,
-            memory_plan: MemoryPlan::default(),
-            peak_device_bytes: None,
-            bytes_before: 0,
-            bytes_after: 0,
             quantized_bytes: 26,
-            loaders: Vec::new(),
+            ..RunReport::default()
         };
         assert_eq!(report.bits_per_weight(), Some(8.0 * 26.0 / 64.0));
         assert_eq!(report.mean_relative_error(), Some(0.375));

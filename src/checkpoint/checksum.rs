@@ -1,0 +1,92 @@
+//! SHA-256 of files and of what a run makes of them.
+
+use anyhow::{Context, Result};
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// A digest under way.
+#[derive(Clone, Debug, Default)]
+pub struct Checksum(Sha256);
+
+impl Checksum {
+    /// Adds bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// Adds a field of a structure: its length first, so that two structures never read alike.
+    pub fn field(&mut self, bytes: &[u8]) {
+        self.update(&(bytes.len() as u64).to_le_bytes());
+        self.update(bytes);
+    }
+
+    /// 64 lower-case hexadecimal digits, as `sha256sum` prints them.
+    pub fn finish(self) -> String {
+        self.0.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+/// SHA-256 of `bytes`, as `sha256sum` prints it.
+pub fn of_bytes(bytes: &[u8]) -> String {
+    let mut checksum = Checksum::default();
+    checksum.update(bytes);
+    checksum.finish()
+}
+
+/// SHA-256 of a file.
+pub fn of_file(path: &Path) -> Result<String> {
+    let mut checksum = Checksum::default();
+    let mut buffer = vec![0; 1 << 20];
+    let mut read = || -> std::io::Result<()> {
+        let mut file = File::open(path)?;
+        loop {
+            match file.read(&mut buffer)? {
+                0 => return Ok(()),
+                count => checksum.update(&buffer[..count]),
+            }
+        }
+    };
+    read().with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(checksum.finish())
+}
+
+/// SHA-256 of files, by their names in `folder`. Files are read in parallel.
+pub fn of_files(folder: &Path, files: &[PathBuf]) -> Result<BTreeMap<String, String>> {
+    files
+        .par_iter()
+        .map(|path| Ok((path.strip_prefix(folder).unwrap_or(path).display().to_string(), of_file(path)?)))
+        .collect::<Result<Vec<_>>>()
+        .map(|sums| sums.into_iter().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digests_are_those_of_the_standard() {
+        // FIPS 180-4's example.
+        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(of_bytes(b"abc"), abc);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("abc");
+        std::fs::write(&path, "abc").unwrap();
+        assert_eq!(of_files(folder.path(), &[path]).unwrap()["abc"], abc);
+        let message = format!("{:#}", of_file(&folder.path().join("none")).unwrap_err());
+        assert!(message.contains("cannot read") && message.contains("none"), "{message}");
+    }
+
+    #[test]
+    fn fields_are_told_apart() {
+        let of = |fields: [&str; 2]| {
+            let mut checksum = Checksum::default();
+            fields.iter().for_each(|field| checksum.field(field.as_bytes()));
+            checksum.finish()
+        };
+        assert_ne!(of(["ab", "c"]), of(["a", "bc"]));
+    }
+}

@@ -1,0 +1,78 @@
+//! The decoder's blocks, one after the other.
+
+use super::input::Input;
+use crate::checkpoint::write::Writer;
+use crate::device::{ModelOps, SolveOps};
+use crate::model::decoder::{Block, module_name};
+use crate::progress::Stage;
+use crate::quantize::block::{BlockQuantizer, Chunk, SolvedLayer, round_to_nearest};
+use crate::quantize::plan::Activations;
+use crate::quantize::report::{BlockReport, LayerReport, RunObserver};
+use crate::quantize::settings::Solver;
+use anyhow::{Context, Result};
+use std::cell::RefCell;
+use std::time::Instant;
+
+/// What is done of the decoder.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Blocks {
+    pub(super) layers: Vec<LayerReport>,
+    pub(super) blocks: Vec<BlockReport>,
+}
+
+impl Blocks {
+    /// Quantizes block `index`, writes its layers, and leaves its outputs in `chunks`.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn quantize<D: ModelOps + SolveOps>(
+        &mut self,
+        device: &D,
+        input: &Input,
+        activations: Activations,
+        index: usize,
+        chunks: &mut [Chunk<D::Tensor>],
+        writer: &mut Writer,
+        observer: &mut dyn RunObserver,
+    ) -> Result<()> {
+        let start = Instant::now();
+        let (config, solver, importance) = (&input.config.decoder, &input.solver, input.importance);
+        let float = Block::load(device, &input.checkpoint, config, &input.config.names, index)?;
+        let shared = RefCell::new(&mut *observer);
+        let layers = &mut self.layers;
+        let mut finished = |layer: SolvedLayer| {
+            let name = module_name(&input.config.names, index, layer.projection);
+            writer.write(&name, &layer.linear).with_context(|| format!("cannot write {name}"))?;
+            let report = layer_report(name, index, layer);
+            shared.borrow_mut().layer_finished(&report);
+            layers.push(report);
+            Ok(())
+        };
+        match solver.solver {
+            Solver::Rtn => round_to_nearest(device, solver, index, &float, &mut finished)?,
+            Solver::Gptq | Solver::Gptaq => {
+                let quantized = float.duplicate(device)?;
+                BlockQuantizer { device, config, settings: solver, importance, activations, index, float, quantized }
+                    .run(
+                    chunks,
+                    &mut |step| shared.borrow_mut().stage_advanced(Stage::Blocks, index as u64, step),
+                    &mut finished,
+                )?;
+            }
+        }
+        self.blocks.push(BlockReport { block: index, seconds: start.elapsed().as_secs_f64() });
+        observer.stage_advanced(Stage::Blocks, index as u64 + 1, "");
+        Ok(())
+    }
+}
+
+fn layer_report(name: String, block: usize, layer: SolvedLayer) -> LayerReport {
+    LayerReport {
+        name,
+        block,
+        rows: layer.linear.out_features,
+        cols: layer.linear.in_features,
+        bits: layer.linear.bits,
+        group_columns: layer.linear.group_columns,
+        solve: layer.report,
+        importance: layer.importance,
+    }
+}

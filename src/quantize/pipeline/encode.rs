@@ -1,0 +1,67 @@
+//! Samples to the decoder's input: embedding, vision tower, positions, packed into chunks.
+
+use super::PipelineSettings;
+use super::input::{Input, pack};
+use crate::calibration::sequence::{Collected, Sequence};
+use crate::device::ModelOps;
+use crate::model::language_model::Embedder;
+use crate::progress::{Stage, StageClock, StageTime};
+use crate::quantize::block::{Chunk, needs_float_path};
+use crate::quantize::plan::{Activations, MemoryPlan};
+use crate::quantize::report::{CalibrationCounts, RunObserver};
+use anyhow::Result;
+
+/// Encodes all samples; the chunks are parked where the plan streams activations.
+pub(super) fn encode<D: ModelOps>(
+    device: &D,
+    input: &Input,
+    data: &Collected,
+    settings: &PipelineSettings,
+    plan: &MemoryPlan,
+    stages: &mut Vec<StageTime>,
+    observer: &mut dyn RunObserver,
+) -> Result<(Vec<Chunk<D::Tensor>>, CalibrationCounts)> {
+    let packed = pack(&data.sequences, settings.chunk_tokens);
+    let mut calibration =
+        CalibrationCounts { used: data.sequences.len(), too_long: data.too_long, ..Default::default() };
+    let mut chunks = Vec::with_capacity(packed.len());
+    if packed.is_empty() {
+        return Ok((chunks, calibration));
+    }
+    let embedder = Embedder::load(device, &input.checkpoint, &input.config, input.text_only)?;
+    let clock = StageClock::start(Stage::Vision, data.sequences.len() as u64, observer);
+    let mut done = 0;
+    for sequences in &packed {
+        let mut chunk = embed(device, &embedder, sequences, input.config.image_token, settings)?;
+        let vision_tokens = chunk.is_vision.iter().filter(|&&is_vision| is_vision).count();
+        calibration.vision_tokens += vision_tokens;
+        calibration.text_tokens += chunk.is_vision.len() - vision_tokens;
+        if plan.activations == Activations::Streamed {
+            chunk.park(device)?;
+        }
+        chunks.push(chunk);
+        done += sequences.len() as u64;
+        observer.stage_advanced(Stage::Vision, done, "");
+    }
+    stages.push(clock.finish(observer));
+    Ok((chunks, calibration))
+}
+
+fn embed<D: ModelOps>(
+    device: &D,
+    embedder: &Embedder<D>,
+    sequences: &[&Sequence],
+    image_token: u32,
+    settings: &PipelineSettings,
+) -> Result<Chunk<D::Tensor>> {
+    let features = embedder.image_features(device, sequences)?;
+    let (x_quantized, layout) = embedder.embed(device, sequences, features.as_ref())?;
+    let (tokens, _) = device.shape(&x_quantized);
+    let x_float = match needs_float_path(&settings.solver, settings.importance) {
+        true => Some(device.slice_rows(&x_quantized, 0..tokens)?),
+        false => None,
+    };
+    let is_vision = sequences.iter().flat_map(|s| &s.tokens).map(|&token| token == image_token).collect();
+    let samples = sequences.iter().map(|s| s.id.clone()).collect();
+    Ok(Chunk { layout, x_quantized, x_float, is_vision, samples })
+}

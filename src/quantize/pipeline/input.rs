@@ -1,0 +1,144 @@
+//! What a run reads, all of it checked before anything is on a device or written.
+
+use super::PipelineSettings;
+use crate::calibration::dataset;
+use crate::calibration::sequence::{Collected, Sequence, SequenceBuilder, VisionInput, collect};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::formats::LinearSpec;
+use crate::checkpoint::write::Writer;
+use crate::device::{ModelOps, SolveOps};
+use crate::model::decoder::{Projection, module_name};
+use crate::model::families::{self, ModelConfig};
+use crate::progress::{Observer, Stage, StageClock, StageTime};
+use crate::quantize::inspect::{DecoderShape, embedder_size};
+use crate::quantize::plan::{ChunkSize, Costs, Job, MemoryPlan};
+use crate::quantize::settings::{Importance, Solver, SolverSettings};
+use anyhow::{Result, bail};
+
+/// A checkpoint and what is to be done with it, read and checked.
+pub(super) struct Input {
+    pub(super) checkpoint: Checkpoint,
+    pub(super) family: &'static str,
+    pub(super) config: ModelConfig,
+    pub(super) solver: SolverSettings,
+    pub(super) importance: Importance,
+    pub(super) linears: Vec<LinearSpec>,
+    /// Whether no sample has an image, so that the vision tower is not needed.
+    pub(super) text_only: bool,
+}
+
+impl Input {
+    pub(super) fn read<D: ModelOps>(
+        settings: &PipelineSettings,
+        stages: &mut Vec<StageTime>,
+        observer: &mut dyn Observer,
+    ) -> Result<(Self, Collected)> {
+        settings.check()?;
+        let checkpoint = Checkpoint::open(&settings.model)?;
+        checkpoint.refuse_quantized()?;
+        let family = families::of::<D>(&checkpoint)?;
+        let config = family.config(&checkpoint)?;
+        let mut solver = settings.solver.clone();
+        let first_layer = format!("{}.weight", module_name(&config.names, 0, Projection::Q));
+        solver.scale_type = settings.format.scale_type(checkpoint.float_type(&first_layer)?);
+        solver.smallest_zero = settings.format.smallest_zero();
+        // Rounding to nearest weighs nothing, and the report should not say so.
+        let importance = if solver.solver == Solver::Rtn { Importance::None } else { settings.importance };
+        let linears = linear_specs(&config);
+        Writer::check(&checkpoint, &linears, settings.format, &solver)?;
+        let data = match solver.solver {
+            Solver::Rtn => Collected { sequences: Vec::new(), too_long: 0 },
+            Solver::Gptq | Solver::Gptaq => {
+                let vision = family.vision_input(&checkpoint, settings.image_options)?;
+                read_data(settings, &checkpoint, vision, stages, observer)?
+            }
+        };
+        let text_only = data.sequences.iter().all(|sequence| sequence.images.is_empty());
+        let family = family.model_type();
+        Ok((Self { checkpoint, family, config, solver, importance, linears, text_only }, data))
+    }
+
+    /// Counts what a run will take on the device, and refuses what cannot fit.
+    pub(super) fn plan<D: ModelOps + SolveOps>(
+        &self,
+        device: &D,
+        data: &Collected,
+        chunk_tokens: usize,
+    ) -> Result<MemoryPlan> {
+        let load = families::of::<D>(&self.checkpoint)?.vision_load(&self.checkpoint)?;
+        let size = |sequences: &Vec<&Sequence>| {
+            let crops = || {
+                let images = sequences.iter().flat_map(|s| &s.images);
+                images.flat_map(|image| image.crops().iter().map(|_| image.grid_height * image.grid_width))
+            };
+            let together = load.crops.unwrap_or(usize::MAX);
+            ChunkSize {
+                tokens: sequences.iter().map(|s| s.tokens.len()).sum(),
+                image_tokens: sequences
+                    .iter()
+                    .flat_map(|s| &s.tokens)
+                    .filter(|&&token| token == self.config.image_token)
+                    .count(),
+                patches: crops().take(together).sum(),
+            }
+        };
+        let chunks: Vec<ChunkSize> = pack(&data.sequences, chunk_tokens).iter().map(size).collect();
+        let size = || embedder_size(&self.checkpoint, &self.config, self.text_only);
+        let embedder = (!chunks.is_empty()).then(size).transpose()?;
+        let shape = DecoderShape::of(&self.config.decoder);
+        let deepstack = if self.text_only { 0 } else { load.deepstack };
+        let job = Job { shape, solver: &self.solver, importance: self.importance, chunks, deepstack, embedder };
+        MemoryPlan::fit(&job, &Costs::of(device), device.memory_limit())
+    }
+}
+
+/// Every linear layer of the decoder, under its on-disk name.
+pub fn linear_specs(config: &ModelConfig) -> Vec<LinearSpec> {
+    (0..config.decoder.layers)
+        .flat_map(|block| Projection::ALL.map(|projection| (block, projection)))
+        .map(|(block, projection)| {
+            let (out_features, in_features) = projection.shape(&config.decoder);
+            LinearSpec { module: module_name(&config.names, block, projection), out_features, in_features }
+        })
+        .collect()
+}
+
+/// Reads the calibration data, images included.
+fn read_data(
+    settings: &PipelineSettings,
+    checkpoint: &Checkpoint,
+    vision: Box<dyn VisionInput>,
+    stages: &mut Vec<StageTime>,
+    observer: &mut dyn Observer,
+) -> Result<Collected> {
+    let Some(calib) = &settings.calib else {
+        bail!("--solver gptq and gptaq need calibration data: give a file with --calib");
+    };
+    let conversations = dataset::read(calib, settings.image_root.as_deref())?;
+    let conversations = dataset::select(conversations, Some(settings.samples), settings.seed);
+    let builder = SequenceBuilder::with_template(checkpoint.folder(), vision, &settings.chat_template)?;
+    let clock = StageClock::start(Stage::Data, conversations.len() as u64, observer);
+    let collected = collect(&builder, &conversations, settings.max_tokens)?;
+    stages.push(clock.finish(observer));
+    Ok(collected)
+}
+
+/// Cuts the samples, in order, into chunks of at most `most` tokens.
+pub(super) fn pack(sequences: &[Sequence], most: usize) -> Vec<Vec<&Sequence>> {
+    let mut chunks: Vec<Vec<&Sequence>> = Vec::new();
+    let mut tokens = usize::MAX;
+    for sequence in sequences {
+        let length = sequence.tokens.len();
+        match chunks.last_mut() {
+            Some(chunk) if tokens.saturating_add(length) <= most => {
+                chunk.push(sequence);
+                tokens += length;
+            }
+            _ => {
+                chunks.push(vec![sequence]);
+                tokens = length;
+            }
+        }
+    }
+    chunks
+}

@@ -1,0 +1,170 @@
+//! From a checkpoint and conversations to a quantized checkpoint: the `input` is read and checked, `encode`d into the decoder's
+//! input, and walks through the `blocks`.
+
+mod blocks;
+mod encode;
+mod input;
+
+pub use input::linear_specs;
+
+use super::plan::MemoryPlan;
+use super::provenance::Provenance;
+use super::report::{RunObserver, RunReport, peak_memory_bytes};
+use super::settings::{Importance, Solver, SolverSettings};
+use crate::calibration::template::TemplateChoice;
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::formats::{Format, LinearSpec};
+use crate::checkpoint::write::{Writer, check_target};
+use crate::device::{ModelOps, SolveOps};
+use crate::model::families::ImageOptions;
+use crate::progress::{Stage, StageClock};
+use anyhow::{Result, ensure};
+use blocks::Blocks;
+use input::Input;
+use serde::Serialize;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Usual number of tokens that go through a block together: enough to keep matrix products busy, few enough that the MLP's
+/// inner activations stay small beside the block.
+pub const CHUNK_TOKENS: usize = 2048;
+
+/// What a run reads, does and writes.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PipelineSettings {
+    /// Folder of the float checkpoint.
+    pub model: PathBuf,
+    /// Calibration data: JSONL of conversations, or ShareGPT4V/LLaVA JSON. Only round-to-nearest can do without.
+    pub calib: Option<PathBuf>,
+    /// Folder to write; it must not exist.
+    pub out: PathBuf,
+    /// How the file is stored.
+    pub format: Format,
+    /// How layers are solved. The run itself chooses `scale_type` and `smallest_zero` after checkpoint and format.
+    pub solver: SolverSettings,
+    /// How tokens are weighted.
+    pub importance: Importance,
+    /// Samples to draw from the calibration data; all, when it has fewer.
+    pub samples: usize,
+    /// Seed of the draw.
+    pub seed: u64,
+    /// Samples of more tokens are left out.
+    pub max_tokens: usize,
+    /// Most tokens that go through a block together, usually [`CHUNK_TOKENS`]; a longer sample goes alone.
+    pub chunk_tokens: usize,
+    /// Folder that image paths are relative to; `None`: the calibration file's.
+    pub image_root: Option<PathBuf>,
+    /// Overrides of the checkpoint's image sizes.
+    #[serde(flatten)]
+    pub image_options: ImageOptions,
+    /// What turns conversations into text.
+    pub chat_template: TemplateChoice,
+    /// Stop at the first [`Finding`](super::Finding) instead of going on with what was done about it.
+    pub strict: bool,
+    /// Discard what an earlier run of the same output left behind instead of going on from there.
+    #[serde(skip)]
+    pub restart: bool,
+}
+
+impl PipelineSettings {
+    /// Refuses what can be refused without reading a file: wrong values, a missing checkpoint, an output that exists or
+    /// could not be created.
+    pub fn check(&self) -> Result<()> {
+        let (model, out) = (&self.model, &self.out);
+        self.solver.validate()?;
+        ensure!(self.samples > 0, "0 calibration samples leave nothing to calibrate with");
+        ensure!(self.chunk_tokens > 0, "chunks of 0 tokens hold no sample");
+        ensure!(
+            self.calib.is_some() || self.solver.solver == Solver::Rtn,
+            "the solvers gptq and gptaq need calibration data: give a file with --calib"
+        );
+        ensure!(model.is_dir(), "{}: no such folder; give the folder of a Hugging Face checkpoint", model.display());
+        check_target(out)
+    }
+}
+
+/// What a run with these settings would take on the device, without running it. Errors as [`run`] does before it loads
+/// anything there.
+pub fn plan<D: ModelOps + SolveOps>(device: &D, settings: &PipelineSettings) -> Result<MemoryPlan> {
+    let (input, data) = Input::read::<D>(settings, &mut Vec::new(), &mut ())?;
+    input.plan(device, &data, settings.chunk_tokens)
+}
+
+/// Quantizes a checkpoint. Everything that can be refused is refused before anything is written; a run that fails later
+/// leaves no output folder behind.
+pub fn run<D: ModelOps + SolveOps>(
+    device: &D,
+    settings: &PipelineSettings,
+    observer: &mut dyn RunObserver,
+) -> Result<RunReport> {
+    let start = Instant::now();
+    let mut stages = Vec::new();
+    let (input, data) = Input::read::<D>(settings, &mut stages, observer)?;
+    let mut plan = input.plan(device, &data, settings.chunk_tokens)?;
+    plan.lines().iter().for_each(|line| log::info!("{line}"));
+    let used = PipelineSettings { solver: input.solver.clone(), importance: input.importance, ..settings.clone() };
+    let clock = StageClock::start(Stage::Checksums, 1, observer);
+    let provenance = Provenance::of(&used, &input.checkpoint, &data)?;
+    stages.push(clock.finish(observer));
+
+    device.reset_peak();
+    let (mut chunks, calibration) = encode::encode(device, &input, &data, &used, &plan, &mut stages, observer)?;
+    plan.measured(Stage::Vision, device.peak_bytes());
+    drop(data);
+
+    let sizes = Sizes::new(&input.checkpoint, &input.linears, settings.format, &input.solver)?;
+    let clock = StageClock::start(Stage::Write, (sizes.before - sizes.float_layers).div_ceil(1_000_000), observer);
+    let mut writer = Writer::create(&settings.out, &input.checkpoint, &input.linears, settings.format, &input.solver)?;
+    stages.push(clock.finish(observer));
+    device.reset_peak();
+    let clock = StageClock::start(Stage::Blocks, input.config.decoder.layers as u64, observer);
+    let mut done = Blocks::default();
+    for index in 0..input.config.decoder.layers {
+        done.quantize(device, &input, plan.activations, index, &mut chunks, &mut writer, observer)?;
+    }
+    stages.push(clock.finish(observer));
+    plan.measured(Stage::Blocks, device.peak_bytes());
+    drop(chunks);
+
+    let report = RunReport {
+        provenance,
+        family: input.family.into(),
+        format: settings.format.name().into(),
+        device: device.name(),
+        calibration,
+        layers: done.layers,
+        blocks: done.blocks,
+        stages,
+        seconds: start.elapsed().as_secs_f64(),
+        peak_memory_bytes: peak_memory_bytes(),
+        peak_device_bytes: plan.measured_bytes(),
+        memory_plan: plan,
+        bytes_before: sizes.before,
+        bytes_after: sizes.before - sizes.float_layers + sizes.quantized_layers,
+        quantized_bytes: sizes.quantized_layers,
+        loaders: settings.format.loaders(&input.solver, &settings.out),
+    };
+    for (name, bytes) in report.files()? {
+        writer.add_file(name, &bytes)?;
+    }
+    writer.finish()?;
+    Ok(report)
+}
+
+/// Bytes of tensors.
+struct Sizes {
+    before: u64,
+    float_layers: u64,
+    quantized_layers: u64,
+}
+
+impl Sizes {
+    fn new(checkpoint: &Checkpoint, linears: &[LinearSpec], format: Format, solver: &SolverSettings) -> Result<Self> {
+        let bytes = |name: &str| Ok(checkpoint.tensor(name)?.bytes.len() as u64);
+        Ok(Self {
+            before: checkpoint.names().map(bytes).sum::<Result<u64>>()?,
+            float_layers: linears.iter().map(|l| bytes(&format!("{}.weight", l.module))).sum::<Result<u64>>()?,
+            quantized_layers: linears.iter().flat_map(|l| format.specs(l, solver)).map(|s| s.bytes() as u64).sum(),
+        })
+    }
+}
