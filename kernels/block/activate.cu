@@ -14,9 +14,11 @@ __device__ __forceinline__ float activated(float x, vlmq_activation activation) 
     case VLMQ_QUICK_GELU:
       return x / (1.0f + expf(-1.702f * x));
     case VLMQ_GELU:
-      return 0.5f * x * (1.0f + erff(x * 0.70710678f));  // 1 / sqrt(2)
+      // As 1 + erf a value near x = -4 would keep three digits.
+      return 0.5f * x * erfcf(x * -0.70710678f);  // 1 / sqrt(2)
     case VLMQ_GELU_TANH:
-      return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));  // sqrt(2 / pi)
+      // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), without the cancellation.
+      return x / (1.0f + expf(-1.5957691f * (x + 0.044715f * x * x * x)));  // 2 sqrt(2 / pi)
   }
   return x;
 }

@@ -1,5 +1,5 @@
 // Arithmetic, bits and atomics under their CUDA names. Compiled with -ffp-contract=off, each rounds
-// exactly once, as the device's does; expf, tanhf and erff are the host library's and may differ in
+// exactly once, as the device's does; expf and erfcf are the host library's and may differ in
 // the last bits.
 #pragma once
 

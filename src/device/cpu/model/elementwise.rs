@@ -1,6 +1,6 @@
 //! Norms, rotary embedding, nonlinearities and row reductions, threads over rows.
 
-use crate::device::cpu::vector::{dispatch, dot, erf, exp, sum, tanh};
+use crate::device::cpu::vector::{dispatch, dot, erfc, exp, sum};
 use crate::device::{Activation, Rotary};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
@@ -130,10 +130,12 @@ fn activate_tile(values: &mut [f32], activation: Activation) {
     dispatch(|| match activation {
         Activation::Silu => each(values, |x| x / (1.0 + exp(-x))),
         Activation::QuickGelu => each(values, |x| x / (1.0 + exp(-1.702 * x))),
-        Activation::Gelu => each(values, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))),
+        // As 1 + erf a value near x = -4 would keep three digits.
+        Activation::Gelu => each(values, |x| 0.5 * x * erfc(-x * std::f32::consts::FRAC_1_SQRT_2)),
         Activation::GeluTanh => {
-            const SCALE: f32 = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
-            each(values, |x| 0.5 * x * (1.0 + tanh(SCALE * (x + 0.044715 * x * x * x))))
+            // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), without the cancellation.
+            const SCALE: f32 = -2.0 * std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
+            each(values, |x| x / (1.0 + exp(SCALE * (x + 0.044715 * x * x * x))))
         }
     });
 }
