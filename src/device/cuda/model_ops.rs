@@ -34,15 +34,7 @@ impl ModelOps for Cuda {
             anyhow::bail!("row {row} asked of a table of {} rows", table.rows);
         }
         let mut out = self.tensor(indices.len(), table.cols, table.precision)?;
-        let indices = Memory::of(&self.runtime, indices)?;
-        self.launch(&vlmq_gather_rows_args {
-            table: self.read(table)?,
-            indices: indices.at(0),
-            out: self.write(&mut out)?,
-            rows: out.rows as i64,
-            row_bytes: out.row_bytes() as i64,
-            scatter: 0,
-        })?;
+        self.gather(table, &Memory::of(&self.runtime, indices)?, &mut out)?;
         Ok(out)
     }
 
@@ -116,14 +108,7 @@ impl ModelOps for Cuda {
             // The product adds to it in float32: one rounding.
             let mut first = Memory::new(&self.runtime, x.rows * size_of::<u32>())?;
             first.fill(0)?;
-            self.launch(&vlmq_gather_rows_args {
-                table: self.read(bias)?,
-                indices: first.at(0),
-                out: self.write(&mut y)?,
-                rows: y.rows as i64,
-                row_bytes: y.row_bytes() as i64,
-                scatter: 0,
-            })?;
+            self.gather(bias, &first, &mut y)?;
         }
         self.product(x, (weight, true), &mut y, bias.is_some())?;
         Ok(y)
@@ -289,6 +274,18 @@ impl ModelOps for Cuda {
 }
 
 impl Cuda {
+    /// One row of `table` for each row of `out`: the first `out.rows` of `indices`, all of them rows of `table`.
+    fn gather(&self, table: &CudaTensor, indices: &Memory, out: &mut CudaTensor) -> Result<()> {
+        self.launch(&vlmq_gather_rows_args {
+            table: self.read(table)?,
+            indices: indices.at(0),
+            rows: out.rows as i64,
+            row_bytes: out.row_bytes() as i64,
+            out: self.write(out)?,
+            scatter: 0,
+        })
+    }
+
     fn norm(&self, x: &CudaTensor, weight: &CudaTensor, bias: Option<&CudaTensor>, eps: f32) -> Result<CudaTensor> {
         for part in [Some(weight), bias].into_iter().flatten() {
             fits_rows(part, x)?;
