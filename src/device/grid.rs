@@ -1,8 +1,9 @@
 //! The grid of codes that a group of weights is rounded to, as every device has to build it.
 
-use anyhow::{Error, anyhow};
+use anyhow::Error;
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// How a group's range becomes its grid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +47,24 @@ impl ScaleType {
     }
 }
 
+/// The error of a scale that its storage type cannot hold, because weights are too large or not finite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScaleMisfit {
+    /// Output row of the weights.
+    pub row: usize,
+    /// Storage type of the scale.
+    pub scale_type: ScaleType,
+}
+
+impl fmt::Display for ScaleMisfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { row, scale_type } = self;
+        write!(f, "the scale of a group of weights in output row {row} does not fit {scale_type:?}")
+    }
+}
+
+impl std::error::Error for ScaleMisfit {}
+
 /// How the range of a group of weights becomes a scale `s`, a zero `z` and codes.
 ///
 /// With `lo = min(0, min w)`, `hi = max(0, max w)` and `m = 2^bits − 1`: asymmetric `s = (hi − lo)/m`,
@@ -80,10 +99,7 @@ impl GridRule {
 
     /// The error of a scale in output row `row` that is infinite or not a number.
     pub(crate) fn misfit(&self, row: usize) -> Error {
-        anyhow!(
-            "the scale of a group of weights in output row {row} does not fit {:?}: weights too large or not finite",
-            self.scale_type
-        )
+        Error::new(ScaleMisfit { row, scale_type: self.scale_type })
     }
 
     /// Scale and zero for weights in `[lo, hi]`, `lo ≤ 0 ≤ hi`. A scale that the storage type cannot hold comes back

@@ -10,7 +10,7 @@ mod grid;
 mod model_ops;
 mod solve_ops;
 
-pub use grid::{Grid, GridRule, ScaleType};
+pub use grid::{Grid, GridRule, ScaleMisfit, ScaleType};
 pub use model_ops::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
 pub use solve_ops::{
     BLOCK, Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, GroupGrid, PermuteSymmetric, ProductRange,

@@ -1,13 +1,56 @@
 //! What went wrong with the numbers of a layer, and what was done about it.
 
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// Kinds of findings.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FindingKind {
     /// The damped Hessian was not positive definite; the damping was raised.
     DampingRaised,
+    /// Fewer calibration tokens than inputs: their Hessian has no inverse, and the solve hangs on the damping.
+    FewTokens,
+    /// No calibration token excites any input, or more than a tenth of the inputs are dead.
+    DeadInputs,
+    /// The statistics overflow, or are not positive definite whatever the damping.
+    StatisticsUnusable,
+    /// Importance factors that are not finite, or all zero behind block 0.
+    ImportanceUnusable,
+    /// The solve came out far worse than rounding to nearest.
+    ErrorExploded,
+}
+
+/// Share of a layer's inputs that may be dead without a finding. A norm with some zero weights makes a few inputs dead for
+/// good, and zero weights serve those as well as any; more than a tenth tells of calibration data that does not reach
+/// the layer.
+pub(super) const DEAD_SHARE: f64 = 0.1;
+
+impl FindingKind {
+    /// What a user can do so that it is not found again.
+    pub fn remedy(self) -> &'static str {
+        match self {
+            Self::DampingRaised => "raise --damp, or calibrate with more samples",
+            Self::FewTokens => "calibrate with more samples (--samples, --calib)",
+            Self::DeadInputs => "check the checkpoint's norms, and calibrate with more, or other, samples",
+            Self::StatisticsUnusable => "check the checkpoint's weights and the calibration samples",
+            Self::ImportanceUnusable => "check the checkpoint's weights, or use --importance none",
+            Self::ErrorExploded => "raise --damp, lower --alpha, or calibrate with more samples",
+        }
+    }
+}
+
+impl fmt::Display for FindingKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::DampingRaised => "damping raised",
+            Self::FewTokens => "few tokens",
+            Self::DeadInputs => "dead inputs",
+            Self::StatisticsUnusable => "statistics unusable",
+            Self::ImportanceUnusable => "importance unusable",
+            Self::ErrorExploded => "error exploded",
+        })
+    }
 }
 
 /// Something that a user should know of a layer's numbers.
@@ -19,4 +62,16 @@ pub struct Finding {
     pub found: String,
     /// What was done about it.
     pub done: String,
+}
+
+impl Finding {
+    pub(crate) fn new(kind: FindingKind, found: impl Into<String>, done: impl Into<String>) -> Self {
+        Self { kind, found: found.into(), done: done.into() }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.found, self.done)
+    }
 }

@@ -67,21 +67,52 @@ fn loss_scale(magnitudes: &[f32]) -> f32 {
     if largest > 0.0 && largest.is_finite() { (-largest.log2().round()).clamp(-100.0, 100.0).exp2() } else { 1.0 }
 }
 
+/// Why a projection's factors cannot weigh its tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unusable {
+    /// Some are NaN or infinite: the gradient overflows.
+    NotFinite {
+        /// How many of all.
+        count: usize,
+        /// Chunk of the first one.
+        chunk: usize,
+        /// Its token in that chunk.
+        token: usize,
+    },
+    /// All are zero: the paths are equal, or no gradient comes through.
+    Zero,
+}
+
 /// Scales each projection's factors so that the mean of `g²` over all tokens is 1: the solve is indifferent to a common
-/// factor, and numbers stay in range. A projection whose factors are all zero (in block 0 the paths are equal, so
-/// all are) weighs its tokens alike: its factors become 1.
-pub fn normalise(chunks: &mut [Factors]) {
-    for projection in 0..4 {
+/// factor, and numbers stay in range. A projection whose factors are unusable weighs its tokens alike: they become 1,
+/// and the reason is returned, in the order q, k, v, o.
+pub fn normalise(chunks: &mut [Factors]) -> [Option<Unusable>; 4] {
+    std::array::from_fn(|projection| {
         let tokens: usize = chunks.iter().map(|chunk| chunk.projections[projection].len()).sum();
         let factors = || chunks.iter().flat_map(|chunk| &chunk.projections[projection]);
         // Largest first: squares of factors near 1e-30 vanish in float32, their ratios do not.
         let largest = factors().copied().fold(0.0f32, f32::max);
         let sum: f64 = factors().map(|&g| (f64::from(g) / f64::from(largest)).powi(2)).sum();
         let scale = (tokens as f64 / sum).sqrt() / f64::from(largest);
+        let unusable = if largest == 0.0 && factors().all(|&g| g == 0.0) {
+            Some(Unusable::Zero)
+        } else {
+            not_finite(chunks, projection)
+        };
         for g in chunks.iter_mut().flat_map(|chunk| &mut chunk.projections[projection]) {
-            *g = if largest > 0.0 { (f64::from(*g) * scale) as f32 } else { 1.0 };
+            *g = if unusable.is_none() { (f64::from(*g) * scale) as f32 } else { 1.0 };
         }
-    }
+        unusable
+    })
+}
+
+fn not_finite(chunks: &[Factors], projection: usize) -> Option<Unusable> {
+    let mut places = chunks.iter().enumerate().flat_map(|(chunk, factors)| {
+        let factors = factors.projections[projection].iter().enumerate();
+        factors.filter(|(_, g)| !g.is_finite()).map(move |(token, _)| (chunk, token))
+    });
+    let (chunk, token) = places.next()?;
+    Some(Unusable::NotFinite { count: 1 + places.count(), chunk, token })
 }
 
 #[cfg(test)]
@@ -96,7 +127,7 @@ mod tests {
     fn mean_square_is_one_whatever_the_range() {
         for scale in [1.0, 1e-30, 1e30] {
             let mut chunks = [chunk(&[1.0 * scale, 0.0]), chunk(&[3.0 * scale])];
-            normalise(&mut chunks);
+            assert_eq!(normalise(&mut chunks), [None; 4]);
             let squares: f32 = chunks.iter().flat_map(|c| &c.projections[2]).map(|g| g * g).sum();
             assert!((squares / 3.0 - 1.0).abs() < 1e-6);
             assert!((chunks[1].projections[2][0] / chunks[0].projections[2][0] - 3.0).abs() < 1e-6);
@@ -114,7 +145,21 @@ mod tests {
     #[test]
     fn no_gradient_at_all_weighs_alike() {
         let mut chunks = [chunk(&[0.0, 0.0])];
-        normalise(&mut chunks);
+        assert_eq!(normalise(&mut chunks), [Some(Unusable::Zero); 4]);
         assert_eq!(chunks[0], chunk(&[1.0, 1.0]));
+    }
+
+    #[test]
+    fn a_gradient_that_overflows_weighs_alike_and_others_stay() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut chunks = [chunk(&[2.0, 2.0]), chunk(&[2.0, 2.0, 2.0])];
+            chunks[1].projections[1][2] = bad;
+            chunks[1].projections[3].fill(bad);
+            let found = normalise(&mut chunks);
+            assert_eq!(found[1], Some(Unusable::NotFinite { count: 1, chunk: 1, token: 2 }));
+            assert_eq!(found[3], Some(Unusable::NotFinite { count: 3, chunk: 1, token: 0 }));
+            assert_eq!((found[0], found[2]), (None, None));
+            assert_eq!(chunks[1], chunk(&[1.0, 1.0, 1.0]));
+        }
     }
 }

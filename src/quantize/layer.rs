@@ -65,9 +65,10 @@ impl QuantizedLinear {
 /// What one layer's solve has to say of itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SolveReport {
-    /// `‖(Ŵ−W)‖²_H / ‖W‖²_H` with the undamped H; for round-to-nearest without statistics, in the Frobenius norm.
+    /// `‖(Ŵ−W)‖²_H / ‖W‖²_H` with the undamped H; in the Frobenius norm where there are no statistics, or none that can be
+    /// used. Always finite.
     pub relative_error: f64,
-    /// Damping λ that the factorization succeeded with; `None` where none was made.
+    /// Damping λ that the factorization succeeded with; `None` where there is none.
     pub damp: Option<f64>,
     /// Inputs that no calibration token excites.
     pub dead_inputs: usize,

@@ -13,9 +13,10 @@ use anyhow::{Result, bail, ensure};
 pub struct QuantizedLayer {
     /// Codes, scales and zeros, columns in the original order.
     pub linear: QuantizedLinear,
-    /// Place → input column: the order in which columns were quantized.
+    /// Place → input column: the order in which columns were quantized, or would have been where a finding says that the
+    /// layer was rounded to nearest instead.
     pub order: Vec<u32>,
-    /// Error, damping, dead inputs, tokens, seconds.
+    /// Error, damping, dead inputs, tokens, seconds, findings (which are logged as warnings as well).
     pub report: SolveReport,
 }
 
@@ -87,6 +88,7 @@ pub fn quantize_layer<D: SolveOps>(
     let prepared = prepare(device, &statistics, settings)?;
     let (linear, mut report) = solve_layer(device, &prepared, &statistics.hessian, &upload(weight)?, settings)?;
     report.seconds += prepared.seconds();
+    report.findings.iter().for_each(|finding| log::warn!("{finding}"));
     Ok(QuantizedLayer { linear, order: prepared.order().to_vec(), report })
 }
 

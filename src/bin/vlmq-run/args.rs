@@ -94,6 +94,10 @@ pub(crate) struct QuantizeArgs {
     /// Evaluate on this data before and after, and print both; its images are relative to it.
     #[arg(long, value_name = "FILE")]
     pub(crate) eval: Option<PathBuf>,
+    /// Stop with an error where numbers go wrong, such as a damping that had to be raised, instead of doing something about
+    /// it and saying so
+    #[arg(long)]
+    strict: bool,
     /// GPU memory to use at most, such as 24GiB or 500MB; otherwise what is free, less a sixteenth
     #[arg(long, value_name = "SIZE", value_parser = text::parse_bytes, allow_negative_numbers = true)]
     max_gpu_memory: Option<u64>,
@@ -307,7 +311,7 @@ impl QuantizeArgs {
             image_root: self.images.image_root.clone(),
             image_options: self.images.options(),
             chat_template: self.images.chat_template.clone(),
-            strict: false,
+            strict: self.strict,
             restart: false,
         }
     }

@@ -10,7 +10,7 @@ use vlmq::device::ModelOps;
 use vlmq::evaluate::{self, Evaluation};
 
 pub(crate) fn run<D: ModelOps>(device: &D, args: &EvalArgs, screen: &Screen) -> Result<()> {
-    let evaluation = evaluate::run(device, &args.settings(), &mut screen.observer(f64::INFINITY))?;
+    let evaluation = evaluate::run(device, &args.settings(), &mut screen.observer())?;
     if let Some(path) = &args.json {
         write_json(path, &evaluation)?;
     }

@@ -6,6 +6,7 @@ use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 use vlmq::progress::{Observer, Stage, StageTime};
 use vlmq::quantize::report::{LayerReport, RunObserver};
+use vlmq::quantize::{Finding, FindingKind};
 
 /// Time between two lines of progress where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
@@ -57,8 +58,8 @@ impl Screen {
     }
 
     /// A listener that shows a run on this screen.
-    pub(crate) fn observer(&self, damp: f64) -> Progress {
-        Progress { screen: self.clone(), damp, stage: None, header_shown: false }
+    pub(crate) fn observer(&self) -> Progress {
+        Progress { screen: self.clone(), stage: None, header_shown: false }
     }
 }
 
@@ -76,8 +77,6 @@ struct Running {
 #[derive(Debug)]
 pub(crate) struct Progress {
     screen: Screen,
-    /// Damping asked for; more than that is marked.
-    damp: f64,
     stage: Option<Running>,
     header_shown: bool,
 }
@@ -143,7 +142,7 @@ impl RunObserver for Progress {
             self.header_shown = true;
             self.screen.print(&layer_header());
         }
-        self.screen.print(&layer_row(layer, self.damp));
+        self.screen.print(&layer_row(layer));
     }
 }
 
@@ -171,7 +170,7 @@ fn layer_header() -> String {
 }
 
 /// One line of the table; its columns have fixed widths because the later rows are not known yet.
-fn layer_row(layer: &LayerReport, asked: f64) -> String {
+fn layer_row(layer: &LayerReport) -> String {
     let name = layer.name.rsplit('.').take(2).collect::<Vec<_>>();
     let name = name.into_iter().rev().collect::<Vec<_>>().join(".");
     let shape = format!("{} x {}", layer.rows, layer.cols);
@@ -179,11 +178,14 @@ fn layer_row(layer: &LayerReport, asked: f64) -> String {
     let time = text::seconds(layer.solve.seconds);
     let error = layer.solve.relative_error;
     let mut row = format!("{:>5}  {name:<18}  {shape:>13}  {error:>10.3e}  {damp:>9}  {time:>8}", layer.block);
-    if layer.solve.damp.is_some_and(|damp| damp > asked) {
-        row += "  damping raised";
-    }
-    if layer.solve.dead_inputs > 0 {
-        row += &format!("  {} dead inputs", layer.solve.dead_inputs);
+    // A few dead inputs are no finding, but worth a word.
+    let finding = |finding: &Finding| match finding.kind {
+        FindingKind::DeadInputs => None,
+        kind => Some(kind.to_string()),
+    };
+    let dead = (layer.solve.dead_inputs > 0).then(|| format!("{} dead inputs", layer.solve.dead_inputs));
+    for mark in layer.solve.findings.iter().filter_map(finding).chain(dead) {
+        row += &format!("  {mark}");
     }
     row
 }
@@ -193,7 +195,7 @@ mod tests {
     use super::*;
     use vlmq::quantize::SolveReport;
 
-    fn layer(damp: Option<f64>, dead_inputs: usize) -> LayerReport {
+    fn layer(damp: Option<f64>, dead_inputs: usize, findings: &[FindingKind]) -> LayerReport {
         LayerReport {
             name: "model.language_model.layers.12.self_attn.q_proj".into(),
             block: 12,
@@ -207,7 +209,10 @@ mod tests {
                 dead_inputs,
                 tokens: 9,
                 seconds: 1.5,
-                findings: Vec::new(),
+                findings: findings
+                    .iter()
+                    .map(|&kind| Finding { kind, found: "this".into(), done: "that".into() })
+                    .collect(),
             },
             importance: None,
         }
@@ -215,16 +220,18 @@ mod tests {
 
     #[test]
     fn rows_stand_under_the_header() {
-        let row = layer_row(&layer(Some(0.01), 0), 0.01);
+        let row = layer_row(&layer(Some(0.01), 0, &[]));
         assert_eq!(row.chars().count(), layer_header().chars().count());
         assert_eq!(row, "   12  self_attn.q_proj     3584 x 18944    1.234e-2       0.01    1.50 s");
-        assert!(layer_row(&layer(None, 0), 0.01).contains(" - "));
+        assert!(layer_row(&layer(None, 0, &[])).contains(" - "));
     }
 
     #[test]
-    fn raised_damping_and_dead_inputs_are_marked() {
-        let row = layer_row(&layer(Some(0.04), 3), 0.01);
-        assert!(row.ends_with("damping raised  3 dead inputs"), "{row}");
+    fn findings_and_dead_inputs_are_marked() {
+        let row = layer_row(&layer(Some(0.04), 3, &[FindingKind::DeadInputs, FindingKind::DampingRaised]));
+        assert!(row.ends_with(" s  damping raised  3 dead inputs"), "{row}");
+        let row = layer_row(&layer(Some(0.01), 3, &[]));
+        assert!(row.ends_with(" s  3 dead inputs"), "{row}");
     }
 
     #[test]

@@ -4,15 +4,17 @@ use crate::args::QuantizeArgs;
 use crate::progress::Screen;
 use crate::{eval, print_lines, text};
 use anyhow::Result;
+use std::collections::{BTreeMap, BTreeSet};
 use vlmq::device::{ModelOps, SolveOps};
 use vlmq::evaluate::{self, Evaluation};
+use vlmq::quantize::FindingKind;
 use vlmq::quantize::pipeline::{self, PipelineSettings};
-use vlmq::quantize::report::RunReport;
+use vlmq::quantize::report::{LayerReport, RunReport};
 
 pub(crate) fn run<D: ModelOps + SolveOps>(device: &D, args: &QuantizeArgs, screen: &Screen) -> Result<()> {
     let settings = args.settings();
-    let mut observer = screen.observer(settings.solver.damp);
-    let evaluate = |settings| evaluate::run(device, &settings, &mut screen.observer(f64::INFINITY));
+    let mut observer = screen.observer();
+    let evaluate = |settings| evaluate::run(device, &settings, &mut screen.observer());
     let before = args.eval.clone().map(|data| evaluate(args.evaluation_before(data))).transpose()?;
     let report = pipeline::run(device, &settings, &mut observer)?;
     print_lines(&summary(&settings, &report))?;
@@ -36,10 +38,11 @@ fn summary(settings: &PipelineSettings, report: &RunReport) -> Vec<String> {
         let worst_error = worst.solve.relative_error;
         say("rel. error", format!("mean {mean:.3e}, worst {worst_error:.3e} in {}", worst.name));
     }
-    let asked = settings.solver.damp;
-    let raised = report.layers.iter().filter(|layer| layer.solve.damp.is_some_and(|damp| damp > asked)).count();
-    if raised > 0 {
-        say("damping", format!("raised above {asked} in {raised} of {} layers", report.layers.len()));
+    if let Some(path_error) = report.blocks.last().and_then(|block| block.path_error) {
+        say("path error", format!("{path_error:.3e} behind the last block"));
+    }
+    if let Some(findings) = findings(&report.layers) {
+        say("findings", findings);
     }
     let calibration = &report.calibration;
     say(
@@ -67,6 +70,19 @@ fn summary(settings: &PipelineSettings, report: &RunReport) -> Vec<String> {
         }
     }
     lines
+}
+
+/// How many layers had something to say, and what; `None` where none had.
+fn findings(layers: &[LayerReport]) -> Option<String> {
+    let mut kinds: BTreeMap<FindingKind, usize> = BTreeMap::new();
+    for layer in layers {
+        // A kind may be found twice of a layer.
+        let found: BTreeSet<FindingKind> = layer.solve.findings.iter().map(|finding| finding.kind).collect();
+        found.into_iter().for_each(|kind| *kinds.entry(kind).or_default() += 1);
+    }
+    let with = layers.iter().filter(|layer| !layer.solve.findings.is_empty()).count();
+    let kinds: Vec<String> = kinds.iter().map(|(kind, count)| format!("{kind} in {count}")).collect();
+    (with > 0).then(|| format!("{with} of {} layers: {}", layers.len(), kinds.join(", ")))
 }
 
 /// Both evaluations, total and by group.
@@ -104,9 +120,9 @@ mod tests {
     use vlmq::checkpoint::formats::Loader;
     use vlmq::evaluate::SampleResult;
     use vlmq::progress::{Stage, StageTime};
-    use vlmq::quantize::SolveReport;
     use vlmq::quantize::plan::MemoryPlan;
-    use vlmq::quantize::report::{CalibrationCounts, LayerReport};
+    use vlmq::quantize::report::{BlockReport, CalibrationCounts};
+    use vlmq::quantize::{Finding, SolveReport};
 
     fn settings() -> PipelineSettings {
         let line = ["vlmq-run", "quantize", "m", "--calib", "c", "--out", "o"];
@@ -124,7 +140,9 @@ mod tests {
             dead_inputs: 0,
             tokens: 9,
             seconds: 0.1,
-            findings: Vec::new(),
+            findings: [FindingKind::DampingRaised, FindingKind::FewTokens, FindingKind::DampingRaised]
+                .map(|kind| Finding { kind, found: "this".into(), done: "that".into() })
+                .into(),
         };
         let layer = LayerReport {
             name: "model.layers.0.mlp.down_proj".into(),
@@ -142,6 +160,7 @@ mod tests {
             device: "cpu".into(),
             calibration: CalibrationCounts { used: 5, too_long: 1, vision_tokens: 320, text_tokens: 80 },
             layers: vec![layer],
+            blocks: vec![BlockReport { block: 0, seconds: 1.0, path_error: Some(0.05) }],
             stages: vec![StageTime { stage: Stage::Blocks, seconds: 1.0 }],
             seconds: 2.0,
             peak_memory_bytes: Some(3 << 20),
@@ -157,7 +176,8 @@ mod tests {
 wrote o (gptq)
   size         2.00 MiB -> 1.00 MiB, 3.50 bits per quantized weight
   rel. error   mean 2.000e-2, worst 2.000e-2 in model.layers.0.mlp.down_proj
-  damping      raised above 0.01 in 1 of 1 layers
+  path error   5.000e-2 behind the last block
+  findings     1 of 1 layers: damping raised in 1, few tokens in 1
   calibration  5 samples, 1 left out as too long; 320 vision and 80 text tokens
   time         2.00 s (quantizing 1.00 s)
   peak memory  3.00 MiB

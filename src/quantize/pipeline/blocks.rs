@@ -1,11 +1,13 @@
 //! The decoder's blocks, one after the other.
 
+use super::findings;
 use super::input::Input;
 use crate::checkpoint::write::Writer;
 use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Block, module_name};
 use crate::progress::Stage;
-use crate::quantize::block::{BlockQuantizer, Chunk, SolvedLayer, round_to_nearest};
+use crate::quantize::QuantizedLinear;
+use crate::quantize::block::{BlockOutcome, BlockQuantizer, Chunk, SolvedLayer, round_to_nearest};
 use crate::quantize::plan::Activations;
 use crate::quantize::report::{BlockReport, LayerReport, RunObserver};
 use crate::quantize::settings::Solver;
@@ -40,39 +42,49 @@ impl Blocks {
         let layers = &mut self.layers;
         let mut finished = |layer: SolvedLayer| {
             let name = module_name(&input.config.names, index, layer.projection);
-            writer.write(&name, &layer.linear).with_context(|| format!("cannot write {name}"))?;
-            let report = layer_report(name, index, layer);
+            let (linear, report) = layer_report(name, index, layer);
+            findings::tell(&report, layers, input.strict)?;
+            writer.write(&report.name, &linear).with_context(|| format!("cannot write {}", report.name))?;
             shared.borrow_mut().layer_finished(&report);
             layers.push(report);
             Ok(())
         };
-        match solver.solver {
-            Solver::Rtn => round_to_nearest(device, solver, index, &float, &mut finished)?,
+        let outcome = match solver.solver {
+            Solver::Rtn => {
+                round_to_nearest(device, solver, index, &float, &mut finished)?;
+                BlockOutcome::default()
+            }
             Solver::Gptq | Solver::Gptaq => {
                 let quantized = float.duplicate(device)?;
                 BlockQuantizer { device, config, settings: solver, importance, activations, index, float, quantized }
                     .run(
-                    chunks,
-                    &mut |step| shared.borrow_mut().stage_advanced(Stage::Blocks, index as u64, step),
-                    &mut finished,
-                )?;
+                        chunks,
+                        &mut |step| shared.borrow_mut().stage_advanced(Stage::Blocks, index as u64, step),
+                        &mut finished,
+                    )?
             }
-        }
-        self.blocks.push(BlockReport { block: index, seconds: start.elapsed().as_secs_f64() });
+        };
+        self.blocks.push(BlockReport {
+            block: index,
+            seconds: start.elapsed().as_secs_f64(),
+            path_error: outcome.path_error,
+        });
         observer.stage_advanced(Stage::Blocks, index as u64 + 1, "");
         Ok(())
     }
 }
 
-fn layer_report(name: String, block: usize, layer: SolvedLayer) -> LayerReport {
-    LayerReport {
+fn layer_report(name: String, block: usize, layer: SolvedLayer) -> (QuantizedLinear, LayerReport) {
+    let linear = layer.linear;
+    let report = LayerReport {
         name,
         block,
-        rows: layer.linear.out_features,
-        cols: layer.linear.in_features,
-        bits: layer.linear.bits,
-        group_columns: layer.linear.group_columns,
+        rows: linear.out_features,
+        cols: linear.in_features,
+        bits: linear.bits,
+        group_columns: linear.group_columns,
         solve: layer.report,
         importance: layer.importance,
-    }
+    };
+    (linear, report)
 }

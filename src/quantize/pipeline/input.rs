@@ -25,6 +25,8 @@ pub(super) struct Input {
     pub(super) linears: Vec<LinearSpec>,
     /// Whether no sample has an image, so that the vision tower is not needed.
     pub(super) text_only: bool,
+    /// Whether the first finding ends the run.
+    pub(super) strict: bool,
 }
 
 impl Input {
@@ -55,7 +57,8 @@ impl Input {
         };
         let text_only = data.sequences.iter().all(|sequence| sequence.images.is_empty());
         let family = family.model_type();
-        Ok((Self { checkpoint, family, config, solver, importance, linears, text_only }, data))
+        let strict = settings.strict;
+        Ok((Self { checkpoint, family, config, solver, importance, linears, text_only, strict }, data))
     }
 
     /// Counts what a run will take on the device, and refuses what cannot fit.

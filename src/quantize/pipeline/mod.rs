@@ -3,6 +3,7 @@
 
 mod blocks;
 mod encode;
+mod findings;
 mod input;
 
 pub use input::linear_specs;

@@ -57,6 +57,9 @@ pub struct BlockReport {
     pub block: usize,
     /// Wall-clock seconds.
     pub seconds: f64,
+    /// How far the quantized path is from the float path behind the block, relative, mean over tokens
+    /// ([`BlockOutcome`](super::block::BlockOutcome)); `None` where there is no float path.
+    pub path_error: Option<f64>,
 }
 
 /// What became of the calibration data.

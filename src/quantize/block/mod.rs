@@ -4,6 +4,9 @@
 //! it already quantized; `F` never meets a quantized weight. Inputs of a set are computed again for every pass and never
 //! kept, so memory holds the two residual streams, the block and one layer's statistics; [`plan`](super::plan) counts it.
 
+mod checks;
+
+use super::Finding;
 use super::importance::{Factors, attention_importance, normalise};
 use super::layer::{QuantizedLinear, SolveReport};
 use super::plan::Activations;
@@ -15,6 +18,7 @@ use crate::device::{Device, ModelOps, SolveOps};
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::{Block, Layout, Projection};
 use anyhow::{Context, Result, bail};
+use checks::{Distance, without_importance};
 use std::time::Instant;
 
 /// Some calibration samples, packed, on their way through the decoder.
@@ -152,6 +156,14 @@ pub struct SolvedLayer {
     pub importance: Option<ImportanceSpread>,
 }
 
+/// What a block has to say beside its layers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct BlockOutcome {
+    /// How far the quantized path's residual stream is from the float path's behind the block: the mean over tokens of
+    /// `Σ|x_quantized − x_float| / Σ|x_float|`. `None` where there is no float path.
+    pub path_error: Option<f64>,
+}
+
 /// Quantizes one block and advances both paths through it.
 pub struct BlockQuantizer<'a, D: ModelOps + SolveOps> {
     /// Where everything is computed.
@@ -180,8 +192,9 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         chunks: &mut [Chunk<D::Tensor>],
         progress: &mut dyn FnMut(&str),
         finished: &mut dyn FnMut(SolvedLayer) -> Result<()>,
-    ) -> Result<()> {
-        let factors = self.factors(chunks, progress)?;
+    ) -> Result<BlockOutcome> {
+        let (factors, unusable) = self.factors(chunks, progress)?;
+        let mut outcome = BlockOutcome::default();
         for set in LayerSet::ALL {
             // q, k and v weigh tokens differently: one pass and one pair of matrices each, one after the other.
             let factors = factors.as_deref().filter(|_| matches!(set, LayerSet::Attention | LayerSet::Output));
@@ -190,17 +203,21 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
                 progress(&format!("block {}: {}", self.index, projections[0].module()));
                 let prepared = self.prepare(set, projections[0], chunks, factors)?;
                 let solved = self.solve_layers(projections, prepared, factors, chunks)?;
-                for layer in solved {
+                for mut layer in solved {
+                    if let Some((_, finding)) = unusable.iter().find(|(of, _)| *of == layer.projection) {
+                        layer.report.findings.insert(0, finding.clone());
+                        layer.importance = None;
+                    }
                     let weight = self.device.dequantize(&layer.linear.weight())?;
                     self.quantized.set_weight(layer.projection, weight);
                     finished(layer)?;
                 }
             }
             if let Some(residual) = set.residual() {
-                self.advance(set, residual, chunks)?;
+                outcome.path_error = self.advance(set, residual, chunks)?;
             }
         }
-        Ok(())
+        Ok(outcome)
     }
 
     /// A pass over the chunks that ends with `residual` added, if with any.
@@ -209,11 +226,16 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         Pass { device: self.device, activations: self.activations, with_float, leaves }
     }
 
-    /// Normalised importance factors of all tokens, chunk by chunk. In block 0 the paths are equal, the loss vanishes and
-    /// all tokens weigh alike.
-    fn factors(&self, chunks: &mut [Chunk<D::Tensor>], progress: &mut dyn FnMut(&str)) -> Result<Option<Vec<Factors>>> {
+    /// Normalised importance factors of all tokens, chunk by chunk, and the projections that have no use for theirs. In
+    /// block 0 the paths are equal, the loss vanishes and all tokens weigh alike.
+    #[allow(clippy::type_complexity)]
+    fn factors(
+        &self,
+        chunks: &mut [Chunk<D::Tensor>],
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<(Option<Vec<Factors>>, Vec<(Projection, Finding)>)> {
         if self.importance == Importance::None || self.index == 0 {
-            return Ok(None);
+            return Ok((None, Vec::new()));
         }
         progress(&format!("block {}: importance", self.index));
         let mut factors = Vec::with_capacity(chunks.len());
@@ -223,8 +245,10 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             factors.push(attention_importance(self.device, self.config, &self.float, x_float, x_quantized, layout)?);
             Ok(())
         })?;
-        normalise(&mut factors);
-        Ok(Some(factors))
+        let unusable = normalise(&mut factors);
+        let weighted = [Projection::Q, Projection::K, Projection::V, Projection::O].into_iter().zip(unusable);
+        let findings = weighted.filter_map(|(projection, why)| Some((projection, without_importance(why?, chunks))));
+        Ok((Some(factors), findings.collect()))
     }
 
     /// Accumulates and factors the statistics of layers that read the same input with the same weights. On the last set
@@ -258,6 +282,9 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         })?;
         let prepared =
             solve::prepare(self.device, &statistics, self.settings).with_context(|| self.place(projection))?;
+        if prepared.damp().is_none() {
+            self.check_inputs(set, projection, chunks)?;
+        }
         Ok(Shared { prepared, hessian: statistics.hessian, seconds: start.elapsed().as_secs_f64() })
     }
 
@@ -285,14 +312,22 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             .collect()
     }
 
-    /// Adds the output of the attention module or the MLP to the quantized path's residual stream.
-    fn advance(&self, set: LayerSet, residual: Projection, chunks: &mut [Chunk<D::Tensor>]) -> Result<()> {
-        self.pass(false, Some(residual)).run(chunks, |_, chunk| {
+    /// Adds the output of the attention module or the MLP to the quantized path's residual stream; behind the block, tells
+    /// how far it is from the float path's, see [`BlockOutcome::path_error`].
+    fn advance(&self, set: LayerSet, residual: Projection, chunks: &mut [Chunk<D::Tensor>]) -> Result<Option<f64>> {
+        let ends = residual == Projection::Down;
+        let mut distance = Distance::default();
+        self.pass(ends, Some(residual)).run(chunks, |_, chunk| {
             let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
             self.quantized.add_output(self.device, &mut chunk.x_quantized, residual, &u)?;
             self.leave(&chunk.layout, &mut chunk.x_quantized, residual)?;
-            self.check_finite(&chunk.x_quantized, &chunk.layout, &chunk.samples, residual, "quantized")
-        })
+            self.check_finite(&chunk.x_quantized, &chunk.layout, &chunk.samples, residual, "quantized")?;
+            if let Some(x_float) = chunk.x_float.as_ref().filter(|_| ends) {
+                distance.add(self.device, &chunk.x_quantized, x_float)?;
+            }
+            Ok(())
+        })?;
+        Ok(distance.mean())
     }
 
     /// What a path meets at the end of the block.
@@ -305,25 +340,6 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
 
     fn place(&self, projection: Projection) -> String {
         place(projection, self.index)
-    }
-
-    fn check_finite(
-        &self,
-        x: &D::Tensor,
-        layout: &Layout<D::Tensor>,
-        samples: &[String],
-        residual: Projection,
-        path: &str,
-    ) -> Result<()> {
-        let Some(row) = self.device.first_non_finite_row(x)? else { return Ok(()) };
-        let sample = layout.spans.iter().position(|span| span.q.contains(&row));
-        bail!(
-            "activations behind {} of block {} hold a NaN or an infinity on the {path} path (sample {}); check the \
-             checkpoint's weights and that sample's image",
-            residual.module(),
-            self.index,
-            sample.map_or("?", |i| &samples[i])
-        )
     }
 }
 

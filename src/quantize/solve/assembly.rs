@@ -1,0 +1,68 @@
+//! A layer's codes, put together from blocks of columns in processing order.
+
+use crate::device::{BlockCodes, GroupGrid};
+use crate::quantize::QuantizedLinear;
+use crate::quantize::settings::SolverSettings;
+use rayon::prelude::*;
+
+/// Puts blocks of codes back to where their columns came from.
+pub(super) struct Assembly<'a> {
+    pub(super) linear: QuantizedLinear,
+    order: &'a [u32],
+    group: usize,
+    /// Place of each processed group in the result.
+    group_places: Vec<usize>,
+}
+
+impl<'a> Assembly<'a> {
+    pub(super) fn new(rows: usize, group: usize, order: &'a [u32], settings: &SolverSettings) -> Self {
+        let features = order.len();
+        let groups = features / group;
+        let (mut group_index, mut group_places) = (None, (0..groups).collect());
+        if settings.has_group_index() {
+            // Columns leave their groups: groups are numbered as they form and the layer carries an index.
+            let mut index = vec![0; features];
+            order.iter().enumerate().for_each(|(place, &column)| index[column as usize] = (place / group) as u32);
+            group_index = Some(index);
+        } else {
+            group_places = order.chunks(group).map(|columns| columns[0] as usize / group).collect::<Vec<_>>();
+        }
+        let linear = QuantizedLinear {
+            out_features: rows,
+            in_features: features,
+            bits: settings.bits,
+            group_columns: group,
+            symmetric: settings.symmetric,
+            codes: vec![0; rows * features],
+            scales: vec![0.0; rows * groups],
+            zeros: vec![0; rows * groups],
+            group_index,
+        };
+        Self { linear, order, group, group_places }
+    }
+
+    pub(super) fn place(&mut self, columns: &std::ops::Range<usize>, block: &BlockCodes) {
+        let (features, groups) = (self.linear.in_features, self.group_places.len());
+        let width = columns.len();
+        let GroupGrid { scales, zeros } = &block.grid;
+        let brought = scales.len() / self.linear.out_features;
+        let places = &self.group_places[columns.start / self.group..][..brought];
+        let order = &self.order[columns.clone()];
+        let linear = &mut self.linear;
+        linear
+            .codes
+            .par_chunks_mut(features)
+            .zip(linear.scales.par_chunks_mut(groups))
+            .zip(linear.zeros.par_chunks_mut(groups))
+            .enumerate()
+            .for_each(|(row, ((codes, row_scales), row_zeros))| {
+                for (&code, &column) in block.codes[row * width..].iter().zip(order) {
+                    codes[column as usize] = code;
+                }
+                for (i, &place) in places.iter().enumerate() {
+                    row_scales[place] = scales[row * brought + i];
+                    row_zeros[place] = zeros[row * brought + i];
+                }
+            });
+    }
+}

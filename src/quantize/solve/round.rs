@@ -1,0 +1,57 @@
+//! Round to nearest: without statistics, and what the other solvers are held against.
+
+use super::assembly::Assembly;
+use super::{check_finite, check_shape, checked_group, rule_of};
+use crate::device::cpu::Cpu;
+use crate::device::{Block, ScaleMisfit, SolveOps, SolveState};
+use crate::quantize::settings::SolverSettings;
+use crate::quantize::{QuantizedLinear, SolveReport};
+use crate::tensor::Matrix;
+use anyhow::{Result, anyhow};
+use std::time::Instant;
+
+/// Rounds `weight` `[out, in]` to the nearest codes, group by group: the floor that everything is compared with. Only
+/// the grid settings and the group size count. The report's error is in the Frobenius norm.
+///
+/// Errors as [`solve`](super::solve) does.
+pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> Result<(QuantizedLinear, SolveReport)> {
+    let start = Instant::now();
+    settings.validate()?;
+    let features = weight.cols();
+    check_shape((weight.rows(), features), features)?;
+    check_finite(weight)?;
+    let group = checked_group(settings, features)?;
+    let order: Vec<u32> = (0..features as u32).collect();
+    let rule = rule_of(settings);
+    // No product is made, so there is nothing for another device to be faster at.
+    let weight_norm = Cpu.squared_norm(weight)?;
+    let mut state =
+        SolveState { residual: weight.clone(), carried: None, shift: None, error: Matrix::default(), cross: None };
+    let mut out = Assembly::new(weight.rows(), group, &order, settings);
+    let mut error = 0.0;
+    let mut codes = Vec::new();
+    for columns in (0..features).step_by(group).map(|first| first..first + group) {
+        let job = Block { columns, span: 0, group, grid: None, rule, factor: None, cross: None };
+        Cpu.quantize_block(&job, &mut state, &mut codes).map_err(|error| with_largest(error, weight))?;
+        for codes in codes.drain(..) {
+            error += codes.error;
+            out.place(&job.columns, &codes);
+        }
+    }
+    let report = SolveReport {
+        relative_error: if error == 0.0 { 0.0 } else { error / weight_norm },
+        damp: None,
+        dead_inputs: 0,
+        tokens: 0,
+        seconds: start.elapsed().as_secs_f64(),
+        findings: Vec::new(),
+    };
+    Ok((out.linear, report))
+}
+
+/// Says how large the weights are whose scale does not fit.
+fn with_largest(error: anyhow::Error, weight: &Matrix) -> anyhow::Error {
+    let Some(misfit) = error.downcast_ref::<ScaleMisfit>() else { return error };
+    let largest = weight.row(misfit.row).iter().fold(0.0f32, |largest, w| largest.max(w.abs()));
+    anyhow!("{misfit}: the row's largest weight is {largest:e}; use more bits, or a format with wider scales")
+}
