@@ -1,4 +1,7 @@
 //! What went wrong with the numbers of a layer, and what was done about it.
+//!
+//! A finding costs its own layer some accuracy, at most down to that of rounding to nearest. What would spoil all layers
+//! behind it is an error instead, which names the sample or the weight: weights and activations that are not finite.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -17,7 +20,7 @@ pub enum FindingKind {
     StatisticsUnusable,
     /// Importance factors that are not finite, or all zero behind block 0.
     ImportanceUnusable,
-    /// The solve came out far worse than rounding to nearest.
+    /// The solve came out far worse than rounding to nearest, or half of the layer's output is lost.
     ErrorExploded,
 }
 
@@ -35,7 +38,9 @@ impl FindingKind {
             Self::DeadInputs => "check the checkpoint's norms, and calibrate with more, or other, samples",
             Self::StatisticsUnusable => "check the checkpoint's weights and the calibration samples",
             Self::ImportanceUnusable => "check the checkpoint's weights, or use --importance none",
-            Self::ErrorExploded => "raise --damp, lower --alpha, or calibrate with more samples",
+            Self::ErrorExploded => {
+                "raise --damp or --bits, lower --alpha or --group-size, or calibrate with more samples"
+            }
         }
     }
 }

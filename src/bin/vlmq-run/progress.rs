@@ -174,7 +174,12 @@ fn layer_row(layer: &LayerReport) -> String {
     let name = layer.name.rsplit('.').take(2).collect::<Vec<_>>();
     let name = name.into_iter().rev().collect::<Vec<_>>().join(".");
     let shape = format!("{} x {}", layer.rows, layer.cols);
-    let damp = layer.solve.damp.map_or_else(|| "-".into(), |damp| format!("{damp}"));
+    let damp = match layer.solve.damp {
+        None => "-".into(),
+        // What would not fit its column.
+        Some(damp) if damp < 1e-4 => format!("{damp:.2e}"),
+        Some(damp) => format!("{damp}"),
+    };
     let time = text::seconds(layer.solve.seconds);
     let error = layer.solve.relative_error;
     let mut row = format!("{:>5}  {name:<18}  {shape:>13}  {error:>10.3e}  {damp:>9}  {time:>8}", layer.block);
@@ -224,6 +229,7 @@ mod tests {
         assert_eq!(row.chars().count(), layer_header().chars().count());
         assert_eq!(row, "   12  self_attn.q_proj     3584 x 18944    1.234e-2       0.01    1.50 s");
         assert!(layer_row(&layer(None, 0, &[])).contains(" - "));
+        assert!(layer_row(&layer(Some(1.024e-7), 0, &[])).contains("   1.02e-7    1.50 s"));
     }
 
     #[test]

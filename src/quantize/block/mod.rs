@@ -160,7 +160,7 @@ pub struct SolvedLayer {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct BlockOutcome {
     /// How far the quantized path's residual stream is from the float path's behind the block: the mean over tokens of
-    /// `Σ|x_quantized − x_float| / Σ|x_float|`. `None` where there is no float path.
+    /// `Σ|x_quantized − x_float| / Σ|x_float|`. `None` where there is no float path, or where it overflows.
     pub path_error: Option<f64>,
 }
 

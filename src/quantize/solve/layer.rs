@@ -17,7 +17,7 @@ use std::time::Instant;
 /// weights, that of rounding these weights is measured in the same norm. Past twice that, or where a corrected weight
 /// outgrows the storage type of scales, GPTAQ's cross term is left out, and if that does not help, or for GPTQ, the layer is
 /// rounded to nearest; so it is where the preparation found no statistics to solve with. Each is among the report's
-/// findings. GPTAQ moves weights on purpose, towards outputs that differ from their own: by α, which is granted to it.
+/// findings, and so is an error above a half that is no worse than rounding's. GPTAQ moves weights on purpose, towards outputs that differ from their own: by α, which is granted to it.
 ///
 /// The report's seconds are those of this call; add [`Prepared::seconds`] where the layer is the one that the
 /// preparation was made for. Errors as [`solve`](super::solve) does, but for what is said above.
@@ -56,6 +56,10 @@ pub fn solve_layer<D: SolveOps>(
 /// of GPTQ or GPTAQ comes to 0.4 of it, at 2, 3, 4 or 8 bits, with 2 samples or 256, α up to 1.
 const WORST: f64 = 2.0;
 
+/// A relative error of so much is a finding even where rounding to nearest does no better: half of the layer's output is
+/// lost.
+const LARGE: f64 = 0.5;
+
 /// Relative error of rounding groups of 128 Gaussian weights to nearest: their range is 5.2 standard deviations wide, and
 /// steps of it, `2^bits − 1`, leave a twelfth of their square each.
 fn usual_rounding_error(settings: &SolverSettings) -> f64 {
@@ -78,7 +82,9 @@ fn solve_or_round<D: SolveOps>(
     // The cross term asks for α of the paths' difference, which may be as large as the outputs themselves.
     let granted = if cross.is_some() { settings.alpha * settings.alpha } else { 0.0 };
     let first = match first.map(|(linear, error)| (linear, relative(error, norm))) {
-        Ok((linear, error)) if error <= usual_rounding_error(settings) + granted => return Ok((linear, error, None)),
+        Ok((linear, error)) if error <= (usual_rounding_error(settings) + granted).min(LARGE) => {
+            return Ok((linear, error, None));
+        }
         other => other,
     };
 
@@ -90,7 +96,13 @@ fn solve_or_round<D: SolveOps>(
     // A floor that is not finite says nothing about a solve that is.
     let failed = |error: f64, granted: f64| !error.is_finite() || error > WORST * (floor + granted);
     let found = match first {
-        Ok((linear, error)) if !failed(error, granted) => return Ok((linear, error, None)),
+        Ok((linear, error)) if !failed(error, granted) => {
+            let finding = (error > LARGE).then(|| {
+                let found = format!("relative error {error:.3e}, rounding to nearest having {floor:.3e}");
+                Finding::new(FindingKind::ErrorExploded, found, "kept as solved")
+            });
+            return Ok((linear, error, finding));
+        }
         Ok((_, error)) => format!("relative error {error:.3e} where rounding to nearest has {floor:.3e}"),
         Err(misfit) => format!("corrected by other columns' errors, {misfit}"),
     };
