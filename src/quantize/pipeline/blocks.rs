@@ -1,6 +1,7 @@
 //! The decoder's blocks, one after the other.
 
 use super::input::Input;
+use crate::checkpoint::weight_error;
 use crate::checkpoint::write::Writer;
 use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Block, module_name};
@@ -41,7 +42,9 @@ impl Blocks {
         let mut finished = |layer: SolvedLayer| {
             let name = module_name(&input.config.names, index, layer.projection);
             writer.write(&name, &layer.linear).with_context(|| format!("cannot write {name}"))?;
-            let report = layer_report(name, index, layer);
+            let weight = input.checkpoint.tensor(&format!("{name}.weight"))?;
+            let weight_error = weight_error::of_layer(input.format, weight, &layer.linear)?;
+            let report = layer_report(name, index, weight_error, layer);
             shared.borrow_mut().layer_finished(&report);
             layers.push(report);
             Ok(())
@@ -64,7 +67,7 @@ impl Blocks {
     }
 }
 
-fn layer_report(name: String, block: usize, layer: SolvedLayer) -> LayerReport {
+fn layer_report(name: String, block: usize, weight_error: f64, layer: SolvedLayer) -> LayerReport {
     LayerReport {
         name,
         block,
@@ -72,6 +75,7 @@ fn layer_report(name: String, block: usize, layer: SolvedLayer) -> LayerReport {
         cols: layer.linear.in_features,
         bits: layer.linear.bits,
         group_columns: layer.linear.group_columns,
+        weight_error,
         solve: layer.report,
         importance: layer.importance,
     }

@@ -43,6 +43,8 @@ pub struct LayerReport {
     pub bits: u32,
     /// Input columns that share a scale.
     pub group_columns: usize,
+    /// `‖Ŵ − W‖ / ‖W‖` of what is stored, see [`weight_error`](crate::checkpoint::weight_error); `verify` computes it again.
+    pub weight_error: f64,
     /// How the solve went.
     #[serde(flatten)]
     pub solve: SolveReport,
@@ -113,8 +115,8 @@ pub struct RunReport {
 
 impl RunReport {
     /// The files that tell of the run, by name.
-    pub fn files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
-        Ok(vec![("report.json", serde_json::to_vec_pretty(self)?)])
+    pub fn files(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        Ok(vec![("report.json".to_owned(), serde_json::to_vec_pretty(self)?)])
     }
 
     /// Bits that one quantized weight takes in the file, scales, zeros and indices included; `None` without layers.
@@ -165,6 +167,7 @@ mod tests {
             cols: 8,
             bits: 3,
             group_columns: 8,
+            weight_error: 0.1,
             solve,
             importance: None,
         }
