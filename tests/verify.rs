@@ -383,6 +383,17 @@ fn another_base_model_is_told_apart() {
     assert_eq!(names_in(&made.bench.outputs()), ["out"]);
 }
 
+/// An evaluation adds to the reports after all else is written.
+#[test]
+fn evaluated_checkpoints_verify() {
+    let bench = Bench::new(FLAT);
+    let data = text(bench.data());
+    succeed(&bench.quantize(&["--eval", &data]));
+    let out = bench.outputs().join("out");
+    let output = vlmq_run(&["verify", &text(&out), "--against", &text(bench.model()), "--quiet"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stdout(&output));
+}
+
 #[test]
 fn many_differences_are_counted() {
     let made = Made::of(FLAT, &["--format", "compressed-tensors"]);

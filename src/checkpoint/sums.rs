@@ -13,8 +13,9 @@ use super::write::TEMPLATES;
 use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
-use std::fmt::Write;
+use std::fmt::Write as _;
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 /// The file's name.
@@ -88,10 +89,17 @@ impl Sums {
         let mut sums = Self::read(folder)?;
         let paths: Vec<PathBuf> = names.iter().map(|name| folder.join(name)).collect();
         sums.files.extend(of_files(folder, &paths)?);
-        let (path, partial) = (folder.join(SUMS), folder.join(format!(".{SUMS}.partial")));
-        fs::write(&partial, sums.text())
-            .and_then(|()| fs::rename(&partial, &path))
-            .with_context(|| format!("cannot write {}", path.display()))
+        let path = folder.join(SUMS);
+        let replace = || -> Result<()> {
+            let mut file = tempfile::NamedTempFile::with_prefix_in(".", folder)?;
+            file.write_all(sums.text().as_bytes())?;
+            file.as_file().sync_all()?;
+            // A temporary file is private; this one is for those who may read the folder.
+            file.as_file().set_permissions(fs::metadata(&path)?.permissions())?;
+            file.persist(&path)?;
+            Ok(())
+        };
+        replace().with_context(|| format!("cannot write {}", path.display()))
     }
 }
 

@@ -6,6 +6,7 @@ pub mod gptq;
 mod loaders;
 
 pub use loaders::Loader;
+#[cfg(feature = "run")]
 pub(crate) use loaders::shell;
 
 use super::convert::words_from_bytes;

@@ -148,8 +148,11 @@ pub fn run<D: ModelOps + SolveOps>(
     };
     writer.add_to_config(provenance::KEY, &report.provenance.summary())?;
     let card = Card { report: &report, solver: &input.solver, importance: input.importance, format: settings.format };
-    for (name, bytes) in report.files()?.into_iter().chain(card.files(&settings.out, input.checkpoint.folder())?) {
+    for (name, bytes) in card.files(&settings.out, input.checkpoint.folder())? {
         writer.add_file(&name, &bytes)?;
+    }
+    for (name, bytes) in report.files()? {
+        writer.add_file(name, &bytes)?;
     }
     let clock = StageClock::start(Stage::Checksums, 1, observer);
     writer.add_file(SUMS, Sums::of(writer.folder())?.text().as_bytes())?;

@@ -115,8 +115,8 @@ pub struct RunReport {
 
 impl RunReport {
     /// The files that tell of the run, by name.
-    pub fn files(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        Ok(vec![("report.json".to_owned(), serde_json::to_vec_pretty(self)?)])
+    pub fn files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
+        Ok(vec![("report.json", serde_json::to_vec_pretty(self)?)])
     }
 
     /// Bits that one quantized weight takes in the file, scales, zeros and indices included; `None` without layers.
