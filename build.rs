@@ -1,6 +1,6 @@
 //! The commit that a build is of, and the CUDA kernels.
 //!
-//! The commit goes into `VLMQ_COMMIT`, for outputs to name: `commit` has where it is looked for.
+//! The commit goes into `VLMQ_COMMIT`, for outputs to name: `build/commit.rs` finds it.
 //!
 //! The kernels of `kernels/` are compiled where a CUDA toolkit is found, put into the library, and left beside the program
 //! for C users: `target/<profile>/vlmq/{libvlmq_kernels.a, libvlmq_kernels.so, vlmq.h}`. Environment:
@@ -10,6 +10,9 @@
 //! - `VLMQ_ARCHS`: GPUs to compile for, in place of [`ARCHS`]: `90a` machine code of one architecture, `100-ptx` code that the
 //!   driver translates for that one and all later ones. Separated by commas.
 //! - `CUDA_HOME`, `CUDA_PATH`: where to look first.
+
+#[path = "build/commit.rs"]
+mod commit;
 
 use anyhow::{Context, Result, bail, ensure};
 use std::env;
@@ -28,6 +31,7 @@ const OLDEST: (u32, u32) = (13, 0);
 
 fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=build");
     println!("cargo:rustc-check-cfg=cfg(vlmq_kernels)");
     for variable in ["VLMQ_COMMIT", "VLMQ_CUDA", "VLMQ_ARCHS", "CUDA_HOME", "CUDA_PATH"] {
         println!("cargo:rerun-if-env-changed={variable}");
@@ -35,7 +39,11 @@ fn main() -> Result<()> {
     let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
     let commit = match env::var("VLMQ_COMMIT") {
         Ok(commit) if !commit.is_empty() => commit,
-        _ => commit(&root).unwrap_or_else(|| "unknown".into()),
+        _ => {
+            let found = commit::find(&root, |question| commit::ask_git(&root, question));
+            found.watch.iter().for_each(|path| println!("cargo:rerun-if-changed={}", path.display()));
+            found.name
+        }
     };
     println!("cargo:rustc-env=VLMQ_COMMIT={commit}");
 
@@ -52,94 +60,6 @@ fn main() -> Result<()> {
             Ok(())
         }
     }
-}
-
-/// What a program is made of; edits elsewhere do not make it another one.
-const SOURCES: [&str; 5] = ["Cargo.toml", "Cargo.lock", "build.rs", "src", "kernels"];
-
-/// The commit of the sources: `HASH`; `HASH-modified` where a source differs from it; `HASH-unchecked` where git could not be
-/// asked. `None` outside of a clone and of a package that cargo made of one.
-///
-/// No build may claim a commit that it is not of, so that this runs again when HEAD moves, at the first edit of a clean
-/// tree, and when a modified file changes: it may be as committed again. Files of the program alone are left out of the last
-/// rule, or each edit of one would compile the library anew: where nothing else was modified, `-modified` stays until HEAD
-/// moves.
-fn commit(root: &Path) -> Option<String> {
-    let again = |path: &Path| {
-        // Cargo takes a path that does not exist for one that always changes.
-        if path.exists() {
-            println!("cargo:rerun-if-changed={}", path.display());
-        }
-    };
-    // Only of this very folder: a package unpacked inside of somebody's clone is none of its commits.
-    let git = root.join(".git");
-    if !git.exists() {
-        let packaged = fs::read_to_string(root.join(".cargo_vcs_info.json")).ok()?;
-        let hash = packaged.split("\"sha1\"").nth(1)?.split('"').nth(1)?;
-        let modified = if packaged.contains("\"dirty\": true") { "-modified" } else { "" };
-        return is_hash(hash).then(|| format!("{hash}{modified}"));
-    }
-    // A worktree's or a submodule's .git is a file that names its folder; what worktrees share lies in a common one.
-    let git = match fs::read_to_string(&git) {
-        Ok(text) => root.join(text.strip_prefix("gitdir:")?.trim()),
-        Err(_) => git,
-    };
-    let common = match fs::read_to_string(git.join("commondir")) {
-        Ok(text) => git.join(text.trim()),
-        Err(_) => git.clone(),
-    };
-    let head = fs::read_to_string(git.join("HEAD")).ok()?;
-    let branch = head.strip_prefix("ref:").map(str::trim);
-    // The log of HEAD gains a line with every commit, wherever the branch is kept; without one, the places of the branch.
-    again(&git.join("HEAD"));
-    again(&git.join("logs/HEAD"));
-    if let Some(branch) = branch {
-        again(&common.join(branch));
-        again(&common.join("packed-refs"));
-    }
-    let by_files = || match branch {
-        None => Some(head.trim().to_owned()),
-        Some(branch) => fs::read_to_string(common.join(branch)).ok().map(|hash| hash.trim().to_owned()).or_else(|| {
-            let packed = fs::read_to_string(common.join("packed-refs")).ok()?;
-            packed.lines().find_map(|line| Some(line.strip_suffix(branch)?.strip_suffix(' ')?.to_owned()))
-        }),
-    };
-    let hash =
-        ask_git(root, &["rev-parse", "--verify", "HEAD"]).map(|text| text.trim().to_owned()).or_else(by_files)?;
-    if !is_hash(&hash) {
-        return None;
-    }
-    let mut question = vec!["status", "--porcelain", "-z", "--untracked-files=all", "--no-renames", "--"];
-    question.extend(SOURCES);
-    let Some(status) = ask_git(root, &question) else {
-        SOURCES.iter().for_each(|source| again(&root.join(source)));
-        return Some(format!("{hash}-unchecked"));
-    };
-    // `XY path` each.
-    let modified: Vec<&str> = status.split('\0').filter_map(|entry| entry.get(3..)).collect();
-    if modified.is_empty() {
-        SOURCES.iter().for_each(|source| again(&root.join(source)));
-        return Some(hash);
-    }
-    modified.iter().filter(|path| !path.starts_with("src/bin/")).for_each(|path| again(&root.join(path)));
-    Some(format!("{hash}-modified"))
-}
-
-/// SHA-1 or SHA-256 in hexadecimal digits.
-fn is_hash(text: &str) -> bool {
-    matches!(text.len(), 40 | 64) && text.bytes().all(|byte| byte.is_ascii_hexdigit())
-}
-
-/// What git says about the clone at `root`; `None` where there is no git, or it refuses, as in a clone of another user's.
-fn ask_git(root: &Path, question: &[&str]) -> Option<String> {
-    let mut git = Command::new("git");
-    // A hook that builds has these set, for its own repository.
-    for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX"] {
-        git.env_remove(variable);
-    }
-    // Without locks nothing is written: the index stays as it is, and with it what others have watched.
-    let output = git.arg("--no-optional-locks").arg("-C").arg(root).args(question).output().ok()?;
-    output.status.success().then(|| String::from_utf8(output.stdout).ok())?
 }
 
 /// A CUDA toolkit that can compile and link.
