@@ -1,14 +1,18 @@
-//! The version's commit, and the CUDA kernels.
+//! The commit that a build is of, and the CUDA kernels.
+//!
+//! The commit goes into `VLMQ_COMMIT`, for outputs to name: `build/commit.rs` finds it.
 //!
 //! The kernels of `kernels/` are compiled where a CUDA toolkit is found, put into the library, and left beside the program
 //! for C users: `target/<profile>/vlmq/{libvlmq_kernels.a, libvlmq_kernels.so, vlmq.h}`. Environment:
 //!
-//! - `VLMQ_COMMIT`: goes into the version: `VLMQ_COMMIT=$(git rev-parse HEAD) cargo build`. It is not asked of git here: a
-//!   commit would rebuild the crate each time, or be that of an earlier build.
+//! - `VLMQ_COMMIT`: names the commit, and spares the rebuild after each new one (`VLMQ_COMMIT=mine cargo build`).
 //! - `VLMQ_CUDA`: `require` fails where there is no toolkit, `off` builds for the CPU without a word.
 //! - `VLMQ_ARCHS`: GPUs to compile for, in place of [`ARCHS`]: `90a` machine code of one architecture, `100-ptx` code that the
 //!   driver translates for that one and all later ones. Separated by commas.
 //! - `CUDA_HOME`, `CUDA_PATH`: where to look first.
+
+#[path = "build/commit.rs"]
+mod commit;
 
 use anyhow::{Context, Result, bail, ensure};
 use std::env;
@@ -27,23 +31,27 @@ const OLDEST: (u32, u32) = (13, 0);
 
 fn main() -> Result<()> {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=build");
     println!("cargo:rustc-check-cfg=cfg(vlmq_kernels)");
     for variable in ["VLMQ_COMMIT", "VLMQ_CUDA", "VLMQ_ARCHS", "CUDA_HOME", "CUDA_PATH"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
-    let version = env::var("CARGO_PKG_VERSION").unwrap_or_default();
-    let version = match env::var("VLMQ_COMMIT") {
-        Ok(commit) if !commit.is_empty() => format!("{version}+{commit}"),
-        _ => version,
+    let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
+    let commit = match env::var("VLMQ_COMMIT") {
+        Ok(commit) if !commit.is_empty() => commit,
+        _ => {
+            let found = commit::find(&root, |question| commit::ask_git(&root, question));
+            found.watch.iter().for_each(|path| println!("cargo:rerun-if-changed={}", path.display()));
+            found.name
+        }
     };
-    println!("cargo:rustc-env=VLMQ_VERSION={version}");
+    println!("cargo:rustc-env=VLMQ_COMMIT={commit}");
 
     let wish = env::var("VLMQ_CUDA").unwrap_or_default();
     ensure!(["", "auto", "require", "off"].contains(&wish.as_str()), "VLMQ_CUDA={wish}: must be auto, require or off");
     if wish == "off" {
         return Ok(());
     }
-    let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
     match Toolkit::find(&root) {
         Ok(toolkit) => build_kernels(&root, &toolkit),
         Err(missing) if wish == "require" => Err(missing),

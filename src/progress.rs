@@ -20,6 +20,8 @@ pub enum Stage {
     Write,
     /// Answering questions; counts samples.
     Evaluate,
+    /// Reading quantized layers back; counts layers.
+    Verify,
 }
 
 impl Stage {
@@ -32,6 +34,7 @@ impl Stage {
             Self::Blocks => ("quantizing", "blocks"),
             Self::Write => ("writing", "MB"),
             Self::Evaluate => ("evaluating", "samples"),
+            Self::Verify => ("verifying", "layers"),
         }
     }
 }

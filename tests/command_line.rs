@@ -21,10 +21,9 @@ fn quantize(model: &str, out: &Path, extra: &[&str]) -> Vec<String> {
 
 #[test]
 fn help_names_every_flag() {
-    for arguments in
-        [&["--help"][..], &["quantize", "--help"], &["eval", "--help"], &["inspect", "--help"], &["--version"]]
-    {
-        let output = vlmq_run(arguments);
+    for arguments in ["--help", "quantize --help", "eval --help", "inspect --help", "verify --help", "--version"] {
+        let arguments: Vec<&str> = arguments.split(' ').collect();
+        let output = vlmq_run(&arguments);
         assert_eq!(output.status.code(), Some(0), "{arguments:?}");
         assert!(output.stderr.is_empty(), "{arguments:?}");
     }
@@ -43,6 +42,8 @@ fn help_names_every_flag() {
         assert!(help.contains(flag), "{flag} is not in\n{help}");
     }
     assert!(stdout(&vlmq_run(&["inspect", "--help"])).contains("--json"));
+    let help = stdout(&vlmq_run(&["verify", "--help"]));
+    assert!(help.contains("--against") && help.contains("--json"), "{help}");
 }
 
 #[test]

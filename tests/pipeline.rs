@@ -5,6 +5,7 @@ mod support;
 
 use support::golden;
 use support::golden::{Golden, relative_error};
+use support::program::lasting_files_of;
 use vlmq::checkpoint::Checkpoint;
 use vlmq::checkpoint::formats::Format;
 use vlmq::device::cpu::Cpu;
@@ -90,14 +91,7 @@ fn same_bytes_whatever_the_number_of_threads() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let settings = settings(&QWEN2, out.clone(), Solver::Gptaq, Importance::Vlmq);
         let report = pool.install(|| pipeline::run(&Cpu, &settings, &mut ())).unwrap();
-        let mut files: Vec<(String, Vec<u8>)> = std::fs::read_dir(&out)
-            .unwrap()
-            .map(|entry| entry.unwrap().path())
-            .map(|path| (path.file_name().unwrap().to_str().unwrap().to_owned(), std::fs::read(&path).unwrap()))
-            // The report says how long it took.
-            .filter(|(name, _)| name != "report.json")
-            .collect();
-        files.sort();
+        let files = lasting_files_of(&out);
         (files, report)
     };
     let (one, report) = run(1);

@@ -1,7 +1,7 @@
-//! `quantization_config` of a config.json: how the weights of a quantized checkpoint are stored.
+//! `quantization_config` of a config.json: how the weights of a quantized checkpoint are stored. And how a key gets in there.
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::fmt;
 
 /// How a quantized checkpoint stores its linear layers.
@@ -92,6 +92,27 @@ fn gptq(entry: &Value) -> Result<Quantization> {
     Ok(Quantization::Gptq(Packing { bits: bits(&entry["bits"])?, group_size: group_size(entry)?, symmetric }))
 }
 
+/// config.json with `key` as its last one, all other bytes as they were: numbers and their spelling too.
+///
+/// A text that has the key with this value stays as it is. One that has it with another value, as a checkpoint that was made
+/// of one of ours does, is written anew.
+pub(crate) fn with_key(text: &str, key: &str, value: &Value) -> Result<String> {
+    let mut whole: Map<String, Value> = serde_json::from_str(text).context("config.json is no JSON object")?;
+    match whole.get(key) {
+        Some(old) if old == value => return Ok(text.to_owned()),
+        Some(_) => {
+            whole.shift_remove(key);
+            whole.insert(key.to_owned(), value.clone());
+            return Ok(format!("{:#}\n", Value::Object(whole)));
+        }
+        None => {}
+    }
+    let body = text.trim_end().strip_suffix('}').context("config.json is no JSON object")?.trim_end();
+    let comma = if whole.is_empty() { "" } else { "," };
+    let entry = format!("{value:#}").replace('\n', "\n  ");
+    Ok(format!("{body}{comma}\n  {}: {entry}\n}}\n", Value::from(key)))
+}
+
 fn bits(value: &Value) -> Result<u32> {
     match value.as_u64() {
         Some(bits @ (2 | 3 | 4 | 8)) => Ok(bits as u32),
@@ -104,5 +125,24 @@ fn group_size(section: &Value) -> Result<Option<usize>> {
         Some(-1) => Ok(None),
         Some(size) if size > 0 => Ok(Some(size as usize)),
         _ => bail!("group_size {} of quantization_config is neither positive nor -1", section["group_size"]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn keys_come_last_and_once() {
+        let value = json!({"a": 1.5});
+        let text = "{\n  \"eps\": 1e-06\n}\n";
+        let with = with_key(text, "k", &value).unwrap();
+        assert_eq!(with, "{\n  \"eps\": 1e-06,\n  \"k\": {\n    \"a\": 1.5\n  }\n}\n");
+        assert_eq!(with_key(&with, "k", &value).unwrap(), with);
+        let other: Value = serde_json::from_str(&with_key(&with, "k", &json!(2)).unwrap()).unwrap();
+        assert_eq!(other, json!({"eps": 1e-6, "k": 2}));
+        assert_eq!(with_key("{}", "k", &json!(2)).unwrap(), "{\n  \"k\": 2\n}\n");
+        assert!(with_key("[1]", "k", &json!(2)).is_err());
     }
 }

@@ -8,6 +8,9 @@ pub mod formats;
 mod plan;
 pub mod read;
 mod shard;
+#[cfg(feature = "run")]
+pub mod sums;
+pub mod weight_error;
 pub mod write;
 
 pub use config::Quantization;

@@ -1,6 +1,6 @@
 //! Writing a quantized checkpoint: everything planned first, each layer put in its place as it is solved.
 
-use super::config::quantization_entry;
+use super::config::{quantization_entry, with_key};
 use super::formats::{Format, LinearSpec, TensorSpec};
 use super::plan::{Place, Plan};
 use super::read::Checkpoint;
@@ -18,7 +18,7 @@ use tempfile::TempDir;
 pub const SHARD_BYTES: u64 = 5_000_000_000;
 
 /// The one sub-folder that belongs to a checkpoint: transformers keeps further chat templates there.
-const TEMPLATES: &str = "additional_chat_templates";
+pub(crate) const TEMPLATES: &str = "additional_chat_templates";
 
 /// A checkpoint being written, in a hidden folder `.NAME.partial-…` beside its target.
 ///
@@ -155,6 +155,19 @@ impl Writer {
         fs::write(&path, bytes).with_context(|| cannot_write(&path))
     }
 
+    /// Adds `key` to config.json. Loaders keep keys that they do not know, at the top level; in `quantization_config` some
+    /// refuse them.
+    pub fn add_to_config(&self, key: &str, value: &serde_json::Value) -> Result<()> {
+        let path = self.folder().join("config.json");
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        self.add_file("config.json", with_key(&text, key, value)?.as_bytes())
+    }
+
+    /// Where the checkpoint grows until it is finished.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     fn put(&self, place: Place, bytes: &[u8]) -> Result<()> {
         debug_assert_eq!(place.length, bytes.len() as u64);
         let mut file = &self.files[place.shard];
@@ -286,7 +299,7 @@ fn other_matrices(checkpoint: &Checkpoint, linears: &HashMap<String, LinearSpec>
         .collect()
 }
 
-/// config.json with `quantization_config` as its last key, all other bytes as they were: numbers and their spelling too.
+/// config.json with `quantization_config`, see [`with_key`].
 fn new_config(checkpoint: &Checkpoint, quantization: Option<&serde_json::Value>) -> Result<String> {
     let path = checkpoint.folder().join("config.json");
     let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -299,11 +312,7 @@ fn new_config(checkpoint: &Checkpoint, quantization: Option<&serde_json::Value>)
         "{} has an empty quantization_config; remove that line",
         path.display()
     );
-    let body = text.trim_end().strip_suffix('}').with_context(|| format!("{} is not an object", path.display()))?;
-    let body = body.trim_end();
-    let comma = if body.ends_with('{') { "" } else { "," };
-    let entry = format!("{quantization:#}").replace('\n', "\n  ");
-    Ok(format!("{body}{comma}\n  \"quantization_config\": {entry}\n}}\n"))
+    with_key(&text, "quantization_config", quantization).with_context(|| format!("cannot use {}", path.display()))
 }
 
 fn temporary_beside(target: &Path) -> Result<TempDir> {
@@ -386,7 +395,7 @@ fn copy_side_files(source: &Path, target: &Path) -> Result<()> {
 }
 
 /// Whether a file of the source holds weights, or describes them, and so has no place in the copy.
-fn is_replaced(name: &str) -> bool {
+pub(crate) fn is_replaced(name: &str) -> bool {
     name.ends_with(".safetensors")
         || name.ends_with(".safetensors.index.json")
         || name.starts_with("pytorch_model") && (name.ends_with(".bin") || name.ends_with(".bin.index.json"))

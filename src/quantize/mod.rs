@@ -12,6 +12,8 @@ pub mod statistics;
 #[cfg(feature = "run")]
 pub mod block;
 #[cfg(feature = "run")]
+pub mod card;
+#[cfg(feature = "run")]
 pub mod importance;
 #[cfg(feature = "run")]
 pub mod inspect;
@@ -23,6 +25,8 @@ pub mod plan;
 pub mod provenance;
 #[cfg(feature = "run")]
 pub mod report;
+#[cfg(feature = "run")]
+pub mod verify;
 
 pub use finding::{Finding, FindingKind};
 pub use layer::{QuantizedLinear, SolveReport};

@@ -1,4 +1,8 @@
 //! Where a quantized checkpoint comes from: program, settings, and checksums of all that was read.
+//!
+//! `report.json` holds all of it, paths as they were given. What goes out into the world with the weights, config.json and the
+//! model card, has the [summary](Provenance::summary): names without the folders that they lay in, no times, so that the same
+//! run gives the same bytes.
 
 use super::pipeline::PipelineSettings;
 use crate::calibration::sequence::{Collected, Sequence};
@@ -7,18 +11,28 @@ use crate::checkpoint::checksum::{self, Checksum};
 use crate::checkpoint::write::side_files;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+
+/// The commit that this program was built from: `HASH`, `HASH-modified` where the sources had been changed since,
+/// `HASH-unchecked` where nobody could tell, or `unknown`.
+pub const COMMIT: &str = env!("VLMQ_COMMIT");
+
+/// The key of config.json that holds the [summary](Provenance::summary).
+pub const KEY: &str = "vlmq";
 
 /// Where a quantized checkpoint comes from.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Provenance {
     /// Version of this crate.
     pub vlmq_version: String,
+    /// The commit it was built from, see [`COMMIT`].
+    pub commit: String,
     /// The float checkpoint's folder, as it was given.
     pub model: String,
     /// Every setting of the run under its command-line name, as they took effect.
-    pub settings: serde_json::Value,
+    pub settings: Value,
     /// Checksums of what was read.
     pub inputs: Inputs,
 }
@@ -45,7 +59,8 @@ impl Provenance {
         let calibrated = !data.sequences.is_empty();
         let calibration = settings.calib.as_deref().filter(|_| calibrated).map(checksum::of_file).transpose()?;
         Ok(Self {
-            vlmq_version: env!("VLMQ_VERSION").to_owned(),
+            vlmq_version: env!("CARGO_PKG_VERSION").to_owned(),
+            commit: COMMIT.to_owned(),
             model: settings.model.display().to_string(),
             settings: serde_json::to_value(settings)?,
             inputs: Inputs {
@@ -55,6 +70,60 @@ impl Provenance {
             },
         })
     }
+
+    /// What to call the float checkpoint: its repository's name where it lies in the Hub's cache, else its folder's.
+    pub fn base_model(&self) -> String {
+        let parts = || self.model.split(['/', '\\']).filter(|part| !["", ".", ".."].contains(part));
+        let cached = parts().find_map(|part| part.strip_prefix("models--")).map(|name| name.replacen("--", "/", 1));
+        cached.or_else(|| parts().next_back().map(str::to_owned)).unwrap_or_else(|| "model".into())
+    }
+
+    /// One checksum for all files of the float checkpoint: that of their lines as `sha256sum` prints them, in order of name.
+    pub fn base_model_sha256(&self) -> String {
+        let lines: String = self.inputs.model.iter().map(|(name, sum)| format!("{sum}  {name}\n")).collect();
+        checksum::of_bytes(lines.as_bytes())
+    }
+
+    /// What config.json says under [`KEY`].
+    pub fn summary(&self) -> Value {
+        let mut settings = self.settings.clone();
+        let mut format = Value::Null;
+        let mut seed = Value::Null;
+        if let Some(settings) = settings.as_object_mut() {
+            for folder in ["model", "calib", "out", "image_root"] {
+                settings.shift_remove(folder);
+            }
+            format = settings.shift_remove("format").unwrap_or_default();
+            seed = settings.shift_remove("seed").unwrap_or_default();
+            if let Some(Value::String(template)) = settings.get_mut("chat_template") {
+                *template = file_name(template);
+            }
+        }
+        let calibration = self.inputs.calibration.as_ref().map(|sum| {
+            let file = self.calibration_file();
+            json!({"file": file, "sha256": sum, "samples_sha256": self.inputs.samples})
+        });
+        json!({
+            "version": self.vlmq_version,
+            "commit": self.commit,
+            "base_model": self.base_model(),
+            "base_model_sha256": self.base_model_sha256(),
+            "format": format,
+            "settings": settings,
+            "seed": seed,
+            "calibration": calibration,
+        })
+    }
+
+    /// Name of the calibration file, without its folder.
+    pub fn calibration_file(&self) -> Option<String> {
+        self.settings["calib"].as_str().map(file_name)
+    }
+}
+
+/// The last part of a path, of either system's.
+fn file_name(path: &str) -> String {
+    path.rsplit(['/', '\\']).find(|part| !part.is_empty()).unwrap_or(path).to_owned()
 }
 
 fn of_samples(sequences: &[Sequence]) -> String {
@@ -74,4 +143,53 @@ fn of_samples(sequences: &[Sequence]) -> String {
         }
     }
     checksum.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn provenance(model: &str) -> Provenance {
+        let model_sums = [("b", "2".repeat(64)), ("a", "1".repeat(64))].map(|(name, sum)| (name.to_owned(), sum));
+        Provenance {
+            vlmq_version: "1.2.3".into(),
+            commit: "unknown".into(),
+            model: model.into(),
+            settings: json!({"model": model, "calib": "/x/secret/c.jsonl", "out": "/x/secret/o", "format": "gptq", "seed": 7,
+                "image_root": "/x/secret", "chat_template": "/x/secret/t.jinja", "solver": {"bits": 3}}),
+            inputs: Inputs {
+                model: model_sums.into_iter().collect(),
+                calibration: Some("3".repeat(64)),
+                samples: Some("4".repeat(64)),
+            },
+        }
+    }
+
+    #[test]
+    fn models_have_names_without_folders() {
+        for (path, name) in [
+            ("/x/models/Some-VL-2B", "Some-VL-2B"),
+            ("../Some-VL-2B/", "Some-VL-2B"),
+            ("/x/hub/models--Org--Some-VL--2B/snapshots/0123abcd", "Org/Some-VL--2B"),
+            ("M:\\models\\a b", "a b"),
+            (".", "model"),
+        ] {
+            assert_eq!(provenance(path).base_model(), name, "{path}");
+        }
+    }
+
+    #[test]
+    fn summaries_tell_no_folder() {
+        let summary = provenance("/x/secret/m").summary();
+        assert!(!summary.to_string().contains("secret"), "{summary}");
+        assert_eq!(summary["settings"], json!({"chat_template": "t.jinja", "solver": {"bits": 3}}));
+        assert_eq!(
+            (&summary["format"], &summary["seed"], &summary["base_model"]),
+            (&"gptq".into(), &7.into(), &"m".into())
+        );
+        assert_eq!(summary["calibration"]["file"], "c.jsonl");
+        // printf '%064d  a\n%064d  b\n' 0 0 | tr 0 …: the digest of the two lines.
+        let lines = format!("{}  a\n{}  b\n", "1".repeat(64), "2".repeat(64));
+        assert_eq!(summary["base_model_sha256"], checksum::of_bytes(lines.as_bytes()));
+    }
 }

@@ -20,7 +20,8 @@ Checked for every DIR:
  1. packed files, unpacked here by plain bit arithmetic, hold exactly our codes, scales, zeros and groups;
  2. the float model in float32 with the weights that these stand for gives our logits;
  3. every call of transformers that vlmq-run names for the file (report.json) loads it, all of it, and gives our logits:
-    with compressed-tensors (asymmetric files with dequantize=True), with gptqmodel, plainly for dequantized files.
+    with compressed-tensors (asymmetric files with dequantize=True), with gptqmodel, plainly for dequantized files;
+ 4. what the output says of itself holds (record.py): checksums, errors of weights, and the programs of its model card.
 
 Relative difference of logits: |a - b| / |b| over all tokens of all samples, at most 1e-3. With dequantize=True the package
 multiplies in the dtype of the scales, which rounds each weight once more; that this is all it does is checked to the bit.
@@ -38,15 +39,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import numpy as np
+import record
 import torch
+from record import Mismatch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, CompressedTensorsConfig, GPTQConfig
 
 TOLERANCE = 1e-3
-
-
-class Mismatch(Exception):
-    """A check that failed."""
 
 
 def read(folder):
@@ -203,7 +202,7 @@ def check(float_folder, folder, dump):
         compare(f"{loader}{', dequantize=True' if dequantized else ''}", model)
     if index:
         found.append("vlmq-run names no call of transformers: compressed-tensors 0.20 refuses weight_g_idx")
-    return found
+    return found + record.check(folder, float_folder, weights)
 
 
 def main():

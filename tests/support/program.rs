@@ -53,6 +53,21 @@ pub fn files_of(folder: &Path) -> Vec<(String, Vec<u8>)> {
     names_in(folder).into_iter().map(|name| (name.clone(), fs::read(folder.join(name)).unwrap())).collect()
 }
 
+/// The files of an output that the same input gives the same bytes of: all but the reports, which hold times, and their
+/// checksums.
+pub fn lasting_files_of(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let is_report = |name: &str| name.starts_with("report.");
+    let mut files = files_of(folder);
+    files.retain(|(name, _)| !is_report(name));
+    let (_, sums) = files.iter_mut().find(|(name, _)| name == "SHA256SUMS").expect("checksums");
+    let text = String::from_utf8(std::mem::take(sums)).unwrap();
+    let (reports, others): (Vec<&str>, _) =
+        text.split_inclusive('\n').partition(|line| line.split("  ").nth(1).is_some_and(is_report));
+    assert!(!reports.is_empty(), "no checksum of a report");
+    *sums = others.concat().into_bytes();
+    files
+}
+
 /// Copies the files of a flat folder.
 pub fn copy_folder(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();

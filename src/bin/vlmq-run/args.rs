@@ -16,7 +16,7 @@ use vlmq::quantize::settings::{CrossTerm, Grid, Importance, Order, Solver, Solve
 
 /// Quantizes vision-language models after training (VLMQ, arXiv 2508.03351) and measures what that costs.
 #[derive(Debug, Parser)]
-#[command(name = "vlmq-run", version = env!("VLMQ_VERSION"), max_term_width = 110)]
+#[command(name = "vlmq-run", version = concat!(env!("CARGO_PKG_VERSION"), "+", env!("VLMQ_COMMIT")), max_term_width = 110)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -32,6 +32,8 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Show what a checkpoint holds, what would be quantized, and what that would take.
     Inspect(InspectArgs),
+    /// Read a checkpoint that `quantize` wrote back: checksums, tensors, and errors against the float weights.
+    Verify(VerifyArgs),
 }
 
 impl Command {
@@ -39,7 +41,9 @@ impl Command {
     pub(crate) fn check(&self) -> anyhow::Result<()> {
         match self {
             Self::Quantize(args) => args.settings().check(),
-            Self::Eval(args) => args.json.as_deref().map_or(Ok(()), eval::check_target),
+            Self::Eval(EvalArgs { json, .. }) | Self::Verify(VerifyArgs { json, .. }) => {
+                json.as_deref().map_or(Ok(()), eval::check_target)
+            }
             Self::Inspect(_) => Ok(()),
         }
     }
@@ -48,7 +52,7 @@ impl Command {
     pub(crate) fn max_gpu_memory(&self) -> Option<u64> {
         match self {
             Self::Quantize(args) => args.max_gpu_memory,
-            Self::Eval(_) | Self::Inspect(_) => None,
+            Self::Eval(_) | Self::Inspect(_) | Self::Verify(_) => None,
         }
     }
 
@@ -58,6 +62,7 @@ impl Command {
             Self::Quantize(args) => &args.model,
             Self::Eval(args) => &args.model,
             Self::Inspect(args) => &args.model,
+            Self::Verify(args) => &args.against,
         }
     }
 }
@@ -250,6 +255,19 @@ pub(crate) struct InspectArgs {
     pub(crate) json: bool,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// Folder that `vlmq-run quantize` wrote; it may have been moved or renamed.
+    #[arg(value_name = "OUT")]
+    pub(crate) out: PathBuf,
+    /// Folder of the float checkpoint that it was made from.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) against: PathBuf,
+    /// Write all differences and every layer's error to this file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+}
+
 impl Cli {
     /// Reads the command line; wrong usage ends the program with exit code 2.
     pub(crate) fn read() -> Self {
@@ -271,7 +289,7 @@ impl Cli {
                 &args.images
             }
             Command::Eval(args) => &args.images,
-            Command::Inspect(_) => return Ok(()),
+            Command::Inspect(_) | Command::Verify(_) => return Ok(()),
         };
         match (images.min_pixels, images.max_pixels) {
             (Some(min), Some(max)) if min > max => Err(format!("--min-pixels {min} is more than --max-pixels {max}")),

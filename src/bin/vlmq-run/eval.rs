@@ -4,6 +4,7 @@ use crate::args::EvalArgs;
 use crate::progress::Screen;
 use crate::{print_lines, text};
 use anyhow::{Context, Result, ensure};
+use serde::Serialize;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use vlmq::device::ModelOps;
@@ -50,9 +51,9 @@ pub(crate) fn check_target(path: &Path) -> Result<()> {
 
 /// Writes beside the target and renames, so that a full disk leaves no half file under the target's name. Pipes and devices
 /// are written as they are: a rename would put a plain file in their place.
-fn write_json(path: &Path, evaluation: &Evaluation) -> Result<()> {
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let cannot_write = || format!("--json {}: cannot write", path.display());
-    let text = serde_json::to_string_pretty(evaluation)? + "\n";
+    let text = serde_json::to_string_pretty(value)? + "\n";
     if path.metadata().is_ok_and(|found| !found.is_file()) {
         let mut file = std::fs::OpenOptions::new().write(true).open(path).with_context(cannot_write)?;
         return file.write_all(text.as_bytes()).with_context(cannot_write);

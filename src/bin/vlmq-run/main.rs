@@ -10,6 +10,7 @@ mod progress;
 mod quantize;
 mod text;
 mod values;
+mod verify;
 
 use anyhow::{Context, Result};
 use args::{Cli, Command, MachineArgs};
@@ -53,6 +54,7 @@ fn run_on<D: ModelOps + SolveOps>(device: &D, command: &Command, screen: &Screen
         Command::Quantize(args) => quantize::run(device, args, screen),
         Command::Eval(args) => eval::run(device, args, screen),
         Command::Inspect(args) => inspect::run(device, args),
+        Command::Verify(args) => verify::run(args, screen),
     }
 }
 

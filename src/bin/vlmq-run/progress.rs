@@ -208,6 +208,7 @@ mod tests {
             cols: 18944,
             bits: 3,
             group_columns: 128,
+            weight_error: 0.1,
             solve: SolveReport {
                 relative_error: 0.01234,
                 damp,

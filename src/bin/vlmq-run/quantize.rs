@@ -151,6 +151,7 @@ mod tests {
             cols: 8,
             bits: 3,
             group_columns: 8,
+            weight_error: 0.1,
             solve,
             importance: None,
         };

@@ -22,14 +22,14 @@ pub struct Loader {
 impl Format {
     /// The loaders that take exactly the file written with these settings to `folder`.
     pub fn loaders(self, settings: &SolverSettings, folder: &Path) -> Vec<Loader> {
-        let folder = folder.display();
+        let python = folder.display().to_string();
+        let folder = shell(&python);
         let wide = matches!(settings.bits, 4 | 8);
         // Marlin and the kernels beside it are built for these groups only.
         let common_group = matches!(settings.group_size, None | Some(32 | 64 | 128));
         let index = settings.has_group_index();
-        let transformers = |arguments: &str| {
-            format!("AutoModelForImageTextToText.from_pretrained({:?}{arguments})", folder.to_string())
-        };
+        let transformers =
+            |arguments: &str| format!("AutoModelForImageTextToText.from_pretrained({python:?}{arguments})");
         let vllm = |options: &str| format!("vllm serve {folder}{options}");
         let sglang = |options: &str| format!("python -m sglang.launch_server --model-path {folder}{options}");
 
@@ -82,5 +82,26 @@ impl Format {
             }
         }
         loaders
+    }
+}
+
+/// A word for a shell, in quotes where it must.
+pub(crate) fn shell(word: &str) -> String {
+    let plain = |letter: char| letter.is_alphanumeric() || "._/-+=:@,~".contains(letter);
+    match word.chars().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shell;
+
+    #[test]
+    fn words_are_quoted_where_a_shell_would_split_them() {
+        assert_eq!(shell("../out/w-3_a.b"), "../out/w-3_a.b");
+        assert_eq!(shell("my  modèle"), "'my  modèle'");
+        assert_eq!(shell("it's $HOME"), r"'it'\''s $HOME'");
     }
 }

@@ -6,6 +6,8 @@ pub mod gptq;
 mod loaders;
 
 pub use loaders::Loader;
+#[cfg(feature = "run")]
+pub(crate) use loaders::shell;
 
 use super::convert::words_from_bytes;
 use super::read::Checkpoint;

@@ -2,6 +2,7 @@
 
 use super::findings;
 use super::input::Input;
+use crate::checkpoint::weight_error;
 use crate::checkpoint::write::Writer;
 use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Block, module_name};
@@ -42,7 +43,9 @@ impl Blocks {
         let layers = &mut self.layers;
         let mut finished = |layer: SolvedLayer| {
             let name = module_name(&input.config.names, index, layer.projection);
-            let (linear, report) = layer_report(name, index, layer);
+            let weight = input.checkpoint.tensor(&format!("{name}.weight"))?;
+            let weight_error = weight_error::of_layer(input.format, weight, &layer.linear)?;
+            let (linear, report) = layer_report(name, index, weight_error, layer);
             findings::tell(&report, layers, input.strict)?;
             writer.write(&report.name, &linear).with_context(|| format!("cannot write {}", report.name))?;
             shared.borrow_mut().layer_finished(&report);
@@ -74,7 +77,7 @@ impl Blocks {
     }
 }
 
-fn layer_report(name: String, block: usize, layer: SolvedLayer) -> (QuantizedLinear, LayerReport) {
+fn layer_report(name: String, block: usize, weight_error: f64, layer: SolvedLayer) -> (QuantizedLinear, LayerReport) {
     let linear = layer.linear;
     let report = LayerReport {
         name,
@@ -83,6 +86,7 @@ fn layer_report(name: String, block: usize, layer: SolvedLayer) -> (QuantizedLin
         cols: linear.in_features,
         bits: linear.bits,
         group_columns: linear.group_columns,
+        weight_error,
         solve: layer.report,
         importance: layer.importance,
     };

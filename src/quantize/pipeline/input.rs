@@ -4,7 +4,7 @@ use super::PipelineSettings;
 use crate::calibration::dataset;
 use crate::calibration::sequence::{Collected, Sequence, SequenceBuilder, VisionInput, collect};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::formats::LinearSpec;
+use crate::checkpoint::formats::{Format, LinearSpec};
 use crate::checkpoint::write::Writer;
 use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Projection, module_name};
@@ -22,6 +22,7 @@ pub(super) struct Input {
     pub(super) config: ModelConfig,
     pub(super) solver: SolverSettings,
     pub(super) importance: Importance,
+    pub(super) format: Format,
     pub(super) linears: Vec<LinearSpec>,
     /// Whether no sample has an image, so that the vision tower is not needed.
     pub(super) text_only: bool,
@@ -56,9 +57,8 @@ impl Input {
             }
         };
         let text_only = data.sequences.iter().all(|sequence| sequence.images.is_empty());
-        let family = family.model_type();
-        let strict = settings.strict;
-        Ok((Self { checkpoint, family, config, solver, importance, linears, text_only, strict }, data))
+        let (family, format, strict) = (family.model_type(), settings.format, settings.strict);
+        Ok((Self { checkpoint, family, config, solver, importance, format, linears, text_only, strict }, data))
     }
 
     /// Counts what a run will take on the device, and refuses what cannot fit.

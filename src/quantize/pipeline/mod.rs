@@ -8,13 +8,15 @@ mod input;
 
 pub use input::linear_specs;
 
+use super::card::Card;
 use super::plan::MemoryPlan;
-use super::provenance::Provenance;
+use super::provenance::{self, Provenance};
 use super::report::{RunObserver, RunReport, peak_memory_bytes};
 use super::settings::{Importance, Solver, SolverSettings};
 use crate::calibration::template::TemplateChoice;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::{Format, LinearSpec};
+use crate::checkpoint::sums::{SUMS, Sums};
 use crate::checkpoint::write::{Writer, check_target};
 use crate::device::{ModelOps, SolveOps};
 use crate::model::families::ImageOptions;
@@ -145,9 +147,17 @@ pub fn run<D: ModelOps + SolveOps>(
         quantized_bytes: sizes.quantized_layers,
         loaders: settings.format.loaders(&input.solver, &settings.out),
     };
+    writer.add_to_config(provenance::KEY, &report.provenance.summary())?;
+    let card = Card { report: &report, solver: &input.solver, importance: input.importance, format: settings.format };
+    for (name, bytes) in card.files(&settings.out, input.checkpoint.folder())? {
+        writer.add_file(&name, &bytes)?;
+    }
     for (name, bytes) in report.files()? {
         writer.add_file(name, &bytes)?;
     }
+    let clock = StageClock::start(Stage::Checksums, 1, observer);
+    writer.add_file(SUMS, Sums::of(writer.folder())?.text().as_bytes())?;
+    clock.finish(observer);
     writer.finish()?;
     Ok(report)
 }

@@ -43,6 +43,8 @@ pub struct LayerReport {
     pub bits: u32,
     /// Input columns that share a scale.
     pub group_columns: usize,
+    /// `‖Ŵ − W‖ / ‖W‖` of what is stored, see [`weight_error`](crate::checkpoint::weight_error); `verify` computes it again.
+    pub weight_error: f64,
     /// How the solve went.
     #[serde(flatten)]
     pub solve: SolveReport,
@@ -168,6 +170,7 @@ mod tests {
             cols: 8,
             bits: 3,
             group_columns: 8,
+            weight_error: 0.1,
             solve,
             importance: None,
         }
