@@ -1,12 +1,22 @@
 //! What a quantization run says of itself: layers as they finish, and `report.json` beside the output.
 
+pub mod importance;
+pub mod samples;
+
 use super::SolveReport;
 use super::plan::MemoryPlan;
 use super::provenance::Provenance;
 use crate::checkpoint::formats::Loader;
+use crate::evaluate::Comparison;
 use crate::progress::{Observer, StageTime};
-use anyhow::Result;
+use anyhow::{Context, Result};
+use importance::BlockImportance;
+use samples::ReportSample;
 use serde::{Deserialize, Serialize};
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use tempfile::NamedTempFile;
 
 /// Listens to a quantization run: to its stages, and to layers as they finish. `()` listens to nothing.
 pub trait RunObserver: Observer {
@@ -60,6 +70,8 @@ pub struct BlockReport {
     /// How far the quantized path is from the float path behind the block, relative, mean over tokens
     /// ([`BlockOutcome`](super::block::BlockOutcome)); `None` where there is no float path.
     pub path_error: Option<f64>,
+    /// Importance of the tokens; `None` where all counted alike.
+    pub importance: Option<BlockImportance>,
 }
 
 /// What became of the calibration data.
@@ -93,6 +105,10 @@ pub struct RunReport {
     pub layers: Vec<LayerReport>,
     /// Decoder blocks, in order.
     pub blocks: Vec<BlockReport>,
+    /// Where the bins of the blocks' importance meet.
+    pub importance_edges: Vec<f64>,
+    /// Calibration samples whose importance some blocks hold token by token.
+    pub samples: Vec<ReportSample>,
     /// Stages in the order in which they ended.
     pub stages: Vec<StageTime>,
     /// Wall-clock seconds from the first file read to the last one written.
@@ -112,12 +128,32 @@ pub struct RunReport {
     pub quantized_bytes: u64,
     /// Loaders that take exactly this checkpoint.
     pub loaders: Vec<Loader>,
+    /// The float model's answers beside those of the quantized one, if they were asked.
+    pub evaluation: Option<Comparison>,
 }
 
 impl RunReport {
     /// The files that tell of the run, by name.
     pub fn files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
         Ok(vec![("report.json", serde_json::to_vec_pretty(self)?)])
+    }
+
+    /// Writes [`files`](Self::files) anew into the finished `folder`, each under its name only once it is whole.
+    pub fn replace_in(&self, folder: &Path) -> Result<()> {
+        for (name, bytes) in self.files()? {
+            let path = folder.join(name);
+            let replace = || -> Result<()> {
+                let mut file = NamedTempFile::new_in(folder)?;
+                file.write_all(&bytes)?;
+                file.as_file().sync_all()?;
+                // A temporary file is private; the report is for those who may read the folder.
+                file.as_file().set_permissions(fs::metadata(&path)?.permissions())?;
+                file.persist(&path)?;
+                Ok(())
+            };
+            replace().with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(())
     }
 
     /// Bits that one quantized weight takes in the file, scales, zeros and indices included; `None` without layers.
