@@ -34,7 +34,7 @@ fn written(bench: &Bench, extra: &[&str]) -> Vec<(String, Vec<u8>)> {
     let extra: Vec<&str> = extra.iter().map(String::as_str).collect();
     succeed(&bench.quantize(&extra));
     let out = bench.outputs().join("out");
-    let files = files_of(&out).into_iter().filter(|(name, _)| name != "report.json").collect();
+    let files = files_of(&out).into_iter().filter(|(name, _)| !name.starts_with("report.")).collect();
     fs::remove_dir_all(out).unwrap();
     files
 }
@@ -83,8 +83,9 @@ fn a_whole_run_prints_scores_and_writes_a_checkpoint() {
     }
 
     let report = read_json(out.join("report.json"));
-    let expected = "blocks bytes_after bytes_before calibration device family format inputs layers loaders memory_plan model \
-                    peak_device_bytes peak_memory_bytes quantized_bytes seconds settings stages vlmq_version";
+    let expected = "blocks bytes_after bytes_before calibration device evaluation family format importance_edges inputs \
+                    layers loaders memory_plan model peak_device_bytes peak_memory_bytes quantized_bytes samples seconds \
+                    settings stages vlmq_version";
     assert_eq!(keys(&report).join(" "), expected);
     let layer =
         "bits block cols damp dead_inputs findings group_columns importance name relative_error rows seconds tokens";

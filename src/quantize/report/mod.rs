@@ -1,5 +1,6 @@
 //! What a quantization run says of itself: layers as they finish, and `report.json` beside the output.
 
+mod html;
 pub mod importance;
 pub mod samples;
 
@@ -135,7 +136,8 @@ pub struct RunReport {
 impl RunReport {
     /// The files that tell of the run, by name.
     pub fn files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
-        Ok(vec![("report.json", serde_json::to_vec_pretty(self)?)])
+        let json = numbers_in_line(&serde_json::to_string_pretty(self)?);
+        Ok(vec![("report.json", json.into_bytes()), ("report.html", html::page(self)?.into_bytes())])
     }
 
     /// Writes [`files`](Self::files) anew into the finished `folder`, each under its name only once it is whole.
@@ -172,6 +174,32 @@ impl RunReport {
     pub fn worst_layer(&self) -> Option<&LayerReport> {
         self.layers.iter().max_by(|a, b| a.solve.relative_error.total_cmp(&b.solve.relative_error))
     }
+}
+
+/// JSON of one value a line with lists of numbers in one line each: there are thousands of them, deep inside.
+fn numbers_in_line(pretty: &str) -> String {
+    let mut out = String::with_capacity(pretty.len());
+    let mut in_list = false;
+    for line in pretty.lines() {
+        let value = line.trim_start();
+        // Strings and keys begin with a quotation mark, and hold no line break.
+        let number = value.starts_with(|c: char| c == '-' || c.is_ascii_digit() || c == 'n');
+        match (in_list, number) {
+            (true, true) => out += &format!(" {value}"),
+            // The list's end.
+            (true, false) => out += value,
+            (false, true) => out += value,
+            (false, false) => {
+                if !out.is_empty() {
+                    out.push('\n');
+                }
+                out += line;
+            }
+        }
+        in_list = number;
+    }
+    out.push('\n');
+    out
 }
 
 /// Most memory that this process ever held at once, in bytes; `None` where the system does not tell.
