@@ -181,7 +181,8 @@ fn a_cell_has_the_colour_of_its_token() {
     // viridis grows brighter all along, from matplotlib's first colour to its last.
     let luminance = |[r, g, b]: [u8; 3]| 0.2126 * f64::from(r) + 0.7152 * f64::from(g) + 0.0722 * f64::from(b);
     assert!(all.is_sorted_by(|a, b| luminance(a.1) < luminance(b.1)), "{all:?}");
-    assert_eq!((all[0].1, all[7].1), ([68, 1, 84], [253, 231, 37]));
+    let near = |a: [u8; 3], b: [u8; 3]| a.iter().zip(b).all(|(a, b)| a.abs_diff(b) <= 1);
+    assert!(near(all[0].1, [68, 1, 84]) && near(all[7].1, [253, 231, 37]), "{all:?}");
 
     // The text has the same scale: its classes' colours are those of cells of the same importance.
     let spans = document.descendants().filter(|node| node.has_tag_name("span") && node.attribute("title").is_some());
@@ -249,23 +250,28 @@ fn seen(checkpoint: &str, folder: &Path, [before, after]: [&RgbImage; 2]) -> (Re
     (samples::choose(&builder, &sequences).unwrap().remove(1), pictures, changes)
 }
 
-/// Where a picture is painted over, that cell's token is the one whose input to the decoder changes most.
+/// Where a picture is painted over, that cell's token is the one whose input to the decoder changes most, compared with what
+/// other paint does to it: in a tower every token sees all others.
 #[test]
 fn cells_are_where_their_tokens_look() {
     let original = image::open(golden("model/images/tall-200x330.png")).unwrap().into_rgb8();
     for checkpoint in ["flat-tied-bf16", "qwen3_vl-tied-bf16", "llava-hub-tied-f16"] {
         let folder = tempfile::tempdir().unwrap();
-        let mut checked = 0;
-        for (x, y) in [(10, 10), (150, 20), (90, 150), (20, 290), (160, 300), (60, 80), (130, 220)] {
+        let (sample, ..) = seen(checkpoint, folder.path(), [&original, &original.clone()]);
+        let picture = sample.pictures.last().unwrap();
+        let (rows, columns) = (picture.rows, picture.columns);
+        assert!(rows > 1 && columns > 1, "{checkpoint}");
+        let mut all_changes: Vec<Vec<f32>> = Vec::new();
+        for cell in 0..rows * columns {
+            let (high, wide) = (original.height() as usize / rows, original.width() as usize / columns);
             let mut painted = original.clone();
-            for (dx, dy) in (0..24).flat_map(|dx| (0..24).map(move |dy| (dx, dy))) {
-                let pixel = painted.get_pixel_mut(x + dx, y + dy);
+            for (dx, dy) in (0..wide).flat_map(|dx| (0..high).map(move |dy| (dx, dy))) {
+                let (x, y) = ((cell % columns) * wide + dx, (cell / columns) * high + dy);
+                let pixel = painted.get_pixel_mut(x as u32, y as u32);
                 pixel.0 = pixel.0.map(|value| value.wrapping_add(128));
             }
             let (sample, [before, after], changes) = seen(checkpoint, folder.path(), [&original, &painted]);
-            let picture = sample.pictures.last().unwrap();
-            let (rows, columns) = (picture.rows, picture.columns);
-            assert!(rows > 1 && columns > 1, "{checkpoint}");
+            assert!(sample.text.iter().all(|token| changes[token.index] == 0.0));
             let mut change = vec![0u32; rows * columns];
             for (px, py, pixel) in after.enumerate_pixels() {
                 let cell = (py as usize * rows / after.height() as usize) * columns
@@ -273,19 +279,18 @@ fn cells_are_where_their_tokens_look() {
                 let differs = pixel.0.iter().zip(before.get_pixel(px, py).0).map(|(a, b)| u32::from(a.abs_diff(b)));
                 change[cell] += differs.sum::<u32>();
             }
-            let mut order: Vec<usize> = (0..change.len()).collect();
-            order.sort_by_key(|&cell| std::cmp::Reverse(change[cell]));
-            // Paint across a border says nothing.
-            if 2 * change[order[0]] < 3 * change[order[1]] {
-                continue;
-            }
-            checked += 1;
-            let tokens = |cell: usize| picture.token(cell / columns, cell % columns);
-            let most = (0..rows * columns).max_by(|&a, &b| changes[tokens(a)].total_cmp(&changes[tokens(b)])).unwrap();
-            assert_eq!(most, order[0], "{checkpoint}: {rows} x {columns} cells, painted at {x}, {y}");
-            assert!(sample.text.iter().all(|token| changes[token.index] == 0.0));
+            let shown = (0..change.len()).max_by_key(|&cell| change[cell]);
+            assert_eq!(shown, Some(cell), "{checkpoint}: the picture shows the paint elsewhere");
+            let token = |cell: usize| picture.token(cell / columns, cell % columns);
+            all_changes.push((0..rows * columns).map(|cell| changes[token(cell)]).collect());
         }
-        assert!(checked >= 3, "{checkpoint}: {checked}");
+        let means: Vec<f32> =
+            (0..all_changes[0].len()).map(|cell| all_changes.iter().map(|changes| changes[cell]).sum()).collect();
+        for (cell, changes) in all_changes.iter().enumerate() {
+            let share = |cell: usize| changes[cell] / means[cell];
+            let most = (0..means.len()).max_by(|&a, &b| share(a).total_cmp(&share(b)));
+            assert_eq!(most, Some(cell), "{checkpoint}: {rows} x {columns} cells");
+        }
     }
 }
 
