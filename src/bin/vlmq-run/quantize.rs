@@ -3,8 +3,9 @@
 use crate::args::QuantizeArgs;
 use crate::progress::Screen;
 use crate::{eval, print_lines, text};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use vlmq::device::{ModelOps, SolveOps};
 use vlmq::evaluate::{self, ComparedScores, Comparison};
 use vlmq::quantize::FindingKind;
@@ -19,15 +20,22 @@ pub(crate) fn run<D: ModelOps + SolveOps>(device: &D, args: &QuantizeArgs, scree
     let mut report = pipeline::run(device, &settings, &mut observer)?;
     print_lines(&summary(&settings, &report))?;
     if let Some(data) = args.eval.clone() {
-        let evaluate = |settings| evaluate::run(device, &settings, &mut screen.observer());
-        let float = evaluate(args.evaluation_before(data.clone()))?;
-        let quantized = evaluate(args.evaluation_after(data))?;
-        let compared = Comparison::new(&float, &quantized);
+        let compared = compare(device, args, data, screen).with_context(|| {
+            format!("{} is finished, but not evaluated; `vlmq-run eval` can do that", settings.out.display())
+        })?;
         print_lines(&comparison(&compared))?;
         report.evaluation = Some(compared);
         report.replace_in(&settings.out)?;
     }
     Ok(())
+}
+
+/// The float model's answers and those of the finished one.
+fn compare<D: ModelOps>(device: &D, args: &QuantizeArgs, data: PathBuf, screen: &Screen) -> Result<Comparison> {
+    let evaluate = |settings| evaluate::run(device, &settings, &mut screen.observer());
+    let float = evaluate(args.evaluation_before(data.clone()))?;
+    let quantized = evaluate(args.evaluation_after(data))?;
+    Ok(Comparison::new(&float, &quantized))
 }
 
 /// The end of a run in a few lines.

@@ -74,7 +74,7 @@ impl Picture {
     }
 }
 
-/// The samples to show: the first few with images, in the order drawn, and the first without.
+/// The samples to show: the first few with images, in the order drawn, then the first without.
 pub fn choose(builder: &SequenceBuilder, sequences: &[Sequence]) -> Result<Vec<ReportSample>> {
     let mut first = 0;
     let (mut with_images, mut without) = (0, 0);
@@ -90,6 +90,7 @@ pub fn choose(builder: &SequenceBuilder, sequences: &[Sequence]) -> Result<Vec<R
             chosen.push(sample.with_context(|| format!("sample {}", sequence.id))?);
         }
     }
+    chosen.sort_by_key(|sample: &ReportSample| sample.pictures.is_empty());
     Ok(chosen)
 }
 

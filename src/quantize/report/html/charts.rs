@@ -16,7 +16,7 @@ const BAD: RGBColor = RGBColor(5, 5, 5);
 
 /// Twice the pixels of a chart on the page: plotters rounds places to whole units, and 80 bars want halves.
 const WIDTH: u32 = 640;
-const FONT: i32 = 25;
+const FONT: i32 = 30;
 
 /// How long bars are.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -129,7 +129,7 @@ impl Bars<'_> {
                 .margin_top(FONT / 2)
                 .margin_right(8)
                 .x_label_area_size(FONT + 10)
-                .y_label_area_size(FONT * 7 / 2)
+                .y_label_area_size(FONT * 3)
                 .build_cartesian_2d(-0.5..bars as f64 - 0.5, low..high)?;
             let font = || ("sans-serif", FONT).into_font().color(&INK);
             chart

@@ -30,6 +30,8 @@ pub(super) enum Cell {
     Number(String),
     /// A name, a path, a checksum.
     Code(String),
+    /// Bars of the charts' colours, one below the other, by their share of the full width; `None` leaves one out.
+    Bars([Option<f64>; 2]),
 }
 
 impl Display for Cell {
@@ -38,6 +40,14 @@ impl Display for Cell {
             Self::Text(text) => write!(f, "<td>{}</td>", Text(text)),
             Self::Number(text) => write!(f, "<td class=\"number\">{}</td>", Text(text)),
             Self::Code(text) => write!(f, "<td><code>{}</code></td>", Text(text)),
+            Self::Bars(shares) => {
+                f.write_str("<td class=\"track\">")?;
+                for (series, share) in shares.iter().enumerate().filter_map(|(i, share)| Some((i, (*share)?))) {
+                    let percent = 100.0 * share.clamp(0.0, 1.0);
+                    write!(f, "<span class=\"bar series-{series}\" style=\"width:{percent:.2}%\"></span>")?;
+                }
+                f.write_str("</td>")
+            }
         }
     }
 }

@@ -133,18 +133,20 @@ fn plain(sample: &ReportSample, index: usize) -> String {
     let mut out = format!(
         "<figure class=\"block\" data-sample=\"{index}\"><figcaption>as the vision tower saw it</figcaption>\n"
     );
+    let mut sizes = String::new();
     for (i, picture) in sample.pictures.iter().enumerate() {
         let Picture { width, height, rows, columns, image, .. } = picture;
         let name = format!("picture {} of sample {}", i + 1, sample.id);
         out += &format!(
-            "{open}<div class=\"picture\" role=\"img\" aria-label=\"{name}\" style=\"--picture:var(--picture-{i})\"></div></div>\n\
-             <p class=\"size\">image {image}: {width} × {height} pixels, {rows} rows of {columns} tokens</p>\n",
+            "{open}<div class=\"picture\" role=\"img\" aria-label=\"{name}\" style=\"--picture:var(--picture-{i})\"></div></div>\n",
             open = frame(picture),
             name = Text(&name),
-            image = image + 1,
         );
+        let end = if picture.row_ends { ", and one at each row's end" } else { "" };
+        sizes +=
+            &format!("<li>image {}: {width} × {height} pixels, {rows} rows of {columns} tokens{end}</li>\n", image + 1);
     }
-    out + "</figure>\n"
+    out + "<ul class=\"sizes\">\n" + &sizes + "</ul>\n</figure>\n"
 }
 
 /// The beginning of what holds a picture: small ones are enlarged to be seen, large ones share a row.
