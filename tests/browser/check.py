@@ -44,8 +44,7 @@ BACKGROUNDS = """async () => {
     if (!match) return 0;
     const image = new Image();
     image.src = match[1];
-    await image.decode();
-    return image.naturalWidth;
+    return image.decode().then(() => image.naturalWidth, () => 0);
   }));
 }"""
 
