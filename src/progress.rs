@@ -91,3 +91,38 @@ impl StageClock {
         time
     }
 }
+
+/// A duration as people read it: `0.42 s`, `12.3 s`, `3m05s`, `2h07m`.
+pub fn human_seconds(seconds: f64) -> String {
+    if seconds < 9.995 {
+        return format!("{seconds:.2} s");
+    }
+    if seconds < 99.95 {
+        return format!("{seconds:.1} s");
+    }
+    let whole = seconds.round() as u64;
+    match whole / 3600 {
+        0 => format!("{}m{:02}s", whole / 60, whole % 60),
+        hours => format!("{hours}h{:02}m", whole % 3600 / 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations() {
+        let cases = [
+            (0.004, "0.00 s"),
+            (9.996, "10.0 s"),
+            (99.96, "1m40s"),
+            (185.2, "3m05s"),
+            (3599.6, "1h00m"),
+            (7624.0, "2h07m"),
+        ];
+        for (value, expected) in cases {
+            assert_eq!(human_seconds(value), expected);
+        }
+    }
+}

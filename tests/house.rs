@@ -5,11 +5,25 @@ use std::path::{Path, PathBuf};
 
 /// What each module of the library may use of the others. Data walks one way: nothing points back.
 ///
-/// Two kinds of plain data cross the line: solved layers and settings (`quantize::…`), which a file format needs to be
-/// written, and `progress`, which every long run reports to.
+/// Three kinds of plain data cross the line: solved layers and settings (`quantize::…`), which a file format needs to be
+/// written, what an evaluation found (`evaluate::Comparison…`), which a run's report shows, and `progress`, which every
+/// long run reports to.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("evaluate", &["progress", "model", "calibration", "checkpoint", "device", "tensor"]),
-    ("quantize", &["progress", "model", "calibration", "checkpoint", "device", "tensor"]),
+    (
+        "quantize",
+        &[
+            "evaluate::Comparison",
+            "evaluate::ComparedScores",
+            "evaluate::ComparedAnswer",
+            "progress",
+            "model",
+            "calibration",
+            "checkpoint",
+            "device",
+            "tensor",
+        ],
+    ),
     ("model", &["calibration", "checkpoint", "device", "tensor"]),
     ("calibration", &["tensor"]),
     ("checkpoint", &["quantize::QuantizedLinear", "quantize::settings", "quantize::pack", "tensor"]),

@@ -93,7 +93,7 @@ fn scores_and_groups_are_the_harness_s() {
                 answer: prediction.clone(),
                 answer_tokens: 1,
                 nll: 0.5,
-                kl: None,
+                ..SampleResult::default()
             }
         });
         let evaluation = Evaluation::under(Conditions::new(Some(preset), Some([4, 9])), samples.collect());

@@ -7,6 +7,7 @@
 use super::image::{ImagePatches, MAX_PIXELS};
 use super::patches::{PatchSettings, count, image_processor, read_json, refuse_extreme_aspect, resize};
 use super::sequence::VisionInput;
+use super::view::View;
 use anyhow::{Context, Result, bail, ensure};
 use image::{Rgb, RgbImage, imageops};
 use serde::{Deserialize, Serialize};
@@ -319,6 +320,27 @@ impl VisionInput for Anyres {
                 whole + kept.tokens()
             }
         }
+    }
+
+    /// The whole image; then, as one picture, what is left of the tiles once padding is cut off.
+    fn views(&self, patches: &ImagePatches) -> Vec<View> {
+        let whole = View::of_first_crop(patches);
+        let Some(tiles) = patches.tiles else { return vec![whole] };
+        let kept = self.layout.kept(patches.original, tiles).expect("checked as the image was prepared");
+        let (grid, patch) = (self.layout.grid(), self.layout.patch);
+        let side = (grid * patch) as u32;
+        let mut joined = RgbImage::new(tiles.1 as u32 * side, tiles.0 as u32 * side);
+        for (i, tile) in patches.crops()[1..].iter().enumerate() {
+            let covered = imageops::crop_imm(tile, 0, 0, side, side).to_image();
+            let (row, column) = (i / tiles.1, i % tiles.1);
+            imageops::replace(&mut joined, &covered, (column as u32 * side).into(), (row as u32 * side).into());
+        }
+        let pixels = |patches: usize| (patches * patch) as u32;
+        let (left, top) = (pixels(kept.columns.start), pixels(kept.rows.start));
+        let (width, height) = (pixels(kept.columns.len()), pixels(kept.rows.len()));
+        let picture = imageops::crop_imm(&joined, left, top, width, height).to_image();
+        let (rows, columns) = kept.size();
+        vec![whole, View { picture, rows, columns, row_ends: true }]
     }
 
     fn positions(&self, tokens: &[u32], _: &[ImagePatches]) -> Result<Vec<[u32; 3]>> {

@@ -85,6 +85,11 @@ impl ImagePatches {
         &self.crops
     }
 
+    /// Width and height in pixels of the part of a crop that fills patches.
+    pub fn crop_size(&self) -> [u32; 2] {
+        [self.grid_width, self.grid_height].map(|patches| (patches * self.settings.patch_size) as u32)
+    }
+
     /// `(height, width)` of a crop's grid in merged squares, of which each becomes one vector.
     pub fn merged_grid(&self) -> (usize, usize) {
         (self.grid_height / self.settings.merge_size, self.grid_width / self.settings.merge_size)

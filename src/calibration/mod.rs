@@ -16,3 +16,4 @@ pub mod positions;
 pub mod sequence;
 pub mod source;
 pub mod template;
+pub mod view;

@@ -5,6 +5,7 @@ use super::forms::NO_VIDEO;
 use super::image::{ImagePatches, decode};
 use super::patches::read_json;
 use super::template::{ChatTemplate, TemplateChoice};
+use super::view::View;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use image::RgbImage;
 use rayon::prelude::*;
@@ -30,6 +31,11 @@ pub trait VisionInput: Send + Sync {
 
     /// How many tokens an image takes.
     fn image_tokens(&self, patches: &ImagePatches) -> usize;
+
+    /// The pictures that an image's tokens show, in the order of the tokens; what is left of those stands for no place.
+    fn views(&self, patches: &ImagePatches) -> Vec<View> {
+        vec![View::of_first_crop(patches)]
+    }
 
     /// Position of every token on the three axes of rotary embedding; a family with one axis repeats it.
     fn positions(&self, tokens: &[u32], images: &[ImagePatches]) -> Result<Vec<[u32; 3]>>;
@@ -125,6 +131,22 @@ impl SequenceBuilder {
     /// Text of decoded tokens, without special tokens.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         self.tokenizer.decode(tokens, true).map_err(|error| anyhow!("cannot turn tokens into text: {error}"))
+    }
+
+    /// What one token stands for, as text; special tokens are spelled out. A token that holds a part of a character only is
+    /// a replacement character.
+    pub fn piece(&self, token: u32) -> Result<String> {
+        self.tokenizer.decode(&[token], false).map_err(|error| anyhow!("cannot turn token {token} into text: {error}"))
+    }
+
+    /// How many tokens an image takes, and the pictures that they show; see [`VisionInput::views`].
+    pub fn views(&self, image: &ImagePatches) -> (usize, Vec<View>) {
+        (self.vision.image_tokens(image), self.vision.views(image))
+    }
+
+    /// Which of a sequence's tokens stand for images.
+    pub fn is_vision(&self, token: u32) -> bool {
+        token == self.vision.image_token_id()
     }
 
     /// The whole conversation, answer included, with no prompt for a further turn.

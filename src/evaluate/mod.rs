@@ -1,14 +1,16 @@
 //! Evaluation: greedy decoding, log-likelihood, divergence, metrics.
 
+mod comparison;
 pub mod generate;
 pub mod likelihood;
 pub mod metrics;
 pub mod presets;
 mod report;
 
+pub use comparison::{ComparedAnswer, ComparedScores, Comparison};
 pub use report::{Answer, Conditions, Evaluation, GroupResult, SampleResult};
 
-use crate::calibration::dataset::{self, Conversation};
+use crate::calibration::dataset::{self, Conversation, Part};
 use crate::calibration::sequence::{Sequence, SequenceBuilder};
 use crate::calibration::template::TemplateChoice;
 use crate::checkpoint::Checkpoint;
@@ -112,6 +114,19 @@ pub fn run<D: ModelOps>(device: &D, settings: &EvaluationSettings, observer: &mu
         )),
     };
     score(device, settings, &reference, observer)
+}
+
+/// Refuses what [`run`] would refuse of the data after a model was loaded, but for what it answers: reads the data, and
+/// builds the sequences with the checkpoint's tokenizer, template and image processor, which leaves the weights alone.
+pub fn check<D: ModelOps>(settings: &EvaluationSettings) -> Result<()> {
+    let conversations = read(settings)?;
+    conversations.iter().try_for_each(|conversation| rule(conversation).map(drop))?;
+    let checkpoint = Checkpoint::open(&settings.model)?;
+    let vision = families::of::<D>(&checkpoint)?.vision_input(&checkpoint, settings.image_options)?;
+    let builder = SequenceBuilder::with_template(checkpoint.folder(), vision, &settings.chat_template)?;
+    let check = |conversation| builder.build(conversation).and_then(|_| builder.prompt(conversation)).map(drop);
+    let checked: Vec<Result<()>> = conversations.par_iter().map(check).collect();
+    checked.into_iter().collect()
 }
 
 /// As [`run`], against logits that [`answer_logits`] found before: one pass of the reference model serves many runs.
@@ -269,6 +284,8 @@ fn score_batch<D: ModelOps>(
             Ok(SampleResult {
                 id: conversation.id.clone(),
                 group: conversation.group.clone(),
+                question: last_turn(conversation),
+                expected: answers.clone(),
                 score: metric.score(&answer, answers),
                 answer,
                 answer_tokens: sequence.answer.len(),
@@ -277,6 +294,16 @@ fn score_batch<D: ModelOps>(
             })
         })
         .collect()
+}
+
+/// The turn that asks for the answer, as text.
+fn last_turn(conversation: &Conversation) -> String {
+    let Some(turn) = conversation.question().last() else { return String::new() };
+    let parts = turn.content.iter().map(|part| match part {
+        Part::Text(text) => text.as_str(),
+        Part::Image(_) => "[image] ",
+    });
+    parts.collect::<String>().trim().to_owned()
 }
 
 fn slice(matrix: &Matrix, rows: Range<usize>) -> Result<Matrix> {

@@ -5,12 +5,16 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 
 /// What one sample gave.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct SampleResult {
     /// The sample's name in the data.
     pub id: String,
     /// The group that it belongs to.
     pub group: Option<String>,
+    /// Text of the last user turn, `[image]` where it shows one.
+    pub question: String,
+    /// The right answers.
+    pub expected: Vec<String>,
     /// What the model answered, stripped.
     pub answer: String,
     /// The metric's score, 0 to 1.
@@ -32,6 +36,15 @@ pub struct Answer {
     pub answer: String,
     /// The metric's score, 0 to 1.
     pub score: f64,
+    /// The group that it belongs to.
+    #[serde(skip)]
+    pub group: Option<String>,
+    /// Text of the last user turn.
+    #[serde(skip)]
+    pub question: String,
+    /// The right answers.
+    #[serde(skip)]
+    pub expected: Vec<String>,
 }
 
 /// Means over some samples.
@@ -116,7 +129,15 @@ impl Evaluation {
         let groups = members.into_iter().map(|(name, members)| (name, means(&members))).collect();
         let GroupResult { n, score, nll, kl } = means(&samples.iter().collect::<Vec<_>>());
         let points = conditions.preset.and_then(|preset| preset.points(samples.iter().map(|sample| sample.score)));
-        let answers = samples.into_iter().map(|SampleResult { id, answer, score, .. }| Answer { id, answer, score });
+        let answers =
+            samples.into_iter().map(|SampleResult { id, answer, score, group, question, expected, .. }| Answer {
+                id,
+                answer,
+                score,
+                group,
+                question,
+                expected,
+            });
         Self { n, score, points, nll, kl, conditions, groups, answers: answers.collect() }
     }
 }
@@ -137,7 +158,7 @@ mod tests {
 
     fn sample(group: Option<&str>, score: f64, answer_tokens: usize, nll: f64, kl: Option<f64>) -> SampleResult {
         let (id, group) = ("s".to_owned(), group.map(str::to_owned));
-        SampleResult { id, group, answer: "yes".into(), score, answer_tokens, nll, kl }
+        SampleResult { id, group, answer: "yes".into(), score, answer_tokens, nll, kl, ..SampleResult::default() }
     }
 
     #[test]

@@ -82,6 +82,7 @@ mod tests {
             answer_tokens: 1,
             nll: 0.25,
             kl,
+            ..SampleResult::default()
         };
         Evaluation::new(vec![sample("count", 1.0, None), sample("read", 0.0, None)])
     }

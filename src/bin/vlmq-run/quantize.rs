@@ -3,10 +3,11 @@
 use crate::args::QuantizeArgs;
 use crate::progress::Screen;
 use crate::{eval, print_lines, text};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use vlmq::device::{ModelOps, SolveOps};
-use vlmq::evaluate::{self, Evaluation};
+use vlmq::evaluate::{self, ComparedScores, Comparison};
 use vlmq::quantize::FindingKind;
 use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::report::{LayerReport, RunReport};
@@ -14,15 +15,27 @@ use vlmq::quantize::report::{LayerReport, RunReport};
 pub(crate) fn run<D: ModelOps + SolveOps>(device: &D, args: &QuantizeArgs, screen: &Screen) -> Result<()> {
     let settings = args.settings();
     let mut observer = screen.observer();
-    let evaluate = |settings| evaluate::run(device, &settings, &mut screen.observer());
-    let before = args.eval.clone().map(|data| evaluate(args.evaluation_before(data))).transpose()?;
-    let report = pipeline::run(device, &settings, &mut observer)?;
+    // What is wrong with the questions should not show after hours of quantizing.
+    args.eval.clone().map(|data| evaluate::check::<D>(&args.evaluation_before(data))).transpose()?;
+    let mut report = pipeline::run(device, &settings, &mut observer)?;
     print_lines(&summary(&settings, &report))?;
-    if let (Some(before), Some(data)) = (before, args.eval.clone()) {
-        let after = evaluate(args.evaluation_after(data))?;
-        print_lines(&comparison(&before, &after))?;
+    if let Some(data) = args.eval.clone() {
+        let compared = compare(device, args, data, screen).with_context(|| {
+            format!("{} is finished, but not evaluated; `vlmq-run eval` can do that", settings.out.display())
+        })?;
+        print_lines(&comparison(&compared))?;
+        report.evaluation = Some(compared);
+        report.replace_in(&settings.out)?;
     }
     Ok(())
+}
+
+/// The float model's answers and those of the finished one.
+fn compare<D: ModelOps>(device: &D, args: &QuantizeArgs, data: PathBuf, screen: &Screen) -> Result<Comparison> {
+    let evaluate = |settings| evaluate::run(device, &settings, &mut screen.observer());
+    let float = evaluate(args.evaluation_before(data.clone()))?;
+    let quantized = evaluate(args.evaluation_after(data))?;
+    Ok(Comparison::new(&float, &quantized))
 }
 
 /// The end of a run in a few lines.
@@ -85,32 +98,23 @@ fn findings(layers: &[LayerReport]) -> Option<String> {
     (with > 0).then(|| format!("{with} of {} layers: {}", layers.len(), kinds.join(", ")))
 }
 
-/// Both evaluations, total and by group.
-fn comparison(before: &Evaluation, after: &Evaluation) -> Vec<String> {
+/// Both evaluations, by group and in total.
+fn comparison(compared: &Comparison) -> Vec<String> {
     let header = ["", "n", "float", "quantized", "nll float", "nll quantized", "kl"].map(str::to_owned).to_vec();
-    let mut rows = vec![header];
-    let groups = before.groups.iter().filter_map(|(name, float)| Some((name, float, after.groups.get(name)?)));
-    for (name, float, quantized) in groups {
-        rows.push(vec![
-            name.clone(),
-            float.n.to_string(),
-            eval::percent(float.score),
-            eval::percent(quantized.score),
-            text::optional(float.nll),
-            text::optional(quantized.nll),
-            text::optional(quantized.kl),
-        ]);
-    }
-    rows.push(vec![
-        "total".into(),
-        before.n.to_string(),
-        eval::percent(before.score),
-        eval::percent(after.score),
-        text::optional(before.nll),
-        text::optional(after.nll),
-        text::optional(after.kl),
-    ]);
-    text::table(&rows)
+    let row = |(name, scores): (&str, &ComparedScores)| {
+        vec![
+            name.to_owned(),
+            scores.n.to_string(),
+            eval::percent(scores.score_float),
+            eval::percent(scores.score_quantized),
+            text::optional(scores.nll_float),
+            text::optional(scores.nll_quantized),
+            text::optional(scores.kl),
+        ]
+    };
+    let groups = compared.groups.iter().map(|(name, scores)| (name.as_str(), scores));
+    let rows = groups.chain([("total", &compared.total)]).map(row);
+    text::table(&[header].into_iter().chain(rows).collect::<Vec<_>>())
 }
 
 #[cfg(test)]
@@ -118,7 +122,7 @@ mod tests {
     use super::*;
     use clap::Parser;
     use vlmq::checkpoint::formats::Loader;
-    use vlmq::evaluate::SampleResult;
+    use vlmq::evaluate::{Evaluation, SampleResult};
     use vlmq::progress::{Stage, StageTime};
     use vlmq::quantize::plan::MemoryPlan;
     use vlmq::quantize::report::{BlockReport, CalibrationCounts};
@@ -161,7 +165,7 @@ mod tests {
             device: "cpu".into(),
             calibration: CalibrationCounts { used: 5, too_long: 1, vision_tokens: 320, text_tokens: 80 },
             layers: vec![layer],
-            blocks: vec![BlockReport { block: 0, seconds: 1.0, path_error: Some(0.05) }],
+            blocks: vec![BlockReport { block: 0, seconds: 1.0, path_error: Some(0.05), importance: None }],
             stages: vec![StageTime { stage: Stage::Blocks, seconds: 1.0 }],
             seconds: 2.0,
             peak_memory_bytes: Some(3 << 20),
@@ -199,9 +203,11 @@ loads with
             answer_tokens: 2,
             nll: 1.0,
             kl,
+            ..SampleResult::default()
         };
-        let lines =
-            comparison(&Evaluation::new(vec![sample(1.0, None)]), &Evaluation::new(vec![sample(0.0, Some(0.5))]));
+        let [float, quantized] =
+            [sample(1.0, None), sample(0.0, Some(0.5))].map(|sample| Evaluation::new(vec![sample]));
+        let lines = comparison(&Comparison::new(&float, &quantized));
         assert_eq!(lines.len(), 3);
         assert!(lines[0].starts_with("       n    float  quantized"), "{}", lines[0]);
         let total: Vec<&str> = lines[2].split_whitespace().collect();

@@ -1,5 +1,7 @@
 //! Numbers and tables as people read them.
 
+pub(crate) use vlmq::progress::human_seconds as seconds;
+
 /// Bytes in binary units.
 pub(crate) fn bytes(bytes: u64) -> String {
     indicatif::HumanBytes(bytes).to_string()
@@ -35,21 +37,6 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
         Some(bytes) if SENSIBLE.contains(&bytes) => Ok(bytes),
         Some(_) => Err("must be from 1MiB to 16TiB".into()),
         None => Err(wrong()),
-    }
-}
-
-/// A duration: `0.42 s`, `12.3 s`, `3m05s`, `2h07m`.
-pub(crate) fn seconds(seconds: f64) -> String {
-    if seconds < 9.995 {
-        return format!("{seconds:.2} s");
-    }
-    if seconds < 99.95 {
-        return format!("{seconds:.1} s");
-    }
-    let whole = seconds.round() as u64;
-    match whole / 3600 {
-        0 => format!("{}m{:02}s", whole / 60, whole % 60),
-        hours => format!("{hours}h{:02}m", whole % 3600 / 60),
     }
 }
 
@@ -103,21 +90,6 @@ mod tests {
         }
         assert!(parse_bytes("18446744073709551615GiB").is_err());
         assert!(parse_bytes("99999999999999999999999").is_err());
-    }
-
-    #[test]
-    fn durations() {
-        let cases = [
-            (0.004, "0.00 s"),
-            (9.996, "10.0 s"),
-            (99.96, "1m40s"),
-            (185.2, "3m05s"),
-            (3599.6, "1h00m"),
-            (7624.0, "2h07m"),
-        ];
-        for (value, expected) in cases {
-            assert_eq!(seconds(value), expected);
-        }
     }
 
     #[test]

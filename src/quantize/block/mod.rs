@@ -162,6 +162,8 @@ pub struct BlockOutcome {
     /// How far the quantized path's residual stream is from the float path's behind the block: the mean over tokens of
     /// `Σ|x_quantized − x_float| / Σ|x_float|`. `None` where there is no float path, or where it overflows.
     pub path_error: Option<f64>,
+    /// Normalised importance factors of all tokens, chunk by chunk; `None` where all counted alike.
+    pub factors: Option<Vec<Factors>>,
 }
 
 /// Quantizes one block and advances both paths through it.
@@ -193,11 +195,11 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         progress: &mut dyn FnMut(&str),
         finished: &mut dyn FnMut(SolvedLayer) -> Result<()>,
     ) -> Result<BlockOutcome> {
-        let (factors, unusable) = self.factors(chunks, progress)?;
+        let (all_factors, unusable) = self.factors(chunks, progress)?;
         let mut outcome = BlockOutcome::default();
         for set in LayerSet::ALL {
             // q, k and v weigh tokens differently: one pass and one pair of matrices each, one after the other.
-            let factors = factors.as_deref().filter(|_| matches!(set, LayerSet::Attention | LayerSet::Output));
+            let factors = all_factors.as_deref().filter(|_| matches!(set, LayerSet::Attention | LayerSet::Output));
             let at_once = if factors.is_some() { 1 } else { set.projections().len() };
             for projections in set.projections().chunks(at_once) {
                 progress(&format!("block {}: {}", self.index, projections[0].module()));
@@ -217,6 +219,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
                 outcome.path_error = self.advance(set, residual, chunks)?;
             }
         }
+        outcome.factors = all_factors;
         Ok(outcome)
     }
 

@@ -10,6 +10,7 @@ use crate::progress::Stage;
 use crate::quantize::QuantizedLinear;
 use crate::quantize::block::{BlockOutcome, BlockQuantizer, Chunk, SolvedLayer, round_to_nearest};
 use crate::quantize::plan::Activations;
+use crate::quantize::report::importance::{BlockImportance, shown_blocks};
 use crate::quantize::report::{BlockReport, LayerReport, RunObserver};
 use crate::quantize::settings::Solver;
 use anyhow::{Context, Result};
@@ -67,10 +68,15 @@ impl Blocks {
                     )?
             }
         };
+        let importance = outcome.factors.map(|factors| {
+            let shown = shown_blocks(config.layers).contains(&index).then_some(input.samples.as_slice());
+            BlockImportance::of(&factors, chunks.iter().flat_map(|chunk| &chunk.is_vision), shown)
+        });
         self.blocks.push(BlockReport {
             block: index,
             seconds: start.elapsed().as_secs_f64(),
             path_error: outcome.path_error,
+            importance,
         });
         observer.stage_advanced(Stage::Blocks, index as u64 + 1, "");
         Ok(())

@@ -12,6 +12,7 @@ use crate::model::families::{self, ModelConfig};
 use crate::progress::{Observer, Stage, StageClock, StageTime};
 use crate::quantize::inspect::{DecoderShape, embedder_size};
 use crate::quantize::plan::{ChunkSize, Costs, Job, MemoryPlan};
+use crate::quantize::report::samples::{self, ReportSample};
 use crate::quantize::settings::{Importance, Solver, SolverSettings};
 use anyhow::{Result, bail};
 
@@ -28,6 +29,8 @@ pub(super) struct Input {
     pub(super) text_only: bool,
     /// Whether the first finding ends the run.
     pub(super) strict: bool,
+    /// What the report shows of the data.
+    pub(super) samples: Vec<ReportSample>,
 }
 
 impl Input {
@@ -49,8 +52,8 @@ impl Input {
         let importance = if solver.solver == Solver::Rtn { Importance::None } else { settings.importance };
         let linears = linear_specs(&config);
         Writer::check(&checkpoint, &linears, settings.format, &solver)?;
-        let data = match solver.solver {
-            Solver::Rtn => Collected { sequences: Vec::new(), too_long: 0 },
+        let (data, samples) = match solver.solver {
+            Solver::Rtn => (Collected { sequences: Vec::new(), too_long: 0 }, Vec::new()),
             Solver::Gptq | Solver::Gptaq => {
                 let vision = family.vision_input(&checkpoint, settings.image_options)?;
                 read_data(settings, &checkpoint, vision, stages, observer)?
@@ -58,7 +61,9 @@ impl Input {
         };
         let text_only = data.sequences.iter().all(|sequence| sequence.images.is_empty());
         let (family, format, strict) = (family.model_type(), settings.format, settings.strict);
-        Ok((Self { checkpoint, family, config, solver, importance, format, linears, text_only, strict }, data))
+        let input =
+            Self { checkpoint, family, config, solver, importance, format, linears, text_only, strict, samples };
+        Ok((input, data))
     }
 
     /// Counts what a run will take on the device, and refuses what cannot fit.
@@ -106,14 +111,14 @@ pub fn linear_specs(config: &ModelConfig) -> Vec<LinearSpec> {
         .collect()
 }
 
-/// Reads the calibration data, images included.
+/// Reads the calibration data, images included, and what the report shows of it.
 fn read_data(
     settings: &PipelineSettings,
     checkpoint: &Checkpoint,
     vision: Box<dyn VisionInput>,
     stages: &mut Vec<StageTime>,
     observer: &mut dyn Observer,
-) -> Result<Collected> {
+) -> Result<(Collected, Vec<ReportSample>)> {
     let Some(calib) = &settings.calib else {
         bail!("--solver gptq and gptaq need calibration data: give a file with --calib");
     };
@@ -122,8 +127,9 @@ fn read_data(
     let builder = SequenceBuilder::with_template(checkpoint.folder(), vision, &settings.chat_template)?;
     let clock = StageClock::start(Stage::Data, conversations.len() as u64, observer);
     let collected = collect(&builder, &conversations, settings.max_tokens)?;
+    let samples = samples::choose(&builder, &collected.sequences)?;
     stages.push(clock.finish(observer));
-    Ok(collected)
+    Ok((collected, samples))
 }
 
 /// Cuts the samples, in order, into chunks of at most `most` tokens.

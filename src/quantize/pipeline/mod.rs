@@ -11,6 +11,7 @@ pub use input::linear_specs;
 use super::card::Card;
 use super::plan::MemoryPlan;
 use super::provenance::{self, Provenance};
+use super::report::importance::bin_edges;
 use super::report::{RunObserver, RunReport, peak_memory_bytes};
 use super::settings::{Importance, Solver, SolverSettings};
 use crate::calibration::template::TemplateChoice;
@@ -137,6 +138,8 @@ pub fn run<D: ModelOps + SolveOps>(
         calibration,
         layers: done.layers,
         blocks: done.blocks,
+        importance_edges: bin_edges(),
+        samples: input.samples,
         stages,
         seconds: start.elapsed().as_secs_f64(),
         peak_memory_bytes: peak_memory_bytes(),
@@ -146,6 +149,7 @@ pub fn run<D: ModelOps + SolveOps>(
         bytes_after: sizes.before - sizes.float_layers + sizes.quantized_layers,
         quantized_bytes: sizes.quantized_layers,
         loaders: settings.format.loaders(&input.solver, &settings.out),
+        evaluation: None,
     };
     writer.add_to_config(provenance::KEY, &report.provenance.summary())?;
     let card = Card { report: &report, solver: &input.solver, importance: input.importance, format: settings.format };

@@ -1,12 +1,21 @@
 //! What a quantization run says of itself: layers as they finish, and `report.json` beside the output.
 
+mod html;
+pub mod importance;
+pub mod samples;
+
 use super::SolveReport;
 use super::plan::MemoryPlan;
 use super::provenance::Provenance;
 use crate::checkpoint::formats::Loader;
+use crate::checkpoint::sums::{self, Sums};
+use crate::evaluate::Comparison;
 use crate::progress::{Observer, StageTime};
 use anyhow::Result;
+use importance::BlockImportance;
+use samples::ReportSample;
 use serde::{Deserialize, Serialize};
+use std::path::Path;
 
 /// Listens to a quantization run: to its stages, and to layers as they finish. `()` listens to nothing.
 pub trait RunObserver: Observer {
@@ -62,6 +71,8 @@ pub struct BlockReport {
     /// How far the quantized path is from the float path behind the block, relative, mean over tokens
     /// ([`BlockOutcome`](super::block::BlockOutcome)); `None` where there is no float path.
     pub path_error: Option<f64>,
+    /// Importance of the tokens; `None` where all counted alike.
+    pub importance: Option<BlockImportance>,
 }
 
 /// What became of the calibration data.
@@ -95,6 +106,10 @@ pub struct RunReport {
     pub layers: Vec<LayerReport>,
     /// Decoder blocks, in order.
     pub blocks: Vec<BlockReport>,
+    /// Where the bins of the blocks' importance meet.
+    pub importance_edges: Vec<f64>,
+    /// Calibration samples whose importance some blocks hold token by token.
+    pub samples: Vec<ReportSample>,
     /// Stages in the order in which they ended.
     pub stages: Vec<StageTime>,
     /// Wall-clock seconds from the first file read to the last one written.
@@ -114,12 +129,25 @@ pub struct RunReport {
     pub quantized_bytes: u64,
     /// Loaders that take exactly this checkpoint.
     pub loaders: Vec<Loader>,
+    /// The float model's answers beside those of the quantized one, if they were asked.
+    pub evaluation: Option<Comparison>,
 }
 
 impl RunReport {
     /// The files that tell of the run, by name.
     pub fn files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
-        Ok(vec![("report.json", serde_json::to_vec_pretty(self)?)])
+        let json = numbers_in_line(&serde_json::to_string_pretty(self)?);
+        Ok(vec![("report.json", json.into_bytes()), ("report.html", html::page(self)?.into_bytes())])
+    }
+
+    /// Writes [`files`](Self::files) anew into the finished `folder`, each under its name only once it is whole, and their
+    /// checksums.
+    pub fn replace_in(&self, folder: &Path) -> Result<()> {
+        let files = self.files()?;
+        for (name, bytes) in &files {
+            sums::replace(&folder.join(name), bytes)?;
+        }
+        Sums::renew(folder, &files.iter().map(|(name, _)| *name).collect::<Vec<_>>())
     }
 
     /// Bits that one quantized weight takes in the file, scales, zeros and indices included; `None` without layers.
@@ -138,6 +166,32 @@ impl RunReport {
     pub fn worst_layer(&self) -> Option<&LayerReport> {
         self.layers.iter().max_by(|a, b| a.solve.relative_error.total_cmp(&b.solve.relative_error))
     }
+}
+
+/// JSON of one value a line with lists of numbers in one line each: there are thousands of them, deep inside.
+fn numbers_in_line(pretty: &str) -> String {
+    let mut out = String::with_capacity(pretty.len());
+    let mut in_list = false;
+    for line in pretty.lines() {
+        let value = line.trim_start();
+        // Strings and keys begin with a quotation mark, and hold no line break.
+        let number = value.starts_with(|c: char| c == '-' || c.is_ascii_digit() || c == 'n');
+        match (in_list, number) {
+            (true, true) => out += &format!(" {value}"),
+            // The list's end.
+            (true, false) => out += value,
+            (false, true) => out += value,
+            (false, false) => {
+                if !out.is_empty() {
+                    out.push('\n');
+                }
+                out += line;
+            }
+        }
+        in_list = number;
+    }
+    out.push('\n');
+    out
 }
 
 /// Most memory that this process ever held at once, in bytes; `None` where the system does not tell.

@@ -1,0 +1,82 @@
+//! Where time and memory went.
+
+use super::super::RunReport;
+use super::charts::{Axis, Bars, block_labels, legend};
+use super::markup::{Cell, or_dash, table};
+use crate::progress::human_seconds;
+use crate::quantize::plan::StagePlan;
+use anyhow::Result;
+use indicatif::HumanBytes;
+
+/// Time by stage and block, and memory as it was planned and measured.
+pub(super) fn section(report: &RunReport) -> Result<Option<String>> {
+    let mut out = format!("<div class=\"beside\">\n<div>{}</div>\n<div class=\"charts\">", stages(report));
+    if !report.blocks.is_empty() {
+        let seconds: Vec<f64> = report.blocks.iter().map(|block| block.seconds).collect();
+        let longest = seconds.iter().copied().fold(0.0, f64::max);
+        let chart = Bars {
+            id: "block-seconds".into(),
+            title: "Seconds by block".into(),
+            description: format!("{} blocks; the longest took {}", seconds.len(), human_seconds(longest)),
+            labels: block_labels(seconds.len()),
+            series: &[seconds],
+            axis: Axis::Linear(longest.max(1e-3) * 1.05),
+            height: 260,
+        };
+        out += &chart.figure()?;
+    }
+    out += "</div>\n</div>\n";
+    out += &memory(report);
+    Ok(Some(out))
+}
+
+fn stages(report: &RunReport) -> String {
+    let total: f64 = report.stages.iter().map(|stage| stage.seconds).sum();
+    let row = |(name, seconds): (String, f64)| {
+        let share = if total > 0.0 { seconds / total } else { 0.0 };
+        vec![Cell::Text(name), Cell::Number(human_seconds(seconds)), Cell::Bars([Some(share), None])]
+    };
+    let rows: Vec<_> = report.stages.iter().map(|stage| row((stage.stage.to_string(), stage.seconds))).collect();
+    table(&format!("Time by stage: {} in all", human_seconds(report.seconds)), &["stage", "time", ""], &rows)
+}
+
+fn memory(report: &RunReport) -> String {
+    let plan = &report.memory_plan;
+    let largest = plan.stages.iter().map(|stage| stage.bytes.max(stage.measured_bytes.unwrap_or(0))).max().unwrap_or(0);
+    let mut rows: Vec<Vec<Cell>> = plan.stages.iter().flat_map(|stage| stage_rows(stage, largest)).collect();
+    rows.push(vec![
+        Cell::Text("most device memory".into()),
+        Cell::Number(bytes(plan.device_bytes)),
+        Cell::Number(or_dash(report.peak_device_bytes, bytes)),
+        Cell::Text(String::new()),
+    ]);
+    rows.push(vec![
+        Cell::Text("most that the process held, mapped files included".into()),
+        Cell::Number("–".into()),
+        Cell::Number(or_dash(report.peak_memory_bytes, bytes)),
+        Cell::Text(String::new()),
+    ]);
+    let columns = ["stage, at its worst step", "planned", "measured", ""];
+    legend(&["planned", "measured"]) + &table("Memory as planned before the start, and measured", &columns, &rows)
+}
+
+fn bytes(bytes: u64) -> String {
+    HumanBytes(bytes).to_string()
+}
+
+/// A stage's sum with bars, of which the longest is `largest` bytes, and what the sum is made of.
+fn stage_rows(stage: &StagePlan, largest: u64) -> Vec<Vec<Cell>> {
+    let share = |bytes: u64| bytes as f64 / largest.max(1) as f64;
+    let sum = vec![
+        Cell::Text(format!("{}, at {}", stage.stage, stage.step)),
+        Cell::Number(bytes(stage.bytes)),
+        Cell::Number(or_dash(stage.measured_bytes, bytes)),
+        Cell::Bars([Some(share(stage.bytes)), stage.measured_bytes.map(share)]),
+    ];
+    let part = |name: &str, size: u64| {
+        let name = Cell::Text(format!("\u{2003}{name}"));
+        vec![name, Cell::Number(bytes(size)), Cell::Text(String::new()), Cell::Text(String::new())]
+    };
+    let parts = stage.entries.iter().map(|entry| part(&entry.name, entry.bytes));
+    [sum].into_iter().chain(parts).collect()
+}
