@@ -114,6 +114,21 @@ pub fn run<D: ModelOps>(device: &D, settings: &EvaluationSettings, observer: &mu
     score(device, settings, &reference, observer)
 }
 
+/// What [`run`] checks of its inputs, without reading a weight: headers, template, questions and their images. Returns the
+/// number of samples. Errors as it does.
+pub fn check<D: ModelOps>(settings: &EvaluationSettings) -> Result<usize> {
+    let checkpoint = Checkpoint::open(&settings.model)?;
+    let vision = families::of::<D>(&checkpoint)?.vision_input(&checkpoint, settings.image_options)?;
+    let builder = SequenceBuilder::with_template(&settings.model, vision, &settings.chat_template)?;
+    let conversations = read(settings)?;
+    conversations.iter().try_for_each(|conversation| rule(conversation).map(drop))?;
+    conversations.par_iter().try_for_each(|conversation| {
+        builder.build(conversation)?;
+        builder.prompt(conversation).map(drop)
+    })?;
+    Ok(conversations.len())
+}
+
 /// As [`run`], against logits that [`answer_logits`] found before: one pass of the reference model serves many runs.
 pub fn run_against<D: ModelOps>(
     device: &D,

@@ -2,7 +2,7 @@
 
 use crate::args::QuantizeArgs;
 use crate::progress::Screen;
-use crate::{eval, print_lines, text};
+use crate::{dry_run, eval, print_lines, text};
 use anyhow::Result;
 use vlmq::device::{ModelOps, SolveOps};
 use vlmq::evaluate::{self, Evaluation};
@@ -12,6 +12,12 @@ use vlmq::quantize::report::RunReport;
 pub(crate) fn run<D: ModelOps + SolveOps>(device: &D, args: &QuantizeArgs, screen: &Screen) -> Result<()> {
     let settings = args.settings();
     let mut observer = screen.observer(settings.solver.damp);
+    if let Some(format) = args.dry_run {
+        if let Some(data) = args.eval.clone() {
+            evaluate::check::<D>(&args.evaluation_before(data))?;
+        }
+        return dry_run::run(device, &settings, format, &mut observer);
+    }
     let evaluate = |settings| evaluate::run(device, &settings, &mut screen.observer(f64::INFINITY));
     let before = args.eval.clone().map(|data| evaluate(args.evaluation_before(data))).transpose()?;
     let report = pipeline::run(device, &settings, &mut observer)?;
