@@ -45,7 +45,6 @@ fn large_models_are_planned_in_seconds_and_nothing_is_written() {
         let (model, calib, out) = (text(folder.path()), text(data("vqa/calib.jsonl")), text(work.path().join("out")));
         let line = ["quantize", &model, "--calib", &calib, "--out", &out, "--samples", "16"];
         let started = Instant::now();
-        // Neither fits most machines: then the refusal has the numbers, and gptq on one sample is asked for no less.
         let output = vlmq_run(&[&line[..], &["--dry-run=json", "--quiet"]].concat());
         let (code, seconds) = (output.status.code(), started.elapsed().as_secs_f64());
         // Reading 15 or 145 GB of holes would take many times as long; the machine may be busy.
@@ -53,7 +52,9 @@ fn large_models_are_planned_in_seconds_and_nothing_is_written() {
         assert_eq!(names_in(work.path()), [""; 0]);
         if code != Some(0) {
             let error = stderr(&output);
-            assert!(error.contains("host memory (") && error.contains("GiB"), "{name}: {error}");
+            // A machine too small for it says what is lacking.
+            let lacks = error.contains("of host memory (") || error.contains("on disk while the run lasts");
+            assert!(lacks && error.contains("GiB"), "{name}: {error}");
             continue;
         }
         let plan: Value = serde_json::from_str(&stdout(&output)).unwrap();
@@ -95,7 +96,9 @@ fn a_plan_is_the_runs_own() {
     assert_eq!(bytes(&plan["disk"]["output_bytes"]), written);
 
     // The same for people.
-    let lines = succeed(&[&line[..7], &["--out", &text(bench.outputs().join("other")), "--dry-run"]].concat());
+    let (out, other) = (text(&out), text(bench.outputs().join("other")));
+    let line: Vec<&str> = line.iter().map(|&argument| if argument == out { &other } else { argument }).collect();
+    let lines = succeed(&[&line[..], &["--dry-run"]].concat());
     for part in ["all inputs are good", "host memory: ", "disk: ", "time, estimated: ", "quantizing"] {
         assert!(lines.contains(part), "{part:?} is not in {lines}");
     }
@@ -107,7 +110,7 @@ fn what_a_run_refuses_a_dry_run_refuses() {
     let refused = |extra: &[&str], says: &[&str]| {
         bench.refused(&bench.quantize(&[extra, &["--dry-run"]].concat()), says);
     };
-    refused(&["--group-size", "56"], &["not divisible by the group size 56"]);
+    refused(&["--group-size", "56"], &["the group size 56 does not divide"]);
     refused(&["--chat-template", "none.jinja"], &["none.jinja"]);
     refused(&["--eval", "none.jsonl"], &["none.jsonl"]);
     bench.write_data(&[&support::program::question("missing.png")]);

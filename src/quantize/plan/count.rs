@@ -29,12 +29,9 @@ pub(super) struct Counter<'a> {
 /// Bytes of a float32 value, in which statistics and the solver are kept.
 pub(super) const F32: u64 = 4;
 
-/// Largest array that glibc's allocator takes from its heap (`DEFAULT_MMAP_THRESHOLD_MAX`); larger ones it asks the system for
-/// and gives back.
-const HEAP_ARRAY: u64 = 32 << 20;
-
-/// Most that lies free at the end of that heap before it is given back: twice as much (mallopt, `M_TRIM_THRESHOLD`).
-const HEAP_KEPT: u64 = 2 * HEAP_ARRAY;
+/// Most that lies free at the end of glibc's heap before it is given back: twice the largest array that comes from there
+/// (mallopt, `M_TRIM_THRESHOLD` and `DEFAULT_MMAP_THRESHOLD_MAX`).
+const HEAP_KEPT: u64 = 64 << 20;
 
 impl<'a> Counter<'a> {
     pub(super) fn new(job: &'a Job<'a>, costs: &'a Costs<'a>, activations: Activations) -> Self {
@@ -148,15 +145,13 @@ impl<'a> Counter<'a> {
             let (statistics, _) = self.statistics(inputs);
             steps.push((format!("statistics of {}", projection.module()), vec![held, temporaries, statistics]));
         }
-        let kept = steps.iter().map(|(_, entries)| entries[1].bytes).max().unwrap_or(0);
+        let kept = self.kept(steps.iter().map(|(_, entries)| entries[1].bytes).max().unwrap_or(0));
         for (projection, inputs, outputs, ..) in sets {
             let module = projection.module();
             let (statistics, hessian) = self.statistics(inputs);
             let name = if self.cross { "their copies in processing order, factored" } else { "its factor" };
             let factors = entry(name, self.factors(inputs));
-            let kept = |own: u64, largest: u64| self.kept(kept, if largest <= HEAP_ARRAY { own } else { 0 });
-            let while_factored = kept(factors.bytes, F32 * inputs * inputs);
-            let entries = vec![self.between_passes(), statistics, factors.clone(), while_factored];
+            let entries = vec![self.between_passes(), statistics, factors.clone(), kept.clone()];
             steps.push((format!("factoring {module}"), entries));
             let others = match (self.costs.host, projection) {
                 // The codes of the layer that was solved with the same statistics are still there.
@@ -164,8 +159,7 @@ impl<'a> Counter<'a> {
                 _ => 0,
             };
             let state = entry("the solver's state", self.solver_state(inputs, outputs) + others);
-            let while_solved = kept(state.bytes, F32 * inputs * outputs);
-            let entries = vec![self.between_passes(), hessian, factors, state, while_solved];
+            let entries = vec![self.between_passes(), hessian, factors, state, kept.clone()];
             steps.push((format!("solving {module}"), entries));
         }
         let worst = steps.into_iter().max_by_key(|(_, entries)| entries.iter().map(|e| e.bytes).sum::<u64>());
@@ -180,11 +174,10 @@ impl<'a> Counter<'a> {
         (entry(if self.cross { "H and C" } else { "H" }, hessian + cross), entry("H", hessian))
     }
 
-    /// What the host's allocator keeps of a pass's intermediate results, given back to it, for arrays to come, but for what
-    /// `own` takes of that.
-    fn kept(&self, passes: u64, own: u64) -> Entry {
-        let kept = if self.costs.host { passes.min(HEAP_KEPT).saturating_sub(own) } else { 0 };
-        entry("kept by the allocator", kept)
+    /// What the host's allocator keeps of a pass's intermediate results, given back to it: all of them or, once they lie free at
+    /// its end in one piece, nothing. Half is counted.
+    fn kept(&self, passes: u64) -> Entry {
+        entry("kept by the allocator", if self.costs.host { passes.min(HEAP_KEPT) / 2 } else { 0 })
     }
 
     /// What round-to-nearest keeps of the widest layer on the host: its weights brought over and their residuals, the codes by

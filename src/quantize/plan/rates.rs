@@ -2,7 +2,7 @@
 
 use super::Job;
 use crate::checkpoint::checksum;
-use crate::device::{Activation, AttentionShape, BLOCK, ModelOps, PermuteSymmetric, SolveOps, Span};
+use crate::device::{AttentionShape, BLOCK, ModelOps, PermuteSymmetric, SolveOps, Span};
 use crate::quantize::settings::Solver;
 use crate::quantize::solve;
 use crate::quantize::statistics::Statistics;
@@ -26,7 +26,7 @@ pub struct Rates {
     pub factors: f64,
     /// Weights that get their codes.
     pub codes: f64,
-    /// Values computed one by one.
+    /// Values that are read, computed one by one and written.
     pub values: f64,
     /// Bytes of checksums.
     pub checked: f64,
@@ -75,7 +75,7 @@ impl Rates {
         drop(weight);
         let values = rate(&tokens, |tokens| {
             let x = noise(tokens, inner, 3)?;
-            timed((tokens * inner) as f64, &|| device.gated(&x, &x, Activation::Silu))
+            timed((tokens * inner) as f64, &|| device.scaled_difference(&x, &x, 2.0))
         })?;
 
         // As many samples of the usual length as fill a chunk.

@@ -21,7 +21,7 @@ pub struct Load {
     pub factors: f64,
     /// Weights that get their codes.
     pub codes: f64,
-    /// Values that are computed one by one.
+    /// Values that are read, computed one by one and written; a nonlinearity counts as three.
     pub values: f64,
     /// Bytes that go through a checksum.
     pub checked: f64,
@@ -124,7 +124,7 @@ fn vision(job: &Job<'_>) -> Load {
     let patches = sum(|chunk| chunk.all_patches);
     let (depth, windowed, width) = (load.depth as f64, load.windowed as f64, load.width as f64);
     let pairs = (depth - windowed) * sum(|chunk| chunk.patch_pairs) + windowed * patches * load.window as f64;
-    let inner = load.inner as f64 * if load.gated { 3.0 } else { 2.0 };
+    let inner = load.inner as f64 * if load.gated { 5.0 } else { 4.0 };
     // Where patches are merged, what is behind that runs on the merged ones, wider in proportion: the same product.
     Load {
         products: 2.0 * patches * embedder.tower as f64,
@@ -180,7 +180,7 @@ fn block(job: &Job<'_>, importance: Importance) -> Load {
 
     // Norms, results of products, nonlinearities; reading, copying, permuting and dequantizing weights; statistics made,
     // checked and brought into order.
-    let computed = (paths + 1.0) * (3.0 * hidden + 2.0 * query + 2.0 * key + 3.0 * inner)
+    let computed = (paths + 1.0) * (3.0 * hidden + 2.0 * query + 2.0 * key + 5.0 * inner)
         + (distinct + 1.0) * (1.0 + gptaq) * hidden
         + weighted * (6.0 * hidden + 8.0 * query + 6.0 * key);
     let values = tokens * computed + 6.0 * weights + squares * 4.0 * (1.0 + gptaq);
