@@ -19,8 +19,9 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 
+/// What to write where.
 #[derive(Parser)]
-struct Arguments {
+pub struct Arguments {
     /// Folder to write; it must not exist.
     out: PathBuf,
     #[arg(long, default_value_t = 1536)]
@@ -97,7 +98,15 @@ fn normal_row(bytes: &mut [u8], deviation: f32, seed: u64) {
 }
 
 fn main() -> Result<()> {
-    let Arguments { out, hidden, intermediate, heads, kv_heads, blocks, small } = Arguments::parse();
+    let arguments = Arguments::parse();
+    println!("{}: {:.2} GB", arguments.out.display(), write(&arguments)? as f64 / 1e9);
+    Ok(())
+}
+
+/// Writes the checkpoint; returns the bytes of its tensors.
+pub fn write(arguments: &Arguments) -> Result<usize> {
+    let Arguments { out, small, .. } = arguments;
+    let &Arguments { hidden, intermediate, heads, kv_heads, blocks, .. } = arguments;
     ensure!(
         hidden.is_multiple_of(heads) && (hidden / heads).is_multiple_of(16),
         "heads of a multiple of 16 are needed"
@@ -153,8 +162,8 @@ fn main() -> Result<()> {
     add("model.embed_tokens.weight", &[vocab, hidden], Content::Normal);
     add("lm_head.weight", &[vocab, hidden], Content::Normal);
 
-    fs::create_dir(&out).with_context(|| format!("cannot create {}", out.display()))?;
-    for entry in fs::read_dir(&small)? {
+    fs::create_dir(out).with_context(|| format!("cannot create {}", out.display()))?;
+    for entry in fs::read_dir(small)? {
         let entry = entry?;
         if entry.file_name() != "config.json" && entry.file_name() != "model.safetensors" {
             fs::copy(entry.path(), out.join(entry.file_name()))?;
@@ -176,6 +185,5 @@ fn main() -> Result<()> {
         file.write_all(&tensor.data(seed as u64 + 1))?;
     }
     file.flush()?;
-    println!("{}: {:.2} GB", out.display(), end as f64 / 1e9);
-    Ok(())
+    Ok(end)
 }

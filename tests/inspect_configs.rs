@@ -4,12 +4,11 @@
 
 mod support;
 
-use serde_json::{Map, Value, json};
-use std::fs::{self, File};
-use std::io::Write;
-use std::path::Path;
+use serde_json::{Value, json};
+use std::fs;
 use std::time::Instant;
 use support::program::{read_json, succeed, text};
+use support::sparse::{tensors, write_sparse};
 use support::{data, golden};
 
 /// Name, family, weights of the decoder's linear layers in billions as published, storage type.
@@ -27,49 +26,6 @@ const PUBLISHED: &[(&str, &str, f64, &str)] = &[
     ("Qwen3-VL-8B-Instruct", "qwen3_vl", 6.946, "BF16"),
     ("Qwen3-VL-32B-Instruct", "qwen3_vl", 31.206, "BF16"),
 ];
-
-/// Bytes of a shard, about as the published ones.
-const SHARD: u64 = 5_000_000_000;
-
-/// Names and shapes of a model's tensors.
-fn tensors(model: &Value) -> Vec<(String, Vec<u64>)> {
-    let mut all = Vec::new();
-    for line in model["tensors"].as_array().unwrap() {
-        let name = line[0].as_str().unwrap();
-        let shape: Vec<u64> = line[1].as_array().unwrap().iter().map(|side| side.as_u64().unwrap()).collect();
-        match line[2].as_u64().unwrap() {
-            0 => all.push((name.to_owned(), shape)),
-            blocks => all.extend((0..blocks).map(|block| (name.replace('#', &block.to_string()), shape.clone()))),
-        }
-    }
-    all
-}
-
-/// Writes tensors without data behind them: the files are holes, and take no room.
-fn write_sparse(folder: &Path, tensors: &[(String, Vec<u64>)], dtype: &str) {
-    let mut shards: Vec<(Map<String, Value>, u64)> = Vec::new();
-    let mut place = Vec::new();
-    for (name, shape) in tensors {
-        let bytes = 2 * shape.iter().product::<u64>();
-        if shards.last().is_none_or(|(_, end)| end + bytes > SHARD) {
-            shards.push((Map::new(), 0));
-        }
-        let (header, end) = shards.last_mut().unwrap();
-        header.insert(name.clone(), json!({"dtype": dtype, "shape": shape, "data_offsets": [*end, *end + bytes]}));
-        *end += bytes;
-        place.push((name, shards.len()));
-    }
-    let file = |number: usize| format!("model-{number:05}-of-{:05}.safetensors", shards.len());
-    let map: Map<String, Value> = place.iter().map(|(name, number)| ((*name).clone(), json!(file(*number)))).collect();
-    fs::write(folder.join("model.safetensors.index.json"), json!({"weight_map": map}).to_string()).unwrap();
-    for (number, (header, end)) in shards.iter().enumerate() {
-        let header = Value::Object(header.clone()).to_string();
-        let mut out = File::create(folder.join(file(number + 1))).unwrap();
-        out.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
-        out.write_all(header.as_bytes()).unwrap();
-        out.set_len(8 + header.len() as u64 + end).unwrap();
-    }
-}
 
 fn number(value: &Value) -> f64 {
     value.as_f64().unwrap()
@@ -118,7 +74,8 @@ fn published_checkpoints_are_inspected() {
         assert_eq!(part("output head").is_none(), tied, "{name}");
 
         // One block twice with its norms and biases, four matrices of the widest input with diagonal blocks, diagonal and
-        // order, two streams and rotary tables of 512 samples of 512 tokens, all in float32.
+        // order, two streams and rotary tables of 512 samples of 512 tokens, all in float32. Of H only the half that is
+        // written takes memory, where the system gives it in small pages; what the factorization takes for itself is less.
         let size = |key: &str| number(&found["decoder"][key]);
         let streams = 512.0 * 512.0 * (2.0 * size("hidden") + size("head_dim"));
         let norms_and_biases = 2.0 * size("hidden") + (size("heads") + 2.0 * size("kv_heads")) * size("head_dim");
@@ -127,6 +84,7 @@ fn published_checkpoints_are_inspected() {
         let matrices = 4.0 * inner.powi(2) + (2.0 * 128.0 + 2.0) * inner + 128.0 * 128.0;
         let expected = 4.0 * (blocks + matrices + streams);
         let peak = number(&found["estimate"]["peak_memory_bytes"]);
-        assert!((peak / expected - 1.0).abs() < 1e-6, "{name}: {peak} against {expected}");
+        assert!((expected - 2.0 * inner.powi(2)..1.02 * expected).contains(&peak), "{name}: {peak} against {expected}");
+        assert!(number(&found["estimate"]["seconds"]) > 1.0, "{name}");
     }
 }

@@ -15,7 +15,7 @@ use vlmq::checkpoint::formats::Format;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{Cuda, Precision};
 use vlmq::device::{Device, ModelOps, SolveOps};
-use vlmq::model::families::ImageOptions;
+use vlmq::model::families::{ImageMode, ImageOptions};
 use vlmq::progress::{Observer, Stage};
 use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::plan::{Activations, MemoryPlan};
@@ -156,7 +156,7 @@ fn the_cpu_parks_nothing() {
     assert_eq!(Cpu.download(&x).unwrap(), whole(3, 4, 1));
     Cpu.fetch(&mut x).unwrap();
     assert_eq!((Cpu.memory_limit(), Cpu.peak_bytes()), (None, None));
-    assert_eq!(Cpu.statistics_workspace(64, 8, true), 0);
+    assert_eq!(Cpu.triangle_bytes(8), 256);
 }
 
 /// A few samples in several chunks. Twice as wide as anything else in it, the MLP makes the solve the worst step.
@@ -245,6 +245,51 @@ fn streamed_runs_write_the_same_bytes_within_their_plan() {
         assert!(streamed.device_bytes < resident.device_bytes && streamed.host_bytes > 0, "{streamed:?}");
         let bytes = run(Some(resident.device_bytes), Activations::Resident);
         assert!(run(Some(streamed.device_bytes), Activations::Streamed) == bytes, "{name}: other bytes when streamed");
+    }
+}
+
+/// Checkpoints of every family, their settings of images, and the device's precision.
+const FAMILIES: &[(&str, ImageOptions, Precision)] = &[
+    ("nested-f16-sharded", pixels(12544), Precision::F16),
+    ("qwen2_5_vl-flat-bf16", pixels(20000), Precision::Bf16),
+    ("qwen2_5_vl-nested-f16", pixels(20000), Precision::F16),
+    ("llava-hub-tied-f16", ImageOptions { min_pixels: None, max_pixels: None, image_mode: None }, Precision::F16),
+    (
+        "llava-v5-f32",
+        ImageOptions { min_pixels: None, max_pixels: None, image_mode: Some(ImageMode::Anyres) },
+        Precision::F32,
+    ),
+    ("qwen3_vl-tied-bf16", pixels(8192), Precision::Bf16),
+    ("qwen3_vl-f16-sharded", pixels(8192), Precision::F16),
+];
+
+const fn pixels(most: usize) -> ImageOptions {
+    ImageOptions { min_pixels: None, max_pixels: Some(most), image_mode: None }
+}
+
+#[test]
+fn every_familys_tower_holds_what_was_planned() {
+    let work = tempfile::tempdir().unwrap();
+    for &(name, image_options, precision) in FAMILIES {
+        let usual = settings(&work.path().join(name), SolverSettings::default(), Importance::None);
+        let settings = PipelineSettings {
+            model: golden("model").join(name),
+            calib: Some(golden("model").join(format!("{name}.jsonl"))),
+            solver: SolverSettings { solver: Solver::Gptq, group_size: Some(32), ..SolverSettings::default() },
+            image_options,
+            samples: 3,
+            ..usual
+        };
+        let device = devices::device(precision);
+        println!("{name}");
+        let plan = pipeline::plan(&device, &settings).unwrap();
+        assert_eq!(plan.stages[0].stage, Stage::Vision, "{name}");
+        let report = pipeline::run(&device, &settings, &mut ()).unwrap();
+        let stage = &report.memory_plan.stages[0];
+        let measured = stage.measured_bytes.unwrap();
+        println!("{}: {measured} of {}, {:.3}", stage.step, stage.bytes, measured as f64 / stage.bytes as f64);
+        assert!(measured <= stage.bytes && 10 * measured >= 9 * stage.bytes, "{name}: {measured} of {stage:?}");
+        assert!(report.peak_device_bytes.unwrap() <= plan.device_bytes, "{name}: {report:?}");
     }
 }
 

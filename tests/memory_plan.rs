@@ -5,6 +5,7 @@
 mod support;
 
 use support::message;
+use vlmq::model::families::VisionLoad;
 use vlmq::progress::Stage;
 use vlmq::quantize::inspect::DecoderShape;
 use vlmq::quantize::plan::{Activations, ChunkSize, Costs, EmbedderSize, Job, MemoryPlan, StagePlan};
@@ -108,8 +109,8 @@ fn wide_layers_of_small_inputs_are_seen_too() {
     let plan = fit(&job, None);
     let stage = &plan.stages[0];
     assert_eq!(stage.step, "importance");
-    // Four of the stream's width, six of the queries', four of the keys', and two float32 a head; row numbers and factors.
-    let temporary = 2048 * (2 * (4 * 64 + 6 * 64 + 4 * 32) + 2 * 4 * 2) + 4096 + 16 * 2048;
+    // Four of the stream's width, five of the queries', four of the keys'; row numbers and factors.
+    let temporary = 2048 * 2 * (4 * 64 + 5 * 64 + 4 * 32) + 4096 + 16 * 2048;
     assert_eq!(bytes_of(stage, "intermediate results"), temporary);
     // Streamed: the longest chunk and the one behind it.
     let streamed = fit(&job, Some(plan.device_bytes - 1));
@@ -122,10 +123,10 @@ fn wide_layers_of_small_inputs_are_seen_too() {
 #[test]
 fn the_vision_stage_holds_the_tower_and_what_went_before() {
     let solver = settings(Solver::Gptq);
-    let chunk = ChunkSize { tokens: 2048, image_tokens: 2000, patches: 8000 };
-    // Qwen2-VL's: 1280 wide, MLP of 5120.
-    let embedder =
-        EmbedderSize { table: 152_064 * 3584, tower: 675_759_104, patch_values: 1176, width: 1280, inner: 2 * 5120 };
+    let chunk = ChunkSize { tokens: 2048, image_tokens: 2000, patches: 8000, ..ChunkSize::default() };
+    // Qwen2-VL's: 1280 wide, MLP of 5120, heads of 80.
+    let load = VisionLoad { patch: 1176, width: 1280, inner: 5120, rotary: 80, depth: 32, ..VisionLoad::default() };
+    let embedder = EmbedderSize { table: 152_064 * 3584, tower: 675_759_104, load };
     let job = Job { chunks: vec![chunk; 128], embedder: Some(embedder), ..job(&solver, Importance::None) };
     let plan = fit(&job, None);
     let stage = &plan.stages[0];
@@ -133,7 +134,8 @@ fn the_vision_stage_holds_the_tower_and_what_went_before() {
     assert_eq!(bytes_of(stage, "table"), 2 * 152_064 * 3584);
     assert_eq!(bytes_of(stage, "tower"), 2 * 675_759_104);
     assert_eq!(bytes_of(stage, "streams so far"), 127 * 2048 * 7680);
-    let per_patch = 2 * (1176 + 4 * 1280 + 2 * 5120) + 320;
+    // The stream and both results inside the MLP, and the rotary tables.
+    let per_patch = 2 * (1280 + 2 * 5120) + 320;
     assert_eq!(bytes_of(stage, "intermediate"), 8000 * per_patch + 4096 + 16 * 8000 + 2 * 2000 * 3584);
     // Without images the last chunk's own stream is what is added.
     let chunk = ChunkSize { tokens: 2048, ..ChunkSize::default() };
@@ -146,7 +148,7 @@ fn the_vision_stage_holds_the_tower_and_what_went_before() {
 #[test]
 fn features_for_later_blocks_last_as_long_as_the_streams() {
     let solver = settings(Solver::Gptaq);
-    let chunk = ChunkSize { tokens: 2048, image_tokens: 2000, patches: 8000 };
+    let chunk = ChunkSize { tokens: 2048, image_tokens: 2000, patches: 8000, ..ChunkSize::default() };
     let without = Job { chunks: vec![chunk; 128], ..job(&solver, Importance::Vlmq) };
     let with = Job { deepstack: 3, ..without.clone() };
     let features = 128 * 3 * 2000 * 3584 * 2;

@@ -148,7 +148,19 @@ impl Checkpoint {
     fn floats(&self, name: &str, tensor: StoredTensor<'_>, rows: usize, cols: usize) -> Result<Matrix> {
         let float = self.float_type_of(name, tensor.dtype)?;
         self.check_finite(name)?;
-        Matrix::new(rows, cols, floats_from_bytes(float, tensor.bytes))
+        let values = floats_from_bytes(float, tensor.bytes);
+        self.release(name);
+        Matrix::new(rows, cols, values)
+    }
+
+    /// Lets the system have the pages of a tensor back that were read: they count as this process's memory. They are read
+    /// again where they are wanted again.
+    pub(crate) fn release(&self, name: &str) {
+        if let Some(shard) = self.shard_of.get(name).map(|&shard| &self.shards[shard])
+            && let Some(info) = shard.header.info(name)
+        {
+            shard.release(info.data_offsets);
+        }
     }
 
     /// Refuses a tensor `name` of floats that holds a NaN or an infinity.

@@ -50,6 +50,23 @@ impl Shard {
     pub(crate) fn bytes(&self, offsets: (usize, usize)) -> &[u8] {
         &self.map[self.data_start + offsets.0..self.data_start + offsets.1]
     }
+
+    /// Takes the pages of these bytes out of this process's memory until they are read again.
+    pub(crate) fn release(&self, offsets: (usize, usize)) {
+        #[cfg(unix)]
+        release(&self.map, self.data_start + offsets.0, offsets.1 - offsets.0);
+        #[cfg(not(unix))]
+        let _ = offsets;
+    }
+}
+
+/// Takes pages of a map out of this process's memory.
+#[cfg(unix)]
+#[allow(unsafe_code)]
+fn release(map: &Mmap, start: usize, length: usize) {
+    // SAFETY: the map is of a file and never written to, so that what is dropped is read from the file again.
+    // A system that refuses keeps the pages, which is no harm.
+    let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, length) };
 }
 
 /// Maps a file for reading.

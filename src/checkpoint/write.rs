@@ -67,10 +67,7 @@ impl Writer {
         settings: &SolverSettings,
     ) -> Result<Self> {
         check_target(target)?;
-        let (linears, tensors) = Self::check(checkpoint, quantized, format, settings)?;
-        let mut metadata: BTreeMap<String, String> = checkpoint.metadata().into_iter().collect();
-        metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
-        let plan = Plan::new(&tensors, shard_bytes, &metadata)?;
+        let (linears, plan) = Self::plan(shard_bytes, checkpoint, quantized, format, settings)?;
         let quantization = format.quantization_config(quantized, &other_matrices(checkpoint, &linears), settings);
         let config = new_config(checkpoint, quantization.as_ref())?;
 
@@ -107,10 +104,41 @@ impl Writer {
             if let Some(&place) = writer.plan.places.get(name).filter(|_| !writer.replaced(name)) {
                 checkpoint.check_finite(name)?;
                 writer.put(place, checkpoint.tensor(name)?.bytes)?;
+                checkpoint.release(name);
                 writer.written.insert(name.to_owned());
             }
         }
         Ok(writer)
+    }
+
+    /// The layers by name, and where all tensors go.
+    fn plan(
+        shard_bytes: u64,
+        checkpoint: &Checkpoint,
+        quantized: &[LinearSpec],
+        format: Format,
+        settings: &SolverSettings,
+    ) -> Result<(HashMap<String, LinearSpec>, Plan)> {
+        let (linears, tensors) = Self::check(checkpoint, quantized, format, settings)?;
+        let mut metadata: BTreeMap<String, String> = checkpoint.metadata().into_iter().collect();
+        metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
+        Ok((linears, Plan::new(&tensors, shard_bytes, &metadata)?))
+    }
+
+    /// Bytes of the files that [`create`](Self::create) would reserve and copy. Errors as it does, of what headers tell.
+    pub(crate) fn planned_bytes(
+        checkpoint: &Checkpoint,
+        quantized: &[LinearSpec],
+        format: Format,
+        settings: &SolverSettings,
+    ) -> Result<u64> {
+        let (_, plan) = Self::plan(SHARD_BYTES, checkpoint, quantized, format, settings)?;
+        let mut bytes = plan.shards.iter().map(|shard| shard.length).sum::<u64>();
+        for name in side_files(checkpoint.folder())?.into_iter().chain(["config.json".into()]) {
+            let path = checkpoint.folder().join(name);
+            bytes += fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?.len();
+        }
+        Ok(bytes + plan.index().map_or(0, |index| index.len() as u64))
     }
 
     /// What the headers alone can tell of a plan: [`create`](Self::create)'s errors about checkpoint, layers and settings.

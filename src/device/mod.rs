@@ -20,6 +20,55 @@ pub use solve_ops::{
 use crate::tensor::Matrix;
 use anyhow::Result;
 
+/// Work that takes memory for itself while it runs, beside its arguments and results: for memory plans.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// [`ModelOps::linear`].
+    Linear {
+        /// Channels of the input.
+        inner: usize,
+    },
+    /// [`ModelOps::attention`].
+    Attention {
+        /// Rows of queries and keys.
+        tokens: usize,
+        /// The longest span.
+        longest: usize,
+        /// Heads.
+        shape: AttentionShape,
+    },
+    /// [`ModelOps::attention_backward`], of the same.
+    AttentionBackward {
+        /// Rows of queries and keys.
+        tokens: usize,
+        /// The longest span.
+        longest: usize,
+        /// Heads.
+        shape: AttentionShape,
+    },
+    /// [`SolveOps::accumulate_statistics`].
+    Statistics {
+        /// Rows of the inputs.
+        tokens: usize,
+        /// Their width.
+        features: usize,
+        /// Whether there is a cross term.
+        cross: bool,
+    },
+    /// [`SolveOps::factor`] and [`SolveOps::cross_factor`].
+    Factor {
+        /// Side of the matrix.
+        features: usize,
+    },
+    /// [`SolveOps::add_product`] of all columns before the last `columns` of a layer.
+    Carry {
+        /// Inputs of the layer.
+        features: usize,
+        /// Columns that are brought up to date.
+        columns: usize,
+    },
+}
+
 /// Owner of tensors: dense row-major matrices `[rows, cols]` in device memory.
 pub trait Device: Send + Sync + 'static {
     /// A dense row-major matrix in device memory.
@@ -69,6 +118,16 @@ pub trait Device: Send + Sync + 'static {
 
     /// Begins to look for a new peak.
     fn reset_peak(&self) {}
+
+    /// Bytes of memory that `work` takes for itself.
+    fn workspace(&self, _work: Work) -> u64 {
+        0
+    }
+
+    /// Bytes that statistics `[features, features]` take of which only the upper triangle is written.
+    fn triangle_bytes(&self, features: usize) -> u64 {
+        4 * (features as u64).pow(2)
+    }
 
     /// `(rows, cols)` of a tensor.
     fn shape(&self, tensor: &Self::Tensor) -> (usize, usize);

@@ -155,12 +155,6 @@ pub trait SolveOps: Device {
         g: Option<&[f32]>,
     ) -> Result<()>;
 
-    /// Bytes of work space that [`accumulate_statistics`](Self::accumulate_statistics) takes in device memory for inputs
-    /// `[tokens, features]`, for memory plans.
-    fn statistics_workspace(&self, _tokens: usize, _features: usize, _with_cross: bool) -> usize {
-        0
-    }
-
     /// Diagonal of a square tensor.
     fn diagonal(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
 

@@ -118,7 +118,8 @@ pub fn run<D: ModelOps>(device: &D, settings: &EvaluationSettings, observer: &mu
 
 /// Refuses what [`run`] would refuse of the data after a model was loaded, but for what it answers: reads the data, and
 /// builds the sequences with the checkpoint's tokenizer, template and image processor, which leaves the weights alone.
-pub fn check<D: ModelOps>(settings: &EvaluationSettings) -> Result<()> {
+/// Returns the number of samples.
+pub fn check<D: ModelOps>(settings: &EvaluationSettings) -> Result<usize> {
     let conversations = read(settings)?;
     conversations.iter().try_for_each(|conversation| rule(conversation).map(drop))?;
     let checkpoint = Checkpoint::open(&settings.model)?;
@@ -126,7 +127,8 @@ pub fn check<D: ModelOps>(settings: &EvaluationSettings) -> Result<()> {
     let builder = SequenceBuilder::with_template(checkpoint.folder(), vision, &settings.chat_template)?;
     let check = |conversation| builder.build(conversation).and_then(|_| builder.prompt(conversation)).map(drop);
     let checked: Vec<Result<()>> = conversations.par_iter().map(check).collect();
-    checked.into_iter().collect()
+    checked.into_iter().collect::<Result<()>>()?;
+    Ok(conversations.len())
 }
 
 /// As [`run`], against logits that [`answer_logits`] found before: one pass of the reference model serves many runs.

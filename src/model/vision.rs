@@ -110,15 +110,22 @@ impl<T> Mlp<T> {
         })
     }
 
-    /// Applies the layers to every row.
-    pub fn apply<D: ModelOps<Tensor = T>>(&self, device: &D, x: &T) -> Result<T> {
+    /// Applies the layers to every row. What is not needed any more is given back at once: an image's patches are many.
+    pub fn apply<D: ModelOps<Tensor = T>>(&self, device: &D, x: T) -> Result<T> {
         match self {
             Self::Plain { first, second, activation } => {
-                second.apply(device, &device.activate(&first.apply(device, x)?, *activation)?)
+                let inner = first.apply(device, &x)?;
+                drop(x);
+                let active = device.activate(&inner, *activation)?;
+                drop(inner);
+                second.apply(device, &active)
             }
             Self::Gated { gate, up, down, activation } => {
-                let (gate, up) = (gate.apply(device, x)?, up.apply(device, x)?);
-                down.apply(device, &device.gated(&gate, &up, *activation)?)
+                let (gate, up) = (gate.apply(device, &x)?, up.apply(device, &x)?);
+                drop(x);
+                let inner = device.gated(&gate, &up, *activation)?;
+                drop((gate, up));
+                down.apply(device, &inner)
             }
         }
     }
@@ -171,18 +178,21 @@ impl<T> Attention<T> {
     pub fn apply<D: ModelOps<Tensor = T>>(
         &self,
         device: &D,
-        x: &T,
+        x: T,
         rotary: Option<&Rotary<T>>,
         spans: &[Span],
     ) -> Result<T> {
-        let mut q = self.qkv[0].apply(device, x)?;
-        let mut k = self.qkv[1].apply(device, x)?;
-        let v = self.qkv[2].apply(device, x)?;
+        let mut q = self.qkv[0].apply(device, &x)?;
+        let mut k = self.qkv[1].apply(device, &x)?;
+        let v = self.qkv[2].apply(device, &x)?;
+        drop(x);
         if let Some(rotary) = rotary {
             device.rotate(&mut q, rotary, false)?;
             device.rotate(&mut k, rotary, false)?;
         }
-        self.output.apply(device, &device.attention(&q, &k, &v, spans, self.shape)?)
+        let mixed = device.attention(&q, &k, &v, spans, self.shape)?;
+        drop((q, k, v));
+        self.output.apply(device, &mixed)
     }
 }
 
@@ -212,8 +222,8 @@ impl<T> TowerBlock<T> {
         spans: &[Span],
     ) -> Result<()> {
         let normed = self.attention_norm.apply(device, x)?;
-        device.add_assign(x, &self.attention.apply(device, &normed, rotary, spans)?)?;
+        device.add_assign(x, &self.attention.apply(device, normed, rotary, spans)?)?;
         let normed = self.mlp_norm.apply(device, x)?;
-        device.add_assign(x, &self.mlp.apply(device, &normed)?)
+        device.add_assign(x, &self.mlp.apply(device, normed)?)
     }
 }

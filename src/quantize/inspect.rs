@@ -1,18 +1,16 @@
 //! What a checkpoint holds, what would be quantized, and what that would cost.
 
 use super::pipeline::CHUNK_TOKENS;
-use super::plan::{ChunkSize, Costs, EmbedderSize, Job, MemoryPlan};
+use super::plan::{ChunkSize, Costs, EmbedderSize, Job, MemoryPlan, Rates, block_work};
 use super::settings::{Importance, Solver, SolverSettings};
 use crate::checkpoint::Checkpoint;
-use crate::device::ModelOps;
+use crate::device::{ModelOps, SolveOps};
 use crate::model::config::{DecoderConfig, Section};
 use crate::model::decoder::{Projection, module_name};
-use crate::model::families::{self, ModelConfig};
-use crate::tensor::Matrix;
+use crate::model::families::{self, ModelConfig, VisionLoad};
 use anyhow::{Result, ensure};
 use serde::Serialize;
 use std::path::Path;
-use std::time::Instant;
 
 /// A part of a checkpoint: vision tower, embeddings, decoder, …
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -98,80 +96,50 @@ pub struct Workload {
     pub solver: Solver,
     /// How tokens are weighted.
     pub importance: Importance,
-    /// Bytes of a weight or an activation on the device.
-    pub element_bytes: usize,
-    /// Floating-point operations a second that the device's matrix products reach, all threads together.
-    pub flops_per_second: f64,
 }
 
-/// What quantizing would take, by counting matrix products and arrays; the vision tower and reading files are left out.
+/// What quantizing would take, by the counts of [`plan`](super::plan); the vision tower and reading files are left out.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Estimate {
     /// The work it is for.
     #[serde(flatten)]
     pub workload: Workload,
-    /// Bytes held at the worst moment of quantizing the blocks, activations included; see [`MemoryPlan`].
+    /// Bytes of the device's memory held at the worst moment of quantizing the blocks, activations included.
     pub peak_memory_bytes: u64,
-    /// Floating-point operations.
+    /// Floating-point operations of products.
     pub flops: f64,
     /// Wall-clock seconds.
     pub seconds: f64,
+    /// Floating-point operations a second that products by weights reached here.
+    pub flops_per_second: f64,
 }
 
-/// Counts what quantizing a decoder would take: the passes of [`BlockQuantizer`](crate::quantize::block), the statistics
-/// and the solves, in multiplications with an addition.
-pub fn estimate(shape: &DecoderShape, workload: &Workload) -> Estimate {
-    let hidden = shape.hidden as f64;
-    let inner = shape.intermediate as f64;
-    let query = (shape.heads * shape.head_dim) as f64;
-    let key = (shape.kv_heads * shape.head_dim) as f64;
-    let tokens = (workload.samples * workload.tokens) as f64;
-    let calibrated = if workload.solver == Solver::Rtn { 0.0 } else { 1.0 };
-    let gptaq = if workload.solver == Solver::Gptaq { 1.0 } else { 0.0 };
-    let weighted = if workload.importance == Importance::Vlmq { calibrated } else { 0.0 };
-    // Paths: the quantized one, and the float one where something looks at it.
-    let paths = calibrated + f64::max(gptaq, weighted);
-
-    // Per token. Scores and mixing, causal: half of two products with all tokens of the sample.
-    let attention = workload.tokens as f64 * query;
-    let attention_input = hidden * (query + 2.0 * key) + attention;
-    let output = query * hidden;
-    let mlp_input = 2.0 * hidden * inner;
-    let down = hidden * inner;
-    // Importance looks through the attention module on both paths and once back.
-    let importance = weighted * (2.0 * (attention_input + output) + output + 2.5 * attention);
-    // Inputs of o and down on every path; the float path advances with them, the quantized one once its codes are there.
-    let passes = paths * (attention_input + mlp_input)
-        + (paths - calibrated) * (output + down)
-        + calibrated * (attention_input + output + mlp_input + down);
-
-    // H of each distinct input, q, k and v apart where each has its own importance; half of it, being symmetric. C is not.
-    let distinct = 1.0 + 2.0 * weighted;
-    let squares = (distinct + 1.0) * hidden.powi(2) + query.powi(2) + inner.powi(2);
-    let statistics = squares * (0.5 * calibrated + gptaq);
-
-    // Rows times a triangle for the errors, as much again for the cross term and for the reported error; factors.
-    let rows_squares =
-        hidden.powi(2) * (query + 2.0 * key + 2.0 * inner) + query.powi(2) * hidden + inner.powi(2) * hidden;
-    let cubes = (distinct + 1.0) * hidden.powi(3) + query.powi(3) + inner.powi(3);
-    let solve = 0.5 * rows_squares * (2.0 * calibrated + gptaq) + cubes * (calibrated + 2.0 * gptaq) / 6.0;
-
-    let flops = 2.0 * (tokens * (importance + passes + statistics) + solve) * shape.blocks as f64;
-
+/// Counts what quantizing a decoder would take; `rates` are asked for once the work is known.
+pub fn estimate(
+    shape: &DecoderShape,
+    workload: &Workload,
+    costs: &Costs<'_>,
+    rates: impl FnOnce(&Job<'_>) -> Result<Rates>,
+) -> Result<Estimate> {
     let solver = SolverSettings { solver: workload.solver, ..SolverSettings::default() };
     let per_chunk = (CHUNK_TOKENS / workload.tokens.max(1)).max(1);
-    let chunk = ChunkSize { tokens: per_chunk * workload.tokens, ..ChunkSize::default() };
-    let job = Job {
-        shape: *shape,
-        solver: &solver,
-        importance: workload.importance,
-        chunks: vec![chunk; workload.samples.div_ceil(per_chunk)],
-        deepstack: 0,
-        embedder: None,
+    let chunk = ChunkSize {
+        tokens: per_chunk * workload.tokens,
+        longest: workload.tokens,
+        pairs: per_chunk * workload.tokens * workload.tokens,
+        ..ChunkSize::default()
     };
-    let peak = MemoryPlan::resident(&job, &Costs::plain(workload.element_bytes)).device_bytes;
-
-    Estimate { workload: *workload, peak_memory_bytes: peak, flops, seconds: flops / workload.flops_per_second }
+    let chunks = vec![chunk; workload.samples.div_ceil(per_chunk)];
+    let importance = workload.importance;
+    let job = Job { shape: *shape, solver: &solver, importance, chunks, deepstack: 0, embedder: None };
+    let (work, rates) = (block_work(&job), rates(&job)?);
+    Ok(Estimate {
+        workload: *workload,
+        peak_memory_bytes: MemoryPlan::resident(&job, costs).device_bytes,
+        flops: work.flops(),
+        seconds: work.seconds(&rates),
+        flops_per_second: rates.products,
+    })
 }
 
 /// What [`inspect`] found.
@@ -195,11 +163,11 @@ pub struct Inspection {
     pub estimate: Option<Estimate>,
 }
 
-/// Reads configuration and tensor headers of a checkpoint, no weights; the time of the estimate is from a short product
-/// run on this machine.
+/// Reads configuration and tensor headers of a checkpoint, no weights; the time of the estimate is from short probes of this
+/// machine.
 ///
 /// Errors as [`Checkpoint::open`], and for a family that is not known or a tensor that is missing or of another shape.
-pub fn inspect<D: ModelOps>(device: &D, folder: &Path) -> Result<Inspection> {
+pub fn inspect<D: ModelOps + SolveOps>(device: &D, folder: &Path) -> Result<Inspection> {
     let checkpoint = Checkpoint::open(folder)?;
     let config = families::of::<D>(&checkpoint)?.config(&checkpoint)?;
     let shape = DecoderShape::of(&config.decoder);
@@ -211,11 +179,9 @@ pub fn inspect<D: ModelOps>(device: &D, folder: &Path) -> Result<Inspection> {
     let estimate = match quantization {
         Some(_) => None,
         None => {
-            let flops_per_second = measured_flops_per_second(device)?;
             let (solver, importance) = (SolverSettings::default().solver, Importance::Vlmq);
-            let element_bytes = device.element_bytes();
-            let workload = Workload { samples: 512, tokens: 512, solver, importance, element_bytes, flops_per_second };
-            Some(estimate(&shape, &workload))
+            let workload = Workload { samples: 512, tokens: 512, solver, importance };
+            Some(estimate(&shape, &workload, &Costs::of(device), |job| Rates::measure(device, job))?)
         }
     };
     let parts = parts(&checkpoint, &config)?;
@@ -294,49 +260,22 @@ fn parts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Part>> {
 }
 
 /// What the embedding and, unless `text_only`, the vision tower take, from tensor headers alone.
-///
-/// All towers begin with a convolution over patches `[width, channels, …]`. Of their 2-D weights, those that widen `width`
-/// are the MLP's, but for fused queries, keys and values, which are taken apart; where two widen for one that narrows, the
-/// MLP is gated and holds three results at once instead of two.
-pub(super) fn embedder_size(checkpoint: &Checkpoint, config: &ModelConfig, text_only: bool) -> Result<EmbedderSize> {
-    let mut size = EmbedderSize::default();
-    let mut weights = Vec::new();
+pub(super) fn embedder_size(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    load: VisionLoad,
+    text_only: bool,
+) -> Result<EmbedderSize> {
+    let mut size = EmbedderSize { load, ..EmbedderSize::default() };
     for name in checkpoint.names() {
-        let shape = checkpoint.tensor(name)?.shape;
-        let values: usize = shape.iter().product();
+        let values: usize = checkpoint.tensor(name)?.shape.iter().product();
         match part_of(name, config) {
             1 => size.table += values,
             0 if !text_only => size.tower += values,
-            _ => continue,
-        }
-        match shape[..] {
-            [rows, cols] => weights.push((rows, cols)),
-            // The patch embedding.
-            [width, _, _, ..] => (size.width, size.patch_values) = (width, values / width.max(1)),
             _ => {}
         }
     }
-    let widening = weights.iter().filter(|&&(rows, cols)| cols == size.width && rows != 3 * cols);
-    let inner = widening.map(|&(rows, _)| rows).max().unwrap_or(0);
-    let count = |shape: (usize, usize)| weights.iter().filter(|&&weight| weight == shape).count();
-    let gated = inner != size.width && count((inner, size.width)) >= 2 * count((size.width, inner)).max(1);
-    size.inner = inner * if gated { 3 } else { 2 };
     Ok(size)
-}
-
-/// Speed of a mid-sized product, the best of a few.
-fn measured_flops_per_second<D: ModelOps>(device: &D) -> Result<f64> {
-    const SIDE: usize = 1024;
-    let side = device.upload_model(Matrix::new(SIDE, SIDE, vec![1.0; SIDE * SIDE])?)?;
-    let mut best = f64::INFINITY;
-    for _ in 0..3 {
-        let start = Instant::now();
-        let product = device.linear(&side, &side, None)?;
-        // Reading it back waits for devices that compute behind our back.
-        device.download(&product)?;
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    Ok(2.0 * (SIDE as f64).powi(3) / best)
 }
 
 #[cfg(test)]
@@ -346,8 +285,18 @@ mod tests {
     const SEVEN_BILLION: DecoderShape =
         DecoderShape { blocks: 28, hidden: 3584, intermediate: 18944, heads: 28, kv_heads: 4, head_dim: 128 };
 
-    fn workload(solver: Solver, importance: Importance) -> Workload {
-        Workload { samples: 512, tokens: 512, solver, importance, element_bytes: 4, flops_per_second: 1e12 }
+    fn of(solver: Solver, importance: Importance) -> Estimate {
+        let rates = Rates {
+            products: 1e12,
+            attention: 1e12,
+            statistics: 1e12,
+            factors: 1e12,
+            codes: f64::INFINITY,
+            values: f64::INFINITY,
+            checked: 1.0,
+        };
+        let workload = Workload { samples: 512, tokens: 512, solver, importance };
+        estimate(&SEVEN_BILLION, &workload, &Costs::plain(4), |_| Ok(rates)).unwrap()
     }
 
     #[test]
@@ -359,20 +308,19 @@ mod tests {
     #[test]
     fn estimates_are_of_the_known_size() {
         // 7B, 512 samples of 512 tokens: 28 blocks of two forward passes of about 122 TFLOP and 104 TFLOP of H.
-        let gptq = estimate(&SEVEN_BILLION, &workload(Solver::Gptq, Importance::None));
+        let gptq = of(Solver::Gptq, Importance::None);
         assert!((8e15..11e15).contains(&gptq.flops), "{:e}", gptq.flops);
         // One stream of 3.8 GB in float32, weights of 1.9 GB, H and factor of 2.9 GB.
         assert!((8e9..9e9).contains(&(gptq.peak_memory_bytes as f64)), "{}", gptq.peak_memory_bytes);
         // The second stream, C and the cross term.
-        let vlmq = estimate(&SEVEN_BILLION, &workload(Solver::Gptaq, Importance::Vlmq));
+        let vlmq = of(Solver::Gptaq, Importance::Vlmq);
         assert!((14.5e9..15.5e9).contains(&(vlmq.peak_memory_bytes as f64)), "{}", vlmq.peak_memory_bytes);
-        let estimate = gptq;
-        assert_eq!(estimate.seconds, estimate.flops / 1e12);
+        assert!((gptq.seconds / (gptq.flops / 1e12) - 1.0).abs() < 1e-9);
     }
 
     #[test]
     fn more_method_costs_more() {
-        let flops = |solver, importance| estimate(&SEVEN_BILLION, &workload(solver, importance)).flops;
+        let flops = |solver, importance| of(solver, importance).flops;
         let rising = [
             flops(Solver::Rtn, Importance::Vlmq),
             flops(Solver::Gptq, Importance::None),

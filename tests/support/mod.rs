@@ -14,6 +14,8 @@ pub mod kernels;
 #[cfg(feature = "run")]
 pub mod program;
 pub mod solving;
+#[cfg(feature = "run")]
+pub mod sparse;
 
 use std::path::{Path, PathBuf};
 use vlmq::tensor::Matrix;

@@ -4,7 +4,7 @@ use crate::values::{DeviceChoice, GroupSize, log_level, named, positive, presets
 use crate::{eval, text};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use std::path::{Path, PathBuf};
 use vlmq::calibration::template::TemplateChoice;
 use vlmq::checkpoint::formats::Format;
@@ -106,6 +106,10 @@ pub(crate) struct QuantizeArgs {
     /// GPU memory to use at most, such as 24GiB or 500MB; otherwise what is free, less a sixteenth
     #[arg(long, value_name = "SIZE", value_parser = text::parse_bytes, allow_negative_numbers = true)]
     max_gpu_memory: Option<u64>,
+    /// Check all inputs and say what memory, disk and time the run would take; read no weights, write nothing
+    #[arg(long, value_name = "text|json", num_args = 0..=1, require_equals = true, default_missing_value = "text",
+        hide_possible_values = true)]
+    pub(crate) dry_run: Option<DryRunFormat>,
     #[command(flatten)]
     method: MethodArgs,
     #[command(flatten)]
@@ -114,6 +118,13 @@ pub(crate) struct QuantizeArgs {
     data: CalibrationArgs,
     #[command(flatten)]
     images: ImageArgs,
+}
+
+/// How `--dry-run` prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DryRunFormat {
+    Text,
+    Json,
 }
 
 #[derive(Debug, Args)]

@@ -3,10 +3,10 @@
 use crate::args::InspectArgs;
 use crate::{print_lines, text};
 use anyhow::Result;
-use vlmq::device::ModelOps;
+use vlmq::device::{ModelOps, SolveOps};
 use vlmq::quantize::inspect::{self, Inspection};
 
-pub(crate) fn run<D: ModelOps>(device: &D, args: &InspectArgs) -> Result<()> {
+pub(crate) fn run<D: ModelOps + SolveOps>(device: &D, args: &InspectArgs) -> Result<()> {
     let inspection = inspect::inspect(device, &args.model)?;
     if args.json {
         return print_lines(&[serde_json::to_string_pretty(&inspection)?]);
@@ -55,7 +55,7 @@ fn describe(inspection: &Inspection) -> Vec<String> {
             estimate.workload.tokens,
             text::bytes(estimate.peak_memory_bytes),
             text::seconds(estimate.seconds),
-            estimate.workload.flops_per_second / 1e9
+            estimate.flops_per_second / 1e9
         ));
     }
     lines
@@ -64,15 +64,16 @@ fn describe(inspection: &Inspection) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vlmq::quantize::inspect::{DecoderShape, LinearKind, Part, Workload, estimate, group_sizes};
+    use vlmq::quantize::inspect::{DecoderShape, Estimate, LinearKind, Part, Workload, group_sizes};
     use vlmq::quantize::settings::{Importance, Solver};
 
     #[test]
     fn descriptions_are_tables() {
         let decoder = DecoderShape { blocks: 6, hidden: 256, intermediate: 768, heads: 4, kv_heads: 2, head_dim: 64 };
         let (solver, importance) = (Solver::Gptaq, Importance::Vlmq);
-        let workload =
-            Workload { samples: 512, tokens: 512, solver, importance, element_bytes: 4, flops_per_second: 1e11 };
+        let workload = Workload { samples: 512, tokens: 512, solver, importance };
+        let estimate =
+            Estimate { workload, peak_memory_bytes: 1 << 30, flops: 1e13, seconds: 100.0, flops_per_second: 1e11 };
         let vision = Part { name: "vision tower".into(), tensors: 54, bytes: 2048, types: vec!["BF16".into()] };
         let (rows, cols) = (256, 768);
         let down = LinearKind {
@@ -91,7 +92,7 @@ mod tests {
             bytes: 15_600_000,
             parts: vec![vision],
             quantizable: vec![down],
-            estimate: Some(estimate(&decoder, &workload)),
+            estimate: Some(estimate),
         };
         let lines = describe(&inspection);
         assert_eq!(lines[0], "m: a_family, 14.88 MiB, not quantized");

@@ -4,6 +4,7 @@
 
 mod args;
 mod device;
+mod dry_run;
 mod eval;
 mod inspect;
 mod progress;

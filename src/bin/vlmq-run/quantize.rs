@@ -2,7 +2,7 @@
 
 use crate::args::QuantizeArgs;
 use crate::progress::Screen;
-use crate::{eval, print_lines, text};
+use crate::{dry_run, eval, print_lines, text};
 use anyhow::{Context, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -17,6 +17,9 @@ pub(crate) fn run<D: ModelOps + SolveOps>(device: &D, args: &QuantizeArgs, scree
     let mut observer = screen.observer();
     // What is wrong with the questions should not show after hours of quantizing.
     args.eval.clone().map(|data| evaluate::check::<D>(&args.evaluation_before(data))).transpose()?;
+    if let Some(format) = args.dry_run {
+        return dry_run::run(device, &settings, format, &mut observer);
+    }
     let mut report = pipeline::run(device, &settings, &mut observer)?;
     print_lines(&summary(&settings, &report))?;
     if let Some(data) = args.eval.clone() {

@@ -5,6 +5,12 @@
 
 use crate::tensor::Matrix;
 
+/// Bytes that a product takes for packing its operands: blocks of at most 256 by 1024 columns of the one, 64 rows by 256 of
+/// the other (matrixmultiply's `kernel_params`), of elements of `size` bytes.
+pub(crate) fn packing_bytes(inner: usize, columns: usize, size: usize) -> u64 {
+    (inner.min(256) * (columns.min(1024) + 64) * size) as u64
+}
+
 /// `(rows, inner, columns, alpha, a, row stride, column stride, b, …, beta, c, …)`, as matrixmultiply has it.
 type Product<T> =
     unsafe fn(usize, usize, usize, T, *const T, isize, isize, *const T, isize, isize, T, *mut T, isize, isize);

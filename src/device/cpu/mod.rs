@@ -5,8 +5,9 @@ mod model;
 pub(crate) mod packed;
 mod solve;
 pub(crate) mod vector;
+mod workspace;
 
-use super::Device;
+use super::{Device, Work};
 use crate::tensor::Matrix;
 use anyhow::Result;
 use rayon::prelude::*;
@@ -41,6 +42,14 @@ impl Device for Cpu {
 
     fn first_non_finite_row(&self, tensor: &Matrix) -> Result<Option<usize>> {
         Ok(tensor.first_non_finite().map(|(row, _)| row))
+    }
+
+    fn workspace(&self, work: Work) -> u64 {
+        workspace::bytes(work, rayon::current_num_threads() as u64)
+    }
+
+    fn triangle_bytes(&self, features: usize) -> u64 {
+        workspace::triangle(features as u64, solve::statistics_tile(features) as u64, workspace::page_bytes())
     }
 
     fn shape(&self, tensor: &Matrix) -> (usize, usize) {

@@ -12,6 +12,9 @@ use std::ops::Range;
 /// Columns of a strip: four AVX-512 vectors.
 const STRIP: usize = 64;
 
+/// Bytes of a row of a strip.
+pub(crate) const STRIP_BYTES: usize = STRIP * size_of::<f32>();
+
 /// Rows whose sums stand in registers together: with four vectors of columns 24 sums, of 32 registers with AVX-512;
 /// with two vectors 12, of 16 without.
 const ROWS: usize = 6;

@@ -9,7 +9,7 @@ use super::kernels::{Arguments, Kernels, NeedsWorkspace};
 use super::memory::Memory;
 use super::runtime::Product;
 use super::tensor::{CudaTensor, Precision};
-use crate::device::Device;
+use crate::device::{Device, Work};
 use crate::tensor::Matrix;
 use anyhow::{Result, bail, ensure};
 use std::ffi::c_void;
@@ -255,6 +255,17 @@ impl Device for Cuda {
 
     fn reset_peak(&self) {
         self.runtime.reset_peak();
+    }
+
+    fn workspace(&self, work: Work) -> u64 {
+        match work {
+            Work::Statistics { tokens, features, cross } => self.statistics_workspace(tokens, features, cross) as u64,
+            // The output once more, log-sums of the forward pass, and as much work space.
+            Work::AttentionBackward { tokens, shape, .. } => {
+                (tokens * shape.heads * (shape.head_dim * self.precision.size() + 2 * Precision::F32.size())) as u64
+            }
+            _ => 0,
+        }
     }
 
     fn shape(&self, tensor: &CudaTensor) -> (usize, usize) {

@@ -82,19 +82,6 @@ impl SolveOps for Cuda {
         })
     }
 
-    fn statistics_workspace(&self, tokens: usize, features: usize, with_cross: bool) -> usize {
-        // The query looks at sizes, and at which pointers are there.
-        let there = ptr::dangling_mut::<f32>();
-        let cross = if with_cross { there } else { ptr::null_mut() };
-        self.workspace_bytes(&vlmq_weighted_hessian_args {
-            u: there.cast(),
-            f: cross.cast(),
-            hessian: there,
-            cross,
-            ..statistics_arguments(tokens, features, self.precision)
-        })
-    }
-
     fn diagonal(&self, x: &CudaTensor) -> Result<Vec<f32>> {
         let n = x.cols;
         square(x, n)?;
@@ -320,6 +307,20 @@ impl SolveOps for Cuda {
 }
 
 impl Cuda {
+    /// Bytes of work space of the statistics.
+    pub(super) fn statistics_workspace(&self, tokens: usize, features: usize, with_cross: bool) -> usize {
+        // The query looks at sizes, and at which pointers are there.
+        let there = ptr::dangling_mut::<f32>();
+        let cross = if with_cross { there } else { ptr::null_mut() };
+        self.workspace_bytes(&vlmq_weighted_hessian_args {
+            u: there.cast(),
+            f: cross.cast(),
+            hessian: there,
+            cross,
+            ..statistics_arguments(tokens, features, self.precision)
+        })
+    }
+
     fn permuted(&self, x: &CudaTensor, order: &[u32], diagonal: Option<&[f32]>) -> Result<CudaTensor> {
         let n = x.cols;
         square(x, n)?;

@@ -47,8 +47,19 @@ impl<D: ModelOps> Family<D> for LlavaOnevision {
         Ok(Box::new(Anyres::read(checkpoint.folder(), layout, options.image_mode, tokens)?))
     }
 
-    fn vision_load(&self, _: &Checkpoint) -> Result<VisionLoad> {
-        Ok(VisionLoad { crops: Some(CROPS), ..VisionLoad::default() })
+    fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
+        let root = Section::root(checkpoint)?;
+        let (vision, layout) = (vision_section(&root)?, tile_layout(&root)?);
+        let sizes = Sizes::read(&vision)?;
+        Ok(VisionLoad {
+            crops: Some(CROPS),
+            patch: vision.count_or("num_channels", 3)? * layout.patch * layout.patch,
+            width: sizes.width,
+            inner: sizes.inner,
+            depth: sizes.depth,
+            projected: decoder_config(&root)?.hidden,
+            ..VisionLoad::default()
+        })
     }
 
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {
@@ -126,6 +137,25 @@ fn tile_layout(root: &Section<'_>) -> Result<TileLayout> {
     Ok(TileLayout { side, patch, resolutions, most_tiles })
 }
 
+/// Sizes of the tower; defaults are those of transformers' configuration class.
+struct Sizes {
+    width: usize,
+    heads: usize,
+    inner: usize,
+    depth: usize,
+}
+
+impl Sizes {
+    fn read(vision: &Section<'_>) -> Result<Self> {
+        Ok(Self {
+            width: vision.count_or("hidden_size", 768)?,
+            heads: vision.count_or("num_attention_heads", 12)?,
+            inner: vision.count_or("intermediate_size", 3072)?,
+            depth: vision.count_or("num_hidden_layers", 12)?,
+        })
+    }
+}
+
 /// SigLIP, its last norm left out, and the projector.
 struct Tower<T> {
     embedding: Linear<T>,
@@ -146,9 +176,7 @@ impl<T> Tower<T> {
         refuse_other_features(&root)?;
 
         let vision = vision_section(&root)?;
-        let width = vision.count_or("hidden_size", 768)?;
-        let inner = vision.count_or("intermediate_size", 3072)?;
-        let heads = vision.count_or("num_attention_heads", 12)?;
+        let Sizes { width, heads, inner, depth } = Sizes::read(&vision)?;
         ensure!(
             width.is_multiple_of(heads) && (width / heads).is_multiple_of(2),
             "{} is {width}, which {heads} heads do not share in even widths",
@@ -175,7 +203,7 @@ impl<T> Tower<T> {
         Ok(Self {
             embedding: Linear::load(device, checkpoint, &embedding, (width, values), true)?,
             positions: device.upload_model(checkpoint.matrix(&table, layout.grid().pow(2), width)?)?,
-            blocks: (0..vision.count_or("num_hidden_layers", 12)?).map(block).collect::<Result<_>>()?,
+            blocks: (0..depth).map(block).collect::<Result<_>>()?,
             projector: Mlp::plain(device, checkpoint, (&linears[0], &linears[1]), [width, hidden, hidden], activation)?,
             newline: device.upload_model(checkpoint.vector(&format!("{rest}image_newline"), hidden)?)?,
             layout,
@@ -192,15 +220,16 @@ impl<T> Tower<T> {
             let values: Vec<f32> =
                 batch.iter().flat_map(|(image, crop)| image.crop_patches(*crop).into_data()).collect();
             let rows = batch.len() * patches;
-            let x = device.upload_model(Matrix::new(rows, values.len() / rows, values)?)?;
-            let mut x = self.embedding.apply(device, &x)?;
+            let pixels = device.upload_model(Matrix::new(rows, values.len() / rows, values)?)?;
+            let mut x = self.embedding.apply(device, &pixels)?;
+            drop(pixels);
             let places: Vec<u32> = (0..batch.len()).flat_map(|_| 0..patches as u32).collect();
             device.add_assign(&mut x, &device.gather_rows(&self.positions, &places)?)?;
             let spans: Vec<Span> = (0..batch.len()).map(|i| Span::own(i * patches..(i + 1) * patches)).collect();
             for block in &self.blocks {
                 block.apply(device, &mut x, None, &spans)?;
             }
-            append(device, &mut features, self.projector.apply(device, &x)?)?;
+            append(device, &mut features, self.projector.apply(device, x)?)?;
         }
         features.context("an image without crops")
     }

@@ -2,7 +2,7 @@
 //! windows of the image but for a few that see all of it.
 
 use super::qwen::{self, Packed, Patches, VISION_PREFIXES, text_section, vision_section};
-use super::{Family, Features, ImageOptions, ModelConfig, VisionTower};
+use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower};
 use crate::calibration::image::ImagePatches;
 use crate::calibration::sequence::VisionInput;
 use crate::checkpoint::Checkpoint;
@@ -35,6 +35,22 @@ impl<D: ModelOps> Family<D> for Qwen25Vl {
         qwen::vision_input(checkpoint, options, &patches)
     }
 
+    fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
+        let vision = vision_section(&Section::root(checkpoint)?)?;
+        let (patches, sizes) = (Patches::read(&vision, PATCH_SIZE)?, Sizes::read(&vision)?);
+        Ok(VisionLoad {
+            patch: patches.values(),
+            width: sizes.width,
+            inner: sizes.inner,
+            gated: true,
+            rotary: sizes.width / sizes.heads.max(1),
+            depth: sizes.depth,
+            window: (sizes.window_pixels / patches.side.max(1)).pow(2),
+            windowed: (0..sizes.depth).filter(|i| !sizes.full.contains(i)).count(),
+            ..VisionLoad::default()
+        })
+    }
+
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {
         Ok(Box::new(Tower::load(device, checkpoint)?))
     }
@@ -46,6 +62,34 @@ fn decoder_config(root: &Section<'_>) -> Result<DecoderConfig> {
     let decoder = DecoderConfig::read(root, &text)?;
     let sections = mrope_sections(&text, decoder.attention.head_dim)?;
     Ok(DecoderConfig { rope_axes: RopeAxes::Sections(sections), ..decoder })
+}
+
+/// Sizes of the tower; Hub files leave out what equals the class's defaults.
+struct Sizes {
+    width: usize,
+    heads: usize,
+    inner: usize,
+    depth: usize,
+    window_pixels: usize,
+    /// The blocks that see whole images.
+    full: Vec<usize>,
+}
+
+impl Sizes {
+    fn read(vision: &Section<'_>) -> Result<Self> {
+        Ok(Self {
+            // Here `hidden_size` is the tower's own width; the class's default of 3584 is no tower's.
+            width: vision.count("hidden_size")?,
+            heads: vision.count_or("num_heads", 16)?,
+            inner: vision.count_or("intermediate_size", 3420)?,
+            depth: vision.count_or("depth", 32)?,
+            window_pixels: vision.count_or("window_size", 112)?,
+            full: match vision.get("fullatt_block_indexes") {
+                Some(_) => vision.counts("fullatt_block_indexes")?,
+                None => FULL_ATTENTION.to_vec(),
+            },
+        })
+    }
 }
 
 /// The vision tower: patch embedding, pre-norm blocks with attention inside windows or whole images, 2×2 merger.
@@ -69,14 +113,10 @@ impl<T> Tower<T> {
         let output = decoder_config(&root)?.hidden;
         let vision = vision_section(&root)?;
         let patches = Patches::read(&vision, PATCH_SIZE)?;
-        // Here `hidden_size` is the tower's own width; the class's default of 3584 is no tower's.
-        let width = vision.count("hidden_size")?;
-        let heads = vision.count_or("num_heads", 16)?;
+        let Sizes { width, heads, inner, depth, window_pixels, full } = Sizes::read(&vision)?;
         qwen::check_output(&vision, "out_hidden_size", output)?;
-        let inner = vision.count_or("intermediate_size", 3420)?;
         let activation = vision.activation_or("hidden_act", Activation::Silu)?;
         let frequencies = qwen::vision_frequencies(&vision, "hidden_size", width, heads)?;
-        let window_pixels = vision.count_or("window_size", 112)?;
         let window = window_pixels / patches.merge / patches.side;
         ensure!(
             window > 0,
@@ -84,11 +124,6 @@ impl<T> Tower<T> {
             vision.at("window_size"),
             patches.merge * patches.side
         );
-        let depth = vision.count_or("depth", 32)?;
-        let full = match vision.get("fullatt_block_indexes") {
-            Some(_) => vision.counts("fullatt_block_indexes")?,
-            None => FULL_ATTENTION.to_vec(),
-        };
         let prefix = checkpoint.prefix(&VISION_PREFIXES, "patch_embed.proj.weight")?;
         qwen::check_depth(checkpoint, &vision, prefix, depth)?;
         let block = |i: usize| -> Result<TowerBlock<T>> {
@@ -136,6 +171,7 @@ impl<D: ModelOps> VisionTower<D> for Tower<D::Tensor> {
             .collect();
         let rotary = packed.rotary(device, &self.frequencies)?;
         let x = self.embedding.apply(device, &packed.patches)?;
+        drop(packed.patches);
         let x = device.gather_rows(&device.reshape(x, tokens, per_token * self.width)?, &windows.order)?;
         let mut x = device.reshape(x, patches, self.width)?;
         for (block, &full) in self.blocks.iter().zip(&self.full_attention) {
@@ -144,7 +180,7 @@ impl<D: ModelOps> VisionTower<D> for Tower<D::Tensor> {
         }
         let normed = self.merger_norm.apply(device, &x)?;
         let merged = device.reshape(normed, tokens, per_token * self.width)?;
-        let features = self.merger.apply(device, &merged)?;
+        let features = self.merger.apply(device, merged)?;
         Ok(Features::plain(device.gather_rows(&features, &windows.places())?))
     }
 }

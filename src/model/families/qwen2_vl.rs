@@ -1,7 +1,7 @@
 //! Qwen2-VL (arXiv 2409.12191): native-resolution vision tower, 2×2 patch merger, Qwen2 decoder with M-RoPE.
 
 use super::qwen::{self, Packed, Patches, VISION_PREFIXES, text_section, vision_section};
-use super::{Family, Features, ImageOptions, ModelConfig, VisionTower};
+use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower};
 use crate::calibration::image::ImagePatches;
 use crate::calibration::sequence::VisionInput;
 use crate::checkpoint::Checkpoint;
@@ -36,6 +36,19 @@ impl<D: ModelOps> Family<D> for Qwen2Vl {
         qwen::vision_input(checkpoint, options, &patches)
     }
 
+    fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
+        let vision = vision_section(&Section::root(checkpoint)?)?;
+        let (patches, sizes) = (Patches::read(&vision, PATCH_SIZE)?, Sizes::read(&vision)?);
+        Ok(VisionLoad {
+            patch: patches.values(),
+            width: sizes.width,
+            inner: sizes.inner,
+            rotary: sizes.width / sizes.heads.max(1),
+            depth: sizes.depth,
+            ..VisionLoad::default()
+        })
+    }
+
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {
         Ok(Box::new(Tower::load(device, checkpoint)?))
     }
@@ -46,6 +59,26 @@ fn decoder_config(root: &Section<'_>) -> Result<DecoderConfig> {
     let decoder = DecoderConfig::read(root, &text)?;
     let sections = mrope_sections(&text, decoder.attention.head_dim)?;
     Ok(DecoderConfig { rope_axes: RopeAxes::Sections(sections), ..decoder })
+}
+
+/// Sizes of the tower; Hub files leave out what equals the class's defaults.
+struct Sizes {
+    width: usize,
+    heads: usize,
+    inner: usize,
+    depth: usize,
+}
+
+impl Sizes {
+    fn read(vision: &Section<'_>) -> Result<Self> {
+        let width = vision.count_or("embed_dim", 1280)?;
+        Ok(Self {
+            width,
+            heads: vision.count_or("num_heads", 16)?,
+            inner: width * vision.count_or("mlp_ratio", 4)?,
+            depth: vision.count_or("depth", 32)?,
+        })
+    }
 }
 
 /// The vision tower: patch embedding, pre-norm blocks with full attention inside each image, 2×2 merger.
@@ -67,13 +100,10 @@ impl<T> Tower<T> {
         let patches = Patches::read(&vision, PATCH_SIZE)?;
         // `hidden_size` is the output width here.
         qwen::check_output(&vision, "hidden_size", output)?;
-        let width = vision.count_or("embed_dim", 1280)?;
-        let heads = vision.count_or("num_heads", 16)?;
+        let Sizes { width, heads, inner, depth } = Sizes::read(&vision)?;
         let activation = vision.activation_or("hidden_act", Activation::QuickGelu)?;
-        let inner = width * vision.count_or("mlp_ratio", 4)?;
         let frequencies = qwen::vision_frequencies(&vision, "embed_dim", width, heads)?;
         let prefix = checkpoint.prefix(&VISION_PREFIXES, "patch_embed.proj.weight")?;
-        let depth = vision.count_or("depth", 32)?;
         qwen::check_depth(checkpoint, &vision, prefix, depth)?;
         let block = |i: usize| -> Result<TowerBlock<T>> {
             let at = format!("{prefix}blocks.{i}");
@@ -106,12 +136,13 @@ impl<D: ModelOps> VisionTower<D> for Tower<D::Tensor> {
         let packed = Packed::new(device, images, self.patches.merge)?;
         let rotary = packed.rotary(device, &self.frequencies)?;
         let mut x = self.embedding.apply(device, &packed.patches)?;
+        drop(packed.patches);
         for block in &self.blocks {
             block.apply(device, &mut x, Some(&rotary), &packed.spans)?;
         }
         let normed = self.merger_norm.apply(device, &x)?;
         let per_token = self.patches.per_token();
         let merged = device.reshape(normed, packed.positions.len() / per_token, per_token * self.width)?;
-        Ok(Features::plain(self.merger.apply(device, &merged)?))
+        Ok(Features::plain(self.merger.apply(device, merged)?))
     }
 }

@@ -41,8 +41,17 @@ impl<D: ModelOps> Family<D> for Qwen3Vl {
     }
 
     fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
-        let levels = deepstack_list(&vision_section(&Section::root(checkpoint)?)?)?.len();
-        Ok(VisionLoad { deepstack: levels, ..VisionLoad::default() })
+        let vision = vision_section(&Section::root(checkpoint)?)?;
+        let (patches, sizes) = (Patches::read(&vision, PATCH_SIZE)?, Sizes::read(&vision)?);
+        Ok(VisionLoad {
+            deepstack: deepstack_list(&vision)?.len(),
+            patch: patches.values(),
+            width: sizes.width,
+            inner: sizes.inner,
+            rotary: sizes.width / sizes.heads.max(1),
+            depth: sizes.depth,
+            ..VisionLoad::default()
+        })
     }
 
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {
@@ -108,7 +117,7 @@ impl<T> Merger<T> {
             false => merge(self.norm.apply(device, x)?)?,
             true => self.norm.apply(device, &merge(device.slice_rows(x, 0..patches)?)?)?,
         };
-        self.mlp.apply(device, &merged)
+        self.mlp.apply(device, merged)
     }
 }
 
@@ -158,6 +167,25 @@ impl PositionGrid {
     }
 }
 
+/// Sizes of the tower; Hub files leave out what equals the class's defaults.
+struct Sizes {
+    width: usize,
+    heads: usize,
+    inner: usize,
+    depth: usize,
+}
+
+impl Sizes {
+    fn read(vision: &Section<'_>) -> Result<Self> {
+        Ok(Self {
+            width: vision.count_or("hidden_size", 1152)?,
+            heads: vision.count_or("num_heads", 16)?,
+            inner: vision.count_or("intermediate_size", 4304)?,
+            depth: vision.count_or("depth", 27)?,
+        })
+    }
+}
+
 /// The vision tower: patch and position embeddings, pre-norm blocks with full attention inside each image, mergers.
 struct Tower<T> {
     embedding: Linear<T>,
@@ -176,10 +204,7 @@ impl<T> Tower<T> {
         let decoder = decoder_config(&root)?;
         let vision = vision_section(&root)?;
         let patches = Patches::read(&vision, PATCH_SIZE)?;
-        let width = vision.count_or("hidden_size", 1152)?;
-        let heads = vision.count_or("num_heads", 16)?;
-        let inner = vision.count_or("intermediate_size", 4304)?;
-        let depth = vision.count_or("depth", 27)?;
+        let Sizes { width, heads, inner, depth } = Sizes::read(&vision)?;
         qwen::check_output(&vision, "out_hidden_size", decoder.hidden)?;
         let activation = vision.activation_or("hidden_act", Activation::GeluTanh)?;
         let frequencies = qwen::vision_frequencies(&vision, "hidden_size", width, heads)?;
@@ -257,6 +282,7 @@ impl<D: ModelOps> VisionTower<D> for Tower<D::Tensor> {
         let rotary = packed.rotary(device, &self.frequencies)?;
         let mut x = self.embedding.apply(device, &packed.patches)?;
         device.add_assign(&mut x, &device.upload_model(self.position_embeddings(images, &packed)?)?)?;
+        drop(packed.patches);
         let per_token = self.patches.per_token();
         let mut deepstack = Vec::with_capacity(self.deepstack.len());
         for (index, block) in self.blocks.iter().enumerate() {

@@ -8,13 +8,16 @@ use crate::checkpoint::formats::{Format, LinearSpec};
 use crate::checkpoint::write::Writer;
 use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Projection, module_name};
-use crate::model::families::{self, ModelConfig};
+use crate::model::families::{self, ModelConfig, VisionLoad};
 use crate::progress::{Observer, Stage, StageClock, StageTime};
+use crate::quantize::block::needs_float_path;
 use crate::quantize::inspect::{DecoderShape, embedder_size};
-use crate::quantize::plan::{ChunkSize, Costs, Job, MemoryPlan};
+use crate::quantize::plan::{ChunkSize, Costs, DiskPlan, Job, MemoryPlan, Process, state_bytes};
 use crate::quantize::report::samples::{self, ReportSample};
 use crate::quantize::settings::{Importance, Solver, SolverSettings};
 use anyhow::{Result, bail};
+use std::collections::HashSet;
+use std::path::Path;
 
 /// A checkpoint and what is to be done with it, read and checked.
 pub(super) struct Input {
@@ -66,22 +69,26 @@ impl Input {
         Ok((input, data))
     }
 
-    /// Counts what a run will take on the device, and refuses what cannot fit.
-    pub(super) fn plan<D: ModelOps + SolveOps>(
-        &self,
-        device: &D,
-        data: &Collected,
-        chunk_tokens: usize,
-    ) -> Result<MemoryPlan> {
-        let load = families::of::<D>(&self.checkpoint)?.vision_load(&self.checkpoint)?;
+    /// What is to be done, in sizes.
+    pub(super) fn job<D: ModelOps + SolveOps>(&self, data: &Collected, chunk_tokens: usize) -> Result<Job<'_>> {
+        let load = match self.text_only {
+            true => VisionLoad::default(),
+            false => families::of::<D>(&self.checkpoint)?.vision_load(&self.checkpoint)?,
+        };
         let size = |sequences: &Vec<&Sequence>| {
             let crops = || {
                 let images = sequences.iter().flat_map(|s| &s.images);
                 images.flat_map(|image| image.crops().iter().map(|_| image.grid_height * image.grid_width))
             };
+            let lengths = || sequences.iter().map(|s| s.tokens.len());
             let together = load.crops.unwrap_or(usize::MAX);
             ChunkSize {
-                tokens: sequences.iter().map(|s| s.tokens.len()).sum(),
+                tokens: lengths().sum(),
+                longest: lengths().max().unwrap_or(0),
+                pairs: lengths().map(|length| length * length).sum(),
+                all_patches: crops().sum(),
+                longest_image: crops().max().unwrap_or(0),
+                patch_pairs: crops().map(|patches| patches * patches).sum(),
                 image_tokens: sequences
                     .iter()
                     .flat_map(|s| &s.tokens)
@@ -91,12 +98,50 @@ impl Input {
             }
         };
         let chunks: Vec<ChunkSize> = pack(&data.sequences, chunk_tokens).iter().map(size).collect();
-        let size = || embedder_size(&self.checkpoint, &self.config, self.text_only);
+        let size = || embedder_size(&self.checkpoint, &self.config, load, self.text_only);
         let embedder = (!chunks.is_empty()).then(size).transpose()?;
         let shape = DecoderShape::of(&self.config.decoder);
-        let deepstack = if self.text_only { 0 } else { load.deepstack };
-        let job = Job { shape, solver: &self.solver, importance: self.importance, chunks, deepstack, embedder };
-        MemoryPlan::fit(&job, &Costs::of(device), device.memory_limit())
+        Ok(Job {
+            shape,
+            solver: &self.solver,
+            importance: self.importance,
+            chunks,
+            deepstack: load.deepstack,
+            embedder,
+        })
+    }
+
+    /// Counts what memory a run will take, and refuses what cannot fit.
+    pub(super) fn plan<D: ModelOps + SolveOps>(
+        &self,
+        device: &D,
+        data: &Collected,
+        chunk_tokens: usize,
+    ) -> Result<MemoryPlan> {
+        let (job, costs) = (self.job::<D>(data, chunk_tokens)?, Costs::of(device));
+        let replaced: HashSet<String> = self.linears.iter().map(|linear| format!("{}.weight", linear.module)).collect();
+        let mut process = Process::now(&self.checkpoint, &data.sequences, |name| !replaced.contains(name))?;
+        if job.embedder.is_some() {
+            let table = self.checkpoint.tensor(&format!("{}embed_tokens.weight", self.config.names.prefix))?;
+            process.largest_embedding = table.bytes.len() as u64;
+            process.stored = (table.bytes.len() / table.shape.iter().product::<usize>().max(1)) as u64;
+        }
+        MemoryPlan::fit(&job, &costs, device.memory_limit())?.with_host(&job, &costs, &process)
+    }
+
+    /// Counts what room a run will take on disk, and refuses what cannot fit.
+    pub(super) fn disk(&self, job: &Job<'_>, element_bytes: usize, format: Format, out: &Path) -> Result<DiskPlan> {
+        let output = Writer::planned_bytes(&self.checkpoint, &self.linears, format, &self.solver)?;
+        let tokens: usize = job.chunks.iter().map(|chunk| chunk.tokens).sum();
+        let image_tokens: usize = job.chunks.iter().map(|chunk| chunk.image_tokens).sum();
+        let with_float = needs_float_path(&self.solver, self.importance);
+        let hidden = job.shape.hidden;
+        let state = state_bytes(tokens as u64, hidden, element_bytes, with_float);
+        // Features for the first blocks are kept once.
+        let features = (image_tokens * job.deepstack * hidden * element_bytes) as u64;
+        let plan = DiskPlan::new(out, output, 2 * state + features);
+        plan.check(out)?;
+        Ok(plan)
     }
 }
 

@@ -2,10 +2,12 @@
 //! input, and walks through the `blocks`.
 
 mod blocks;
+mod dry_run;
 mod encode;
 mod findings;
 mod input;
 
+pub use dry_run::{DryRun, dry_run};
 pub use input::linear_specs;
 
 use super::card::Card;
@@ -106,6 +108,12 @@ pub fn run<D: ModelOps + SolveOps>(
     let (input, data) = Input::read::<D>(settings, &mut stages, observer)?;
     let mut plan = input.plan(device, &data, settings.chunk_tokens)?;
     plan.lines().iter().for_each(|line| log::info!("{line}"));
+    input.disk(
+        &input.job::<D>(&data, settings.chunk_tokens)?,
+        device.element_bytes(),
+        settings.format,
+        &settings.out,
+    )?;
     let used = PipelineSettings { solver: input.solver.clone(), importance: input.importance, ..settings.clone() };
     let clock = StageClock::start(Stage::Checksums, 1, observer);
     let provenance = Provenance::of(&used, &input.checkpoint, &data)?;
@@ -129,6 +137,7 @@ pub fn run<D: ModelOps + SolveOps>(
     stages.push(clock.finish(observer));
     plan.measured(Stage::Blocks, device.peak_bytes());
     drop(chunks);
+    plan.host.measured_bytes = peak_memory_bytes();
 
     let report = RunReport {
         provenance,

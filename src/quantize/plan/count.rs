@@ -2,8 +2,9 @@
 //! [`importance`](crate::quantize::importance), allocation by allocation.
 
 use super::{Activations, ChunkSize, Costs, EmbedderSize, Entry, Job};
-use crate::device::BLOCK;
+use crate::device::{AttentionShape, BLOCK, Work};
 use crate::model::decoder::Projection;
+use crate::model::families::VisionLoad;
 use crate::quantize::block::needs_float_path;
 use crate::quantize::order::{Span, spans};
 use crate::quantize::settings::{CrossTerm, Importance, Solver};
@@ -22,10 +23,15 @@ pub(super) struct Counter<'a> {
     inner: u64,
     query: u64,
     key: u64,
+    attention: AttentionShape,
 }
 
 /// Bytes of a float32 value, in which statistics and the solver are kept.
-const F32: u64 = 4;
+pub(super) const F32: u64 = 4;
+
+/// Most that lies free at the end of glibc's heap before it is given back: twice the largest array that comes from there
+/// (mallopt, `M_TRIM_THRESHOLD` and `DEFAULT_MMAP_THRESHOLD_MAX`).
+const HEAP_KEPT: u64 = 64 << 20;
 
 impl<'a> Counter<'a> {
     pub(super) fn new(job: &'a Job<'a>, costs: &'a Costs<'a>, activations: Activations) -> Self {
@@ -40,7 +46,17 @@ impl<'a> Counter<'a> {
             inner: shape.intermediate as u64,
             query: (shape.heads * shape.head_dim) as u64,
             key: (shape.kv_heads * shape.head_dim) as u64,
+            attention: AttentionShape {
+                heads: shape.heads,
+                kv_heads: shape.kv_heads,
+                head_dim: shape.head_dim,
+                causal: true,
+            },
         }
+    }
+
+    fn workspace(&self, work: Work) -> u64 {
+        (self.costs.workspace)(work)
     }
 
     /// Bytes of weights or activations.
@@ -75,7 +91,7 @@ impl<'a> Counter<'a> {
 
     /// A pass over all chunks at its worst: what is held of them, and what `temporary` says of the chunk at work, by tokens.
     /// A pass that leaves the block brings a level of image features.
-    fn pass(&self, leaves: bool, temporary: impl Fn(u64) -> u64) -> [Entry; 2] {
+    fn pass(&self, leaves: bool, temporary: impl Fn(&ChunkSize) -> u64) -> [Entry; 2] {
         let chunks = &self.job.chunks;
         let levels = self.job.deepstack.min(usize::from(leaves));
         let brought = |chunk: &ChunkSize| self.streams(chunk) + self.features(chunk, levels);
@@ -84,8 +100,7 @@ impl<'a> Counter<'a> {
                 true => chunks[i..].iter().take(2).map(brought).sum(),
                 false => self.all_chunks(),
             };
-            let tokens = chunks[i].tokens as u64;
-            (held, temporary(tokens) + Self::tables(tokens))
+            (held, temporary(&chunks[i]) + Self::tables(chunks[i].tokens as u64))
         };
         let (held, temporary) =
             (0..chunks.len()).map(at).max_by_key(|(held, temporary)| held + temporary).unwrap_or_default();
@@ -105,7 +120,9 @@ impl<'a> Counter<'a> {
         let norms_and_biases = 2 * self.hidden + self.query + 2 * self.key;
         let block = self.stored(self.job.shape.block_weights() as u64 + norms_and_biases);
         if self.job.solver.solver == Solver::Rtn {
-            return ("rounding".into(), vec![entry("weights of a block", block)]);
+            let (inputs, outputs) = (self.hidden, self.inner);
+            let host = if self.costs.host { Self::rounding(inputs, outputs) } else { 0 };
+            return ("rounding".into(), vec![entry("weights of a block", block), entry("a layer and its codes", host)]);
         }
         let weights = entry("weights of a block, float and quantized", 2 * block);
         let (hidden, inner, query, key) = (self.hidden, self.inner, self.query, self.key);
@@ -119,30 +136,57 @@ impl<'a> Counter<'a> {
         ];
         let mut steps = Vec::new();
         if self.job.importance == Importance::Vlmq && self.job.shape.blocks > 1 {
-            steps.push(("importance".to_owned(), self.pass(false, |tokens| self.importance(tokens)).to_vec()));
+            steps.push(("importance".to_owned(), self.pass(false, |chunk| self.importance(chunk)).to_vec()));
         }
-        for (projection, inputs, outputs, computed, advances) in sets {
-            let module = projection.module();
-            let statistics = entry(if self.cross { "H and C" } else { "H" }, self.squares(inputs));
+        for (projection, inputs, _, computed, advances) in sets {
             let float = self.both_paths && (self.cross || advances);
-            let temporary = |tokens| self.accumulation(tokens, inputs, computed, float, advances);
+            let temporary = |chunk: &ChunkSize| self.accumulation(chunk, inputs, computed, float, advances);
             let [held, temporaries] = self.pass(projection == Projection::Down, temporary);
-            steps.push((format!("statistics of {module}"), vec![held, statistics.clone(), temporaries]));
-            let factors = entry(
-                if self.cross { "their copies in processing order, factored" } else { "its factor" },
-                self.factors(inputs),
-            );
-            steps.push((format!("factoring {module}"), vec![self.between_passes(), statistics, factors.clone()]));
-            let hessian = entry("H", F32 * inputs * inputs);
-            let state = entry("the solver's state", self.solver_state(inputs, outputs));
-            steps.push((format!("solving {module}"), vec![self.between_passes(), hessian, factors, state]));
+            let (statistics, _) = self.statistics(inputs);
+            steps.push((format!("statistics of {}", projection.module()), vec![held, temporaries, statistics]));
+        }
+        let kept = self.kept(steps.iter().map(|(_, entries)| entries[1].bytes).max().unwrap_or(0));
+        for (projection, inputs, outputs, ..) in sets {
+            let module = projection.module();
+            let (statistics, hessian) = self.statistics(inputs);
+            let name = if self.cross { "their copies in processing order, factored" } else { "its factor" };
+            let factors = entry(name, self.factors(inputs));
+            let entries = vec![self.between_passes(), statistics, factors.clone(), kept.clone()];
+            steps.push((format!("factoring {module}"), entries));
+            let others = match (self.costs.host, projection) {
+                // The codes of the layer that was solved with the same statistics are still there.
+                (true, Projection::Gate) => inputs * outputs,
+                _ => 0,
+            };
+            let state = entry("the solver's state", self.solver_state(inputs, outputs) + others);
+            let entries = vec![self.between_passes(), hessian, factors, state, kept.clone()];
+            steps.push((format!("solving {module}"), entries));
         }
         let worst = steps.into_iter().max_by_key(|(_, entries)| entries.iter().map(|e| e.bytes).sum::<u64>());
         let (step, entries) = worst.unwrap_or_default();
         (step, [weights].into_iter().chain(entries).collect())
     }
 
-    /// H and, for GPTAQ, C, or as much in processing order.
+    /// H with C, where there is one, and H alone.
+    fn statistics(&self, inputs: u64) -> (Entry, Entry) {
+        let hessian = (self.costs.triangle)(inputs as usize);
+        let cross = if self.cross { F32 * inputs * inputs } else { 0 };
+        (entry(if self.cross { "H and C" } else { "H" }, hessian + cross), entry("H", hessian))
+    }
+
+    /// What the host's allocator keeps of a pass's intermediate results, given back to it: all of them or, once they lie free at
+    /// its end in one piece, nothing. Half is counted.
+    fn kept(&self, passes: u64) -> Entry {
+        entry("kept by the allocator", if self.costs.host { passes.min(HEAP_KEPT) / 2 } else { 0 })
+    }
+
+    /// What round-to-nearest keeps of the widest layer on the host: its weights brought over and their residuals, the codes by
+    /// groups and as they are written.
+    pub(super) fn rounding(inputs: u64, outputs: u64) -> u64 {
+        inputs * outputs * (2 * F32 + 2)
+    }
+
+    /// H and, for GPTAQ, C in processing order.
     fn squares(&self, inputs: u64) -> u64 {
         F32 * inputs * inputs * if self.cross { 2 } else { 1 }
     }
@@ -150,7 +194,8 @@ impl<'a> Counter<'a> {
     /// The factor and the cross term with their diagonal blocks, the diagonal, and the order.
     fn factors(&self, inputs: u64) -> u64 {
         let blocks = F32 * inputs * BLOCK as u64 * if self.cross { 2 } else { 1 };
-        self.squares(inputs) + blocks + 2 * F32 * inputs + F32 * (BLOCK * BLOCK) as u64
+        let workspace = self.workspace(Work::Factor { features: inputs as usize });
+        self.squares(inputs) + blocks + 2 * F32 * inputs + F32 * (BLOCK * BLOCK) as u64 + workspace
     }
 
     /// `SolveState` and the codes of all blocks; a span's last, narrower part is made while the one before is there.
@@ -171,25 +216,50 @@ impl<'a> Counter<'a> {
         let blocks: usize = spans.iter().map(|span| span.blocks.len()).sum();
         let groups = blocks.max(inputs as usize / group) as u64;
         let codes = outputs * (inputs + 5 * groups + 8 * blocks as u64) + 4 * 256 * blocks as u64;
-        F32 * outputs * (inputs * whole + of_span + grid) + codes
+        let carrying = self.workspace(Work::Carry { features: inputs as usize, columns: first as usize });
+        let solving = F32 * outputs * (inputs * whole + of_span + grid) + codes + carrying;
+        // On the host the codes are put together from their blocks.
+        let assembling = if self.costs.host { outputs * (F32 * inputs + inputs) + codes } else { 0 };
+        solving.max(assembling)
     }
 
     /// [`attention_importance`](crate::quantize::importance::attention_importance) in its backward pass.
-    fn importance(&self, tokens: u64) -> u64 {
-        let values = 4 * self.hidden + 6 * self.query + 4 * self.key;
-        // Log-sums of the forward pass, and as much work space.
-        tokens * (self.stored(values) + 2 * F32 * self.job.shape.heads as u64)
+    fn importance(&self, chunk: &ChunkSize) -> u64 {
+        let values = 4 * self.hidden + 5 * self.query + 4 * self.key;
+        let (tokens, longest, shape) = (chunk.tokens, chunk.longest, self.attention);
+        tokens as u64 * self.stored(values) + self.workspace(Work::AttentionBackward { tokens, longest, shape })
     }
 
     /// A chunk on its way into the statistics: the second input is computed while the first is there, then both are added,
     /// then the float path goes on.
-    fn accumulation(&self, tokens: u64, inputs: u64, computed: u64, float: bool, advances: bool) -> u64 {
+    fn accumulation(&self, chunk: &ChunkSize, inputs: u64, computed: u64, float: bool, advances: bool) -> u64 {
+        let tokens = chunk.tokens as u64;
         let first = if float { inputs } else { 0 };
-        let computing = tokens * self.stored(first + computed);
-        let workspace = (self.costs.statistics_workspace)(tokens as usize, inputs as usize, self.cross) as u64;
+        let (shape, longest) = (self.attention, chunk.longest);
+        let own = match advances {
+            true if inputs == self.inner => self.workspace(Work::Linear { inner: self.hidden as usize }),
+            true => self.workspace(Work::Attention { tokens: chunk.tokens, longest, shape }),
+            false => 0,
+        };
+        let computing = tokens * self.stored(first + computed) + own;
+        let features = inputs as usize;
+        let workspace = self.workspace(Work::Statistics { tokens: chunk.tokens, features, cross: self.cross });
         let adding = tokens * self.stored(first + inputs) + workspace;
-        let advancing = if float && advances { tokens * self.stored(2 * inputs + self.hidden) } else { 0 };
+        let advancing = match float && advances {
+            true => tokens * self.stored(2 * inputs + self.hidden) + self.workspace(Work::Linear { inner: features }),
+            false => 0,
+        };
         computing.max(adding).max(advancing)
+    }
+
+    /// Of the tower's attention and of its widest product.
+    fn tower_workspace(&self, chunk: &ChunkSize, load: &VisionLoad) -> u64 {
+        let head_dim = load.rotary.max(1);
+        let heads = load.width / head_dim;
+        let shape = AttentionShape { heads, kv_heads: heads, head_dim, causal: false };
+        let longest = if load.windowed == load.depth { load.window } else { chunk.longest_image };
+        let attention = Work::Attention { tokens: chunk.patches, longest, shape };
+        self.workspace(attention).max(self.workspace(Work::Linear { inner: load.inner.max(4 * load.width) }))
     }
 
     /// Embedding table and tower throughout; chunk by chunk the tower's activations, then the features and their stream.
@@ -198,12 +268,18 @@ impl<'a> Counter<'a> {
         let mut worst = ("embedding", [0, 0]);
         for chunk in &self.job.chunks {
             let (tokens, patches) = (chunk.tokens as u64, chunk.patches as u64);
-            let per_patch = embedder.patch_values + 4 * embedder.width + embedder.inner;
-            // The stream, both norms and the MLP as results; the rotary tables of heads up to 80 wide.
-            let encoding = patches * (self.stored(per_patch as u64) + F32 * 80) + Self::tables(patches);
+            let load = &embedder.load;
             let features = self.features(chunk, 1 + self.job.deepstack);
-            // What was encoded before, where not all is encoded together.
-            let encoding = encoding + features;
+            let rotary = F32 * patches * load.rotary as u64;
+            let encoding = self.stored(patches * load.per_patch() as u64) + rotary + Self::tables(patches);
+            let workspace = self.tower_workspace(chunk, load);
+            // Beside what was encoded before, where not all is encoded together: then the tower's output, and the features so
+            // far twice, as more are joined to them.
+            let joining = match load.projected {
+                0 => 0,
+                width => self.stored(patches * width as u64) + features,
+            };
+            let encoding = features + (encoding + workspace).max(joining);
             let features = features + Self::tables(tokens);
             let own = self.chunk(chunk);
             for (step, at) in [("encoding images", [before, encoding]), ("embedding", [before + own, features])] {
@@ -226,6 +302,13 @@ impl<'a> Counter<'a> {
     }
 }
 
-fn entry(name: &str, bytes: u64) -> Entry {
+/// Bytes of the state that a run keeps on disk between two blocks: the residual streams of all samples as the device holds
+/// them, `tokens` of `hidden` values of `element_bytes` each, of one path or `with_float` of both. Another state is there
+/// while it takes the place of the one before.
+pub fn state_bytes(tokens: u64, hidden: usize, element_bytes: usize, with_float: bool) -> u64 {
+    tokens * (hidden * element_bytes) as u64 * if with_float { 2 } else { 1 }
+}
+
+pub(super) fn entry(name: &str, bytes: u64) -> Entry {
     Entry { name: name.into(), bytes }
 }

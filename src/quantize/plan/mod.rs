@@ -6,13 +6,26 @@
 //! can be streamed: parked in page-locked host memory but for the chunk at work and the next.
 
 mod count;
+mod disk;
+mod host;
+mod rates;
+pub(crate) mod system;
+mod time;
+
+pub use count::state_bytes;
+pub use disk::DiskPlan;
+pub use host::{HostPlan, Process};
+pub use rates::Rates;
+pub(crate) use time::blocks as block_work;
+pub use time::{Load, StageEstimate, TimePlan};
 
 use super::inspect::DecoderShape;
 use super::settings::{Importance, Solver, SolverSettings};
-use crate::device::{ModelOps, SolveOps};
+use crate::device::{ModelOps, SolveOps, Work};
+use crate::model::families::VisionLoad;
 use crate::progress::Stage;
 use anyhow::{Result, bail};
-use count::Counter;
+use count::{Counter, F32};
 use indicatif::HumanBytes;
 use serde::Serialize;
 
@@ -57,12 +70,20 @@ impl StagePlan {
         let entries = entries.into_iter().filter(|entry| entry.bytes > 0).collect();
         Self { stage, step, entries, bytes, measured_bytes: None }
     }
+
+    fn lines(&self) -> Vec<String> {
+        let first = format!("  {}, at {}: {}", self.stage, self.step, HumanBytes(self.bytes));
+        let rest = self.entries.iter().map(|entry| format!("    {} {}", HumanBytes(entry.bytes), entry.name));
+        [first].into_iter().chain(rest).collect()
+    }
 }
 
 /// Memory of a run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct MemoryPlan {
-    /// Bytes that the device may use; `None` where its memory is the host's.
+    /// Whether the device's memory is the host's.
+    pub device_is_host: bool,
+    /// Bytes that the device may use; `None` where it is not limited.
     pub limit_bytes: Option<u64>,
     /// Where activations are between passes.
     pub activations: Activations,
@@ -72,6 +93,8 @@ pub struct MemoryPlan {
     pub host_bytes: u64,
     /// The stages in their order.
     pub stages: Vec<StagePlan>,
+    /// Memory of the process on the host.
+    pub host: HostPlan,
 }
 
 /// Samples that go through a block together.
@@ -81,8 +104,18 @@ pub struct ChunkSize {
     pub tokens: usize,
     /// Those that stand for image features.
     pub image_tokens: usize,
+    /// Tokens of the longest of them.
+    pub longest: usize,
+    /// Products of their lengths by themselves, summed.
+    pub pairs: usize,
     /// Patches of their images that the vision tower encodes together.
     pub patches: usize,
+    /// Patches of all their images.
+    pub all_patches: usize,
+    /// Patches of the largest image, or crop of one.
+    pub longest_image: usize,
+    /// Products of the numbers of patches of images, or crops, by themselves, summed.
+    pub patch_pairs: usize,
 }
 
 /// What embeds samples. Counts are of values, not of bytes.
@@ -92,12 +125,8 @@ pub struct EmbedderSize {
     pub table: usize,
     /// Values of the vision tower and its projector; 0 where no sample has an image.
     pub tower: usize,
-    /// Values of a patch.
-    pub patch_values: usize,
-    /// Width of the tower.
-    pub width: usize,
-    /// Values of a patch inside the tower's MLP, all intermediate results of one layer together.
-    pub inner: usize,
+    /// Sizes of the tower.
+    pub load: VisionLoad,
 }
 
 /// What the plan is for.
@@ -117,25 +146,34 @@ pub struct Job<'a> {
     pub embedder: Option<EmbedderSize>,
 }
 
-/// Work space of the statistics: tokens, features, whether there is a cross term → bytes.
-type Workspace<'a> = Box<dyn Fn(usize, usize, bool) -> usize + 'a>;
-
 /// What numbers take on a device.
 pub struct Costs<'a> {
     element_bytes: u64,
-    statistics_workspace: Workspace<'a>,
+    /// Whether the device's memory is the host's.
+    host: bool,
+    workspace: Box<dyn Fn(Work) -> u64 + 'a>,
+    triangle: Box<dyn Fn(usize) -> u64 + 'a>,
 }
 
 impl<'a> Costs<'a> {
     /// Of a device.
     pub fn of<D: ModelOps + SolveOps>(device: &'a D) -> Self {
-        let statistics_workspace = Box::new(|t, n, cross| device.statistics_workspace(t, n, cross));
-        Self { element_bytes: device.element_bytes() as u64, statistics_workspace }
+        Self {
+            element_bytes: device.element_bytes() as u64,
+            host: device.peak_bytes().is_none(),
+            workspace: Box::new(|work| device.workspace(work)),
+            triangle: Box::new(|features| device.triangle_bytes(features)),
+        }
     }
 
-    /// Of a device with weights and activations of so many bytes, and no work space.
+    /// Of a device with memory of its own, weights and activations of so many bytes, and no work space.
     pub fn plain(element_bytes: usize) -> Self {
-        Self { element_bytes: element_bytes as u64, statistics_workspace: Box::new(|_, _, _| 0) }
+        Self {
+            element_bytes: element_bytes as u64,
+            host: false,
+            workspace: Box::new(|_| 0),
+            triangle: Box::new(|features| F32 * (features as u64).pow(2)),
+        }
     }
 }
 
@@ -180,7 +218,22 @@ impl MemoryPlan {
             Activations::Streamed => counter.all_chunks(),
         };
         let device_bytes = stages.iter().map(|stage| stage.bytes).max().unwrap_or(0);
-        Self { limit_bytes, activations, device_bytes, host_bytes, stages }
+        Self {
+            device_is_host: costs.host,
+            limit_bytes,
+            activations,
+            device_bytes,
+            host_bytes,
+            stages,
+            host: HostPlan::default(),
+        }
+    }
+
+    /// The same with the memory of `process` on the host. Errors, with the numbers, where the machine has not as much.
+    pub fn with_host(mut self, job: &Job<'_>, costs: &Costs<'_>, process: &Process) -> Result<Self> {
+        self.host = HostPlan::new(job, costs, &self, process);
+        self.host.check()?;
+        Ok(self)
     }
 
     /// Notes what a stage had in use.
@@ -202,11 +255,12 @@ impl MemoryPlan {
                 format!("activations are streamed from {} of host memory", HumanBytes(self.host_bytes))
             }
         };
-        let mut lines = vec![format!("memory plan: {}{limit}; {host}", HumanBytes(self.device_bytes))];
-        for stage in &self.stages {
-            lines.push(format!("  {}, at {}: {}", stage.stage, stage.step, HumanBytes(stage.bytes)));
-            lines.extend(stage.entries.iter().map(|entry| format!("    {} {}", HumanBytes(entry.bytes), entry.name)));
+        let mut lines = Vec::new();
+        if !self.device_is_host {
+            lines.push(format!("GPU memory: {}{limit}; {host}", HumanBytes(self.device_bytes)));
+            self.stages.iter().for_each(|stage| lines.extend(stage.lines()));
         }
+        lines.extend(self.host.lines());
         lines
     }
 }

@@ -6,6 +6,7 @@ pub mod samples;
 
 use super::SolveReport;
 use super::plan::MemoryPlan;
+use super::plan::system::status_bytes;
 use super::provenance::Provenance;
 use crate::checkpoint::formats::Loader;
 use crate::checkpoint::sums::{self, Sums};
@@ -198,10 +199,7 @@ fn numbers_in_line(pretty: &str) -> String {
 ///
 /// Pages of memory-mapped checkpoints that were touched count, although the system may take them back at any time.
 pub fn peak_memory_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kibibytes * 1024)
+    status_bytes("VmHWM")
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use rayon::prelude::*;
 
 /// Queries whose scores exist at a time.
-const QUERY_BLOCK: usize = 256;
+pub(in crate::device::cpu) const QUERY_BLOCK: usize = 256;
 
 /// One head of one span: where its columns start, and its rows.
 struct Head<'a> {

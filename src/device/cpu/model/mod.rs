@@ -4,6 +4,8 @@ mod attention;
 mod elementwise;
 mod product;
 
+pub(super) use attention::QUERY_BLOCK;
+
 use super::Cpu;
 use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
 use crate::tensor::Matrix;

@@ -8,6 +8,8 @@ mod quantize_block;
 mod statistics;
 mod tile;
 
+pub(super) use statistics::{tile as statistics_tile, workspace as statistics_workspace};
+
 use super::Cpu;
 use crate::device::{
     Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, GridRule, GroupGrid, PermuteSymmetric, ProductRange,

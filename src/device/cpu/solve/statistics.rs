@@ -1,6 +1,6 @@
 //! `H += Uᵀ·diag(g²)·U` and `C += (F−U)ᵀ·diag(g²)·U`.
 
-use crate::device::cpu::gemm::{View, ViewMut, gemm};
+use crate::device::cpu::gemm::{View, ViewMut, gemm, packing_bytes};
 use crate::tensor::Matrix;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -12,6 +12,19 @@ const TOKENS: usize = 1024;
 
 /// Columns of the tiles that H and C are cut into.
 const TILE: usize = 512;
+
+/// Rows of the tiles: as tall as pays for packing the inputs anew, in more pieces than cores.
+pub(in crate::device::cpu) fn tile(features: usize) -> usize {
+    if features >= 2048 { 256 } else { 64 }
+}
+
+/// Bytes that [`accumulate`] takes: inputs of some tokens in float64, and, on each of `threads` threads, their scaled part of a
+/// tile's width, a tile of sums and what is packed.
+pub(in crate::device::cpu) fn workspace(tokens: usize, features: usize, threads: u64) -> u64 {
+    let (tokens, height) = (tokens.min(TOKENS), tile(features).min(features));
+    let one = 8 * (tokens * height + height * TILE) as u64 + packing_bytes(tokens, TILE, 8);
+    8 * (tokens * features) as u64 + threads * one
+}
 
 /// See [`SolveOps::accumulate_statistics`](crate::device::SolveOps::accumulate_statistics).
 pub(super) fn accumulate(
@@ -55,8 +68,7 @@ where
 {
     let features = out.cols();
     let tokens = right.len() / features;
-    // As tall as pays for packing `right` anew, in more pieces than cores.
-    let height = if features >= 2048 { 256 } else { 64 };
+    let height = tile(features);
     out.data_mut().par_chunks_mut(height * features).enumerate().for_each(|(index, out)| {
         let rows = out.len() / features;
         let first = index * height;

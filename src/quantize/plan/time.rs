@@ -1,0 +1,227 @@
+//! How long a run takes: its work counted from the shapes, divided by what this machine does of each kind in a moment.
+
+use super::rates::Rates;
+use super::{ChunkSize, Job};
+use crate::progress::Stage;
+use crate::quantize::block::needs_float_path;
+use crate::quantize::settings::{Importance, Solver};
+use serde::Serialize;
+use std::ops::{Add, Mul};
+
+/// Work by kind. Products are counted in floating-point operations, two for a multiplication and an addition.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Load {
+    /// Products by weights and factors.
+    pub products: f64,
+    /// Attention, its scores masked or not counted alike.
+    pub attention: f64,
+    /// Statistics.
+    pub statistics: f64,
+    /// Factorizations.
+    pub factors: f64,
+    /// Weights that get their codes.
+    pub codes: f64,
+    /// Values that are read, computed one by one and written; a nonlinearity counts as three.
+    pub values: f64,
+    /// Bytes that go through a checksum.
+    pub checked: f64,
+}
+
+impl Load {
+    /// Floating-point operations of all products.
+    pub fn flops(&self) -> f64 {
+        self.products + self.attention + self.statistics + self.factors
+    }
+
+    /// Seconds at `rates`.
+    pub fn seconds(&self, rates: &Rates) -> f64 {
+        self.products / rates.products
+            + self.attention / rates.attention
+            + self.statistics / rates.statistics
+            + self.factors / rates.factors
+            + self.codes / rates.codes
+            + self.values / rates.values
+            + self.checked / rates.checked
+    }
+}
+
+impl Add for Load {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            products: self.products + other.products,
+            attention: self.attention + other.attention,
+            statistics: self.statistics + other.statistics,
+            factors: self.factors + other.factors,
+            codes: self.codes + other.codes,
+            values: self.values + other.values,
+            checked: self.checked + other.checked,
+        }
+    }
+}
+
+impl Mul<f64> for Load {
+    type Output = Self;
+
+    fn mul(self, by: f64) -> Self {
+        Self {
+            products: self.products * by,
+            attention: self.attention * by,
+            statistics: self.statistics * by,
+            factors: self.factors * by,
+            codes: self.codes * by,
+            values: self.values * by,
+            checked: self.checked * by,
+        }
+    }
+}
+
+/// A stage and what it is expected to take.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StageEstimate {
+    /// Which.
+    pub stage: Stage,
+    /// Wall-clock seconds.
+    pub seconds: f64,
+    /// The work.
+    pub load: Load,
+}
+
+/// An estimate of a run's time. It does not know what else the machine will do, or how fast its disk is.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TimePlan {
+    /// All stages that take long, in their order.
+    pub stages: Vec<StageEstimate>,
+    /// Their seconds.
+    pub seconds: f64,
+    /// What this machine did of each kind of work in a second.
+    pub rates: Rates,
+}
+
+impl TimePlan {
+    /// Of a job whose checkpoint has `file_bytes` in all files and `kept_bytes` in tensors that are copied.
+    pub fn new(job: &Job<'_>, rates: Rates, file_bytes: u64, kept_bytes: u64) -> Self {
+        let loads = [
+            (Stage::Checksums, Load { checked: file_bytes as f64, ..Load::default() }),
+            (Stage::Vision, vision(job)),
+            // Read once to be checked, written once.
+            (Stage::Write, Load { values: kept_bytes as f64 / 2.0, ..Load::default() }),
+            (Stage::Blocks, blocks(job)),
+        ];
+        let stages: Vec<StageEstimate> = loads
+            .into_iter()
+            .map(|(stage, load)| StageEstimate { stage, seconds: load.seconds(&rates), load })
+            .collect();
+        Self { seconds: stages.iter().map(|stage| stage.seconds).sum(), stages, rates }
+    }
+}
+
+/// The vision tower on all images, and the embedding table on its way.
+fn vision(job: &Job<'_>) -> Load {
+    let Some(embedder) = &job.embedder else { return Load::default() };
+    let (load, sum) = (&embedder.load, |of: fn(&ChunkSize) -> usize| job.chunks.iter().map(of).sum::<usize>() as f64);
+    let patches = sum(|chunk| chunk.all_patches);
+    let (depth, windowed, width) = (load.depth as f64, load.windowed as f64, load.width as f64);
+    let pairs = (depth - windowed) * sum(|chunk| chunk.patch_pairs) + windowed * patches * load.window as f64;
+    let inner = load.inner as f64 * if load.gated { 5.0 } else { 4.0 };
+    // Where patches are merged, what is behind that runs on the merged ones, wider in proportion: the same product.
+    Load {
+        products: 2.0 * patches * embedder.tower as f64,
+        attention: 4.0 * pairs * width,
+        values: patches * (depth * (7.0 * width + inner) + 2.0 * load.patch as f64)
+            + (embedder.table + embedder.tower) as f64,
+        ..Load::default()
+    }
+}
+
+/// All decoder blocks. In the first one all tokens weigh alike.
+pub(crate) fn blocks(job: &Job<'_>) -> Load {
+    let blocks = job.shape.blocks;
+    match blocks {
+        0 => Load::default(),
+        _ => block(job, Importance::None) + block(job, job.importance) * (blocks - 1) as f64,
+    }
+}
+
+/// The passes of [`BlockQuantizer`](crate::quantize::block), the statistics and the solves of one block.
+fn block(job: &Job<'_>, importance: Importance) -> Load {
+    let shape = &job.shape;
+    let (hidden, inner) = (shape.hidden as f64, shape.intermediate as f64);
+    let query = (shape.heads * shape.head_dim) as f64;
+    let key = (shape.kv_heads * shape.head_dim) as f64;
+    let weights = shape.block_weights() as f64;
+    if job.solver.solver == Solver::Rtn {
+        return Load { codes: weights, values: 3.0 * weights, ..Load::default() };
+    }
+    let tokens: f64 = job.chunks.iter().map(|chunk| chunk.tokens as f64).sum();
+    let pairs: f64 = job.chunks.iter().map(|chunk| chunk.pairs as f64).sum();
+    let gptaq = if job.solver.solver == Solver::Gptaq { 1.0 } else { 0.0 };
+    let weighted = if importance == Importance::Vlmq { 1.0 } else { 0.0 };
+    // Paths: the quantized one, and the float one where something looks at it.
+    let paths = if needs_float_path(job.solver, job.importance) { 2.0 } else { 1.0 };
+
+    // Per token.
+    let (projected, output, mlp, down) =
+        (hidden * (query + 2.0 * key), query * hidden, 2.0 * hidden * inner, hidden * inner);
+    // Inputs of o and down on every path; the float path advances with them, the quantized one once its codes are there.
+    let passes = (paths + 1.0) * (projected + mlp) + paths * (output + down);
+    // Importance looks through the attention module on both paths and once back.
+    let importance = weighted * (2.0 * (projected + output) + output);
+    let attended = paths + 1.0 + weighted * (2.0 + 2.5);
+
+    // H of each distinct input, q, k and v apart where each has its own importance; half of it, being symmetric. C is not.
+    let distinct = 1.0 + 2.0 * weighted;
+    let squares = (distinct + 1.0) * hidden.powi(2) + query.powi(2) + inner.powi(2);
+    let cubes = (distinct + 1.0) * hidden.powi(3) + query.powi(3) + inner.powi(3);
+    // Rows times a triangle for the errors, as much again for the cross term and for the reported error.
+    let rows_squares =
+        hidden.powi(2) * (query + 2.0 * key + 2.0 * inner) + query.powi(2) * hidden + inner.powi(2) * hidden;
+
+    // Norms, results of products, nonlinearities; reading, copying, permuting and dequantizing weights; statistics made,
+    // checked and brought into order.
+    let computed = (paths + 1.0) * (3.0 * hidden + 2.0 * query + 2.0 * key + 5.0 * inner)
+        + (distinct + 1.0) * (1.0 + gptaq) * hidden
+        + weighted * (6.0 * hidden + 8.0 * query + 6.0 * key);
+    let values = tokens * computed + 6.0 * weights + squares * 4.0 * (1.0 + gptaq);
+
+    Load {
+        products: 2.0 * tokens * (passes + importance) + rows_squares * (2.0 + gptaq),
+        attention: 2.0 * pairs * query * attended,
+        statistics: 2.0 * tokens * squares * (0.5 + gptaq),
+        factors: cubes / 3.0 * (1.0 + gptaq),
+        codes: weights,
+        values,
+        ..Load::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seconds_are_work_over_rates() {
+        let rates = Rates {
+            products: 4.0,
+            attention: 2.0,
+            statistics: 1.0,
+            factors: 8.0,
+            codes: 16.0,
+            values: 32.0,
+            checked: 64.0,
+        };
+        let load = Load {
+            products: 4.0,
+            attention: 4.0,
+            statistics: 4.0,
+            factors: 4.0,
+            codes: 4.0,
+            values: 4.0,
+            checked: 4.0,
+        };
+        assert_eq!(load.seconds(&rates), 1.0 + 2.0 + 4.0 + 0.5 + 0.25 + 0.125 + 0.0625);
+        assert_eq!((load + load * 2.0).seconds(&rates), 3.0 * load.seconds(&rates));
+        assert_eq!(load.flops(), 16.0);
+    }
+}
