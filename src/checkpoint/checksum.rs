@@ -5,7 +5,8 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// A digest under way.
@@ -39,10 +40,18 @@ pub fn of_bytes(bytes: &[u8]) -> String {
 
 /// SHA-256 of a file.
 pub fn of_file(path: &Path) -> Result<String> {
+    of_range(path, 0..u64::MAX)
+}
+
+/// SHA-256 of the bytes `range` of a file, as far as there are any. They are read, not mapped: a mapped file counts as memory
+/// in use.
+pub fn of_range(path: &Path, range: Range<u64>) -> Result<String> {
     let mut checksum = Checksum::default();
     let mut buffer = vec![0; 1 << 20];
     let mut read = || -> std::io::Result<()> {
         let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start(range.start))?;
+        let mut file = file.take(range.end - range.start);
         loop {
             match file.read(&mut buffer)? {
                 0 => return Ok(()),
@@ -76,6 +85,8 @@ mod tests {
         let path = folder.path().join("abc");
         std::fs::write(&path, "abc").unwrap();
         assert_eq!(of_files(folder.path(), &[path]).unwrap()["abc"], abc);
+        std::fs::write(folder.path().join("more"), "xabcx").unwrap();
+        assert_eq!(of_range(&folder.path().join("more"), 1..4).unwrap(), abc);
         let message = format!("{:#}", of_file(&folder.path().join("none")).unwrap_err());
         assert!(message.contains("cannot read") && message.contains("none"), "{message}");
     }

@@ -178,6 +178,15 @@ impl Checkpoint {
         self.float_type_of(name, self.tensor(name)?.dtype)
     }
 
+    /// The file that holds the tensor `name`, and its bytes in there. Errors as [`tensor`](Self::tensor) does.
+    #[cfg(feature = "run")]
+    pub(crate) fn place(&self, name: &str) -> Result<(&Path, std::ops::Range<u64>)> {
+        let length = self.tensor(name)?.bytes.len() as u64;
+        let shard = &self.shards[self.shard_of[name]];
+        let start = shard.start_of(name);
+        Ok((&shard.path, start..start + length))
+    }
+
     /// The file that holds `name`, for messages.
     pub(crate) fn file_of(&self, name: &str) -> String {
         self.shard_of.get(name).map_or_else(String::new, |&shard| self.shards[shard].path.display().to_string())

@@ -40,6 +40,12 @@ impl Shard {
         Ok(Self { path, header, map, data_start: 8 + header_length })
     }
 
+    /// Where the tensor `name`, one of the header, begins in the file.
+    #[cfg(feature = "run")]
+    pub(crate) fn start_of(&self, name: &str) -> u64 {
+        (self.data_start + self.header.info(name).expect("a name from this header").data_offsets.0) as u64
+    }
+
     /// The bytes at `offsets` of the data section; the header was checked against the file's size.
     pub(crate) fn bytes(&self, offsets: (usize, usize)) -> &[u8] {
         &self.map[self.data_start + offsets.0..self.data_start + offsets.1]

@@ -7,7 +7,7 @@
 //! # 60303a…  model.layers.0.mlp.down_proj.weight_packed
 //! ```
 
-use super::checksum::{of_bytes, of_files};
+use super::checksum::{of_files, of_range};
 use super::read::Checkpoint;
 use super::write::TEMPLATES;
 use anyhow::{Context, Result, bail};
@@ -110,7 +110,10 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
 /// SHA-256 of the bytes of every tensor, by name.
 pub(crate) fn of_tensors(checkpoint: &Checkpoint) -> Result<BTreeMap<String, String>> {
     let names: Vec<&str> = checkpoint.names().collect();
-    let sums = names.par_iter().map(|name| Ok(((*name).to_owned(), of_bytes(checkpoint.tensor(name)?.bytes))));
+    let sums = names.par_iter().map(|name| {
+        let (file, range) = checkpoint.place(name)?;
+        Ok(((*name).to_owned(), of_range(file, range)?))
+    });
     Ok(sums.collect::<Result<Vec<_>>>()?.into_iter().collect())
 }
 
@@ -162,6 +165,7 @@ fn unescape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::checksum::of_bytes;
 
     fn sums() -> Sums {
         let of = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), of_bytes(name.as_bytes()))).collect();

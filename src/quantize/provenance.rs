@@ -188,7 +188,7 @@ mod tests {
             (&"gptq".into(), &7.into(), &"m".into())
         );
         assert_eq!(summary["calibration"]["file"], "c.jsonl");
-        // printf '%064d  a\n%064d  b\n' 0 0 | tr 0 …: the digest of the two lines.
+        // `sha256sum a b | sha256sum`.
         let lines = format!("{}  a\n{}  b\n", "1".repeat(64), "2".repeat(64));
         assert_eq!(summary["base_model_sha256"], checksum::of_bytes(lines.as_bytes()));
     }
