@@ -130,7 +130,7 @@ fn report() -> RunReport {
         blocks: vec![BlockReport {
             block: 1,
             seconds: 1.0,
-            path_error: None,
+            path_error: Some(0.1),
             importance: Some(BlockImportance { text: vec![1; BINS], vision: vec![2; BINS], samples: Some(vec![g]) }),
         }],
         importance_edges: bin_edges(),

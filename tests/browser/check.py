@@ -87,6 +87,9 @@ def bars(report):
         if layer["importance"] is not None:
             expected[f"mean-{name}"] = expected.get(f"mean-{name}", 0) + 2
     expected["block-seconds"] = len(report["blocks"])
+    apart = sum(block["path_error"] is not None for block in report["blocks"])
+    if apart:
+        expected["path-error"] = apart
     for block in report["blocks"]:
         if block["importance"]:
             expected[f"histogram-{block['block']}"] = 2 * (len(report["importance_edges"]) + 1)

@@ -14,20 +14,18 @@ pub(super) fn findings(report: &RunReport) -> Option<String> {
         .iter()
         .flat_map(|layer| layer.solve.findings.iter().map(move |finding| (layer, finding)))
         .map(|(layer, finding)| {
-            // As in report.json.
-            let kind = serde_json::to_value(finding.kind).ok();
-            let kind = kind.as_ref().and_then(|kind| kind.as_str()).unwrap_or_default().to_owned();
             vec![
                 Cell::Code(layer.name.clone()),
-                Cell::Text(kind),
+                Cell::Text(finding.kind.to_string()),
                 Cell::Text(finding.found.clone()),
                 Cell::Text(finding.done.clone()),
+                Cell::Text(finding.kind.remedy().to_owned()),
             ]
         })
         .collect();
     Some(match rows.is_empty() {
         true => "<p>None: the numbers of all layers are sound.</p>\n".into(),
-        false => table("Findings", &["layer", "kind", "found", "done about it"], &rows),
+        false => table("Findings", &["layer", "kind", "found", "done about it", "against it"], &rows),
     })
 }
 
@@ -85,6 +83,7 @@ pub(super) fn charts(report: &RunReport) -> Result<Option<String>> {
     };
     draw(&mut out, "error", "relative error", errors, &|layer| Some(layer.solve.relative_error))?;
     out += "</div>\n";
+    out += &path_errors(report)?;
     let damps = Axis::of(layers.iter().filter_map(|layer| layer.solve.damp));
     if layers.iter().any(|layer| layer.solve.damp.is_some()) {
         out += &format!(
@@ -100,6 +99,30 @@ pub(super) fn charts(report: &RunReport) -> Result<Option<String>> {
     }
     out += &details(&format!("All {} layers", layers.len()), &all(layers));
     Ok(Some(out))
+}
+
+/// How far the paths come apart, where both were run.
+fn path_errors(report: &RunReport) -> Result<String> {
+    let values: Vec<f64> = report.blocks.iter().filter_map(|block| block.path_error).collect();
+    if values.is_empty() {
+        return Ok(String::new());
+    }
+    let axis = Axis::of(values.iter().copied());
+    let chart = Bars {
+        id: "path-error".into(),
+        title: "distance of the paths behind each block".into(),
+        description: format!("{} blocks, {}", values.len(), axis.describe()),
+        labels: block_labels(values.len()),
+        series: &[values],
+        axis,
+        height: 260,
+    };
+    Ok(format!(
+        "<p>Distance of the quantized path's activations from the float path's behind each block, relative, mean over \
+         tokens; {}.</p>\n<div class=\"charts\">\n{}</div>\n",
+        axis.describe(),
+        chart.figure()?
+    ))
 }
 
 /// How many layers have which damping.
@@ -126,6 +149,7 @@ fn all(layers: &[LayerReport]) -> String {
                 Cell::Number(layer.bits.to_string()),
                 Cell::Number(layer.group_columns.to_string()),
                 Cell::Number(error(solve.relative_error)),
+                Cell::Number(error(layer.weight_error)),
                 Cell::Number(or_dash(solve.damp, |damp| damp.to_string())),
                 Cell::Number(solve.dead_inputs.to_string()),
                 Cell::Number(solve.tokens.to_string()),
@@ -142,6 +166,7 @@ fn all(layers: &[LayerReport]) -> String {
         "bits",
         "group",
         "error",
+        "of weights",
         "damping",
         "dead inputs",
         "tokens",

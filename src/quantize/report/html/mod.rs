@@ -23,7 +23,7 @@ const STYLE: &str = include_str!("style.css");
 
 /// The page.
 pub(super) fn page(report: &RunReport) -> Result<String> {
-    let title = format!("{}: quantization report", model_name(report));
+    let title = format!("{}: quantization report", report.provenance.base_model());
     let parts: Vec<(&str, &str, String)> = [
         ("findings", "Findings", layers::findings(report)),
         ("layers", "Error and damping by layer", layers::charts(report)?),
@@ -46,7 +46,7 @@ pub(super) fn page(report: &RunReport) -> Result<String> {
          <body>\n<header>\n<h1>{name}</h1>\n<p>{line}</p>\n{figures}<nav aria-label=\"Contents\"><ul>",
         title = Text(&title),
         heat = samples::heat_style(),
-        name = Text(&model_name(report)),
+        name = Text(&report.provenance.base_model()),
         line = Text(&summary(report)),
         figures = key_figures(report),
     );
@@ -59,12 +59,6 @@ pub(super) fn page(report: &RunReport) -> Result<String> {
         Text(&report.provenance.vlmq_version)
     );
     Ok(out)
-}
-
-/// The last part of the model's path.
-fn model_name(report: &RunReport) -> String {
-    let path = std::path::Path::new(&report.provenance.model);
-    path.file_name().map_or_else(|| report.provenance.model.clone(), |name| name.to_string_lossy().into_owned())
 }
 
 /// What was done, in a line.

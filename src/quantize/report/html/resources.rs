@@ -40,39 +40,49 @@ fn stages(report: &RunReport) -> String {
     table(&format!("Time by stage: {} in all", human_seconds(report.seconds)), &["stage", "time", ""], &rows)
 }
 
+/// The process's memory, and the device's where that is another.
 fn memory(report: &RunReport) -> String {
     let plan = &report.memory_plan;
-    let largest = plan.stages.iter().map(|stage| stage.bytes.max(stage.measured_bytes.unwrap_or(0))).max().unwrap_or(0);
-    let mut rows: Vec<Vec<Cell>> = plan.stages.iter().flat_map(|stage| stage_rows(stage, largest)).collect();
-    rows.push(vec![
-        Cell::Text("most device memory".into()),
-        Cell::Number(bytes(plan.device_bytes)),
-        Cell::Number(or_dash(report.peak_device_bytes, bytes)),
-        Cell::Text(String::new()),
-    ]);
-    rows.push(vec![
-        Cell::Text("most that the process held, mapped files included".into()),
-        Cell::Number("–".into()),
-        Cell::Number(or_dash(report.peak_memory_bytes, bytes)),
-        Cell::Text(String::new()),
-    ]);
-    let columns = ["stage, at its worst step", "planned", "measured", ""];
-    legend(&["planned", "measured"]) + &table("Memory as planned before the start, and measured", &columns, &rows)
+    let host = &plan.host;
+    let mut out = legend(&["planned", "measured"]);
+    let name = "most that the process holds, mapped files included";
+    out += &stage_table(
+        "Memory of the process: planned before the start, and measured",
+        &host.stages,
+        name,
+        [Some(host.bytes), host.measured_bytes.or(report.peak_memory_bytes)],
+    );
+    if !plan.device_is_host {
+        let most = [Some(plan.device_bytes), report.peak_device_bytes];
+        out += &stage_table("Memory of the GPU: planned, and measured", &plan.stages, "most at once", most);
+    }
+    out
+}
+
+/// Planned and measured bytes of all stages, then the most of all.
+fn stage_table(caption: &str, stages: &[StagePlan], name: &str, most: [Option<u64>; 2]) -> String {
+    let sizes = stages.iter().flat_map(|stage| [Some(stage.bytes), stage.measured_bytes]);
+    let largest = sizes.chain(most).flatten().max().unwrap_or(0);
+    let mut rows: Vec<Vec<Cell>> = stages.iter().flat_map(|stage| stage_rows(stage, largest)).collect();
+    rows.push(sum_row(name.to_owned(), most, largest));
+    table(caption, &["stage, at its worst step", "planned", "measured", ""], &rows)
+}
+
+/// Planned and measured bytes with bars, of which the longest is `largest` bytes.
+fn sum_row(name: String, sizes: [Option<u64>; 2], largest: u64) -> Vec<Cell> {
+    let share = |bytes: u64| bytes as f64 / largest.max(1) as f64;
+    let [planned, measured] = sizes.map(|size| Cell::Number(or_dash(size, bytes)));
+    vec![Cell::Text(name), planned, measured, Cell::Bars(sizes.map(|size| size.map(share)))]
 }
 
 fn bytes(bytes: u64) -> String {
     HumanBytes(bytes).to_string()
 }
 
-/// A stage's sum with bars, of which the longest is `largest` bytes, and what the sum is made of.
+/// A stage's sum, and what it is made of.
 fn stage_rows(stage: &StagePlan, largest: u64) -> Vec<Vec<Cell>> {
-    let share = |bytes: u64| bytes as f64 / largest.max(1) as f64;
-    let sum = vec![
-        Cell::Text(format!("{}, at {}", stage.stage, stage.step)),
-        Cell::Number(bytes(stage.bytes)),
-        Cell::Number(or_dash(stage.measured_bytes, bytes)),
-        Cell::Bars([Some(share(stage.bytes)), stage.measured_bytes.map(share)]),
-    ];
+    let name = format!("{}, at {}", stage.stage, stage.step);
+    let sum = sum_row(name, [Some(stage.bytes), stage.measured_bytes], largest);
     let part = |name: &str, size: u64| {
         let name = Cell::Text(format!("\u{2003}{name}"));
         vec![name, Cell::Number(bytes(size)), Cell::Text(String::new()), Cell::Text(String::new())]
