@@ -116,10 +116,10 @@ fn what_a_run_refuses_a_dry_run_refuses() {
     bench.write_data(&[&support::program::question("missing.png")]);
     refused(&[], &["missing.png"]);
     bench.write_data(&[r#"{"text": "a"}"#, "{"]);
-    refused(&[], &["line 2"]);
+    refused(&[], &["data.jsonl:2"]);
     bench.write_data(&[r#"{"text": "a"}"#]);
     edit_json(&bench.file("config.json"), |config| {
-        config.insert("hidden_size".into(), json!(72));
+        config.insert("intermediate_size".into(), json!(72));
     });
     refused(&[], &["72"]);
 }
