@@ -83,7 +83,6 @@ fn what_grows_or_never_ends_is_stopped() {
     ] {
         refused(&grown("'x'", step, 60), out_of_fuel);
     }
-    refused(&grown("['x']", "ns.s + ns.s", 60), out_of_fuel);
     // One step that asks for all at once.
     for source in [
         "{{ 'x' * 99999999999 }}",
@@ -139,13 +138,14 @@ fn what_takes_too_long_ends_the_program() {
     for source in [
         format!("{branching}{{{{ ns.s ~ '' }}}}"),
         format!("{branching}{{{{ raise_exception(ns.s) }}}}"),
+        grown("['x']", "ns.s + ns.s", 60),
         // Compiled in a time that grows with the square of its length.
         format!("{{{{ a{} }}}}", "+1".repeat(32_000)),
     ] {
         let bench = Bench::new("flat-tied-bf16");
         let path = bench.file("chat_template.jinja");
         std::fs::write(&path, source).unwrap();
-        bench.refused(&bench.eval(&[]), &["chat_template.jinja", "takes more than 2 seconds"]);
+        bench.refused(&bench.eval(&[]), &["chat_template.jinja", "takes more than 1 s"]);
     }
 }
 
@@ -228,7 +228,7 @@ fn methods_and_filters_of_real_templates_work() {
         ("{{ messages[0].content[0].text.strip().split('?')[0].rstrip('d').lstrip() }}", "what is  re"),
         ("{{ 'a</think>b'.split('</think>')[-1].lstrip('\n').replace('b', 'c').upper() }}", "C"),
         ("{{ ', '.join(['a', 'b']).title() }}", "A, B"),
-        ("{{ 'abc'.startswith(['x', 'a']) }}{{ 'abc'.endswith('c') }}{{ 'abcb'.count('b') }}", "truetrue2"),
+        ("{{ 'abc'.startswith(['x', 'a']) }}{{ 'abc'.endswith('c') }}{{ 'abcb'.count('b') }}", "TrueTrue2"),
         ("{{ {'a': 1}.get('a', 2) }}{{ {'a': 1}.get('b', 2) }}{{ {'a': 1}.items() | list | length }}", "121"),
         ("{{ '{:>5}|{}'.format(7, 'x') }}", "    7|x"),
         (
