@@ -13,6 +13,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "quantize",
         &[
+            "input",
             "evaluate::Comparison",
             "evaluate::ComparedScores",
             "evaluate::ComparedAnswer",
