@@ -17,6 +17,7 @@
 
 pub mod checkpoint;
 pub mod device;
+mod input;
 pub mod progress;
 pub mod quantize;
 pub mod tensor;

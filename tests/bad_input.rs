@@ -7,10 +7,10 @@ mod support;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
+use support::checkpoint::with_header;
 use support::program::{
-    Bench, Meets, broken, copy_folder, edit_header, edit_json, edit_tensor, question, succeed, text, vlmq_run,
+    Bench, Meets, broken, copy_folder, edit_header, edit_json, edit_tensor, succeed, text, vlmq_run,
 };
-use support::{checkpoint::with_header, golden};
 
 /// One file of bf16 weights; `rope_scaling` and all other text keys at the root of config.json.
 const FLAT: &str = "flat-tied-bf16";
@@ -265,112 +265,6 @@ fn groups_that_do_not_divide() {
     bench.refused(&bench.quantize(&["--group-size", "128"]), &says);
     let says = ["group size 64", "q_proj (32 x 32)", "8, 16, 32, none"];
     bench.refused(&bench.quantize(&["--group-size", "64", "--format", "gptq"]), &says);
-}
-
-#[test]
-fn data_files() {
-    let good = question(&text(golden("model/images/gradient-70x42.png")));
-    let cases: &[(&str, &[&str])] = &[
-        ("", &["holds no conversations"]),
-        ("\n \n", &["holds no conversations"]),
-        ("[]", &["holds no conversations"]),
-        ("7", &["data.jsonl:1", "expected a JSON object"]),
-        ("{\"text\":", &["data.jsonl:1", "not a JSON object"]),
-        ("[{\"text\": \"a\"}, 7]", &["entry 2", "expected a JSON object"]),
-        ("{}", &["none of `messages`"]),
-        (r#"{"messages": []}"#, &["`messages` is empty"]),
-        (r#"{"messages": {}}"#, &["must be a list"]),
-        (
-            r#"{"messages": [{"role": "robot", "content": "x"}]}"#,
-            &["unknown `role` \"robot\"", "system, user, assistant"],
-        ),
-        (r#"{"messages": [{"role": "user"}]}"#, &["no `content`"]),
-        (
-            r#"{"messages": [{"role": "user", "content": [{"type": "audio"}]}]}"#,
-            &["unknown part `type`", "text, image"],
-        ),
-        (r#"{"conversations": [{"from": "cat", "value": "x"}]}"#, &["unknown `from` \"cat\""]),
-        (r#"{"text": "a", "metric": "luck"}"#, &["unknown `metric` \"luck\"", "exact, relaxed, anls"]),
-        (r#"{"text": "a", "max_new_tokens": -1}"#, &["max_new_tokens"]),
-        (r#"{"text": 1e308}"#, &["`text` must be a string"]),
-        (r#"{"text": ""}"#, &["`text` is empty"]),
-        (r#"{"image": "a.png", "conversations": [{"from": "human", "value": "<image><image>"}]}"#, &["markers"]),
-    ];
-    for (content, says) in cases {
-        let bench = Bench::new(FLAT);
-        bench.write_data(&[content]);
-        let says: Vec<&str> = says.iter().copied().chain(["data.jsonl"]).collect();
-        bench.refused(&bench.quantize(&[]), &says);
-        bench.refused(&bench.eval(&[]), &says);
-    }
-    let bench = Bench::new(FLAT);
-    bench.write_data(&[&good, "", "{\"text\": [[["]);
-    bench.refused(&bench.quantize(&[]), &["data.jsonl:3"]);
-    bench.write_data(&["[".repeat(1 << 20).as_str()]);
-    bench.refused(&bench.quantize(&[]), &["data.jsonl", "recursion limit"]);
-    fs::write(bench.data(), b"\xff\xfe\x00").unwrap();
-    bench.refused(&bench.quantize(&[]), &["data.jsonl", "UTF-8"]);
-    bench.refused(&bench.eval(&[]), &["data.jsonl", "UTF-8"]);
-    bench.write_data(&[&good]);
-    bench.refused(&bench.quantize(&["--image-root", "no/such/folder"]), &["no/such/folder", "not a folder"]);
-    let says = ["--min-pixels and --max-pixels as given", "no image can be both"];
-    bench.refused(&bench.quantize(&["--max-pixels", "1"]), &says);
-    bench.refused(&bench.quantize(&["--max-tokens", "5"]), &["all 1", "longer than 5 tokens", "--max-tokens"]);
-    bench.write_data(&[r#"{"text": "nothing to answer"}"#]);
-    bench.refused(&bench.eval(&[]), &["data.jsonl:1", "no right answer is given"]);
-    fs::remove_file(bench.data()).unwrap();
-    bench.refused(&bench.quantize(&[]), &["cannot read the data file", "data.jsonl"]);
-    bench.refused(&bench.eval(&[]), &["cannot read the data file", "data.jsonl"]);
-}
-
-#[test]
-fn images() {
-    let bench = Bench::new(FLAT);
-    let png = fs::read(golden("model/images/gradient-70x42.png")).unwrap();
-    let scratch = bench.data().parent().unwrap().to_path_buf();
-    let at = |name: &str, bytes: &[u8]| {
-        fs::write(scratch.join(name), bytes).unwrap();
-        name.to_owned()
-    };
-    // A header that claims 60000 x 60000 pixels.
-    let mut bomb = png.clone();
-    bomb[16..24].copy_from_slice(&[0, 0, 0xea, 0x60, 0, 0, 0xea, 0x60]);
-    let crc = crc32(&bomb[12..29]);
-    bomb[29..33].copy_from_slice(&crc.to_be_bytes());
-    let cases = [
-        ("missing.png".to_owned(), vec!["missing.png", "cannot be read", "--image-root"]),
-        (at("cut.png", &png[..png.len() / 2]), vec!["cut.png", "broken"]),
-        (at("text.png", b"words"), vec!["text.png", "neither PNG nor JPEG"]),
-        (at("empty.png", b""), vec!["empty.png", "neither PNG nor JPEG"]),
-        (at("cut.jpg", &[0xff, 0xd8, 0xff, 0xe0]), vec!["cut.jpg", "broken"]),
-        (at("bomb.png", &bomb), vec!["bomb.png", "60000x60000", "limit is 89478485 pixels"]),
-        (".".to_owned(), vec!["is not a file"]),
-        ("https://example.org/a.png".to_owned(), vec!["not fetched", "download the image"]),
-        ("file://server/a.png".to_owned(), vec!["machine"]),
-        ("data:image/png;base64,@@@".to_owned(), vec!["data: URI", "base64"]),
-        ("data:image/png".to_owned(), vec!["data: URI", "comma"]),
-        ("data:image/png;base64,aGVsbG8=".to_owned(), vec!["data: URI", "neither PNG nor JPEG"]),
-    ];
-    for (image, mut says) in cases {
-        bench.write_data(&[r#"{"text": "fine"}"#, &question(&image)]);
-        says.push("data.jsonl:2");
-        bench.refused(&bench.quantize(&[]), &says);
-        // Plain text has no answer to score.
-        bench.write_data(&[&question(&image)]);
-        *says.last_mut().unwrap() = "data.jsonl:1";
-        bench.refused(&bench.eval(&[]), &says);
-    }
-    let long = image::RgbImage::new(2010, 10);
-    long.save(scratch.join("long.png")).unwrap();
-    bench.write_data(&[&question("long.png")]);
-    bench.refused(&bench.quantize(&[]), &["2010x10", "200 times", "crop it"]);
-}
-
-/// CRC of PNG chunks (ISO 3309).
-fn crc32(bytes: &[u8]) -> u32 {
-    !bytes.iter().fold(!0u32, |crc, &byte| {
-        (0..8).fold(crc ^ u32::from(byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg()))
-    })
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod support;
 
 use serde_json::{Value, json};
 use std::path::Path;
-use support::program::{Bench, Meets, broken, edit_json, question, text};
+use support::program::{Bench, IMAGE, Meets, broken, edit_json, question};
 use support::{golden, message};
 use vlmq::calibration::dataset;
 use vlmq::calibration::sequence::SequenceBuilder;
@@ -189,7 +189,7 @@ fn videos() {
         (json!({"text": "plain <|video_pad|>"}), "\"<|video_pad|>\""),
     ] {
         let bench = Bench::new("qwen2_5_vl-flat-bf16");
-        let good = question(&text(golden("model/images/gradient-70x42.png")));
+        let good = question(IMAGE);
         bench.write_data(&[&good, &line.to_string()]);
         bench.refused(&bench.quantize(&[]), &["data.jsonl:2", says, "videos are not supported"]);
         if line.get("text").is_none() {
@@ -202,7 +202,7 @@ fn videos() {
 fn images_of_extreme_proportions() {
     let bench = Bench::new("qwen2_5_vl-nested-f16");
     image::RgbImage::new(10, 2010).save(bench.file("long.png")).unwrap();
-    bench.write_data(&[&question(&text(bench.file("long.png")))]);
+    bench.write_data(&[&question("model/long.png")]);
     let says = ["data.jsonl:1: image 1", "is 10x2010: one side is more than 200 times the other"];
     bench.refused(&bench.quantize(&[]), &says);
     bench.refused(&bench.eval(&[]), &says);

@@ -9,7 +9,8 @@ use serde_json::Value;
 use std::fs;
 use std::path::Path;
 use support::program::{
-    Bench, copy_folder, files_of, lasting_files_of, names_in, question, read_json, stderr, succeed, text, vlmq_run,
+    Bench, IMAGE, copy_folder, files_of, lasting_files_of, names_in, question, read_json, stderr, succeed, text,
+    vlmq_run,
 };
 use support::{data, golden};
 use vlmq::checkpoint::Checkpoint;
@@ -149,7 +150,7 @@ fn every_solver_and_format_can_be_evaluated() {
         assert_eq!(output.status.code(), Some(0), "{run:?}: {}", stderr(&output));
         assert_eq!(stderr(&output), "", "{run:?} with --quiet");
 
-        bench.write_data(&[&question(&text(golden("model/images/gradient-70x42.png")))]);
+        bench.write_data(&[&question(IMAGE)]);
         let out = bench.outputs().join("out");
         let json = bench.outputs().join("scores.json");
         let (model, reference) = (text(&out), text(bench.model()));
@@ -217,10 +218,10 @@ fn the_same_input_gives_the_same_bytes() {
 #[test]
 fn data_in_other_forms() {
     let bench = Bench::new(FLAT);
-    let image = "gradient-70x42.png";
+    let image = "blocks-131x50.png";
     let root = text(golden("model/images"));
     // ShareGPT: one JSON list. The images lie elsewhere.
-    bench.write_data(&[r#"[{"id": 1, "image": "gradient-70x42.png", "conversations": [
+    bench.write_data(&[r#"[{"id": 1, "image": "blocks-131x50.png", "conversations": [
         {"from": "human", "value": "<image>\nwhat shape?"}, {"from": "gpt", "value": "square"}]}]"#]);
     let shared = written_report(&bench, &["--image-root", &root]);
     assert_eq!(shared["calibration"]["used"], 1);

@@ -13,6 +13,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "quantize",
         &[
+            "input",
             "evaluate::Comparison",
             "evaluate::ComparedScores",
             "evaluate::ComparedAnswer",
@@ -25,9 +26,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     ("model", &["calibration", "checkpoint", "device", "tensor"]),
-    ("calibration", &["tensor"]),
-    ("checkpoint", &["quantize::QuantizedLinear", "quantize::settings", "quantize::pack", "tensor"]),
+    ("calibration", &["input", "tensor"]),
+    ("checkpoint", &["input", "quantize::QuantizedLinear", "quantize::settings", "quantize::pack", "tensor"]),
     ("device", &["tensor"]),
+    ("input", &[]),
     ("progress", &[]),
     ("tensor", &[]),
 ];

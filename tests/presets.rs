@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 use support::golden::RANDOM;
-use support::program::{Bench, read_json, stderr, succeed, text, vlmq_run};
+use support::program::{Bench, IMAGE, read_json, stderr, succeed, vlmq_run};
 use support::{golden, message};
 use vlmq::calibration::dataset::{self, Conversation, Part};
 use vlmq::checkpoint::Checkpoint;
@@ -210,14 +210,13 @@ fn a_line_that_lacks_something_is_an_error_with_its_place() {
 
 /// The file of a preset, every image replaced by one that exists.
 fn with_images(bench: &Bench, preset: &Preset) {
-    let image = text(golden("model/images/gradient-70x42.png"));
     let lines = std::fs::read_to_string(file(preset)).unwrap();
     let lines: Vec<String> = lines
         .lines()
         .map(|line| {
             let mut row: Value = serde_json::from_str(line).unwrap();
             if row.get("image").is_some() {
-                row["image"] = image.clone().into();
+                row["image"] = IMAGE.into();
             }
             row.to_string()
         })
@@ -250,8 +249,7 @@ fn every_benchmark_through_the_program() {
 #[test]
 fn line_before_flag_before_preset() {
     let bench = Bench::new("flat-tied-bf16");
-    let image = text(golden("model/images/gradient-70x42.png"));
-    let row = json!({"image": image, "question": "what?", "answer": "x", "type": "human_test"});
+    let row = json!({"image": IMAGE, "question": "what?", "answer": "x", "type": "human_test"});
     let mut short = row.clone();
     short["max_new_tokens"] = 1.into();
     bench.write_data(&[&row.to_string(), &short.to_string()]);

@@ -180,7 +180,7 @@ impl Anyres {
     ) -> Result<Self> {
         let (path, config) = image_processor(folder)?;
         let patches = Self::settings(&config, &layout).with_context(|| path.display().to_string())?;
-        if let Some(processor) = read_json(&folder.join("processor_config.json"))? {
+        if let Some(processor) = read_json(folder, "processor_config.json")? {
             check_processor(&processor, &layout)
                 .with_context(|| folder.join("processor_config.json").display().to_string())?;
         }

@@ -2,9 +2,11 @@
 
 use super::forms;
 pub use super::source::ImageSource;
+use crate::input;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Names of the metrics a line may ask for; `vlmq-run eval` has one of each.
 pub const METRICS: [&str; 8] = ["exact", "relaxed", "anls", "vqa", "substring", "formula", "choice", "first_letter"];
@@ -70,8 +72,8 @@ impl Conversation {
 
 /// Reads all conversations of a file, whichever of the forms in README each line has.
 ///
-/// A relative image path counts from `image_root`, or from the file's folder when there is none. Images are not read
-/// yet. Errors name the file and line; a file without conversations is an error too.
+/// A relative image path counts from `image_root`, or from the file's folder when there is none, and every path must lead
+/// below it. Images are not read yet. Errors name the file and line; a file without conversations is an error too.
 pub fn read(path: &Path, image_root: Option<&Path>) -> Result<Vec<Conversation>> {
     read_with(path, image_root, &|row| Ok(row))
 }
@@ -82,17 +84,18 @@ pub fn read_with(
     image_root: Option<&Path>,
     prepare: &dyn Fn(Value) -> Result<Value>,
 ) -> Result<Vec<Conversation>> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read the data file {}", path.display()))?;
+    let bytes = input::read(path, input::MAX_DATA_BYTES)
+        .with_context(|| format!("cannot read the data file {}", path.display()))?;
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
     let text = std::str::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", path.display()))?;
     if let Some(root) = image_root {
         ensure!(root.is_dir(), "the image root {} is not a folder", root.display());
     }
     let folder = path.parent().unwrap_or(Path::new(""));
-    let root = image_root.unwrap_or(folder);
+    let root: Arc<Path> = image_root.unwrap_or(folder).into();
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let one = |value: Value, origin: String, id: String| {
-        prepare(value).and_then(|value| forms::conversation(&value, root, &origin, id)).with_context(|| origin.clone())
+        prepare(value).and_then(|value| forms::conversation(&value, &root, &origin, id)).with_context(|| origin.clone())
     };
     let mut conversations = Vec::new();
     if text.trim_start().starts_with('[') {

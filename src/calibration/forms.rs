@@ -6,14 +6,19 @@ use super::source::ImageSource;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 use std::path::Path;
+use std::sync::Arc;
 
 type Object = Map<String, Value>;
+
+/// Most tokens that a line may ask an answer to have: more than any of the models is recommended to write (40,960). A model
+/// that never ends its answer is asked for all of them.
+const MAX_NEW_TOKENS: u64 = 1 << 16;
 
 /// Said of every way to ask for one.
 pub(super) const NO_VIDEO: &str = "videos are not supported; write single frames as images, or leave the line out";
 
 /// Reads one line. `id` is used when the line has none. Errors do not name the line: the caller does.
-pub(super) fn conversation(value: &Value, root: &Path, origin: &str, id: String) -> Result<Conversation> {
+pub(super) fn conversation(value: &Value, root: &Arc<Path>, origin: &str, id: String) -> Result<Conversation> {
     let row = value.as_object().with_context(|| format!("expected a JSON object, found {}", kind(value)))?;
     let id = match present(row, "id") {
         None => id,
@@ -29,8 +34,9 @@ pub(super) fn conversation(value: &Value, root: &Path, origin: &str, id: String)
         ensure!(METRICS.contains(&metric.as_str()), "unknown `metric` {metric:?}; known: {}", METRICS.join(", "));
     }
     let max_new_tokens = present(row, "max_new_tokens").map(|value| {
-        let count = value.as_u64().filter(|&count| count > 0 && count <= u64::from(u32::MAX));
-        count.with_context(|| format!("`max_new_tokens` must be a positive integer, not {value}"))
+        let count = value.as_u64().filter(|count| (1..=MAX_NEW_TOKENS).contains(count));
+        count
+            .with_context(|| format!("`max_new_tokens` must be a positive integer up to {MAX_NEW_TOKENS}, not {value}"))
     });
     let answers = answers(row)?;
     let mut text = None;
@@ -62,7 +68,7 @@ pub(super) fn conversation(value: &Value, root: &Path, origin: &str, id: String)
 }
 
 /// `{"messages": [{"role": .., "content": "text" or [parts]}]}`.
-fn chat(messages: &Value, root: &Path, row: &Object) -> Result<Vec<Message>> {
+fn chat(messages: &Value, root: &Arc<Path>, row: &Object) -> Result<Vec<Message>> {
     let turns = list(messages, "messages")?;
     ensure!(!turns.is_empty(), "`messages` is empty");
     let mut read = Vec::with_capacity(turns.len());
@@ -93,7 +99,7 @@ fn chat(messages: &Value, root: &Path, row: &Object) -> Result<Vec<Message>> {
 }
 
 /// One part of a message's content.
-fn part(value: &Value, root: &Path) -> Result<Part> {
+fn part(value: &Value, root: &Arc<Path>) -> Result<Part> {
     let object = value.as_object().with_context(|| format!("a content part must be an object, not {}", kind(value)))?;
     let name = string(object, "type")?.context("a content part has no `type`")?;
     match name.as_str() {
@@ -120,13 +126,13 @@ fn part(value: &Value, root: &Path) -> Result<Part> {
 }
 
 /// An image part from the string in `value`.
-fn source(value: &Value, key: &str, root: &Path) -> Result<Part> {
+fn source(value: &Value, key: &str, root: &Arc<Path>) -> Result<Part> {
     let written = value.as_str().with_context(|| format!("`{key}` must be a string, not {}", kind(value)))?;
     Ok(Part::Image(ImageSource::parse(written, root)?))
 }
 
 /// The line's `image` (a string or a list) or `images`, in order.
-fn images(row: &Object, root: &Path) -> Result<Vec<Part>> {
+fn images(row: &Object, root: &Arc<Path>) -> Result<Vec<Part>> {
     let (key, value) = match (present(row, "image"), present(row, "images")) {
         (None, None) => return Ok(Vec::new()),
         (Some(value), None) => ("image", value),

@@ -2,7 +2,9 @@
 
 use super::jpeg;
 use super::patches::PatchSettings;
+use super::paths::real_path_inside;
 use super::source::ImageSource;
+use crate::input;
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, bail, ensure};
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, Luma, Rgb, RgbImage};
@@ -103,21 +105,24 @@ impl ImagePatches {
 /// 16-bit grey, which Pillow clips to white.
 ///
 /// Errors, naming the file and `origin` (where the image is asked for), when the file is missing, broken, of another
-/// kind, or above [`MAX_FILE_BYTES`] or [`MAX_PIXELS`]; the latter is found before any pixel is decoded.
+/// kind, a link out of its folder, or above [`MAX_FILE_BYTES`] or [`MAX_PIXELS`]; the latter is found before any pixel is decoded.
 pub fn decode(source: &ImageSource, origin: &str) -> Result<RgbImage> {
     let (name, bytes) = match source {
-        ImageSource::File(path) => (format!("image {}", path.display()), read_file(path).map(Cow::Owned)),
+        ImageSource::File(path) => (format!("image {}", path.display()), read_file(path, None).map(Cow::Owned)),
+        ImageSource::Below { root, path } => {
+            (format!("image {}", path.display()), read_file(path, Some(root)).map(Cow::Owned))
+        }
         ImageSource::Bytes(bytes) => ("an image in a data: URI".to_string(), Ok(Cow::Borrowed(bytes.as_slice()))),
     };
     bytes.and_then(|bytes| decode_bytes(&bytes)).with_context(|| format!("{origin}: {name}"))
 }
 
-fn read_file(path: &Path) -> Result<Vec<u8>> {
-    let about =
-        fs::metadata(path).context("cannot be read; relative paths count from the data file or --image-root")?;
-    ensure!(about.is_file(), "is not a file");
-    ensure!(about.len() <= MAX_FILE_BYTES, "has {} bytes; the limit is {MAX_FILE_BYTES}", about.len());
-    fs::read(path).context("cannot be read")
+fn read_file(path: &Path, root: Option<&Path>) -> Result<Vec<u8>> {
+    fs::metadata(path).context("cannot be read; relative paths count from the data file or --image-root")?;
+    match root {
+        None => input::read(path, MAX_FILE_BYTES),
+        Some(root) => input::read(&real_path_inside(path, root)?, MAX_FILE_BYTES),
+    }
 }
 
 fn decode_bytes(bytes: &[u8]) -> Result<RgbImage> {

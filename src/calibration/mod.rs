@@ -4,16 +4,20 @@
 //! each into what a model takes: token ids, images cut to patches, and positions.
 
 pub mod anyres;
+mod bounded;
 mod clock;
 pub mod dataset;
 mod forms;
 pub mod image;
 mod jpeg;
 mod json;
+mod methods;
 pub mod native_resolution;
 pub mod patches;
+mod paths;
 pub mod positions;
 pub mod sequence;
 pub mod source;
 pub mod template;
+mod tokenizer;
 pub mod view;

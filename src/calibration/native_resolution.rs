@@ -1,6 +1,6 @@
 //! Images at their own resolution: the Qwen towers' resizing, and one token for each merged square of patches.
 
-use super::image::ImagePatches;
+use super::image::{ImagePatches, MAX_PIXELS};
 use super::patches::{PatchSettings, count, image_processor, refuse_extreme_aspect, resize};
 use super::positions::mrope_positions;
 use super::sequence::VisionInput;
@@ -60,11 +60,7 @@ impl NativeResolution {
     fn validate(&self) -> Result<()> {
         let (min, max) = (self.min_pixels, self.max_pixels);
         ensure!(min > 0 && min <= max, "at least {min} and at most {max} pixels: no image can be both");
-        ensure!(
-            max as u64 <= super::image::MAX_PIXELS,
-            "max_pixels {max} is above {}, the most an image may have",
-            super::image::MAX_PIXELS
-        );
+        ensure!(max as u64 <= MAX_PIXELS, "max_pixels {max} is above {MAX_PIXELS}, the most an image may have");
         Ok(())
     }
 
@@ -72,7 +68,7 @@ impl NativeResolution {
     /// `min_pixels` to `max_pixels` in all, the proportions kept as closely as that allows.
     ///
     /// Qwen2-VL's `smart_resize`, to the bit: halves round to even, as Python rounds. Errors when one side is more than
-    /// 200 times the other.
+    /// 200 times the other, or where rounding makes more than [`MAX_PIXELS`] of it.
     pub fn smart_resize(&self, height: usize, width: usize) -> Result<(usize, usize)> {
         let factor = (self.patches.patch_size * self.patches.merge_size) as f64;
         refuse_extreme_aspect(height, width)?;
@@ -91,6 +87,14 @@ impl NativeResolution {
         } else {
             (near(high), near(wide))
         };
+        // Rounded up to cells, the sides of a long image may make more of it than was asked; on the way it is as high as
+        // before.
+        let pixels = new_high.max(high) * new_wide;
+        ensure!(
+            pixels <= MAX_PIXELS as f64,
+            "is {width}x{height}: resized to {new_wide}x{new_high} in cells of {factor} it takes more than {MAX_PIXELS} \
+             pixels; crop it"
+        );
         Ok((new_high as usize, new_wide as usize))
     }
 

@@ -1,5 +1,6 @@
 //! Patches: normalised squares of pixels, which are what a vision tower takes of an image.
 
+use crate::input;
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, bail, ensure};
 use fast_image_resize::images::{Image, ImageRef};
@@ -62,12 +63,13 @@ impl PatchSettings {
     }
 
     fn validate(&self) -> Result<()> {
-        for (key, value) in [
-            ("patch_size", self.patch_size),
-            ("merge_size", self.merge_size),
-            ("temporal_patch_size", self.temporal_patch_size),
+        // Every model's patches have 2 frames; each costs an image's pixels in float32 once more.
+        for (key, value, most) in [
+            ("patch_size", self.patch_size, 64),
+            ("merge_size", self.merge_size, 64),
+            ("temporal_patch_size", self.temporal_patch_size, 4),
         ] {
-            ensure!((1..=64).contains(&value), "`{key}` is {value}; expected 1 to 64");
+            ensure!((1..=most).contains(&value), "`{key}` is {value}; expected 1 to {most}");
         }
         let factor = self.rescale_factor;
         ensure!(factor.is_finite() && factor > 0.0, "`rescale_factor` is {factor}; expected a positive number");
@@ -138,30 +140,25 @@ pub(super) fn refuse_extreme_aspect(height: usize, width: usize) -> Result<()> {
 /// The image processor of a checkpoint folder and the file it stands in: `image_processor` in `processor_config.json`, which
 /// wins as in transformers, else `preprocessor_config.json`. Errors when there is neither.
 pub(super) fn image_processor(folder: &Path) -> Result<(PathBuf, Value)> {
-    let nested = folder.join("processor_config.json");
-    if let Some(mut all) = read_json(&nested)?
+    if let Some(mut all) = read_json(folder, "processor_config.json")?
         && let Some(inner) = all.get_mut("image_processor").map(Value::take).filter(Value::is_object)
     {
-        return Ok((nested, inner));
+        return Ok((folder.join("processor_config.json"), inner));
     }
-    let plain = folder.join("preprocessor_config.json");
-    let config = read_json(&plain)?.with_context(|| {
+    let config = read_json(folder, "preprocessor_config.json")?.with_context(|| {
         format!(
             "{} has neither preprocessor_config.json nor processor_config.json with an image_processor; copy them from \
              the original checkpoint",
             folder.display()
         )
     })?;
-    Ok((plain, config))
+    Ok((folder.join("preprocessor_config.json"), config))
 }
 
-/// The JSON object in a file, `None` when there is no such file.
-pub(super) fn read_json(path: &Path) -> Result<Option<Value>> {
-    let text = match std::fs::read(path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
-    };
+/// The JSON object in the file `name` of a checkpoint's folder, `None` when there is no such file.
+pub(super) fn read_json(folder: &Path, name: &str) -> Result<Option<Value>> {
+    let path = folder.join(name);
+    let Some(text) = input::read_beside(folder, name, input::MAX_CONFIG_BYTES)? else { return Ok(None) };
     let value: Value = serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))?;
     ensure!(value.is_object(), "{} is not a JSON object", path.display());
     Ok(Some(value))

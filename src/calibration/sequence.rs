@@ -2,16 +2,24 @@
 
 use super::dataset::{Conversation, Message, Part};
 use super::forms::NO_VIDEO;
-use super::image::{ImagePatches, decode};
+use super::image::{ImagePatches, MAX_PIXELS, decode};
 use super::patches::read_json;
-use super::template::{ChatTemplate, TemplateChoice};
+use super::template::{ChatTemplate, MAX_BYTES, TemplateChoice};
+use super::tokenizer::Tokenizer;
 use super::view::View;
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use image::RgbImage;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::path::Path;
-use tokenizers::Tokenizer;
+
+/// Most tokens of a sample: four times the longest context of the families' models, and few enough for positions to be
+/// numbered in 32 bits.
+pub const MAX_TOKENS: usize = 1 << 20;
+
+/// Most pixels that the images of one sample have once they are cut: as many as four of the largest images. They stay in
+/// memory, 3 bytes each.
+pub const MAX_SAMPLE_PIXELS: u64 = 4 * MAX_PIXELS;
 
 /// What a model family does to images before its vision tower sees them.
 pub trait VisionInput: Send + Sync {
@@ -83,20 +91,17 @@ impl SequenceBuilder {
     /// Reads `tokenizer.json` of a checkpoint folder, and the chat template that is asked for.
     ///
     /// Truncation and padding that earlier tools left in `tokenizer.json` are ignored. Errors when a file is missing or
-    /// broken, and when the tokenizer does not know the image token.
+    /// broken, when the tokenizer does not know the image token, and on a tokenizer other than byte-pair encoding, or with
+    /// parts that those of the known families do not have.
     pub fn with_template(folder: &Path, vision: Box<dyn VisionInput>, choice: &TemplateChoice) -> Result<Self> {
         let path = folder.join("tokenizer.json");
-        let bytes = std::fs::read(&path)
-            .with_context(|| format!("cannot read {}; copy it from the original checkpoint", path.display()))?;
-        let mut tokenizer = Tokenizer::from_bytes(&bytes)
-            .map_err(|error| anyhow!("{} is not a tokenizer this program can read: {error}", path.display()))?;
-        tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|error| anyhow!("{}: {error}", path.display()))?;
+        let tokenizer = Tokenizer::read(folder)?;
         let id = vision.image_token_id();
-        let placeholder = tokenizer.id_to_token(id);
+        // An empty one would be found between any two letters.
+        let placeholder = tokenizer.token(id).filter(|token| !token.is_empty());
         let placeholder = placeholder
             .with_context(|| format!("{} has no token {id}, the image token of config.json", path.display()))?;
-        let video = vision.video_token_id().and_then(|id| tokenizer.id_to_token(id));
+        let video = vision.video_token_id().and_then(|id| tokenizer.token(id)).filter(|token| !token.is_empty());
         let end_tokens = end_tokens(folder, &tokenizer)?;
         let template = match choice {
             TemplateChoice::Checkpoint => ChatTemplate::load(folder)?,
@@ -107,7 +112,7 @@ impl SequenceBuilder {
             TemplateChoice::File(path) => ChatTemplate::from_file(path, folder)?,
         };
         let builder = Self { tokenizer, template, vision, placeholder, video, end_tokens };
-        let alone = builder.encode(&builder.placeholder)?;
+        let alone = builder.tokenizer.encode(&builder.placeholder).with_context(|| path.display().to_string())?;
         ensure!(
             alone.get_ids() == [id],
             "{} splits the image token {:?} of config.json in pieces",
@@ -130,13 +135,13 @@ impl SequenceBuilder {
 
     /// Text of decoded tokens, without special tokens.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
-        self.tokenizer.decode(tokens, true).map_err(|error| anyhow!("cannot turn tokens into text: {error}"))
+        self.tokenizer.decode(tokens, true)
     }
 
     /// What one token stands for, as text; special tokens are spelled out. A token that holds a part of a character only is
     /// a replacement character.
     pub fn piece(&self, token: u32) -> Result<String> {
-        self.tokenizer.decode(&[token], false).map_err(|error| anyhow!("cannot turn token {token} into text: {error}"))
+        self.tokenizer.decode(&[token], false)
     }
 
     /// How many tokens an image takes, and the pictures that they show; see [`VisionInput::views`].
@@ -172,11 +177,20 @@ impl SequenceBuilder {
                 Part::Text(_) => None,
             })
             .collect();
+        let (mut tokens, mut pixels) = (0, 0);
         let images = sources.iter().enumerate().map(|(index, source)| {
             let image = decode(source, &conversation.origin)?;
-            self.vision
-                .prepare(&image, sources.len())
-                .with_context(|| format!("{}: image {}", conversation.origin, index + 1))
+            let at = || format!("{}: image {}", conversation.origin, index + 1);
+            let image = self.vision.prepare(&image, sources.len()).with_context(at)?;
+            tokens += self.vision.image_tokens(&image);
+            pixels += image.crops().iter().map(|crop| crop.as_raw().len() as u64 / 3).sum::<u64>();
+            ensure!(
+                tokens <= MAX_TOKENS && pixels <= MAX_SAMPLE_PIXELS,
+                "{}: with it the sample's images have {tokens} tokens and {pixels} pixels; the limits are {MAX_TOKENS} and \
+                 {MAX_SAMPLE_PIXELS}",
+                at()
+            );
+            Ok(image)
         });
         images.collect()
     }
@@ -247,10 +261,6 @@ impl SequenceBuilder {
         Ok(())
     }
 
-    fn encode(&self, text: &str) -> Result<tokenizers::Encoding> {
-        self.tokenizer.encode(text, false).map_err(|error| anyhow!("the tokenizer fails: {error}"))
-    }
-
     /// `answer_from`: where the answer begins in `text`, in bytes.
     fn sequence(
         &self,
@@ -262,9 +272,13 @@ impl SequenceBuilder {
         if images.is_empty() {
             self.refuse_placeholder(text)?;
         }
-        let encoding = self.encode(text)?;
+        // Placeholders were counted as the images were read; what is left is text.
+        let words = text.len() - text.matches(&self.placeholder).count() * self.placeholder.len();
+        ensure!(words <= MAX_BYTES, "the conversation has {words} bytes of text; the limit is {MAX_BYTES}");
+        let encoding = self.tokenizer.encode(text)?;
         let tokens = encoding.get_ids().to_vec();
         ensure!(!tokens.is_empty(), "the conversation has no tokens");
+        ensure!(tokens.len() <= MAX_TOKENS, "the conversation has {} tokens; the limit is {MAX_TOKENS}", tokens.len());
         let answer = answer_from.map_or(0..0, |from| {
             // A token that reaches across the boundary carries some of the answer.
             let start = encoding.get_offsets().iter().position(|&(_, end)| end > from).unwrap_or(tokens.len());
@@ -307,16 +321,16 @@ fn end_tokens(folder: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         });
         ids.extend(listed.filter_map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())));
     };
-    if let Some(config) = read_json(&folder.join("generation_config.json"))? {
+    if let Some(config) = read_json(folder, "generation_config.json")? {
         add(config.get("eos_token_id"));
     }
-    if let Some(config) = read_json(&folder.join("config.json"))? {
+    if let Some(config) = read_json(folder, "config.json")? {
         add(config.get("eos_token_id"));
         add(config.get("text_config").and_then(|text| text.get("eos_token_id")));
     }
-    if let Some(config) = read_json(&folder.join("tokenizer_config.json"))? {
+    if let Some(config) = read_json(folder, "tokenizer_config.json")? {
         let token = config.get("eos_token").and_then(|token| token.as_str().or_else(|| token.get("content")?.as_str()));
-        ids.extend(token.and_then(|token| tokenizer.token_to_id(token)));
+        ids.extend(token.and_then(|token| tokenizer.id(token)));
     }
     ids.sort_unstable();
     ids.dedup();

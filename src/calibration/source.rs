@@ -1,16 +1,25 @@
 //! Where an image comes from, as data files write it: a path, a `file://` URL or a `data:` URI.
 
+use super::paths::path_inside;
 use anyhow::{Context, Result, bail, ensure};
 use base64::Engine;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use percent_encoding::percent_decode_str;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// An image not yet read.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ImageSource {
-    /// A PNG or JPEG file.
+    /// A PNG or JPEG file, wherever it is: named by a program or a user.
     File(PathBuf),
+    /// Such a file as a data file names it: it must lie below a folder, and so must what links on the way lead to.
+    Below {
+        /// The folder.
+        root: Arc<Path>,
+        /// The file, the folder's path included.
+        path: PathBuf,
+    },
     /// The bytes of such a file, from a `data:` URI.
     Bytes(Vec<u8>),
 }
@@ -22,22 +31,30 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 );
 
 impl ImageSource {
-    /// Reads `written` as data files write images. A relative path counts from `root`; an absolute one stays as it is.
+    /// Reads `written` as data files write images. A relative path counts from `root`.
     ///
-    /// Errors on `http(s)` and other URLs, on `file://` URLs of other machines, and on malformed `data:` URIs.
-    pub fn parse(written: &str, root: &Path) -> Result<Self> {
+    /// Errors on `http(s)` and other URLs, on `file://` URLs of other machines, on malformed `data:` URIs, and on a path
+    /// that leads out of `root`, be it absolute or by `..`; links are followed, and asked the same, when the image is read.
+    pub fn parse(written: &str, root: &Arc<Path>) -> Result<Self> {
         ensure!(!written.is_empty(), "an image is the empty string");
         if let Some(rest) = strip_scheme(written, "data:") {
             return Ok(Self::Bytes(data_uri(rest)?));
         }
         if let Some(rest) = strip_scheme(written, "file://") {
-            return Ok(Self::File(file_url(rest).with_context(|| format!("image {written:?}"))?));
+            return Self::below(root, written, &file_url(rest).with_context(|| format!("image {written:?}"))?);
         }
         if let Some((scheme, _)) = written.split_once("://") {
             let hint = "download the image and give its path";
             bail!("image {written:?}: {scheme} URLs are not fetched (no network access); {hint}");
         }
-        Ok(Self::File(root.join(written)))
+        Self::below(root, written, Path::new(written))
+    }
+
+    fn below(root: &Arc<Path>, written: &str, path: &Path) -> Result<Self> {
+        let path = path_inside(path, root).with_context(|| {
+            format!("image {written:?} must lie in the data file's folder; where all images lie in another, give --image-root DIR")
+        })?;
+        Ok(Self::Below { root: Arc::clone(root), path })
     }
 }
 
@@ -73,19 +90,24 @@ fn file_url(rest: &str) -> Result<PathBuf> {
 mod tests {
     use super::*;
 
+    fn root() -> Arc<Path> {
+        Path::new("/data").into()
+    }
+
     fn parse(written: &str) -> Result<ImageSource> {
-        ImageSource::parse(written, Path::new("/data"))
+        ImageSource::parse(written, &root())
     }
 
     #[test]
     fn every_way_of_writing_an_image() {
-        let file = |path: &str| ImageSource::File(PathBuf::from(path));
+        let file = |path: &str| ImageSource::Below { root: root(), path: PathBuf::from(path) };
         for (written, source) in [
             ("a/b.png", file("/data/a/b.png")),
             ("100%25.png", file("/data/100%25.png")),
-            ("/abs/b.png", file("/abs/b.png")),
-            ("file:///abs/a%20b.png", file("/abs/a b.png")),
-            ("FILE://localhost/abs/%C3%A9.png", file("/abs/é.png")),
+            ("a/../b.png", file("/data/b.png")),
+            ("/data/b.png", file("/data/b.png")),
+            ("file:///data/a%20b.png", file("/data/a b.png")),
+            ("FILE://localhost/data/%C3%A9.png", file("/data/é.png")),
             ("data:image/png;base64,aGk=", ImageSource::Bytes(b"hi".into())),
             ("data:image;base64,aG\nk", ImageSource::Bytes(b"hi".into())),
             ("data:;base64,aGk%3D", ImageSource::Bytes(b"hi".into())),
@@ -104,6 +126,10 @@ mod tests {
             ("file://server/a.png", "\"server\""),
             ("file://a.png", "absolute path"),
             ("file:///%ff.png", "UTF-8"),
+            ("../a.png", "--image-root"),
+            ("a/../../data/a.png", "leads out of /data"),
+            ("/etc/passwd", "lies outside /data"),
+            ("file:///data/%2e%2e/etc/passwd", "lies outside /data"),
             ("data:image/png;base64", "comma"),
             ("data:image/png;base64,a*b", "base64"),
         ] {

@@ -1,23 +1,27 @@
 //! Chat templates: the Jinja in a checkpoint that turns messages into text, rendered as transformers renders it.
 
+use super::bounded::bounded;
 use super::dataset::{Message, Part};
+use super::methods;
 use super::patches::read_json;
+use crate::input;
 use anyhow::{Context, Result, bail, ensure};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde};
+use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior, Value};
 use serde::{Serialize, Serializer};
 use serde_json::json;
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
-/// Work one rendering may do, about one unit per instruction or 64 bytes: a real conversation needs some hundreds. Bounds
-/// a hostile template's time to a fraction of a second and its memory to 128 MB.
-const FUEL: u64 = 2_000_000;
+/// Work one rendering may do, one unit per instruction or 64 bytes: a real conversation needs some hundreds. Bounds a
+/// hostile template's time to a second and what it holds to 64 MB.
+const FUEL: u64 = 1_000_000;
 
-/// Most bytes one rendering may give, some million tokens.
-const MAX_BYTES: usize = 16 << 20;
+/// Most bytes one rendering may give, and most of plain text: more than a sample has tokens for.
+pub(super) const MAX_BYTES: usize = 8 << 20;
 
 const NAME: &str = "chat template";
 
@@ -65,7 +69,7 @@ impl Serialize for TemplateChoice {
 
 /// A checkpoint's chat template.
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
     special_tokens: serde_json::Map<String, serde_json::Value>,
     file: String,
 }
@@ -77,15 +81,15 @@ impl ChatTemplate {
     /// Errors when there is none, when it is not valid Jinja, and when it takes no list of content parts (then it is not
     /// one of a vision-language model).
     pub fn load(folder: &Path) -> Result<Self> {
-        let config = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
-        let jinja = folder.join("chat_template.jinja");
-        let (path, source) = if jinja.is_file() {
-            let source = std::fs::read_to_string(&jinja).with_context(|| format!("cannot read {}", jinja.display()))?;
-            (jinja, source)
+        let config = read_json(folder, "tokenizer_config.json")?.unwrap_or_default();
+        let jinja = input::read_beside(folder, "chat_template.jinja", input::MAX_TEMPLATE_BYTES)?;
+        let (path, source) = if let Some(bytes) = jinja {
+            let path = folder.join("chat_template.jinja");
+            let source = utf8(bytes, &path)?;
+            (path, source)
         } else {
-            let legacy = folder.join("chat_template.json");
-            let (path, holder) = match read_json(&legacy)? {
-                Some(holder) => (legacy, holder),
+            let (path, holder) = match read_json(folder, "chat_template.json")? {
+                Some(holder) => (folder.join("chat_template.json"), holder),
                 None => (folder.join("tokenizer_config.json"), config.clone()),
             };
             let source = named_default(&holder).with_context(|| {
@@ -104,10 +108,11 @@ impl ChatTemplate {
 
     /// Reads the template in a file, for the tokenizer of a checkpoint folder. Errors as [`load`](Self::load).
     pub fn from_file(path: &Path, folder: &Path) -> Result<Self> {
-        let config = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
+        let config = read_json(folder, "tokenizer_config.json")?.unwrap_or_default();
         let name = path.display().to_string();
-        let source = std::fs::read_to_string(path)
+        let source = input::read(path, input::MAX_TEMPLATE_BYTES)
             .with_context(|| format!("--chat-template {name}: cannot be read; it is neither checkpoint nor chatml"))?;
+        let source = utf8(source, path)?;
         let template = Self::new(&source, special_tokens(&config), name)?;
         template.probe()?;
         Ok(template)
@@ -120,24 +125,36 @@ impl ChatTemplate {
     }
 
     /// Compiles `source`. `special_tokens` (such as `bos_token`) are variables of the template, `file` names it in errors.
+    ///
+    /// There is no other template to include, import or extend, and no way to a file.
     pub fn new(source: &str, special_tokens: serde_json::Map<String, serde_json::Value>, file: String) -> Result<Self> {
+        ensure!(
+            source.len() as u64 <= input::MAX_TEMPLATE_BYTES,
+            "the chat template in {file} has {} bytes; the limit is {}",
+            source.len(),
+            input::MAX_TEMPLATE_BYTES
+        );
         let mut environment = Environment::new();
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_fuel(Some(FUEL));
-        // Rendering runs on worker threads with small stacks; no real template nests this deep.
+        // Of macros and loops; no real template nests this deep.
         environment.set_recursion_limit(100);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", tojson);
+        environment.set_formatter(methods::show);
+        environment.set_unknown_method_callback(methods::call);
+        environment.add_filter("tojson", methods::tojson);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_function("strftime_now", super::clock::strftime_now);
-        environment
-            .add_template_owned(NAME, without_generation(source))
-            .map_err(|error| located(&error))
-            .with_context(|| format!("{file} is not a chat template this program can read"))?;
-        Ok(Self { environment, special_tokens, file })
+        let source = without_generation(source);
+        let environment = bounded(move || {
+            environment.add_template_owned(NAME, source).map_err(|error| located(&error))?;
+            Ok(environment)
+        });
+        let environment =
+            environment.with_context(|| format!("{file} is not a chat template this program can read"))?;
+        Ok(Self { environment: Arc::new(environment), special_tokens, file })
     }
 
     /// The text of a conversation, with the beginning of the assistant's next turn when `add_generation_prompt`.
@@ -151,10 +168,12 @@ impl ChatTemplate {
         context.insert("tools".into(), serde_json::Value::Null);
         context.insert("documents".into(), serde_json::Value::Null);
         context.insert("add_generation_prompt".into(), add_generation_prompt.into());
-        let template = self.environment.get_template(NAME)?;
-        let text = template.render(Value::from(Serde(&context))).map_err(|error| match error.kind() {
-            ErrorKind::OutOfFuel => anyhow::anyhow!("it does not come to an end (stopped after {FUEL} steps)"),
-            _ => located(&error),
+        let environment = Arc::clone(&self.environment);
+        let text = bounded(move || {
+            environment.get_template(NAME)?.render(Value::from(Serde(&context))).map_err(|error| match error.kind() {
+                ErrorKind::OutOfFuel => anyhow::anyhow!("it does not come to an end (stopped after {FUEL} steps)"),
+                _ => located(&error),
+            })
         });
         let text = text.with_context(|| format!("the chat template in {} fails", self.file))?;
         ensure!(
@@ -181,6 +200,10 @@ impl ChatTemplate {
         }
         Ok(())
     }
+}
+
+fn utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
+    String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", path.display()))
 }
 
 /// A message as templates see it. Of an image they ask only whether there is one.
@@ -222,11 +245,11 @@ fn without_generation(source: &str) -> String {
     while let Some(open) = rest.find("{%") {
         let (before, tag) = rest.split_at(open);
         out.push_str(before);
-        let Some(close) = tag.find("%}") else {
+        let Some(close) = tag[2..].find("%}") else {
             rest = tag;
             break;
         };
-        let (tag, after) = tag.split_at(close + 2);
+        let (tag, after) = tag.split_at(2 + close + 2);
         let inner = tag[2..tag.len() - 2].trim_matches(['-', '+']).trim();
         match inner {
             "generation" => out.push_str(&tag.replace("generation", "if true")),
@@ -237,24 +260,6 @@ fn without_generation(source: &str) -> String {
     }
     out.push_str(rest);
     out
-}
-
-/// Python's `json.dumps(ensure_ascii=False)`, which transformers puts in place of Jinja's HTML-safe filter.
-fn tojson(value: Value, kwargs: Kwargs) -> Result<String, Error> {
-    let indent: Option<usize> = kwargs.get("indent")?;
-    let sort_keys: Option<bool> = kwargs.get("sort_keys")?;
-    let _: Option<bool> = kwargs.get("ensure_ascii")?;
-    kwargs.assert_all_used()?;
-    let failed = |error: serde_json::Error| {
-        Error::new(ErrorKind::InvalidOperation, "tojson cannot write this value").with_source(error)
-    };
-    let mut value = serde_json::to_value(&value).map_err(failed)?;
-    if sort_keys == Some(true) {
-        value.sort_all_objects();
-    }
-    let mut out = String::new();
-    super::json::dump(&value, indent, 0, &mut out);
-    Ok(out)
 }
 
 /// The template's error with its line, without the source excerpt that spans many lines.

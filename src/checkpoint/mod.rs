@@ -15,5 +15,5 @@ pub mod write;
 
 pub use config::Quantization;
 pub use formats::{Format, LinearSpec, Loader};
-pub use read::{Checkpoint, StoredTensor};
+pub use read::{Checkpoint, MAX_TENSORS, StoredTensor};
 pub use write::Writer;

@@ -4,6 +4,7 @@ use super::config::{Quantization, parse_quantization, quantization_entry};
 use super::convert::{first_non_finite, float_type, floats_from_bytes};
 use super::formats::{compressed_tensors, gptq};
 use super::shard::{INDEX, Shard, weight_files};
+use crate::input;
 use crate::quantize::QuantizedLinear;
 use crate::quantize::settings::ScaleType;
 use crate::tensor::Matrix;
@@ -12,6 +13,9 @@ use safetensors::Dtype;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+
+/// Most tensors of a checkpoint, over all its files: the largest published have some 200,000.
+pub const MAX_TENSORS: usize = 1 << 20;
 
 /// An opened checkpoint folder. Nothing but headers is read until a tensor is asked for.
 #[derive(Debug)]
@@ -56,7 +60,12 @@ impl Checkpoint {
         let mut names = Vec::new();
         let mut shard_of: HashMap<String, usize> = HashMap::new();
         for (index, shard) in shards.iter().enumerate() {
-            for name in shard.header.offset_keys() {
+            let keys = shard.header.offset_keys();
+            ensure!(
+                names.len() + keys.len() <= MAX_TENSORS,
+                "{shown} holds more than {MAX_TENSORS} tensors, the limit for a checkpoint"
+            );
+            for name in keys {
                 if let Some(&other) = shard_of.get(&name) {
                     bail!(
                         "tensor {name} is both in {} and in {}. Remove the file that does not belong.",
@@ -273,10 +282,11 @@ impl Checkpoint {
 /// Reads config.json of `folder`.
 fn read_config(folder: &Path) -> Result<Value> {
     let path = folder.join("config.json");
-    let text = std::fs::read_to_string(&path).with_context(|| {
+    let text = input::read_beside(folder, "config.json", input::MAX_CONFIG_BYTES)?.with_context(|| {
         format!("cannot read {}; a checkpoint folder holds config.json and *.safetensors", path.display())
     })?;
-    let config: Value = serde_json::from_str(&text).with_context(|| format!("{} is not valid JSON", path.display()))?;
+    let config: Value =
+        serde_json::from_slice(&text).with_context(|| format!("{} is not valid JSON", path.display()))?;
     ensure!(config.is_object(), "{} is not a JSON object", path.display());
     Ok(config)
 }

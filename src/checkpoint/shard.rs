@@ -1,5 +1,6 @@
 //! One safetensors file, mapped into memory, and which files make up a checkpoint.
 
+use crate::input;
 use anyhow::{Context, Result, bail, ensure};
 use memmap2::Mmap;
 use safetensors::tensor::{Metadata, SafeTensorError, SafeTensors};
@@ -12,6 +13,14 @@ pub(crate) const SINGLE: &str = "model.safetensors";
 /// The list of a large one's.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
+/// Most bytes of a file's header, a third of what the format allows: 100 bytes a tensor, and 300,000 tensors in one file.
+const MAX_HEADER_BYTES: u64 = 32 << 20;
+
+/// Longest side of a tensor, and most sides: no model's is longer or has more, and their products fit 64 bits in the order
+/// in which they are taken.
+const MAX_SIDE: usize = 1 << 31;
+const MAX_RANK: usize = 8;
+
 /// A mapped file with its header checked.
 #[derive(Debug)]
 pub(crate) struct Shard {
@@ -22,12 +31,10 @@ pub(crate) struct Shard {
 }
 
 impl Shard {
-    /// Maps `path` and checks its header: length, JSON, and offsets that cover the file without holes or overlaps.
+    /// Maps `path` and checks its header: length, JSON, shapes, and offsets that cover the file without holes or overlaps.
     pub(crate) fn open(path: PathBuf) -> Result<Self> {
-        let file = File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let found = file.metadata().with_context(|| format!("cannot read {}", path.display()))?;
-        ensure!(found.is_file(), "{} is not a file", path.display());
-        let length = found.len();
+        let file = input::open(&path, u64::MAX)?;
+        let length = file.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
         ensure!(
             length >= 8,
             "{} is not a safetensors file: it has {length} bytes, the header's length alone takes 8. \
@@ -35,8 +42,23 @@ impl Shard {
             path.display()
         );
         let map = map(&file).with_context(|| format!("cannot map {} into memory", path.display()))?;
+        let declared = declared(&map);
+        ensure!(
+            declared <= MAX_HEADER_BYTES || declared > length,
+            "{} is not a checkpoint's: its header claims {declared} bytes; the limit is {MAX_HEADER_BYTES}",
+            path.display()
+        );
         let (header_length, header) = SafeTensors::read_metadata(&map)
             .map_err(|error| anyhow::anyhow!("{} {}", path.display(), explain(&error, &map)))?;
+        for name in header.offset_keys() {
+            let info = header.info(&name).expect("a name from this header");
+            ensure!(
+                info.shape.len() <= MAX_RANK && info.shape.iter().all(|&side| side <= MAX_SIDE),
+                "tensor {name} in {} has a shape no model has: {}",
+                path.display(),
+                format!("{:?}", info.shape).chars().take(60).collect::<String>()
+            );
+        }
         Ok(Self { path, header, map, data_start: 8 + header_length })
     }
 
@@ -78,9 +100,14 @@ fn map(file: &File) -> std::io::Result<Mmap> {
     unsafe { Mmap::map(file) }
 }
 
+/// The header's length as the first bytes have it.
+fn declared(file: &[u8]) -> u64 {
+    file.first_chunk::<8>().map_or(0, |bytes| u64::from_le_bytes(*bytes))
+}
+
 /// What is wrong with a header, and what to do.
 fn explain(error: &SafeTensorError, file: &[u8]) -> String {
-    let declared = file.first_chunk::<8>().map_or(0, |b| u64::from_le_bytes(*b));
+    let declared = declared(file);
     match error {
         SafeTensorError::InvalidHeaderLength => format!(
             "is cut short or not a safetensors file: its header claims {declared} bytes, the file has {}. \
@@ -158,8 +185,10 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let index: Index = serde_json::from_str(&text)
+    let cannot_read = || format!("cannot read {}", path.display());
+    let folder = path.parent().with_context(cannot_read)?;
+    let text = input::read_beside(folder, INDEX, input::MAX_INDEX_BYTES)?.with_context(cannot_read)?;
+    let index: Index = serde_json::from_slice(&text)
         .with_context(|| format!("{} is not an index of safetensors files (weight_map)", path.display()))?;
     ensure!(!index.weight_map.is_empty(), "{} lists no tensors", path.display());
     Ok(index.weight_map)

@@ -10,6 +10,7 @@
 use super::checksum::{of_files, of_range};
 use super::read::Checkpoint;
 use super::write::TEMPLATES;
+use crate::input;
 use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -44,10 +45,10 @@ impl Sums {
     /// Reads [`SUMS`] of `folder`. Errors when there is none, or with the line that is not one.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(SUMS);
-        let text = fs::read_to_string(&path).with_context(|| {
+        let text = input::read(&path, input::MAX_INDEX_BYTES).with_context(|| {
             format!("cannot read {}: vlmq-run quantize writes it beside the weights", path.display())
         })?;
-        Self::parse(&text).with_context(|| format!("{} is damaged", path.display()))
+        Self::parse(&String::from_utf8_lossy(&text)).with_context(|| format!("{} is damaged", path.display()))
     }
 
     fn parse(text: &str) -> Result<Self> {

@@ -5,6 +5,7 @@ use super::formats::{Format, LinearSpec, TensorSpec};
 use super::plan::{Place, Plan};
 use super::read::Checkpoint;
 use super::shard::INDEX;
+use crate::input::check_link;
 use crate::quantize::QuantizedLinear;
 use crate::quantize::settings::SolverSettings;
 use anyhow::{Context, Result, bail, ensure};
@@ -40,7 +41,8 @@ impl Writer {
     ///
     /// Tensors that are not quantized and side files are copied byte for byte: every plain file of the folder but weights
     /// (`*.safetensors`, `pytorch_model*.bin`, their indices), a stale `quantize_config.json`, and hidden files; of
-    /// sub-folders only `additional_chat_templates`, others are left behind with a warning. In config.json nothing but
+    /// sub-folders only `additional_chat_templates`, others are left behind with a warning. Links become what they lead to,
+    /// which must lie in the folder or in a download cache. In config.json nothing but
     /// `quantization_config` is added.
     ///
     /// Errors, before anything is created, for a target as [`check_target`] refuses it, when the checkpoint is quantized
@@ -396,14 +398,16 @@ pub(crate) fn side_files(source: &Path) -> Result<Vec<PathBuf>> {
             if name_text.starts_with('.') {
                 continue;
             }
-            // Follows links: download caches keep the files elsewhere.
+            // Follows links: download caches keep the files elsewhere. What a stranger's link leads to is not copied.
             let kind = fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?;
             // Not below itself: links may go round in circles.
             if kind.is_dir() && name_text == TEMPLATES && folder == Path::new("") {
+                check_link(&path, source)?;
                 folders.push(name);
             } else if kind.is_dir() {
                 log::warn!("the sub-folder {} is not copied", path.display());
             } else if kind.is_file() && !is_replaced(&name_text) {
+                check_link(&path, source)?;
                 found.push(name);
             }
         }

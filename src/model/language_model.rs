@@ -62,6 +62,16 @@ impl<D: ModelOps> Embedder<D> {
     ) -> Result<(D::Tensor, Layout<D::Tensor>)> {
         let tokens: Vec<u32> = sequences.iter().flat_map(|s| s.tokens.iter().copied()).collect();
         let positions: Vec<[u32; 3]> = sequences.iter().flat_map(|s| s.positions.iter().copied()).collect();
+        let (vocab, _) = device.shape(&self.table);
+        for sequence in sequences {
+            if let Some(token) = sequence.tokens.iter().find(|&&token| token as usize >= vocab) {
+                bail!(
+                    "sample {} has the token {token}, but the embedding has {vocab} rows; take tokenizer.json and weights \
+                     from the same checkpoint",
+                    sequence.id
+                );
+            }
+        }
         let mut x = self.embed_tokens(device, &tokens)?;
         let mut deepstack = None;
         if let Some(features) = features {

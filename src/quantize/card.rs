@@ -8,11 +8,11 @@ use super::report::RunReport;
 use super::settings::{Grid, Importance, Order, Solver, SolverSettings};
 use crate::checkpoint::formats::{Format, shell};
 use crate::checkpoint::sums::SUMS;
-use anyhow::{Context, Result};
+use crate::input;
+use anyhow::Result;
 use indicatif::HumanBytes;
 use serde_json::Value;
 use std::fmt::Write;
-use std::fs;
 use std::path::Path;
 
 const README: &str = "README.md";
@@ -41,7 +41,7 @@ impl Card<'_> {
         if !path.is_file() {
             return Ok(vec![(README.to_owned(), self.text(&name, None).into_bytes())]);
         }
-        let old = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let old = input::read(&path, input::MAX_CONFIG_BYTES)?;
         // A copy of a copy has both already.
         let mut base = "README.base.md".to_owned();
         while model.join(&base).exists() {

@@ -5,6 +5,7 @@ as a user's run would. Image paths are relative to that file.
 """
 
 import json
+import shutil
 
 import torch
 from PIL import Image
@@ -13,7 +14,6 @@ from safetensors.torch import save_file
 import families
 from families.base import DATA, MODEL
 
-VQA = "../../data/vqa/images/"
 SMALL = 150_000  # bytes; larger pixel values stay out: other goldens check them
 
 
@@ -34,6 +34,12 @@ def image(path):
     return {"type": "image", "image": path}
 
 
+def copied(path):
+    """An image of the data files beside the goldens: a data file's paths may not lead out of its folder."""
+    shutil.copyfile(DATA / "vqa" / path, MODEL / path)
+    return path
+
+
 def text(value):
     return {"type": "text", "text": value}
 
@@ -43,7 +49,7 @@ def turn(role, *content):
 
 
 def vqa(file, wanted):
-    """Conversations of a data file by id, with paths relative to the goldens' folder."""
+    """Conversations of a data file by id; their images are copied to those of the goldens."""
     rows = {}
     for line in (DATA / "vqa" / file).read_text().splitlines():
         row = json.loads(line)
@@ -51,7 +57,7 @@ def vqa(file, wanted):
             for message in row["messages"]:
                 for part in message["content"]:
                     if part["type"] == "image":
-                        part["image"] = "../../data/vqa/" + part["image"]
+                        copied(part["image"])
             rows[row["id"]] = row
     return [rows[key] for key in wanted]
 
@@ -66,7 +72,7 @@ def conversations(trained):
         turn("assistant", text("green")),
     ]
     two_images = [
-        turn("user", image(VQA + "calib-0007.png"), text("and "), image("images/gradient-70x42.png"),
+        turn("user", image(copied("images/calib-0007.png")), text("and "), image("images/gradient-70x42.png"),
              text("what shape is blue?")),
         turn("assistant", text("square")),
     ]

@@ -21,7 +21,7 @@ from model_grid import dequantize, solve
 from model_importance import (
     PROJECTIONS, Norm, cross, hessian, importance, layer_in, leave, linear_inputs, normalise, run, save,
 )
-from model_outputs import VQA, embed, encode, image, text, turn, vqa
+from model_outputs import copied, embed, encode, image, text, turn, vqa
 
 SETS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 SETTINGS = dict(bits=3, group=32, damp=0.01, alpha=0.25)
@@ -37,7 +37,7 @@ PIPELINES = {
 def calibration(chosen):
     """Four conversations: the two chosen ones of one image, one of two images, one of text alone."""
     two = [
-        turn("user", image(VQA + "calib-0010.png"), image("images/blocks-131x50.png"), text("what color is the ring?")),
+        turn("user", image(copied("images/calib-0010.png")), image("images/blocks-131x50.png"), text("what color is the ring?")),
         turn("assistant", text("yellow")),
     ]
     alone = [turn("user", text("read the digits. then describe a tall bar.")), turn("assistant", text("7 2, orange"))]

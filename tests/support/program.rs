@@ -107,6 +107,13 @@ pub fn edit_tensor(path: &Path, name: &str, edit: impl FnOnce(&mut [u8])) {
     fs::write(path, bytes).unwrap();
 }
 
+/// The image that a [`Bench`] has beside its data.
+pub const IMAGE: &str = "gradient-70x42.png";
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().unwrap()
+}
+
 /// A copy of a small checkpoint and its data, to be broken, and an empty folder to write to.
 pub struct Bench {
     folder: tempfile::TempDir,
@@ -118,8 +125,8 @@ impl Bench {
         let folder = tempfile::tempdir().unwrap();
         let bench = Self { folder };
         copy_folder(&super::golden("model").join(checkpoint), &bench.model());
-        let images = super::golden("model/images");
-        bench.write_data(&[&question(&text(images.join("gradient-70x42.png")))]);
+        fs::copy(super::golden("model/images").join(IMAGE), folder_of(&bench.data()).join(IMAGE)).unwrap();
+        bench.write_data(&[&question(IMAGE)]);
         fs::create_dir(bench.outputs()).unwrap();
         bench
     }
@@ -190,6 +197,12 @@ impl Bench {
         assert!(output.stdout.is_empty(), "{what}: {}", stdout(output));
         assert_eq!(names_in(&self.outputs()), [""; 0], "{what} leaves files behind");
     }
+}
+
+/// Makes a pipe that nobody writes to.
+#[cfg(unix)]
+pub fn pipe(path: &Path) {
+    assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
 }
 
 /// A line of data: one image, a question, an answer.

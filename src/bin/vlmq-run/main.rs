@@ -35,9 +35,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// Causes from libraries may span lines; whoever reads our stderr counts on one line an error.
+/// Causes from libraries may span lines; whoever reads our stderr counts on one line an error. Names from strangers' files
+/// may hold what a terminal takes for commands.
 fn one_line(message: &str) -> String {
-    message.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
+    let line = message.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
+    line.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 
 fn run(cli: &Cli) -> Result<()> {

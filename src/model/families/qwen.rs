@@ -15,6 +15,8 @@ use anyhow::{Context, Result, ensure};
 const DECODER_PLACES: [(&str, &str); 2] = [("model.language_model.", "lm_head.weight"), ("model.", "lm_head.weight")];
 /// Where they have put the vision tower.
 pub(super) const VISION_PREFIXES: [&str; 2] = ["model.visual.", "visual."];
+/// Most values of the patches that become one token, which sizes are multiplied with: 5,000 times those of Qwen's.
+const MAX_PATCH_VALUES: usize = 1 << 24;
 /// Base of the vision towers' rotary frequencies, a constant of the model classes.
 const VISION_ROPE_THETA: f64 = 10_000.0;
 
@@ -67,9 +69,9 @@ pub(super) struct Patches {
 }
 
 impl Patches {
-    /// `side`: the family's default of `patch_size`.
+    /// `side`: the family's default of `patch_size`. Errors beyond [`MAX_PATCH_VALUES`].
     pub(super) fn read(vision: &Section<'_>, side: usize) -> Result<Self> {
-        Ok(Self {
+        let patches = Self {
             side: vision.count_or("patch_size", side)?,
             frames: vision.count_or("temporal_patch_size", 2)?,
             merge: vision.count_or("spatial_merge_size", 2)?,
@@ -77,7 +79,17 @@ impl Patches {
                 Some(_) => vision.count("in_channels")?,
                 None => vision.count_or("in_chans", 3)?,
             },
-        })
+        };
+        let Self { side, frames, merge, channels } = patches;
+        let product = |factors: &[usize]| factors.iter().try_fold(1usize, |all, &factor| all.checked_mul(factor));
+        let merged = product(&[channels, frames, side, side, merge, merge]);
+        ensure!(
+            merged.is_some_and(|values| values <= MAX_PATCH_VALUES),
+            "{} asks for {merge} x {merge} patches of {channels} x {frames} x {side} x {side} values to a token; the limit is \
+             {MAX_PATCH_VALUES} values",
+            vision.at("patch_size")
+        );
+        Ok(patches)
     }
 
     /// Values of a patch.

@@ -17,6 +17,7 @@ use crate::checkpoint::sums::{SUMS, Sums, files, of_tensors};
 use crate::checkpoint::write::{Writer, is_replaced};
 use crate::checkpoint::{Checkpoint, Quantization};
 use crate::device::cpu::Cpu;
+use crate::input;
 use crate::model::families;
 use crate::progress::{Observer, Stage, StageClock};
 use anyhow::{Context, Result, ensure};
@@ -168,8 +169,8 @@ impl Check<'_> {
 
     fn record(&self) -> Result<Record> {
         let path = self.out.join("report.json");
-        let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        serde_json::from_str(&text).with_context(|| format!("{} is no report of vlmq-run quantize", path.display()))
+        let text = input::read(&path, input::MAX_INDEX_BYTES)?;
+        serde_json::from_slice(&text).with_context(|| format!("{} is no report of vlmq-run quantize", path.display()))
     }
 
     /// The float checkpoint's files are those that the run read, and side files were copied from them.
