@@ -1,23 +1,25 @@
-//! The stages of a long run, and how whoever started it listens.
+//! The stages of a long run, how whoever started it listens, and how they stop it.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// The long parts of a run, in the order in which they happen. Each is a unit of progress with a total.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stage {
     /// Reading conversations and images; counts samples.
     Data,
     /// Taking checksums of what is read; counts no parts.
     Checksums,
+    /// Writing tensors that keep their precision; counts megabytes.
+    Write,
     /// Running the vision tower; counts samples.
     Vision,
     /// Quantizing the decoder; counts decoder blocks.
     Blocks,
-    /// Writing tensors that keep their precision; counts megabytes.
-    Write,
     /// Answering questions; counts samples.
     Evaluate,
     /// Reading quantized layers back; counts layers.
@@ -57,12 +59,46 @@ pub trait Observer {
 
     /// A stage is over.
     fn stage_finished(&mut self, _time: &StageTime) {}
+
+    /// What stops the run before its end, asked for once when it begins: it then fails with [`Interrupted`] at the next place
+    /// where nothing is lost, between samples, tensors or layers. By default nothing stops it.
+    fn stop(&self) -> Stop {
+        Stop::default()
+    }
 }
 
 impl Observer for () {}
 
+/// A wish to stop, from any thread. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// Wishes so.
+    pub fn request(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Errors once somebody wishes so.
+    pub fn check(&self) -> Result<(), Interrupted> {
+        if self.0.load(Ordering::Relaxed) { Err(Interrupted) } else { Ok(()) }
+    }
+}
+
+/// A run was [stopped](Stop) before its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interrupted;
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
 /// Time spent in a stage.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StageTime {
     /// Which.
     pub stage: Stage,
@@ -84,9 +120,14 @@ impl StageClock {
         Self { stage, start: Instant::now() }
     }
 
+    /// Time spent so far.
+    pub fn time(&self) -> StageTime {
+        StageTime { stage: self.stage, seconds: self.start.elapsed().as_secs_f64() }
+    }
+
     /// Ends the stage.
     pub fn finish(self, observer: &mut dyn Observer) -> StageTime {
-        let time = StageTime { stage: self.stage, seconds: self.start.elapsed().as_secs_f64() };
+        let time = self.time();
         observer.stage_finished(&time);
         time
     }

@@ -197,14 +197,14 @@ fn the_data_of_the_project_collects_whole_and_in_order() {
     let builder = builder();
     let lengths: Vec<_> = some.iter().map(|one| builder.build(one).unwrap().tokens.len()).collect();
     let limit = *lengths.iter().min().unwrap() + 3;
-    let collected = collect(&builder, &some, limit).unwrap();
+    let collected = collect(&builder, &some, limit, || Ok(())).unwrap();
     let kept: Vec<_> =
         some.iter().zip(&lengths).filter(|(_, length)| **length <= limit).map(|(one, _)| &one.id).collect();
     assert_eq!(collected.sequences.iter().map(|one| &one.id).collect::<Vec<_>>(), kept);
     assert_eq!(collected.too_long, 24 - kept.len());
     assert!(collected.too_long > 0);
 
-    let error = collect(&builder, &some, 10).unwrap_err().to_string();
+    let error = collect(&builder, &some, 10, || Ok(())).unwrap_err().to_string();
     assert!(
         error.contains("all 24") && error.contains(&(limit - 3).to_string()) && error.contains("--max-tokens"),
         "{error}"
@@ -212,7 +212,7 @@ fn the_data_of_the_project_collects_whole_and_in_order() {
 
     let on = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let sequences = pool.install(|| collect(&builder, &some, 4096).unwrap().sequences);
+        let sequences = pool.install(|| collect(&builder, &some, 4096, || Ok(())).unwrap().sequences);
         let plain = sequences.into_iter().map(|one| {
             let patches: Vec<_> = one.images.iter().map(|image| image.patches()).collect();
             (one.id, one.tokens, one.positions, one.answer, patches)

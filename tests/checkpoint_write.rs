@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 use support::checkpoint::*;
 use support::{data, message};
-use vlmq::checkpoint::{Checkpoint, Format, LinearSpec, Writer};
+use vlmq::checkpoint::{Checkpoint, Format, LinearSpec, WorkFolder, Writer};
 use vlmq::quantize::settings::Order;
 
 const FORMATS: [Format; 3] = [Format::CompressedTensors, Format::Gptq, Format::Dequantized];
@@ -155,6 +155,7 @@ fn shards_hold_no_more_than_the_limit_and_read_as_one() {
     let linears = decoder_linears(&source);
     let mut writer =
         Writer::with_shards_of(limit, &target, &source, &linears, Format::CompressedTensors, &settings).unwrap();
+    writer.copy_tensors(&source, &mut |_| Ok(())).unwrap();
     // Backwards: places do not depend on the order in which layers are done.
     for linear in linears.iter().rev() {
         let weight = source.linear(&linear.module, linear.out_features, linear.in_features).unwrap();
@@ -244,7 +245,7 @@ fn refusals_come_before_anything_is_created() {
         message(Writer::create(target, source, linears, format, settings))
     };
 
-    let error = create(&taken, &source, &linears, Format::CompressedTensors, &good);
+    let error = message(WorkFolder::open(&taken));
     assert!(error.contains("taken exists. Remove it"), "{error}");
 
     let mut wrong = linears.clone();
@@ -300,11 +301,16 @@ fn a_broken_run_leaves_nothing() {
         let weight = source.linear(&linear.module, linear.out_features, linear.in_features).unwrap();
         round_to_nearest(&weight, &good)
     };
-    let create = || Writer::create(&target, &source, &linears, Format::CompressedTensors, &good).unwrap();
+    let create = || {
+        let work = WorkFolder::open(&target).unwrap();
+        let format = Format::CompressedTensors;
+        let mut writer = Writer::create(&work.checkpoint(), &source, &linears, format, &good).unwrap();
+        writer.copy_tensors(&source, &mut |_| Ok(())).unwrap();
+        (work, writer)
+    };
 
-    let mut writer = create();
-    assert!(!target.exists());
-    assert!(names_in(scratch.path()).iter().all(|name| name.starts_with(".out.partial-")));
+    let (work, mut writer) = create();
+    assert_eq!(names_in(scratch.path()), BTreeSet::from([".out.vlmq".to_owned()]));
     writer.write(&linears[0].module, &rounded(&linears[0])).unwrap();
     let error = message(writer.write(&linears[0].module, &rounded(&linears[0])));
     assert!(error.contains("written before"), "{error}");
@@ -326,15 +332,18 @@ fn a_broken_run_leaves_nothing() {
     }
     let error = message(writer.finish());
     assert!(error.contains("never written, among them model.layers.0"), "{error}");
+    drop(work);
     assert_eq!(names_in(scratch.path()), BTreeSet::new());
 
-    let mut writer = create();
+    let (mut work, mut writer) = create();
     for linear in &linears {
         writer.write(&linear.module, &rounded(linear)).unwrap();
     }
+    writer.finish().unwrap();
     fs::create_dir(&target).unwrap();
-    let error = message(writer.finish());
+    let error = message(work.finish());
     assert!(error.contains("out exists"), "{error}");
+    drop(work);
     assert_eq!(names_in(scratch.path()), BTreeSet::from(["out".to_owned()]));
 }
 

@@ -14,6 +14,7 @@ use vlmq::device::cpu::Cpu;
 use vlmq::model::decoder::{Block, Layout, Projection};
 use vlmq::model::families::{self, ModelConfig};
 use vlmq::model::rope;
+use vlmq::progress::Stop;
 use vlmq::quantize::block::{BlockOutcome, BlockQuantizer, Chunk, SolvedLayer};
 use vlmq::quantize::plan::Activations;
 use vlmq::quantize::settings::{Importance, SolverSettings};
@@ -218,6 +219,7 @@ fn block(index: usize, chunk: Chunk<Matrix>) -> anyhow::Result<(BlockOutcome, Ve
         settings: &SolverSettings { group_size: Some(32), ..SolverSettings::default() },
         importance: Importance::Vlmq,
         activations: Activations::Resident,
+        stop: &Stop::default(),
         index,
         float: load(),
         quantized: load(),

@@ -354,13 +354,20 @@ pub struct Collected {
 
 /// Builds every conversation, in parallel. One longer than `max_tokens` is left out whole, never cut.
 ///
-/// Errors as [`SequenceBuilder::build`] (of several the first in order), and when no conversation is short enough.
-pub fn collect(builder: &SequenceBuilder, conversations: &[Conversation], max_tokens: usize) -> Result<Collected> {
+/// Errors as [`SequenceBuilder::build`] (of several the first in order), when no conversation is short enough, and as `check`
+/// does, which is asked before each.
+pub fn collect(
+    builder: &SequenceBuilder,
+    conversations: &[Conversation],
+    max_tokens: usize,
+    check: impl Fn() -> Result<()> + Sync,
+) -> Result<Collected> {
     ensure!(!conversations.is_empty(), "there are no conversations");
     // What is too long is dropped at once, so that it does not take memory until the end.
     let built: Vec<Result<Result<Sequence, usize>>> = conversations
         .par_iter()
         .map(|conversation| {
+            check()?;
             let sequence = builder.build(conversation)?;
             let length = sequence.tokens.len();
             Ok(if length <= max_tokens { Ok(sequence) } else { Err(length) })

@@ -40,34 +40,48 @@ pub fn of_bytes(bytes: &[u8]) -> String {
 
 /// SHA-256 of a file.
 pub fn of_file(path: &Path) -> Result<String> {
-    of_range(path, 0..u64::MAX)
+    of_range_until(path, 0..u64::MAX, &|| Ok(()))
 }
+
+/// Whether to go on, asked every megabyte: an error ends the work.
+pub type Check<'a> = &'a (dyn Fn() -> Result<()> + Sync);
 
 /// SHA-256 of the bytes `range` of a file, as far as there are any. They are read, not mapped: a mapped file counts as memory
 /// in use.
 pub fn of_range(path: &Path, range: Range<u64>) -> Result<String> {
+    of_range_until(path, range, &|| Ok(()))
+}
+
+/// As [`of_range`], as long as `check` lets it.
+pub fn of_range_until(path: &Path, range: Range<u64>, check: Check<'_>) -> Result<String> {
     let mut checksum = Checksum::default();
     let mut buffer = vec![0; 1 << 20];
-    let mut read = || -> std::io::Result<()> {
-        let mut file = File::open(path)?;
-        file.seek(SeekFrom::Start(range.start))?;
-        let mut file = file.take(range.end - range.start);
-        loop {
-            match file.read(&mut buffer)? {
-                0 => return Ok(()),
-                count => checksum.update(&buffer[..count]),
-            }
+    let cannot_read = || format!("cannot read {}", path.display());
+    let mut file = File::open(path).with_context(cannot_read)?;
+    file.seek(SeekFrom::Start(range.start)).with_context(cannot_read)?;
+    let mut file = file.take(range.end - range.start);
+    loop {
+        check()?;
+        match file.read(&mut buffer).with_context(cannot_read)? {
+            0 => return Ok(checksum.finish()),
+            count => checksum.update(&buffer[..count]),
         }
-    };
-    read().with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(checksum.finish())
+    }
 }
 
 /// SHA-256 of files, by their names in `folder`. Files are read in parallel.
 pub fn of_files(folder: &Path, files: &[PathBuf]) -> Result<BTreeMap<String, String>> {
+    of_files_until(folder, files, &|| Ok(()))
+}
+
+/// As [`of_files`], as long as `check` lets it.
+pub fn of_files_until(folder: &Path, files: &[PathBuf], check: Check<'_>) -> Result<BTreeMap<String, String>> {
     files
         .par_iter()
-        .map(|path| Ok((path.strip_prefix(folder).unwrap_or(path).display().to_string(), of_file(path)?)))
+        .map(|path| {
+            let name = path.strip_prefix(folder).unwrap_or(path).display().to_string();
+            Ok((name, of_range_until(path, 0..u64::MAX, check)?))
+        })
         .collect::<Result<Vec<_>>>()
         .map(|sums| sums.into_iter().collect())
 }

@@ -69,7 +69,7 @@ pub(crate) fn bytes_from_floats(float: ScaleType, values: &[f32]) -> Vec<u8> {
     match float {
         ScaleType::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
         ScaleType::Bf16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
-        ScaleType::F32 => values.iter().flat_map(|&v| v.to_le_bytes()).collect(),
+        ScaleType::F32 => bytemuck::cast_slice(values).to_vec(),
     }
 }
 

@@ -7,13 +7,18 @@ mod convert;
 pub mod formats;
 mod plan;
 pub mod read;
+#[cfg(feature = "run")]
+pub(crate) mod sealed;
 mod shard;
+pub(crate) mod side_files;
 #[cfg(feature = "run")]
 pub mod sums;
 pub mod weight_error;
+pub mod work;
 pub mod write;
 
 pub use config::Quantization;
 pub use formats::{Format, LinearSpec, Loader};
 pub use read::{Checkpoint, MAX_TENSORS, StoredTensor};
+pub use work::WorkFolder;
 pub use write::Writer;

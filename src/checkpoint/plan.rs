@@ -81,7 +81,7 @@ impl Plan {
 }
 
 /// The first bytes of a file: length of the header, header, and spaces up to a multiple of 8.
-fn header(tensors: &[&TensorSpec], metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+pub(crate) fn header(tensors: &[&TensorSpec], metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
     let mut entries = Map::new();
     entries.insert("__metadata__".to_owned(), json!(metadata));
     let mut start = 0;

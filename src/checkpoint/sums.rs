@@ -9,7 +9,7 @@
 
 use super::checksum::{of_files, of_range};
 use super::read::Checkpoint;
-use super::write::TEMPLATES;
+use super::side_files::TEMPLATES;
 use crate::input;
 use anyhow::{Context, Result, bail};
 use rayon::prelude::*;

@@ -5,29 +5,24 @@ use super::formats::{Format, LinearSpec, TensorSpec};
 use super::plan::{Place, Plan};
 use super::read::Checkpoint;
 use super::shard::INDEX;
-use crate::input::check_link;
+use super::side_files::copy_side_files;
+use super::work::{cannot_write, reserve, sync_folder};
 use crate::quantize::QuantizedLinear;
 use crate::quantize::settings::SolverSettings;
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use tempfile::TempDir;
 
 /// Largest shard in bytes of tensors: what transformers writes, and what file hosts take.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
 
-/// The one sub-folder that belongs to a checkpoint: transformers keeps further chat templates there.
-pub(crate) const TEMPLATES: &str = "additional_chat_templates";
-
-/// A checkpoint being written, in a hidden folder `.NAME.partial-…` beside its target.
-///
-/// Until [`finish`](Self::finish) nothing exists under the target's name; dropping the writer removes what there is.
+/// A checkpoint being written, in a folder of its own: that of a [`WorkFolder`](super::WorkFolder), which gives it its name
+/// when all of it is there, or takes it away.
 #[derive(Debug)]
 pub struct Writer {
-    target: PathBuf,
-    folder: TempDir,
+    folder: PathBuf,
     format: Format,
     settings: SolverSettings,
     linears: HashMap<String, LinearSpec>,
@@ -37,80 +32,140 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Plans a quantized copy of `checkpoint` at `target` with shards of 5 GB, and writes all but the layers `quantized`.
+    /// Plans a quantized copy of `checkpoint` in the new folder `folder` with shards of 5 GB, takes its space on the disk, and
+    /// writes all but tensors.
     ///
-    /// Tensors that are not quantized and side files are copied byte for byte: every plain file of the folder but weights
-    /// (`*.safetensors`, `pytorch_model*.bin`, their indices), a stale `quantize_config.json`, and hidden files; of
-    /// sub-folders only `additional_chat_templates`, others are left behind with a warning. Links become what they lead to,
-    /// which must lie in the folder or in a download cache. In config.json nothing but
-    /// `quantization_config` is added.
+    /// Side files are copied byte for byte: every plain file of the folder but weights (`*.safetensors`,
+    /// `pytorch_model*.bin`, their indices), a stale `quantize_config.json`, and hidden files; of sub-folders only
+    /// `additional_chat_templates`, others are left behind with a warning. Links become what they lead to, which must lie in
+    /// the folder or in a download cache. In config.json nothing but `quantization_config` is added.
     ///
-    /// Errors, before anything is created, for a target as [`check_target`] refuses it, when the checkpoint is quantized
-    /// already, when a layer is missing, listed twice or of another shape, and when the format cannot hold a layer
-    /// ([`Format::check`]); then for a copied tensor that holds a NaN or an infinity, and for any failure to write, in
-    /// which case what was written is removed.
+    /// Errors, before anything is created, when the checkpoint is quantized already, when a layer is missing, listed twice or
+    /// of another shape, and when the format cannot hold a layer ([`Format::check`]); then for any failure to write.
     pub fn create(
-        target: &Path,
+        folder: &Path,
         checkpoint: &Checkpoint,
         quantized: &[LinearSpec],
         format: Format,
         settings: &SolverSettings,
     ) -> Result<Self> {
-        Self::with_shards_of(SHARD_BYTES, target, checkpoint, quantized, format, settings)
+        Self::with_shards_of(SHARD_BYTES, folder, checkpoint, quantized, format, settings)
     }
 
     /// [`create`](Self::create) with shards of at most `shard_bytes` of tensors.
     pub fn with_shards_of(
         shard_bytes: u64,
-        target: &Path,
+        folder: &Path,
         checkpoint: &Checkpoint,
         quantized: &[LinearSpec],
         format: Format,
         settings: &SolverSettings,
     ) -> Result<Self> {
-        check_target(target)?;
-        let (linears, plan) = Self::plan(shard_bytes, checkpoint, quantized, format, settings)?;
-        let quantization = format.quantization_config(quantized, &other_matrices(checkpoint, &linears), settings);
-        let config = new_config(checkpoint, quantization.as_ref())?;
-
-        let folder = temporary_beside(target)?;
-        let mut files = Vec::new();
-        for shard in &plan.shards {
-            let path = folder.path().join(&shard.name);
-            files.push(reserve(&path, shard.length).with_context(|| cannot_write(&path))?);
+        let mut writer = Self::new(shard_bytes, folder, checkpoint, quantized, format, settings)?;
+        writer.config(checkpoint, quantized)?;
+        fs::create_dir(folder).with_context(|| cannot_write(folder))?;
+        for shard in &mut writer.plan.shards {
+            let path = folder.join(&shard.name);
+            let mut file = reserve(&path, shard.length)?;
+            file.write_all(&std::mem::take(&mut shard.header)).with_context(|| cannot_write(&path))?;
+            writer.files.push(file);
         }
-        let settings = settings.clone();
-        let mut writer = Self {
-            target: target.to_path_buf(),
-            folder,
-            format,
-            settings,
-            linears,
-            plan,
-            files,
-            written: HashSet::new(),
-        };
-        for shard in 0..writer.files.len() {
-            let header = std::mem::take(&mut writer.plan.shards[shard].header);
-            writer.put(Place { shard, offset: 0, length: header.len() as u64 }, &header)?;
-        }
-        copy_side_files(checkpoint.folder(), writer.folder.path())?;
-        writer.add_file("config.json", config.as_bytes())?;
-        if let (Format::Gptq, Some(quantization)) = (format, &quantization) {
-            writer.add_file("quantize_config.json", format!("{quantization:#}\n").as_bytes())?;
-        }
-        if let Some(index) = writer.plan.index() {
-            writer.add_file(INDEX, index.as_bytes())?;
-        }
-        for name in checkpoint.names() {
-            if let Some(&place) = writer.plan.places.get(name).filter(|_| !writer.replaced(name)) {
-                checkpoint.check_finite(name)?;
-                writer.put(place, checkpoint.tensor(name)?.bytes)?;
-                checkpoint.release(name);
-                writer.written.insert(name.to_owned());
-            }
-        }
+        writer.write_side_files(checkpoint, quantized)?;
         Ok(writer)
+    }
+
+    /// Goes on with a checkpoint that [`create`](Self::create) began in `folder` with the same arguments. Tensors for which
+    /// `is_written` holds are there; all others are still to come.
+    ///
+    /// Errors where a shard is not what it was created as, and as [`create`](Self::create) does. Side files are not looked at:
+    /// [`write_side_files`](Self::write_side_files) makes them anew.
+    pub fn reopen(
+        folder: &Path,
+        checkpoint: &Checkpoint,
+        quantized: &[LinearSpec],
+        format: Format,
+        settings: &SolverSettings,
+        is_written: impl Fn(&str) -> bool,
+    ) -> Result<Self> {
+        let mut writer = Self::new(SHARD_BYTES, folder, checkpoint, quantized, format, settings)?;
+        for shard in &mut writer.plan.shards {
+            let path = folder.join(&shard.name);
+            let open = || {
+                let mut file = OpenOptions::new().read(true).write(true).open(&path)?;
+                let mut header = vec![0; shard.header.len()];
+                let length = file.metadata()?.len();
+                file.read_exact(&mut header)?;
+                std::io::Result::Ok((file, header, length))
+            };
+            let (file, header, length) = open().with_context(|| format!("cannot go on with {}", path.display()))?;
+            ensure!(
+                header == shard.header && length == shard.length,
+                "{} is damaged: it is not as it was begun",
+                path.display()
+            );
+            shard.header.clear();
+            writer.files.push(file);
+        }
+        writer.written = writer.plan.places.keys().filter(|name| is_written(name)).cloned().collect();
+        Ok(writer)
+    }
+
+    fn new(
+        shard_bytes: u64,
+        folder: &Path,
+        checkpoint: &Checkpoint,
+        quantized: &[LinearSpec],
+        format: Format,
+        settings: &SolverSettings,
+    ) -> Result<Self> {
+        let (linears, plan) = Self::plan(shard_bytes, checkpoint, quantized, format, settings)?;
+        let (folder, settings) = (folder.to_path_buf(), settings.clone());
+        Ok(Self { folder, format, settings, linears, plan, files: Vec::new(), written: HashSet::new() })
+    }
+
+    /// What config.json is to be, and the entry that it gets.
+    fn config(&self, checkpoint: &Checkpoint, quantized: &[LinearSpec]) -> Result<(String, Option<serde_json::Value>)> {
+        let others = other_matrices(checkpoint, &self.linears);
+        let quantization = self.format.quantization_config(quantized, &others, &self.settings);
+        Ok((new_config(checkpoint, quantization.as_ref())?, quantization))
+    }
+
+    /// Writes all that stands beside the weights, over what there is.
+    pub fn write_side_files(&self, checkpoint: &Checkpoint, quantized: &[LinearSpec]) -> Result<()> {
+        let (config, quantization) = self.config(checkpoint, quantized)?;
+        copy_side_files(checkpoint.folder(), &self.folder)?;
+        self.add_file("config.json", config.as_bytes())?;
+        if let (Format::Gptq, Some(quantization)) = (self.format, &quantization) {
+            self.add_file("quantize_config.json", format!("{quantization:#}\n").as_bytes())?;
+        }
+        match self.plan.index() {
+            Some(index) => self.add_file(INDEX, index.as_bytes()),
+            None => Ok(()),
+        }
+    }
+
+    /// Copies the tensors that are not quantized, byte for byte. `copied` hears the bytes of each, and ends the work by an error.
+    ///
+    /// Errors for one that holds a NaN or an infinity, and for any failure to write.
+    pub fn copy_tensors(&mut self, checkpoint: &Checkpoint, copied: &mut dyn FnMut(u64) -> Result<()>) -> Result<()> {
+        for name in self.copied_names(checkpoint) {
+            checkpoint.check_finite(name)?;
+            let place = self.plan.places[name];
+            self.put(place, checkpoint.tensor(name)?.bytes)?;
+            checkpoint.release(name);
+            self.written.insert(name.to_owned());
+            copied(place.length)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of the tensors that are not quantized.
+    pub fn bytes_to_copy(&self, checkpoint: &Checkpoint) -> u64 {
+        self.copied_names(checkpoint).iter().map(|&name| self.plan.places[name].length).sum()
+    }
+
+    fn copied_names<'a>(&self, checkpoint: &'a Checkpoint) -> Vec<&'a str> {
+        checkpoint.names().filter(|name| !self.replaced(name)).collect()
     }
 
     /// The layers by name, and where all tensors go.
@@ -128,6 +183,7 @@ impl Writer {
     }
 
     /// Bytes of the files that [`create`](Self::create) would reserve and copy. Errors as it does, of what headers tell.
+    #[cfg(feature = "run")]
     pub(crate) fn planned_bytes(
         checkpoint: &Checkpoint,
         quantized: &[LinearSpec],
@@ -136,7 +192,7 @@ impl Writer {
     ) -> Result<u64> {
         let (_, plan) = Self::plan(SHARD_BYTES, checkpoint, quantized, format, settings)?;
         let mut bytes = plan.shards.iter().map(|shard| shard.length).sum::<u64>();
-        for name in side_files(checkpoint.folder())?.into_iter().chain(["config.json".into()]) {
+        for name in super::side_files::side_files(checkpoint.folder())?.into_iter().chain(["config.json".into()]) {
             let path = checkpoint.folder().join(name);
             bytes += fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?.len();
         }
@@ -181,7 +237,7 @@ impl Writer {
 
     /// Adds the file `name` with these `bytes` beside the weights, in place of one of that name from the source.
     pub fn add_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        let path = self.folder.path().join(name);
+        let path = self.folder.join(name);
         fs::write(&path, bytes).with_context(|| cannot_write(&path))
     }
 
@@ -195,7 +251,7 @@ impl Writer {
 
     /// Where the checkpoint grows until it is finished.
     pub fn folder(&self) -> &Path {
-        self.folder.path()
+        &self.folder
     }
 
     fn put(&self, place: Place, bytes: &[u8]) -> Result<()> {
@@ -203,57 +259,48 @@ impl Writer {
         let mut file = &self.files[place.shard];
         file.seek(SeekFrom::Start(place.offset))
             .and_then(|_| file.write_all(bytes))
-            .with_context(|| cannot_write(&self.folder.path().join(&self.plan.shards[place.shard].name)))
+            .with_context(|| cannot_write(&self.folder.join(&self.plan.shards[place.shard].name)))
     }
 
-    /// Makes the checkpoint appear under its name, once everything has reached the disk.
-    ///
-    /// Errors when a layer was not written, when writing fails, or when the target has appeared meanwhile; then nothing is
-    /// left.
+    /// Names of the tensors that stand for the layer `module`, one of those announced.
+    pub fn tensors_of(&self, module: &str) -> Vec<String> {
+        let specs = self.linears.get(module).map(|linear| self.format.specs(linear, &self.settings));
+        specs.into_iter().flatten().map(|spec| spec.name).collect()
+    }
+
+    /// Returns once all tensors written so far have reached the disk.
+    pub fn sync(&self) -> Result<()> {
+        for (file, shard) in self.files.iter().zip(&self.plan.shards) {
+            file.sync_data().with_context(|| cannot_write(&self.folder.join(&shard.name)))?;
+        }
+        sync_folder(&self.folder)
+    }
+
+    /// Returns once the whole checkpoint has reached the disk. Errors when a layer was not written, and when writing fails.
     pub fn finish(self) -> Result<()> {
         let missing: Vec<&String> = self.plan.places.keys().filter(|name| !self.written.contains(*name)).collect();
         if let Some(first) = missing.iter().min() {
             bail!("{} tensors were never written, among them {first}", missing.len());
         }
-        for (file, shard) in self.files.iter().zip(&self.plan.shards) {
-            file.sync_all().with_context(|| cannot_write(&self.folder.path().join(&shard.name)))?;
+        sync_all(&self.folder)
+    }
+}
+
+/// Brings a folder's files and entries to the disk.
+fn sync_all(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).with_context(|| cannot_write(folder))? {
+        let path = entry.with_context(|| cannot_write(folder))?.path();
+        match path.is_dir() {
+            true => sync_all(&path)?,
+            // Open for writing: some systems bring nothing else to the disk.
+            false => OpenOptions::new()
+                .write(true)
+                .open(&path)
+                .and_then(|file| file.sync_all())
+                .with_context(|| cannot_write(&path))?,
         }
-        refuse_existing(&self.target)?;
-        fs::rename(self.folder.path(), &self.target)
-            .with_context(|| format!("cannot rename the finished folder to {}", self.target.display()))?;
-        // The folder has another name now: nothing to remove.
-        let _ = self.folder.keep();
-        sync_folder(&self.target)?;
-        sync_folder(parent_of(&self.target))
     }
-}
-
-fn cannot_write(path: &Path) -> String {
-    format!("cannot write {}", path.display())
-}
-
-/// Refuses an output folder that could not be created: one that exists, has no name, or lies where nothing can be written.
-/// Asks the system by creating a folder beside it and removing it at once.
-pub fn check_target(target: &Path) -> Result<()> {
-    refuse_existing(target)?;
-    temporary_beside(target).map(drop)
-}
-
-fn refuse_existing(target: &Path) -> Result<()> {
-    // A dangling link exists too, and a rename would replace it.
-    ensure!(
-        fs::symlink_metadata(target).is_err(),
-        "{} exists. Remove it or choose another output folder with --out.",
-        target.display()
-    );
-    Ok(())
-}
-
-fn parent_of(target: &Path) -> &Path {
-    match target.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    }
+    sync_folder(folder)
 }
 
 fn check_linears(
@@ -343,114 +390,4 @@ fn new_config(checkpoint: &Checkpoint, quantization: Option<&serde_json::Value>)
         path.display()
     );
     with_key(&text, "quantization_config", quantization).with_context(|| format!("cannot use {}", path.display()))
-}
-
-fn temporary_beside(target: &Path) -> Result<TempDir> {
-    let name = target
-        .file_name()
-        .with_context(|| format!("{:?} is no name for an output folder; choose another --out", target.display()))?
-        .to_string_lossy();
-    let parent = parent_of(target);
-    ensure!(
-        parent.is_dir(),
-        "the output {} cannot be written: there is no folder {}; create it first",
-        target.display(),
-        parent.display()
-    );
-    let prefix = format!(".{name}.partial-");
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(&prefix);
-    // What is private while it is temporary would stay so under its final name.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-    builder
-        .tempdir_in(parent)
-        .with_context(|| format!("cannot create a folder in {}; choose another --out", parent.display()))
-}
-
-/// Creates `path` with `length` bytes of space.
-///
-/// On Linux the space is taken now, so that a disk too small fails here and not after hours of solving.
-fn reserve(path: &Path, length: u64) -> std::io::Result<File> {
-    let file = OpenOptions::new().write(true).create_new(true).open(path)?;
-    #[cfg(target_os = "linux")]
-    match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length) {
-        // Some file systems cannot: then a full disk shows when the data comes.
-        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {}
-        Err(error) => return Err(error.into()),
-    }
-    file.set_len(length)?;
-    Ok(file)
-}
-
-/// The files of a checkpoint that go into a copy as they are, by their names in `source`, in order; sub-folders that stay behind
-/// are named in a warning.
-pub(crate) fn side_files(source: &Path) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    let mut folders = vec![PathBuf::new()];
-    while let Some(folder) = folders.pop() {
-        let shown = source.join(&folder);
-        let cannot_read = || format!("cannot read the folder {}", shown.display());
-        for entry in fs::read_dir(&shown).with_context(cannot_read)? {
-            let entry = entry.with_context(cannot_read)?;
-            let (path, name) = (entry.path(), folder.join(entry.file_name()));
-            let name_text = entry.file_name().to_string_lossy().into_owned();
-            if name_text.starts_with('.') {
-                continue;
-            }
-            // Follows links: download caches keep the files elsewhere. What a stranger's link leads to is not copied.
-            let kind = fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?;
-            // Not below itself: links may go round in circles.
-            if kind.is_dir() && name_text == TEMPLATES && folder == Path::new("") {
-                check_link(&path, source)?;
-                folders.push(name);
-            } else if kind.is_dir() {
-                log::warn!("the sub-folder {} is not copied", path.display());
-            } else if kind.is_file() && !is_replaced(&name_text) {
-                check_link(&path, source)?;
-                found.push(name);
-            }
-        }
-    }
-    found.sort();
-    Ok(found)
-}
-
-fn copy_side_files(source: &Path, target: &Path) -> Result<()> {
-    for name in side_files(source)? {
-        let to = target.join(&name);
-        let folder = parent_of(&to);
-        fs::create_dir_all(folder).with_context(|| cannot_write(folder))?;
-        copy(&source.join(&name), &to)?;
-    }
-    Ok(())
-}
-
-/// Whether a file of the source holds weights, or describes them, and so has no place in the copy.
-pub(crate) fn is_replaced(name: &str) -> bool {
-    name.ends_with(".safetensors")
-        || name.ends_with(".safetensors.index.json")
-        || name.starts_with("pytorch_model") && (name.ends_with(".bin") || name.ends_with(".bin.index.json"))
-        || name == "quantize_config.json"
-        || name == "config.json"
-}
-
-/// Copies contents only: a read-only source must not make a read-only copy.
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    let mut source = File::open(from).with_context(|| format!("cannot read {}", from.display()))?;
-    let mut copy = File::create(to).with_context(|| cannot_write(to))?;
-    std::io::copy(&mut source, &mut copy)
-        .with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
-    Ok(())
-}
-
-/// Brings the entries of a folder to the disk, where the system has a way to.
-fn sync_folder(folder: &Path) -> Result<()> {
-    #[cfg(unix)]
-    File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .with_context(|| format!("cannot bring {} to the disk", folder.display()))?;
-    #[cfg(not(unix))]
-    let _ = folder;
-    Ok(())
 }

@@ -28,6 +28,14 @@ pub enum ScaleType {
 }
 
 impl ScaleType {
+    /// Bytes of a value.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => 4,
+        }
+    }
+
     /// `value` rounded (to nearest, ties to even) to this type.
     pub fn round(self, value: f32) -> f32 {
         match self {

@@ -1,6 +1,6 @@
 //! What running a model needs of a device: calibration forward and backward, evaluation.
 
-use super::Device;
+use super::{Device, ScaleType};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
 use std::ops::Range;
@@ -106,8 +106,13 @@ pub trait ModelOps: Device {
     /// The values of a quantized weight, as [`upload_model`](Self::upload_model) would bring them.
     fn dequantize(&self, weight: &QuantizedWeight<'_>) -> Result<Self::Tensor>;
 
+    /// That precision: what [`download`](Device::download) gives of an activation is exact in it.
+    fn element_type(&self) -> ScaleType;
+
     /// Bytes of a value in that precision.
-    fn element_bytes(&self) -> usize;
+    fn element_bytes(&self) -> usize {
+        self.element_type().bytes()
+    }
 
     /// Rows of `table` by index: `[indices, cols]`.
     fn gather_rows(&self, table: &Self::Tensor, indices: &[u32]) -> Result<Self::Tensor>;

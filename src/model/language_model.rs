@@ -7,16 +7,46 @@ use super::rope::{self, RopeAxes};
 use crate::calibration::image::ImagePatches;
 use crate::calibration::sequence::Sequence;
 use crate::checkpoint::Checkpoint;
-use crate::device::{ModelOps, Span};
+use crate::device::{ModelOps, Rotary, Span};
 use anyhow::{Context, Result, bail, ensure};
+
+/// What turns the places of tokens into what goes with them through the decoder.
+pub struct Positions {
+    frequencies: Vec<f32>,
+    axes: RopeAxes,
+}
+
+impl Positions {
+    /// Of a decoder.
+    pub fn new(decoder: &DecoderConfig) -> Self {
+        let frequencies = rope::inverse_frequencies(decoder.rope_theta, decoder.attention.head_dim);
+        Self { frequencies, axes: decoder.rope_axes }
+    }
+
+    /// Rotary tables and bounds of packed sequences; features of their images for later blocks are not among it.
+    pub fn layout<D: ModelOps>(&self, device: &D, sequences: &[&Sequence]) -> Result<Layout<D::Tensor>> {
+        let positions: Vec<[u32; 3]> = sequences.iter().flat_map(|s| s.positions.iter().copied()).collect();
+        let spans = spans(sequences.iter().map(|s| s.tokens.len()));
+        Ok(Layout { rotary: self.rotary(device, &positions)?, spans, deepstack: None })
+    }
+
+    fn rotary<D: ModelOps>(&self, device: &D, positions: &[[u32; 3]]) -> Result<Rotary<D::Tensor>> {
+        rope::multimodal(device, positions, &self.frequencies, self.axes)
+    }
+}
+
+/// Rows of packed sequences that stand for image features, in order.
+pub fn image_rows(sequences: &[&Sequence], image_token: u32) -> Vec<u32> {
+    let tokens = sequences.iter().flat_map(|s| &s.tokens);
+    (0..).zip(tokens).filter(|&(_, &token)| token == image_token).map(|(row, _)| row).collect()
+}
 
 /// What turns sequences into the decoder's input: embedding table, vision tower, rotary frequencies.
 pub struct Embedder<D: ModelOps> {
     table: D::Tensor,
     tower: Option<Box<dyn VisionTower<D>>>,
     image_token: u32,
-    frequencies: Vec<f32>,
-    rope_axes: RopeAxes,
+    positions: Positions,
 }
 
 impl<D: ModelOps> Embedder<D> {
@@ -38,8 +68,7 @@ impl<D: ModelOps> Embedder<D> {
             table: device.upload_model(checkpoint.matrix(&name, decoder.vocab, decoder.hidden)?)?,
             tower,
             image_token: config.image_token,
-            frequencies: rope::inverse_frequencies(decoder.rope_theta, decoder.attention.head_dim),
-            rope_axes: decoder.rope_axes,
+            positions: Positions::new(decoder),
         })
     }
 
@@ -61,7 +90,6 @@ impl<D: ModelOps> Embedder<D> {
         features: Option<&Features<D::Tensor>>,
     ) -> Result<(D::Tensor, Layout<D::Tensor>)> {
         let tokens: Vec<u32> = sequences.iter().flat_map(|s| s.tokens.iter().copied()).collect();
-        let positions: Vec<[u32; 3]> = sequences.iter().flat_map(|s| s.positions.iter().copied()).collect();
         let (vocab, _) = device.shape(&self.table);
         for sequence in sequences {
             if let Some(token) = sequence.tokens.iter().find(|&&token| token as usize >= vocab) {
@@ -75,8 +103,7 @@ impl<D: ModelOps> Embedder<D> {
         let mut x = self.embed_tokens(device, &tokens)?;
         let mut deepstack = None;
         if let Some(features) = features {
-            let places: Vec<u32> =
-                (0..tokens.len() as u32).filter(|&i| tokens[i as usize] == self.image_token).collect();
+            let places = image_rows(sequences, self.image_token);
             let (rows, _) = device.shape(&features.tokens);
             ensure!(
                 rows == places.len(),
@@ -91,24 +118,20 @@ impl<D: ModelOps> Embedder<D> {
                 deepstack = Some(DeepStack { rows: places, levels: copies.collect::<Result<_>>()? });
             }
         }
-        let spans = spans(sequences.iter().map(|s| s.tokens.len()));
+        let layout = Layout { deepstack, ..self.positions.layout(device, sequences)? };
         if let Some(row) = device.first_non_finite_row(&x)? {
-            let sample = spans.iter().position(|span| span.q.contains(&row)).map_or("?", |i| &sequences[i].id);
+            let sample = layout.spans.iter().position(|span| span.q.contains(&row)).map_or("?", |i| &sequences[i].id);
             bail!(
                 "the image features of sample {sample} hold a NaN or an infinity; check the weights of the vision tower \
                  and that sample's images"
             );
         }
-        Ok((x, Layout { rotary: self.rotary(device, &positions)?, spans, deepstack }))
+        Ok((x, layout))
     }
 
     /// Rows of the embedding table.
     fn embed_tokens(&self, device: &D, tokens: &[u32]) -> Result<D::Tensor> {
         device.gather_rows(&self.table, tokens)
-    }
-
-    fn rotary(&self, device: &D, positions: &[[u32; 3]]) -> Result<crate::device::Rotary<D::Tensor>> {
-        rope::multimodal(device, positions, &self.frequencies, self.rope_axes)
     }
 }
 
@@ -175,7 +198,7 @@ impl<D: ModelOps> LanguageModel<D> {
     /// The decoder's input for one more token of each sequence, at the given text positions.
     pub fn embed_next(&self, device: &D, tokens: &[u32], positions: &[u32]) -> Result<(D::Tensor, Layout<D::Tensor>)> {
         let positions: Vec<[u32; 3]> = positions.iter().map(|&p| [p; 3]).collect();
-        let rotary = self.embedder.rotary(device, &positions)?;
+        let rotary = self.embedder.positions.rotary(device, &positions)?;
         let layout = Layout { rotary, spans: spans(tokens.iter().map(|_| 1)), deepstack: None };
         Ok((self.embedder.embed_tokens(device, tokens)?, layout))
     }

@@ -8,7 +8,7 @@ use super::pipeline::PipelineSettings;
 use crate::calibration::sequence::{Collected, Sequence};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::checksum::{self, Checksum};
-use crate::checkpoint::write::side_files;
+use crate::checkpoint::side_files::side_files;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -50,8 +50,13 @@ pub struct Inputs {
 }
 
 impl Provenance {
-    /// Of a run with `settings` as they take effect. Reads every file of the checkpoint once.
-    pub fn of(settings: &PipelineSettings, checkpoint: &Checkpoint, data: &Collected) -> Result<Self> {
+    /// Of a run with `settings` as they take effect. Reads every file of the checkpoint once, as long as `check` lets it.
+    pub fn of(
+        settings: &PipelineSettings,
+        checkpoint: &Checkpoint,
+        data: &Collected,
+        check: checksum::Check<'_>,
+    ) -> Result<Self> {
         let folder = checkpoint.folder();
         let mut files: Vec<PathBuf> = side_files(folder)?.iter().map(|name| folder.join(name)).collect();
         files.push(folder.join("config.json"));
@@ -64,7 +69,7 @@ impl Provenance {
             model: settings.model.display().to_string(),
             settings: serde_json::to_value(settings)?,
             inputs: Inputs {
-                model: checksum::of_files(folder, &files)?,
+                model: checksum::of_files_until(folder, &files, check)?,
                 calibration,
                 samples: calibrated.then(|| of_samples(&data.sequences)),
             },

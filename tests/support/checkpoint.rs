@@ -1,7 +1,7 @@
 //! Checkpoints for tests: the small trained one, hand-made ones, and a plain round-to-nearest to fill files with.
 
 use std::path::Path;
-use vlmq::checkpoint::{Checkpoint, Format, LinearSpec, Writer};
+use vlmq::checkpoint::{Checkpoint, Format, LinearSpec, WorkFolder, Writer};
 use vlmq::quantize::QuantizedLinear;
 use vlmq::quantize::settings::{Order, ScaleType, SolverSettings};
 use vlmq::tensor::Matrix;
@@ -89,7 +89,9 @@ pub fn write_rounded(
     settings: &SolverSettings,
 ) -> anyhow::Result<Vec<(LinearSpec, QuantizedLinear)>> {
     let linears = decoder_linears(source);
-    let mut writer = Writer::create(target, source, &linears, format, settings)?;
+    let mut work = WorkFolder::open(target)?;
+    let mut writer = Writer::create(&work.checkpoint(), source, &linears, format, settings)?;
+    writer.copy_tensors(source, &mut |_| Ok(()))?;
     let mut written = Vec::new();
     for linear in linears {
         let weight = source.linear(&linear.module, linear.out_features, linear.in_features)?;
@@ -98,6 +100,7 @@ pub fn write_rounded(
         written.push((linear, quantized));
     }
     writer.finish()?;
+    work.finish()?;
     Ok(written)
 }
 

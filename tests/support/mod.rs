@@ -13,6 +13,8 @@ pub mod golden;
 pub mod kernels;
 #[cfg(feature = "run")]
 pub mod program;
+#[cfg(feature = "run")]
+pub mod resuming;
 pub mod solving;
 #[cfg(feature = "run")]
 pub mod sparse;

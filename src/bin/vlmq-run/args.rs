@@ -93,9 +93,12 @@ pub(crate) struct QuantizeArgs {
     /// Calibration data: JSONL of conversations with images, or ShareGPT4V/LLaVA JSON. Not needed with --solver rtn.
     #[arg(long, value_name = "FILE")]
     calib: Option<PathBuf>,
-    /// Folder to write; must not exist.
+    /// Folder to write; must not exist. A run that was ended early goes on when the same command is given again.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Discard what an earlier run left unfinished, instead of going on from there.
+    #[arg(long)]
+    restart: bool,
     /// Evaluate on this data before and after, and print both; its images are relative to it.
     #[arg(long, value_name = "FILE")]
     pub(crate) eval: Option<PathBuf>,
@@ -341,7 +344,7 @@ impl QuantizeArgs {
             image_options: self.images.options(),
             chat_template: self.images.chat_template.clone(),
             strict: self.strict,
-            restart: false,
+            restart: self.restart,
         }
     }
 

@@ -9,9 +9,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use vlmq::device::ModelOps;
 use vlmq::evaluate::{self, Evaluation};
+use vlmq::progress::Stop;
 
 pub(crate) fn run<D: ModelOps>(device: &D, args: &EvalArgs, screen: &Screen) -> Result<()> {
-    let evaluation = evaluate::run(device, &args.settings(), &mut screen.observer())?;
+    let evaluation = evaluate::run(device, &args.settings(), &mut screen.observer(Stop::default()))?;
     if let Some(path) = &args.json {
         write_json(path, &evaluation)?;
     }

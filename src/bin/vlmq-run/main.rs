@@ -1,6 +1,6 @@
 //! The command line: flags in, the library's work, words out.
 //!
-//! Exit codes: 0 done; 1 an error, told on stderr; 2 wrong usage.
+//! Exit codes: 0 done; 1 an error, told on stderr; 2 wrong usage; 130 and 143 ended by SIGINT and SIGTERM.
 
 mod args;
 mod device;
@@ -9,6 +9,7 @@ mod eval;
 mod inspect;
 mod progress;
 mod quantize;
+mod signals;
 mod text;
 mod values;
 mod verify;
@@ -17,15 +18,25 @@ use anyhow::{Context, Result};
 use args::{Cli, Command, MachineArgs};
 use device::Chosen;
 use progress::Screen;
+use signals::Signals;
 use std::io::Write;
 use std::process::ExitCode;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::{ModelOps, SolveOps};
+use vlmq::progress::Interrupted;
+use vlmq::quantize::pipeline::Unfinished;
 
 fn main() -> ExitCode {
     let cli = Cli::read();
-    match run(&cli) {
+    let signals = Signals::default();
+    match run(&cli, &signals) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Interrupted>() => {
+            let kept = error.downcast_ref::<Unfinished>().map(|unfinished| format!(": {}", unfinished.kept()));
+            let kept = kept.unwrap_or_default();
+            let _ = writeln!(std::io::stderr(), "interrupted{kept}; run the same command again to go on");
+            signals.exit_code()
+        }
         // Whoever reads our output has had enough of it.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -42,19 +53,20 @@ fn one_line(message: &str) -> String {
     line.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 
-fn run(cli: &Cli) -> Result<()> {
+fn run(cli: &Cli, signals: &Signals) -> Result<()> {
     let screen = Screen::new(cli.machine.quiet);
+    signals.listen(&screen)?;
     prepare(&cli.machine, &screen)?;
     cli.command.check()?;
     match device::choose(cli.machine.device, cli.command.model(), cli.command.max_gpu_memory())? {
-        Chosen::Cpu => run_on(&Cpu, &cli.command, &screen),
-        Chosen::Cuda(device) => run_on(&device, &cli.command, &screen),
+        Chosen::Cpu => run_on(&Cpu, &cli.command, &screen, signals),
+        Chosen::Cuda(device) => run_on(&device, &cli.command, &screen, signals),
     }
 }
 
-fn run_on<D: ModelOps + SolveOps>(device: &D, command: &Command, screen: &Screen) -> Result<()> {
+fn run_on<D: ModelOps + SolveOps>(device: &D, command: &Command, screen: &Screen, signals: &Signals) -> Result<()> {
     match command {
-        Command::Quantize(args) => quantize::run(device, args, screen),
+        Command::Quantize(args) => quantize::run(device, args, screen, signals),
         Command::Eval(args) => eval::run(device, args, screen),
         Command::Inspect(args) => inspect::run(device, args),
         Command::Verify(args) => verify::run(args, screen),

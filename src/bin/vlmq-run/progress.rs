@@ -3,8 +3,9 @@
 use crate::text;
 use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::time::{Duration, Instant};
-use vlmq::progress::{Observer, Stage, StageTime};
+use vlmq::progress::{Observer, Stage, StageTime, Stop};
 use vlmq::quantize::report::{LayerReport, RunObserver};
 use vlmq::quantize::{Finding, FindingKind};
 
@@ -43,6 +44,18 @@ impl Screen {
         });
     }
 
+    /// Prints what is no result and no error.
+    pub(crate) fn say(&self, text: &str) {
+        if self.style != Style::Silent {
+            self.print(text);
+        }
+    }
+
+    /// Prints even where nothing else is shown.
+    pub(crate) fn alert(&self, text: &str) {
+        self.print(text);
+    }
+
     /// Sends log messages of at least `level` to the screen.
     pub(crate) fn log(&self, level: log::LevelFilter) {
         let screen = self.clone();
@@ -57,9 +70,9 @@ impl Screen {
             .init();
     }
 
-    /// A listener that shows a run on this screen.
-    pub(crate) fn observer(&self) -> Progress {
-        Progress { screen: self.clone(), stage: None, header_shown: false }
+    /// A listener that shows a run on this screen, and asks it to stop when `stop` does.
+    pub(crate) fn observer(&self, stop: Stop) -> Progress {
+        Progress { screen: self.clone(), stop, stage: None, finished_before: 0, header_shown: false }
     }
 }
 
@@ -68,6 +81,8 @@ impl Screen {
 struct Running {
     stage: Stage,
     total: u64,
+    /// What was done before the start, by an earlier run.
+    before: u64,
     start: Instant,
     last_line: Instant,
     bar: Option<ProgressBar>,
@@ -77,12 +92,15 @@ struct Running {
 #[derive(Debug)]
 pub(crate) struct Progress {
     screen: Screen,
+    stop: Stop,
     stage: Option<Running>,
+    /// Blocks that an earlier run did.
+    finished_before: u64,
     header_shown: bool,
 }
 
 impl Progress {
-    fn bar(&self, stage: Stage, total: u64) -> Option<ProgressBar> {
+    fn bar(&self, stage: Stage, total: u64, before: u64) -> Option<ProgressBar> {
         if self.screen.style != Style::Bars {
             return None;
         }
@@ -90,8 +108,9 @@ impl Progress {
         let template = format!("{what:<15} {{bar:16}} {{pos}}/{{len}} {things}{{left}}  {{wide_msg}}");
         let bar = self.screen.bars.add(ProgressBar::new(total));
         if let Ok(style) = ProgressStyle::with_template(&template) {
-            bar.set_style(style.with_key("left", |state: &ProgressState, out: &mut dyn std::fmt::Write| {
-                let left = time_left(state.elapsed().as_secs_f64(), state.pos(), state.len().unwrap_or(0));
+            bar.set_style(style.with_key("left", move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+                let (elapsed, total) = (state.elapsed().as_secs_f64(), state.len().unwrap_or(0));
+                let left = time_left(elapsed, state.pos().saturating_sub(before), total.saturating_sub(before));
                 let _ = out.write_str(&left);
             }));
         }
@@ -108,7 +127,9 @@ impl Observer for Progress {
             self.screen.print(&format!("{what}: {total} {things}"));
         }
         let now = Instant::now();
-        self.stage = Some(Running { stage, total, start: now, last_line: now, bar: self.bar(stage, total) });
+        let before = if stage == Stage::Blocks { self.finished_before } else { 0 };
+        let bar = self.bar(stage, total, before);
+        self.stage = Some(Running { stage, total, before, start: now, last_line: now, bar });
     }
 
     fn stage_advanced(&mut self, stage: Stage, done: u64, step: &str) {
@@ -118,7 +139,10 @@ impl Observer for Progress {
             bar.set_message(step.to_owned());
         } else if self.screen.style == Style::Lines && running.last_line.elapsed() >= LINE_INTERVAL {
             running.last_line = Instant::now();
-            let line = progress_line(stage, done, running.total, running.start.elapsed().as_secs_f64(), step);
+            let elapsed = running.start.elapsed().as_secs_f64();
+            let left =
+                time_left(elapsed, done.saturating_sub(running.before), running.total.saturating_sub(running.before));
+            let line = progress_line(stage, done, running.total, &left, step);
             self.screen.print(&line);
         }
     }
@@ -127,13 +151,20 @@ impl Observer for Progress {
         if let Some(bar) = self.stage.take().and_then(|running| running.bar) {
             bar.finish_and_clear();
         }
-        if self.screen.style != Style::Silent {
-            self.screen.print(&format!("{}: done in {}", time.stage, text::seconds(time.seconds)));
-        }
+        self.screen.say(&format!("{}: done in {}", time.stage, text::seconds(time.seconds)));
+    }
+
+    fn stop(&self) -> Stop {
+        self.stop.clone()
     }
 }
 
 impl RunObserver for Progress {
+    fn resumed(&mut self, finished: usize, blocks: usize, folder: &Path) {
+        self.finished_before = finished as u64;
+        self.screen.say(&format!("going on: {finished} of {blocks} blocks are done, from {}", folder.display()));
+    }
+
     fn layer_finished(&mut self, layer: &LayerReport) {
         if self.screen.style == Style::Silent {
             return;
@@ -146,9 +177,9 @@ impl RunObserver for Progress {
     }
 }
 
-fn progress_line(stage: Stage, done: u64, total: u64, elapsed: f64, step: &str) -> String {
+fn progress_line(stage: Stage, done: u64, total: u64, left: &str, step: &str) -> String {
     let (what, things) = stage.describe();
-    let mut line = format!("{what}: {done} of {total} {things}{}", time_left(elapsed, done, total));
+    let mut line = format!("{what}: {done} of {total} {things}{left}");
     if !step.is_empty() {
         line += &format!(" ({step})");
     }
@@ -243,8 +274,8 @@ mod tests {
 
     #[test]
     fn lines_tell_what_is_left() {
-        let line = progress_line(Stage::Blocks, 7, 28, 10.0, "block 7: importance");
+        let line = progress_line(Stage::Blocks, 7, 28, &time_left(10.0, 7, 28), "block 7: importance");
         assert_eq!(line, "quantizing: 7 of 28 blocks, 30.0 s left (block 7: importance)");
-        assert_eq!(progress_line(Stage::Data, 0, 5, 1.0, ""), "reading data: 0 of 5 samples");
+        assert_eq!(progress_line(Stage::Data, 0, 5, &time_left(1.0, 0, 5), ""), "reading data: 0 of 5 samples");
     }
 }

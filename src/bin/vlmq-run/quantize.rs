@@ -2,25 +2,31 @@
 
 use crate::args::QuantizeArgs;
 use crate::progress::Screen;
+use crate::signals::Signals;
 use crate::{dry_run, eval, print_lines, text};
 use anyhow::{Context, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use vlmq::device::{ModelOps, SolveOps};
 use vlmq::evaluate::{self, ComparedScores, Comparison};
+use vlmq::progress::Stop;
 use vlmq::quantize::FindingKind;
 use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::report::{LayerReport, RunReport};
 
-pub(crate) fn run<D: ModelOps + SolveOps>(device: &D, args: &QuantizeArgs, screen: &Screen) -> Result<()> {
+pub(crate) fn run<D: ModelOps + SolveOps>(
+    device: &D,
+    args: &QuantizeArgs,
+    screen: &Screen,
+    signals: &Signals,
+) -> Result<()> {
     let settings = args.settings();
-    let mut observer = screen.observer();
     // What is wrong with the questions should not show after hours of quantizing.
     args.eval.clone().map(|data| evaluate::check::<D>(&args.evaluation_before(data))).transpose()?;
     if let Some(format) = args.dry_run {
-        return dry_run::run(device, &settings, format, &mut observer);
+        return dry_run::run(device, &settings, format, &mut screen.observer(Stop::default()));
     }
-    let mut report = pipeline::run(device, &settings, &mut observer)?;
+    let mut report = signals.wait_for(|stop| pipeline::run(device, &settings, &mut screen.observer(stop)))?;
     print_lines(&summary(&settings, &report))?;
     if let Some(data) = args.eval.clone() {
         let compared = compare(device, args, data, screen).with_context(|| {
@@ -35,7 +41,7 @@ pub(crate) fn run<D: ModelOps + SolveOps>(device: &D, args: &QuantizeArgs, scree
 
 /// The float model's answers and those of the finished one.
 fn compare<D: ModelOps>(device: &D, args: &QuantizeArgs, data: PathBuf, screen: &Screen) -> Result<Comparison> {
-    let evaluate = |settings| evaluate::run(device, &settings, &mut screen.observer());
+    let evaluate = |settings| evaluate::run(device, &settings, &mut screen.observer(Stop::default()));
     let float = evaluate(args.evaluation_before(data.clone()))?;
     let quantized = evaluate(args.evaluation_after(data))?;
     Ok(Comparison::new(&float, &quantized))

@@ -4,6 +4,7 @@ use crate::args::VerifyArgs;
 use crate::progress::Screen;
 use crate::{eval, print_lines, text};
 use anyhow::{Result, bail};
+use vlmq::progress::Stop;
 use vlmq::quantize::verify::{self, Verification};
 
 /// Differences that are printed; all are in `--json`.
@@ -12,7 +13,7 @@ const SHOWN: usize = 20;
 const WORST: usize = 5;
 
 pub(crate) fn run(args: &VerifyArgs, screen: &Screen) -> Result<()> {
-    let found = verify::run(&args.out, &args.against, &mut screen.observer())?;
+    let found = verify::run(&args.out, &args.against, &mut screen.observer(Stop::default()))?;
     if let Some(path) = &args.json {
         eval::write_json(path, &found)?;
     }

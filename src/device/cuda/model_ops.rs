@@ -7,7 +7,7 @@ use super::bindings::{
 use super::memory::Memory;
 use super::tensor::CudaTensor;
 use super::{Cuda, Precision};
-use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
+use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, ScaleType, Span};
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, ensure};
 use std::ops::Range;
@@ -21,8 +21,8 @@ impl ModelOps for Cuda {
         self.tensor_of(&matrix, self.precision)
     }
 
-    fn element_bytes(&self) -> usize {
-        self.precision.size()
+    fn element_type(&self) -> ScaleType {
+        self.precision.into()
     }
 
     fn dequantize(&self, weight: &QuantizedWeight<'_>) -> Result<CudaTensor> {

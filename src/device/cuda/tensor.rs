@@ -78,6 +78,16 @@ impl From<ScaleType> for Precision {
     }
 }
 
+impl From<Precision> for ScaleType {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32,
+            Precision::Bf16 => Self::Bf16,
+            Precision::F16 => Self::F16,
+        }
+    }
+}
+
 /// A dense row-major matrix `[rows, cols]` in the memory of a [`Cuda`](super::Cuda) device.
 pub struct CudaTensor {
     pub(super) rows: usize,

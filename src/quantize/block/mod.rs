@@ -17,6 +17,7 @@ use super::statistics::Statistics;
 use crate::device::{Device, ModelOps, SolveOps};
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::{Block, Layout, Projection};
+use crate::progress::Stop;
 use anyhow::{Context, Result, bail};
 use checks::{Distance, without_importance};
 use std::time::Instant;
@@ -61,6 +62,7 @@ impl<T> Chunk<T> {
 struct Pass<'a, D> {
     device: &'a D,
     activations: Activations,
+    stop: &'a Stop,
     /// Whether the pass looks at the float path.
     with_float: bool,
     /// The block that the pass leaves, if it does.
@@ -81,6 +83,7 @@ impl<D: Device> Pass<'_, D> {
         };
         chunks.first_mut().map(fetch).transpose()?;
         for i in 0..chunks.len() {
+            self.stop.check()?;
             chunks.get_mut(i + 1).map(fetch).transpose()?;
             visit(i, &mut chunks[i])?;
             if self.activations == Activations::Streamed {
@@ -178,6 +181,8 @@ pub struct BlockQuantizer<'a, D: ModelOps + SolveOps> {
     pub importance: Importance,
     /// Where the chunks are between passes.
     pub activations: Activations,
+    /// Ends the work between chunks and layers.
+    pub stop: &'a Stop,
     /// Number of the block, from 0.
     pub index: usize,
     /// The block with its float weights.
@@ -226,7 +231,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
     /// A pass over the chunks that ends with `residual` added, if with any.
     fn pass(&self, with_float: bool, residual: Option<Projection>) -> Pass<'_, D> {
         let leaves = residual.filter(|&residual| residual == Projection::Down).map(|_| self.index);
-        Pass { device: self.device, activations: self.activations, with_float, leaves }
+        Pass { device: self.device, activations: self.activations, stop: self.stop, with_float, leaves }
     }
 
     /// Normalised importance factors of all tokens, chunk by chunk, and the projections that have no use for theirs. In
@@ -304,6 +309,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         projections
             .iter()
             .map(|&projection| {
+                self.stop.check()?;
                 let start = Instant::now();
                 let weight = &self.float.linear(projection).weight;
                 let (linear, mut report) =

@@ -6,7 +6,7 @@ use crate::checkpoint::weight_error;
 use crate::checkpoint::write::Writer;
 use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Block, module_name};
-use crate::progress::Stage;
+use crate::progress::{Stage, Stop};
 use crate::quantize::QuantizedLinear;
 use crate::quantize::block::{BlockOutcome, BlockQuantizer, Chunk, SolvedLayer, round_to_nearest};
 use crate::quantize::plan::Activations;
@@ -14,11 +14,12 @@ use crate::quantize::report::importance::{BlockImportance, shown_blocks};
 use crate::quantize::report::{BlockReport, LayerReport, RunObserver};
 use crate::quantize::settings::Solver;
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::time::Instant;
 
 /// What is done of the decoder.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Blocks {
     pub(super) layers: Vec<LayerReport>,
     pub(super) blocks: Vec<BlockReport>,
@@ -32,11 +33,13 @@ impl Blocks {
         device: &D,
         input: &Input,
         activations: Activations,
+        stop: &Stop,
         index: usize,
         chunks: &mut [Chunk<D::Tensor>],
         writer: &mut Writer,
         observer: &mut dyn RunObserver,
     ) -> Result<()> {
+        stop.check()?;
         let start = Instant::now();
         let (config, solver, importance) = (&input.config.decoder, &input.solver, input.importance);
         let float = Block::load(device, &input.checkpoint, config, &input.config.names, index)?;
@@ -60,12 +63,22 @@ impl Blocks {
             }
             Solver::Gptq | Solver::Gptaq => {
                 let quantized = float.duplicate(device)?;
-                BlockQuantizer { device, config, settings: solver, importance, activations, index, float, quantized }
-                    .run(
-                        chunks,
-                        &mut |step| shared.borrow_mut().stage_advanced(Stage::Blocks, index as u64, step),
-                        &mut finished,
-                    )?
+                BlockQuantizer {
+                    device,
+                    config,
+                    settings: solver,
+                    importance,
+                    activations,
+                    stop,
+                    index,
+                    float,
+                    quantized,
+                }
+                .run(
+                    chunks,
+                    &mut |step| shared.borrow_mut().stage_advanced(Stage::Blocks, index as u64, step),
+                    &mut finished,
+                )?
             }
         };
         let importance = outcome.factors.map(|factors| {

@@ -4,8 +4,9 @@ use super::PipelineSettings;
 use super::input::{Input, pack};
 use crate::calibration::sequence::{Collected, Sequence};
 use crate::device::ModelOps;
-use crate::model::language_model::Embedder;
-use crate::progress::{Stage, StageClock, StageTime};
+use crate::model::decoder::Layout;
+use crate::model::language_model::{Embedder, image_rows};
+use crate::progress::{Stage, StageClock, StageTime, Stop};
 use crate::quantize::block::{Chunk, needs_float_path};
 use crate::quantize::plan::{Activations, MemoryPlan};
 use crate::quantize::report::{CalibrationCounts, RunObserver};
@@ -19,23 +20,20 @@ pub(super) fn encode<D: ModelOps>(
     settings: &PipelineSettings,
     plan: &MemoryPlan,
     stages: &mut Vec<StageTime>,
+    stop: &Stop,
     observer: &mut dyn RunObserver,
-) -> Result<(Vec<Chunk<D::Tensor>>, CalibrationCounts)> {
+) -> Result<Vec<Chunk<D::Tensor>>> {
     let packed = pack(&data.sequences, settings.chunk_tokens);
-    let mut calibration =
-        CalibrationCounts { used: data.sequences.len(), too_long: data.too_long, ..Default::default() };
     let mut chunks = Vec::with_capacity(packed.len());
     if packed.is_empty() {
-        return Ok((chunks, calibration));
+        return Ok(chunks);
     }
     let embedder = Embedder::load(device, &input.checkpoint, &input.config, input.text_only)?;
     let clock = StageClock::start(Stage::Vision, data.sequences.len() as u64, observer);
     let mut done = 0;
     for sequences in &packed {
+        stop.check()?;
         let mut chunk = embed(device, &embedder, sequences, input.config.image_token, settings)?;
-        let vision_tokens = chunk.is_vision.iter().filter(|&&is_vision| is_vision).count();
-        calibration.vision_tokens += vision_tokens;
-        calibration.text_tokens += chunk.is_vision.len() - vision_tokens;
         if plan.activations == Activations::Streamed {
             chunk.park(device)?;
         }
@@ -44,7 +42,15 @@ pub(super) fn encode<D: ModelOps>(
         observer.stage_advanced(Stage::Vision, done, "");
     }
     stages.push(clock.finish(observer));
-    Ok((chunks, calibration))
+    Ok(chunks)
+}
+
+/// What became of the data.
+pub(super) fn counts(data: &Collected, image_token: u32) -> CalibrationCounts {
+    let sequences: Vec<&Sequence> = data.sequences.iter().collect();
+    let vision_tokens = image_rows(&sequences, image_token).len();
+    let text_tokens = sequences.iter().map(|s| s.tokens.len()).sum::<usize>() - vision_tokens;
+    CalibrationCounts { used: sequences.len(), too_long: data.too_long, vision_tokens, text_tokens }
 }
 
 fn embed<D: ModelOps>(
@@ -61,7 +67,18 @@ fn embed<D: ModelOps>(
         true => Some(device.slice_rows(&x_quantized, 0..tokens)?),
         false => None,
     };
+    Ok(chunk(sequences, image_token, layout, x_quantized, x_float))
+}
+
+/// Packed samples with their residual streams.
+pub(super) fn chunk<T>(
+    sequences: &[&Sequence],
+    image_token: u32,
+    layout: Layout<T>,
+    x_quantized: T,
+    x_float: Option<T>,
+) -> Chunk<T> {
     let is_vision = sequences.iter().flat_map(|s| &s.tokens).map(|&token| token == image_token).collect();
     let samples = sequences.iter().map(|s| s.id.clone()).collect();
-    Ok(Chunk { layout, x_quantized, x_float, is_vision, samples })
+    Chunk { layout, x_quantized, x_float, is_vision, samples }
 }

@@ -1,6 +1,7 @@
 //! What a run reads, all of it checked before anything is on a device or written.
 
 use super::PipelineSettings;
+use super::resume::StateBytes;
 use crate::calibration::dataset;
 use crate::calibration::sequence::{Collected, Sequence, SequenceBuilder, VisionInput, collect};
 use crate::checkpoint::Checkpoint;
@@ -10,9 +11,8 @@ use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Projection, module_name};
 use crate::model::families::{self, ModelConfig, VisionLoad};
 use crate::progress::{Observer, Stage, StageClock, StageTime};
-use crate::quantize::block::needs_float_path;
 use crate::quantize::inspect::{DecoderShape, embedder_size};
-use crate::quantize::plan::{ChunkSize, Costs, DiskPlan, Job, MemoryPlan, Process, state_bytes};
+use crate::quantize::plan::{ChunkSize, Costs, DiskPlan, Job, MemoryPlan, Process};
 use crate::quantize::report::samples::{self, ReportSample};
 use crate::quantize::settings::{Importance, Solver, SolverSettings};
 use anyhow::{Result, bail};
@@ -42,7 +42,6 @@ impl Input {
         stages: &mut Vec<StageTime>,
         observer: &mut dyn Observer,
     ) -> Result<(Self, Collected)> {
-        settings.check()?;
         let checkpoint = Checkpoint::open(&settings.model)?;
         checkpoint.refuse_quantized()?;
         let family = families::of::<D>(&checkpoint)?;
@@ -132,14 +131,7 @@ impl Input {
     /// Counts what room a run will take on disk, and refuses what cannot fit.
     pub(super) fn disk(&self, job: &Job<'_>, element_bytes: usize, format: Format, out: &Path) -> Result<DiskPlan> {
         let output = Writer::planned_bytes(&self.checkpoint, &self.linears, format, &self.solver)?;
-        let tokens: usize = job.chunks.iter().map(|chunk| chunk.tokens).sum();
-        let image_tokens: usize = job.chunks.iter().map(|chunk| chunk.image_tokens).sum();
-        let with_float = needs_float_path(&self.solver, self.importance);
-        let hidden = job.shape.hidden;
-        let state = state_bytes(tokens as u64, hidden, element_bytes, with_float);
-        // Features for the first blocks are kept once.
-        let features = (image_tokens * job.deepstack * hidden * element_bytes) as u64;
-        let plan = DiskPlan::new(out, output, 2 * state + features);
+        let plan = DiskPlan::new(out, output, StateBytes::of(job, element_bytes).total());
         plan.check(out)?;
         Ok(plan)
     }
@@ -171,7 +163,8 @@ fn read_data(
     let conversations = dataset::select(conversations, Some(settings.samples), settings.seed);
     let builder = SequenceBuilder::with_template(checkpoint.folder(), vision, &settings.chat_template)?;
     let clock = StageClock::start(Stage::Data, conversations.len() as u64, observer);
-    let collected = collect(&builder, &conversations, settings.max_tokens)?;
+    let stop = observer.stop();
+    let collected = collect(&builder, &conversations, settings.max_tokens, || Ok(stop.check()?))?;
     let samples = samples::choose(&builder, &collected.sequences)?;
     stages.push(clock.finish(observer));
     Ok((collected, samples))

@@ -1,33 +1,37 @@
 //! From a checkpoint and conversations to a quantized checkpoint: the `input` is read and checked, `encode`d into the decoder's
-//! input, and walks through the `blocks`.
+//! input, and walks through the `blocks`. What is done is kept on the way, to `resume` from.
 
 mod blocks;
 mod dry_run;
 mod encode;
 mod findings;
 mod input;
+mod resume;
+mod start;
 
 pub use dry_run::{DryRun, dry_run};
 pub use input::linear_specs;
+pub use resume::{StateBytes, Unfinished};
 
 use super::card::Card;
 use super::plan::MemoryPlan;
 use super::provenance::{self, Provenance};
 use super::report::importance::bin_edges;
-use super::report::{RunObserver, RunReport, peak_memory_bytes};
+use super::report::{RunObserver, RunReport};
 use super::settings::{Importance, Solver, SolverSettings};
 use crate::calibration::template::TemplateChoice;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::{Format, LinearSpec};
 use crate::checkpoint::sums::{SUMS, Sums};
-use crate::checkpoint::write::{Writer, check_target};
+use crate::checkpoint::work::{WorkFolder, check_target};
 use crate::device::{ModelOps, SolveOps};
 use crate::model::families::ImageOptions;
-use crate::progress::{Stage, StageClock};
+use crate::progress::{Interrupted, Stage, StageClock};
 use anyhow::{Result, ensure};
-use blocks::Blocks;
 use input::Input;
+use resume::{Spent, Unusable};
 use serde::Serialize;
+use start::{Start, Started};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -92,66 +96,112 @@ impl PipelineSettings {
 /// What a run with these settings would take on the device, without running it. Errors as [`run`] does before it loads
 /// anything there.
 pub fn plan<D: ModelOps + SolveOps>(device: &D, settings: &PipelineSettings) -> Result<MemoryPlan> {
+    settings.check()?;
     let (input, data) = Input::read::<D>(settings, &mut Vec::new(), &mut ())?;
     input.plan(device, &data, settings.chunk_tokens)
 }
 
-/// Quantizes a checkpoint. Everything that can be refused is refused before anything is written; a run that fails later
-/// leaves no output folder behind.
+/// Quantizes a checkpoint. Everything that can be refused is refused before anything is computed.
+///
+/// The output grows in the folder `.NAME.vlmq` beside it. A run that ends early, in whatever way, leaves that folder if a block
+/// was done, or if it was [`Interrupted`] or could not write once the images were encoded: then a run of the same settings goes
+/// on behind the last finished block, and the error has the context [`Unfinished`]. Otherwise it leaves nothing.
 pub fn run<D: ModelOps + SolveOps>(
     device: &D,
     settings: &PipelineSettings,
     observer: &mut dyn RunObserver,
 ) -> Result<RunReport> {
-    let start = Instant::now();
+    settings.check()?;
+    let mut work = WorkFolder::open(&settings.out)?;
+    if settings.restart || !resume::is_there(&work)? {
+        work.clear()?;
+    }
+    let mut saved = None;
+    let report = quantize(device, settings, &mut work, &mut saved, observer);
+    let error = match report.and_then(|report| work.finish().map(|()| report)) {
+        Ok(report) => return Ok(report),
+        Err(error) => error,
+    };
+    let Some(unfinished) = saved.filter(|_| !error.is::<Unusable>()) else { return Err(error) };
+    // What comes of the input comes again, and is told again, in no time.
+    let not_of_the_input = || error.is::<Interrupted>() || error.chain().any(|cause| cause.is::<std::io::Error>());
+    work.keep(unfinished.finished > 0 || not_of_the_input());
+    Err(if work.is_kept() { error.context(unfinished) } else { error })
+}
+
+/// All of a run but giving the output its name. `saved` is the last state on the disk that this process has found or made.
+fn quantize<D: ModelOps + SolveOps>(
+    device: &D,
+    settings: &PipelineSettings,
+    work: &mut WorkFolder,
+    saved: &mut Option<Unfinished>,
+    observer: &mut dyn RunObserver,
+) -> Result<RunReport> {
+    let time = Instant::now();
+    let stop = observer.stop();
     let mut stages = Vec::new();
     let (input, data) = Input::read::<D>(settings, &mut stages, observer)?;
+    let job = input.job::<D>(&data, settings.chunk_tokens)?;
     let mut plan = input.plan(device, &data, settings.chunk_tokens)?;
     plan.lines().iter().for_each(|line| log::info!("{line}"));
-    input.disk(
-        &input.job::<D>(&data, settings.chunk_tokens)?,
-        device.element_bytes(),
-        settings.format,
-        &settings.out,
-    )?;
     let used = PipelineSettings { solver: input.solver.clone(), importance: input.importance, ..settings.clone() };
     let clock = StageClock::start(Stage::Checksums, 1, observer);
-    let provenance = Provenance::of(&used, &input.checkpoint, &data)?;
+    let provenance = Provenance::of(&used, &input.checkpoint, &data, &|| Ok(stop.check()?))?;
     stages.push(clock.finish(observer));
+    let identity = resume::identity(&provenance, &device.name())?;
+    let calibration = encode::counts(&data, input.config.image_token);
+    let sizes = Sizes::new(&input.checkpoint, &input.linears, settings.format, &input.solver)?;
 
-    device.reset_peak();
-    let (mut chunks, calibration) = encode::encode(device, &input, &data, &used, &plan, &mut stages, observer)?;
-    plan.measured(Stage::Vision, device.peak_bytes());
+    let blocks = input.config.decoder.layers;
+    let unfinished = |work: &WorkFolder, finished| Some(Unfinished { folder: work.path().into(), finished, blocks });
+    let start = Start { device, input: &input, settings: &used, data: &data, job: &job, stop: &stop, time };
+    let (started, before) = match resume::find(work, &identity)? {
+        None => (start.afresh(work, &identity, &mut plan, &mut stages, observer)?, Spent::default()),
+        Some(found) => {
+            *saved = unfinished(work, found.state.finished());
+            observer.resumed(found.state.finished(), blocks, work.path());
+            let before = found.state.spent.clone();
+            (start.again(work, found, &mut plan)?, before)
+        }
+    };
+    let Started { mut state, mut writer, mut chunks } = started;
+    *saved = unfinished(work, state.finished());
+    let session = start.session(work, &plan);
+    let grown = Checkpoint::open(&work.checkpoint())?;
     drop(data);
 
-    let sizes = Sizes::new(&input.checkpoint, &input.linears, settings.format, &input.solver)?;
-    let clock = StageClock::start(Stage::Write, (sizes.before - sizes.float_layers).div_ceil(1_000_000), observer);
-    let mut writer = Writer::create(&settings.out, &input.checkpoint, &input.linears, settings.format, &input.solver)?;
-    stages.push(clock.finish(observer));
     device.reset_peak();
-    let clock = StageClock::start(Stage::Blocks, input.config.decoder.layers as u64, observer);
-    let mut done = Blocks::default();
-    for index in 0..input.config.decoder.layers {
-        done.quantize(device, &input, plan.activations, index, &mut chunks, &mut writer, observer)?;
+    let clock = StageClock::start(Stage::Blocks, blocks as u64, observer);
+    observer.stage_advanced(Stage::Blocks, state.finished() as u64, "");
+    for index in state.finished()..blocks {
+        state.done.quantize(device, &input, session.activations, &stop, index, &mut chunks, &mut writer, observer)?;
+        writer.sync()?;
+        state.add_checksums(index, &writer, &grown)?;
+        plan.measured(Stage::Blocks, device.peak_bytes());
+        state.measured = plan.measurements();
+        state.spent = before.and(time, stages.iter().cloned().chain([clock.time()]));
+        // Behind the last block nothing is left to go through another.
+        session.save(&state, if index + 1 < blocks { &mut chunks } else { &mut [] })?;
+        *saved = unfinished(work, index + 1);
     }
     stages.push(clock.finish(observer));
-    plan.measured(Stage::Blocks, device.peak_bytes());
     drop(chunks);
-    plan.host.measured_bytes = peak_memory_bytes();
 
+    let spent = before.and(time, stages);
+    plan.host.measured_bytes = spent.peak_memory_bytes;
     let report = RunReport {
         provenance,
         family: input.family.into(),
         format: settings.format.name().into(),
         device: device.name(),
         calibration,
-        layers: done.layers,
-        blocks: done.blocks,
+        layers: state.done.layers,
+        blocks: state.done.blocks,
         importance_edges: bin_edges(),
         samples: input.samples,
-        stages,
-        seconds: start.elapsed().as_secs_f64(),
-        peak_memory_bytes: peak_memory_bytes(),
+        stages: spent.stages,
+        seconds: spent.seconds,
+        peak_memory_bytes: spent.peak_memory_bytes,
         peak_device_bytes: plan.measured_bytes(),
         memory_plan: plan,
         bytes_before: sizes.before,

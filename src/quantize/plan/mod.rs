@@ -236,9 +236,15 @@ impl MemoryPlan {
         Ok(self)
     }
 
-    /// Notes what a stage had in use.
+    /// Notes what a stage had in use, if it is more than was noted before.
     pub fn measured(&mut self, stage: Stage, bytes: Option<u64>) {
-        self.stages.iter_mut().filter(|plan| plan.stage == stage).for_each(|plan| plan.measured_bytes = bytes);
+        let stages = self.stages.iter_mut().filter(|plan| plan.stage == stage);
+        stages.for_each(|plan| plan.measured_bytes = plan.measured_bytes.max(bytes));
+    }
+
+    /// What was noted of the stages.
+    pub fn measurements(&self) -> Vec<(Stage, Option<u64>)> {
+        self.stages.iter().map(|plan| (plan.stage, plan.measured_bytes)).collect()
     }
 
     /// Most that was in use in any stage, once they have run.

@@ -22,6 +22,9 @@ use std::path::Path;
 pub trait RunObserver: Observer {
     /// A linear layer has its codes.
     fn layer_finished(&mut self, _layer: &LayerReport) {}
+
+    /// The run goes on with what an earlier one left in `folder`, behind so many of so many blocks.
+    fn resumed(&mut self, _finished: usize, _blocks: usize, _folder: &Path) {}
 }
 
 impl RunObserver for () {}

@@ -7,7 +7,7 @@ mod product;
 pub(super) use attention::QUERY_BLOCK;
 
 use super::Cpu;
-use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
+use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, ScaleType, Span};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
 use rayon::prelude::*;
@@ -36,8 +36,8 @@ impl ModelOps for Cpu {
         Ok(out)
     }
 
-    fn element_bytes(&self) -> usize {
-        size_of::<f32>()
+    fn element_type(&self) -> ScaleType {
+        ScaleType::F32
     }
 
     fn gather_rows(&self, table: &Matrix, indices: &[u32]) -> Result<Matrix> {

@@ -1,0 +1,259 @@
+//! What a run keeps in its work folder, so that the same command goes on behind the last finished block.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `run.json` | what makes the run: program, settings, checksums of the inputs, device |
+//! | `checkpoint/` | the output as it grows |
+//! | `levels` | image features that the first blocks add (DeepStack); written once |
+//! | `state-N` | behind N blocks: reports, times, checksums of the finished layers, both paths' residual streams |
+//! | `spare-0`, `spare-1` | space taken on the disk for the next states |
+//!
+//! State N gets its name when the tensors of N blocks and the state itself have reached the disk; only then the state before it
+//! becomes space for the one after. So there is a whole state at every moment from the first on. Layers of a block that was cut
+//! short are written again.
+//!
+//! Rotary tables, sequence bounds and the data itself are made anew: that takes seconds, and the checksums need the data anyway.
+//! What the vision tower made is not: on a CPU it takes as long as some blocks. There is no random state: the one thing left to
+//! chance is which samples are drawn, by a seed, and a checksum covers the drawn ones.
+
+mod difference;
+mod session;
+
+pub(super) use session::{Session, reopen};
+
+use super::blocks::Blocks;
+use crate::checkpoint::sealed::{self, Sealed};
+use crate::checkpoint::work::{RUN, WorkFolder, reserve};
+use crate::progress::{Stage, StageTime};
+use crate::quantize::block::needs_float_path;
+use crate::quantize::plan::{Job, state_bytes};
+use crate::quantize::provenance::Provenance;
+use crate::quantize::report::peak_memory_bytes;
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Version of all this.
+const FORMAT: u32 = 1;
+
+/// Image features for later blocks.
+const LEVELS: &str = "levels";
+
+/// The reports in a state.
+const REPORTS: &str = "reports";
+
+/// Bytes taken on the disk for the reports of a block: those of seven layers are some 5 kB, the rest is for importance.
+const REPORT_BYTES: u64 = 64 << 10;
+
+/// What to do about a work folder that cannot be used.
+const RESTART: &str = "begin anew with --restart";
+
+/// A run behind some of its blocks.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct State {
+    /// The finished blocks.
+    pub(super) done: Blocks,
+    /// What they took.
+    pub(super) spent: Spent,
+    /// Most device memory in use, by stage.
+    pub(super) measured: Vec<(Stage, Option<u64>)>,
+    /// SHA-256 of the finished layers' tensors.
+    pub(super) checksums: BTreeMap<String, String>,
+}
+
+impl State {
+    pub(super) fn finished(&self) -> usize {
+        self.done.blocks.len()
+    }
+}
+
+/// Time and memory that a run took so far, in all its processes together; what one lost when it was killed does not count.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Spent {
+    pub(super) stages: Vec<StageTime>,
+    pub(super) seconds: f64,
+    pub(super) peak_memory_bytes: Option<u64>,
+}
+
+impl Spent {
+    /// With what this process has spent since `start`.
+    pub(super) fn and(&self, start: Instant, stages: impl IntoIterator<Item = StageTime>) -> Self {
+        let mut all = self.stages.clone();
+        for time in stages {
+            match all.iter_mut().find(|other| other.stage == time.stage) {
+                Some(other) => other.seconds += time.seconds,
+                None => all.push(time),
+            }
+        }
+        Self {
+            stages: all,
+            seconds: self.seconds + start.elapsed().as_secs_f64(),
+            peak_memory_bytes: peak_memory_bytes().max(self.peak_memory_bytes),
+        }
+    }
+}
+
+/// Context of an error that the same command may go on behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unfinished {
+    /// The work folder.
+    pub folder: PathBuf,
+    /// Blocks that are done.
+    pub finished: usize,
+    /// All blocks.
+    pub blocks: usize,
+}
+
+impl fmt::Display for Unfinished {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kept = self.kept();
+        write!(f, "the run ended early, {kept}; the same command goes on from there once the cause is removed")
+    }
+}
+
+impl Unfinished {
+    /// What there is to go on from: `12 of 28 blocks are done and kept in FOLDER`.
+    pub fn kept(&self) -> String {
+        let Self { folder, finished, blocks } = self;
+        format!("{finished} of {blocks} blocks are done and kept in {}", folder.display())
+    }
+}
+
+/// Bytes that a run takes on the disk beside its growing output.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StateBytes {
+    /// A state: the residual streams of all samples, and reports.
+    pub state: u64,
+    /// Image features for later blocks; 0 where there are none.
+    pub levels: u64,
+}
+
+impl StateBytes {
+    /// Of a job on a device whose activations have so many bytes a value.
+    pub fn of(job: &Job<'_>, element_bytes: usize) -> Self {
+        let tokens = job.chunks.iter().map(|chunk| chunk.tokens as u64).sum::<u64>();
+        let image_tokens = job.chunks.iter().map(|chunk| chunk.image_tokens as u64).sum::<u64>();
+        let both = needs_float_path(job.solver, job.importance);
+        let (hidden, chunks, levels) = (job.shape.hidden, job.chunks.len() as u64, job.deepstack as u64);
+        let streams = state_bytes(tokens, hidden, element_bytes, both);
+        let reports = REPORT_BYTES * (job.shape.blocks as u64 + 1);
+        Self {
+            state: sealed::length(2 * chunks + 1, streams) + reports,
+            levels: match levels {
+                0 => 0,
+                _ => sealed::length(levels * chunks, levels * state_bytes(image_tokens, hidden, element_bytes, false)),
+            },
+        }
+    }
+
+    /// At any moment there are a state and the space for the next.
+    pub fn total(&self) -> u64 {
+        2 * self.state + self.levels
+    }
+}
+
+/// What a run must have in common with the one that it goes on with.
+pub(super) fn identity(provenance: &Provenance, device: &str) -> Result<Value> {
+    #[derive(Serialize)]
+    struct Identity<'a> {
+        work_folder: u32,
+        device: &'a str,
+        #[serde(flatten)]
+        provenance: &'a Provenance,
+    }
+    Ok(serde_json::to_value(Identity { work_folder: FORMAT, device, provenance })?)
+}
+
+/// Takes the space of the states to come, and makes the folder's contents a run that may be gone on with.
+pub(super) fn begin(work: &WorkFolder, identity: &Value, bytes: StateBytes) -> Result<()> {
+    for finished in 0..2 {
+        reserve(&spare(work, finished), bytes.state)?;
+    }
+    if bytes.levels > 0 {
+        reserve(&work.path().join(LEVELS), bytes.levels)?;
+    }
+    work.write(RUN, &serde_json::to_vec_pretty(identity)?)
+}
+
+/// What an earlier process left, if there is something to go on with.
+pub(super) struct Found {
+    pub(super) state: State,
+    file: Sealed,
+}
+
+/// Whether there is a state.
+pub(super) fn is_there(work: &WorkFolder) -> Result<bool> {
+    Ok(work.path().join(RUN).exists() && work.has_checkpoint() && !states(work)?.is_empty())
+}
+
+/// Looks for a state of the same run. Errors, with all that differs, for one of another run, and for one that is damaged.
+pub(super) fn find(work: &WorkFolder, identity: &Value) -> Result<Option<Found>> {
+    if !is_there(work)? {
+        return Ok(None);
+    }
+    let run = work.path().join(RUN);
+    let mut states = states(work)?;
+    let Some(last) = states.pop() else { return Ok(None) };
+    let text = fs::read(&run).with_context(|| format!("cannot read {}", run.display()))?;
+    let then: Value =
+        serde_json::from_slice(&text).with_context(|| format!("{} is damaged; {RESTART}", run.display()))?;
+    let differences = difference::all(&then, identity);
+    ensure!(
+        differences.is_empty(),
+        "{} holds an unfinished run of this output that is not the same: {}. Run it as it was then, or {RESTART}.",
+        work.path().display(),
+        differences.join("; ")
+    );
+    // What a process left that was killed between two steps of saving.
+    for finished in states {
+        recycle(work, finished)?;
+    }
+    let read = || {
+        let file = Sealed::open(state_path(work, last))?;
+        let state: State = ciborium::from_reader(file.bytes(REPORTS)?.as_slice()).context("its reports")?;
+        ensure!(state.finished() == last, "{} holds {} blocks", file.path().display(), state.finished());
+        Ok(Found { state, file })
+    };
+    read().context(Unusable).map(Some)
+}
+
+/// Context of an error that the same command would meet again.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Unusable;
+
+impl fmt::Display for Unusable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "what the unfinished run left cannot be used ({RESTART})")
+    }
+}
+
+/// Numbers of finished blocks of which there is a state, ascending.
+fn states(work: &WorkFolder) -> Result<Vec<usize>> {
+    let cannot_read = || format!("cannot read {}", work.path().display());
+    let mut found = Vec::new();
+    for entry in fs::read_dir(work.path()).with_context(cannot_read)? {
+        let name = entry.with_context(cannot_read)?.file_name();
+        found.extend(name.to_str().and_then(|name| name.strip_prefix("state-")?.parse::<usize>().ok()));
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+fn state_path(work: &WorkFolder, finished: usize) -> PathBuf {
+    work.path().join(format!("state-{finished}"))
+}
+
+fn spare(work: &WorkFolder, finished: usize) -> PathBuf {
+    work.path().join(format!("spare-{}", finished % 2))
+}
+
+/// Makes a state space for the one after the next.
+fn recycle(work: &WorkFolder, finished: usize) -> Result<()> {
+    let path = state_path(work, finished);
+    fs::rename(&path, spare(work, finished)).with_context(|| format!("cannot rename {}", path.display()))
+}

@@ -1,0 +1,106 @@
+//! How a run comes to its next block: from the start, or from what an earlier process left.
+
+use super::PipelineSettings;
+use super::encode;
+use super::findings;
+use super::input::{Input, pack};
+use super::resume::{self, Found, Session, Spent, State, StateBytes};
+use crate::calibration::sequence::Collected;
+use crate::checkpoint::work::WorkFolder;
+use crate::checkpoint::write::Writer;
+use crate::device::{ModelOps, SolveOps};
+use crate::progress::{Stage, StageClock, StageTime, Stop};
+use crate::quantize::block::Chunk;
+use crate::quantize::plan::{Job, MemoryPlan};
+use crate::quantize::report::RunObserver;
+use anyhow::Result;
+use serde_json::Value;
+use std::time::Instant;
+
+/// What a run starts with.
+pub(super) struct Start<'a, 'd, D> {
+    pub(super) device: &'a D,
+    pub(super) input: &'a Input,
+    /// As they take effect.
+    pub(super) settings: &'a PipelineSettings,
+    pub(super) data: &'d Collected,
+    pub(super) job: &'a Job<'a>,
+    pub(super) stop: &'a Stop,
+    pub(super) time: Instant,
+}
+
+/// A run at the beginning of a block.
+pub(super) struct Started<T> {
+    pub(super) state: State,
+    pub(super) writer: Writer,
+    /// None behind the last block.
+    pub(super) chunks: Vec<Chunk<T>>,
+}
+
+impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
+    /// From the start. The space for all that is to come is taken first.
+    pub(super) fn afresh(
+        &self,
+        work: &mut WorkFolder,
+        identity: &Value,
+        plan: &mut MemoryPlan,
+        stages: &mut Vec<StageTime>,
+        observer: &mut dyn RunObserver,
+    ) -> Result<Started<D::Tensor>> {
+        let Self { device, input, settings, data, job, stop, .. } = *self;
+        work.clear()?;
+        input.disk(job, device.element_bytes(), settings.format, &settings.out)?;
+        let (folder, source) = (work.checkpoint(), &input.checkpoint);
+        let mut writer = Writer::create(&folder, source, &input.linears, settings.format, &input.solver)?;
+        resume::begin(work, identity, StateBytes::of(job, device.element_bytes()))?;
+
+        let clock = StageClock::start(Stage::Write, writer.bytes_to_copy(source).div_ceil(MEGA), observer);
+        let mut copied = 0;
+        writer.copy_tensors(source, &mut |bytes| {
+            copied += bytes;
+            observer.stage_advanced(Stage::Write, copied / MEGA, "");
+            Ok(stop.check()?)
+        })?;
+        writer.sync()?;
+        stages.push(clock.finish(observer));
+
+        device.reset_peak();
+        let mut chunks = encode::encode(device, input, data, settings, plan, stages, stop, observer)?;
+        plan.measured(Stage::Vision, device.peak_bytes());
+        let spent = Spent::default().and(self.time, stages.iter().cloned());
+        let state = State { spent, measured: plan.measurements(), ..State::default() };
+        let session = self.session(work, plan);
+        session.save_levels(&mut chunks)?;
+        session.save(&state, &mut chunks)?;
+        Ok(Started { state, writer, chunks })
+    }
+
+    /// From what an earlier process left.
+    pub(super) fn again(&self, work: &WorkFolder, found: Found, plan: &mut MemoryPlan) -> Result<Started<D::Tensor>> {
+        let Self { input, settings, data, stop, .. } = *self;
+        let state = found.state.clone();
+        if settings.strict {
+            state.done.layers.iter().try_for_each(|layer| findings::tell(layer, &[], true))?;
+        }
+        let writer = resume::reopen(work, input, settings.format, &state, stop)?;
+        let packed = match state.finished() < input.config.decoder.layers {
+            true => pack(&data.sequences, settings.chunk_tokens),
+            false => Vec::new(),
+        };
+        let chunks = self.session(work, plan).restore(found, &packed, stop)?;
+        state.measured.iter().for_each(|&(stage, bytes)| plan.measured(stage, bytes));
+        Ok(Started { state, writer, chunks })
+    }
+
+    /// What saves and restores; it outlives the data.
+    pub(super) fn session<'w>(&self, work: &'w WorkFolder, plan: &MemoryPlan) -> Session<'w, D>
+    where
+        'a: 'w,
+    {
+        let (activations, deepstack) = (plan.activations, self.job.deepstack);
+        Session { device: self.device, input: self.input, work, activations, deepstack }
+    }
+}
+
+/// What the stage of writing counts.
+const MEGA: u64 = 1_000_000;

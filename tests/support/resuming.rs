@@ -1,0 +1,213 @@
+//! Runs that end early, and what they leave.
+
+use super::program::{files_of, names_in, text};
+use super::{data, golden};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use vlmq::calibration::template::TemplateChoice;
+use vlmq::checkpoint::Format;
+use vlmq::device::{ModelOps, SolveOps};
+use vlmq::model::families::ImageOptions;
+use vlmq::progress::{Observer, Stage, Stop};
+use vlmq::quantize::pipeline::{self, CHUNK_TOKENS, PipelineSettings};
+use vlmq::quantize::report::{LayerReport, RunObserver, RunReport};
+use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
+
+/// Three blocks, images of several sizes.
+pub const PLAIN: &str = "rope-parameters-f32";
+/// Three blocks, of which the first ones add image features (DeepStack).
+pub const DEEPSTACK: &str = "qwen3_vl-f16-sharded";
+
+/// A small checkpoint, its data, and a folder for the output.
+pub struct Place {
+    folder: tempfile::TempDir,
+    pub model: PathBuf,
+    pub data: PathBuf,
+    /// Where its images are.
+    pub images: PathBuf,
+}
+
+impl Place {
+    /// With a checkpoint of tests/golden/model.
+    pub fn new(checkpoint: &str) -> Self {
+        let model = golden("model").join(checkpoint);
+        let data = golden(&format!("model/{checkpoint}.jsonl"));
+        Self { folder: tempfile::tempdir().unwrap(), data, model, images: golden("model") }
+    }
+
+    /// The trained checkpoint, four blocks of some tenths of a second.
+    pub fn slow() -> Self {
+        let (model, data) = (data("tiny-qwen2-vl-narrow"), data("vqa/calib.jsonl"));
+        Self { folder: tempfile::tempdir().unwrap(), model, images: data.parent().unwrap().to_owned(), data }
+    }
+
+    /// The same in another folder.
+    pub fn beside(&self, folder: tempfile::TempDir) -> Self {
+        let Self { model, data, images, .. } = self;
+        Self { folder, model: model.clone(), data: data.clone(), images: images.clone() }
+    }
+
+    /// The folder in which output and work folder lie.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The output.
+    pub fn out(&self) -> PathBuf {
+        self.folder().join("out")
+    }
+
+    /// The work folder.
+    pub fn work(&self) -> PathBuf {
+        self.folder().join(".out.vlmq")
+    }
+
+    /// What lies in the folder.
+    pub fn left(&self) -> Vec<String> {
+        names_in(self.folder())
+    }
+
+    /// The command, with further flags.
+    pub fn arguments(&self, extra: &[&str]) -> Vec<String> {
+        let (model, data, out) = (text(&self.model), text(&self.data), text(self.out()));
+        let images = text(&self.images);
+        let fixed = ["quantize", &model, "--calib", &data, "--image-root", &images, "--out", &out];
+        let group: &[&str] = if extra.contains(&"--group-size") { &[] } else { &["--group-size", "32"] };
+        fixed.iter().chain(group).chain(extra).map(|&argument| argument.to_owned()).collect()
+    }
+
+    /// Runs the program.
+    pub fn run(&self, extra: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_vlmq-run")).args(self.arguments(extra)).output().unwrap()
+    }
+
+    /// Settings that equal those of [`arguments`](Self::arguments) without further flags.
+    pub fn settings(&self) -> PipelineSettings {
+        PipelineSettings {
+            model: self.model.clone(),
+            calib: Some(self.data.clone()),
+            image_root: Some(self.images.clone()),
+            out: self.out(),
+            format: Format::CompressedTensors,
+            solver: SolverSettings { solver: Solver::Gptaq, group_size: Some(32), ..SolverSettings::default() },
+            importance: Importance::Vlmq,
+            samples: 512,
+            seed: 0,
+            max_tokens: 2048,
+            chunk_tokens: CHUNK_TOKENS,
+            image_options: ImageOptions::default(),
+            chat_template: TemplateChoice::default(),
+            strict: false,
+            restart: false,
+        }
+    }
+
+    /// Runs the same in this process, until `at`.
+    pub fn run_until<D: ModelOps + SolveOps>(&self, device: &D, at: Moment) -> anyhow::Result<RunReport> {
+        pipeline::run(device, &self.settings(), &mut Stopper::new(at))
+    }
+
+    /// Asserts that the output is there, and nothing else, and returns it.
+    pub fn finished(&self) -> Vec<(String, Vec<u8>)> {
+        assert_eq!(self.left(), ["out"]);
+        bytes_of(&self.out())
+    }
+}
+
+/// The files of an output that do not depend on the clock: all but the reports, and but what the list of checksums says of
+/// them.
+pub fn bytes_of(out: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut files = files_of(out);
+    files.retain(|(name, _)| !name.starts_with("report."));
+    for (_, bytes) in files.iter_mut().filter(|(name, _)| name == "SHA256SUMS") {
+        let text = String::from_utf8(std::mem::take(bytes)).unwrap();
+        let lines: Vec<&str> = text.lines().filter(|line| !line.contains("  report.")).collect();
+        *bytes = lines.join("\n").into_bytes();
+    }
+    files
+}
+
+/// Names of the files in which two outputs differ.
+pub fn differing(a: &[(String, Vec<u8>)], b: &[(String, Vec<u8>)]) -> Vec<String> {
+    let only = |a: &[(String, Vec<u8>)], b: &[(String, Vec<u8>)]| -> Vec<String> {
+        a.iter().filter(|file| !b.contains(file)).map(|(name, _)| name.clone()).collect()
+    };
+    let mut names = [only(a, b), only(b, a)].concat();
+    names.sort();
+    names.dedup();
+    names
+}
+
+/// `report.json` without what depends on the clock, on the machine's memory, and on where the output lies.
+pub fn facts(report: &Value) -> Value {
+    match report {
+        Value::Object(fields) => {
+            let varies = |name: &str| {
+                name.contains("seconds") || name.starts_with("peak_") || ["out", "loaders"].contains(&name)
+            };
+            let kept = fields.iter().filter(|(name, _)| !varies(name));
+            kept.map(|(name, value)| (name.clone(), facts(value))).collect()
+        }
+        Value::Array(values) => values.iter().map(facts).collect(),
+        other => other.clone(),
+    }
+}
+
+/// When to ask a run to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// When a stage begins.
+    Begins(Stage),
+    /// When so many layers have their codes.
+    Layers(usize),
+    /// When the first block so numbered begins.
+    Block(u64),
+}
+
+/// Stops a run, and remembers from where it went on.
+pub struct Stopper {
+    at: Moment,
+    layers: usize,
+    stop: Stop,
+    pub resumed: Option<usize>,
+}
+
+impl Stopper {
+    pub fn new(at: Moment) -> Self {
+        Self { at, layers: 0, stop: Stop::default(), resumed: None }
+    }
+
+    fn reached(&self, moment: Moment) {
+        if self.at == moment {
+            self.stop.request();
+        }
+    }
+}
+
+impl Observer for Stopper {
+    fn stage_started(&mut self, stage: Stage, _total: u64) {
+        self.reached(Moment::Begins(stage));
+    }
+
+    fn stage_advanced(&mut self, stage: Stage, done: u64, _step: &str) {
+        if stage == Stage::Blocks {
+            self.reached(Moment::Block(done));
+        }
+    }
+
+    fn stop(&self) -> Stop {
+        self.stop.clone()
+    }
+}
+
+impl RunObserver for Stopper {
+    fn layer_finished(&mut self, _layer: &LayerReport) {
+        self.layers += 1;
+        self.reached(Moment::Layers(self.layers));
+    }
+
+    fn resumed(&mut self, finished: usize, _blocks: usize, _folder: &Path) {
+        self.resumed = Some(finished);
+    }
+}
