@@ -52,11 +52,12 @@ fn keys(value: &Value) -> Vec<&str> {
 fn a_whole_run_prints_scores_and_writes_a_checkpoint() {
     let work = tempfile::tempdir().unwrap();
     let model = data("tiny-qwen2-vl-narrow");
-    // Twelve questions, images beside the real data.
+    // Twelve questions with their images.
     let questions = work.path().join("questions.jsonl");
     let lines = fs::read_to_string(data("vqa/eval.jsonl")).unwrap();
-    let lines: Vec<String> = lines.lines().take(12).map(|l| l.replace("images/", &text(data("vqa/images/")))).collect();
+    let lines: Vec<&str> = lines.lines().take(12).collect();
     fs::write(&questions, lines.join("\n")).unwrap();
+    copy_folder(&data("vqa/images"), &work.path().join("images"));
     let out = work.path().join("out");
     let arguments = ["quantize", &text(&model), "--calib", &text(data("vqa/calib.jsonl")), "--samples", "8"];
     let output = vlmq_run(&[&arguments[..], &["--eval", &text(&questions), "--out", &text(&out)]].concat());

@@ -6,7 +6,7 @@ mod support;
 use serde_json::Value;
 use std::fs;
 use support::golden::Golden;
-use support::program::{Bench, edit_tensor, emulated_run, question, read_json, stderr, text, vlmq_run};
+use support::program::{Bench, IMAGE, edit_tensor, emulated_run, question, read_json, stderr, vlmq_run};
 use support::{golden, message};
 use vlmq::checkpoint::Checkpoint;
 use vlmq::device::Span;
@@ -51,8 +51,7 @@ fn plenty(bench: &Bench) {
         let text: Vec<&str> = (0..40).map(|j| words[(i * i + 7 * j + j * j * (i + 1)) % words.len()]).collect();
         serde_json::json!({"text": text.join(" ")}).to_string()
     };
-    let lines: Vec<String> =
-        (0..12).map(line).chain([question(&text(golden("model/images/gradient-70x42.png")))]).collect();
+    let lines: Vec<String> = (0..12).map(line).chain([question(IMAGE)]).collect();
     bench.write_data(&lines.iter().map(String::as_str).collect::<Vec<_>>());
 }
 

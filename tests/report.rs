@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
 use support::golden;
-use support::program::{Bench, files_of, question, read_json, succeed, text};
+use support::program::{Bench, IMAGE, files_of, question, read_json, succeed, text};
 use vlmq::calibration::dataset;
 use vlmq::calibration::sequence::{Sequence, SequenceBuilder};
 use vlmq::checkpoint::Checkpoint;
@@ -299,11 +299,12 @@ fn cells_are_where_their_tokens_look() {
 #[test]
 fn a_run_leaves_a_page_that_says_what_the_json_says() {
     let bench = Bench::new("llava-hub-tied-f16");
-    let picture = text(golden("model/images").join("tall-200x330.png"));
-    let mut line: Value = serde_json::from_str(&question(&picture)).unwrap();
+    let (picture, beside) = ("tall-200x330.png", bench.outputs().parent().unwrap().to_owned());
+    fs::copy(golden("model/images").join(picture), beside.join(picture)).unwrap();
+    let mut line: Value = serde_json::from_str(&question(picture)).unwrap();
     line["id"] = HOSTILE.replace('\u{0}', "").into();
     bench.write_data(&[&line.to_string(), r#"{"text": "nothing but <b>text</b> 京"}"#]);
-    let questions = bench.outputs().parent().unwrap().join("questions.jsonl");
+    let questions = beside.join("questions.jsonl");
     fs::write(&questions, line.to_string()).unwrap();
     let printed = succeed(&bench.quantize(&["--eval", &text(&questions), "--quiet"]));
     assert!(printed.lines().any(|line| line.starts_with("total")), "{printed}");
@@ -350,7 +351,7 @@ fn a_run_leaves_a_page_that_says_what_the_json_says() {
 fn questions_are_checked_before_hours_of_quantizing() {
     let bench = Bench::new("flat-tied-bf16");
     let questions = bench.outputs().parent().unwrap().join("questions.jsonl");
-    let line = question(&text(golden("model/images").join("gradient-70x42.png")));
+    let line = question(IMAGE);
     for (fault, says) in [
         (line.replace("gradient", "missing"), "missing-70x42.png"),
         (line.replace("\"id\"", "\"metric\": \"best\", \"id\""), "best"),
