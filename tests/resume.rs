@@ -220,7 +220,7 @@ fn another_run_is_refused_with_the_differences() {
         &["--solver", "gptq", "--importance", "none"],
         &["solver: gptaq then, gptq now", "importance: vlmq then, none now"],
     );
-    refused(&["--format", "gptq"], &["format: compressed-tensors then, gptq now", "smallest_zero: 0 then, 1 now"]);
+    refused(&["--format", "dequantized"], &["format: compressed-tensors then, dequantized now"]);
     refused(&["--damp", "0.02", "--alpha", "0.5"], &["alpha: 0.25 then, 0.5 now", "damp: 0.01 then, 0.02 now"]);
     refused(&["--samples", "2"], &["samples: 512 then, 2 now", "the samples as the model takes them have changed"]);
     refused(&["--chat-template", "chatml"], &["chat_template: checkpoint then, chatml now"]);
