@@ -271,30 +271,40 @@ fn on_a_small_disk(disk: &Path) {
         fs::write(&junk, vec![1; (free - leave) as usize]).unwrap();
     };
 
-    // No room for the states.
+    let finish = |place: &Place| {
+        let output = place.run(&[]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        assert_eq!(differing(&place.finished(), &expected), [""; 0]);
+        fs::remove_dir_all(place.out()).unwrap();
+    };
+
+    // No room for output and states together.
     let first = place();
     fill(700_000);
     let output = first.run(&[]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("No space left on device"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("on disk while the run lasts"), "{}", stderr(&output));
     assert_eq!(first.left(), [""; 0]);
-
-    // Full to the last byte behind a block: all space was taken before, so that the run gets as far as the reports.
     fs::remove_file(&junk).unwrap();
+
+    // Full to the last byte behind a block: the space of blocks and states was taken before, that of the reports was not.
     first.run_until(&Cpu, Moment::Block(1)).unwrap_err();
     fill(0);
     let output = first.run(&[]);
-    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
-    assert!(stderr(&output).contains("blocks are done and kept in"), "{}", stderr(&output));
+    let errors = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    assert!(errors.contains("blocks are done and kept in") && errors.contains("No space left on device"), "{errors}");
     assert_eq!(first.left(), [".out.vlmq"]);
     fs::remove_file(&junk).unwrap();
+    finish(&first);
 
-    // Read-only.
+    // Read-only, before a run and behind a block of it.
     let remount = |how: &str| {
         let done = Command::new("mount").args(["-o", &format!("remount,{how}")]).arg(disk).status().unwrap();
         assert!(done.success());
     };
     let second = place();
+    first.run_until(&Cpu, Moment::Block(1)).unwrap_err();
     remount("ro");
     for place in [&first, &second] {
         let output = place.run(&[]);
@@ -304,12 +314,8 @@ fn on_a_small_disk(disk: &Path) {
     }
     remount("rw");
     assert_eq!(second.left(), [""; 0]);
-    for place in [&first, &second] {
-        let output = place.run(&[]);
-        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-        assert_eq!(differing(&place.finished(), &expected), [""; 0]);
-        fs::remove_dir_all(place.out()).unwrap();
-    }
+    finish(&first);
+    finish(&second);
 }
 
 fn free_bytes(disk: &Path) -> u64 {

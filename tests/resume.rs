@@ -220,11 +220,11 @@ fn another_run_is_refused_with_the_differences() {
         &["--solver", "gptq", "--importance", "none"],
         &["solver: gptaq then, gptq now", "importance: vlmq then, none now"],
     );
-    refused(&["--format", "gptq"], &["format: compressed-tensors then, gptq now", "smallest_zero: 0 then, 1 now"]);
+    refused(&["--format", "dequantized"], &["format: compressed-tensors then, dequantized now"]);
     refused(&["--damp", "0.02", "--alpha", "0.5"], &["alpha: 0.25 then, 0.5 now", "damp: 0.01 then, 0.02 now"]);
     refused(&["--samples", "2"], &["samples: 512 then, 2 now", "the samples as the model takes them have changed"]);
     refused(&["--chat-template", "chatml"], &["chat_template: checkpoint then, chatml now"]);
-    refused(&["--max-pixels", "1000"], &["max_pixels: none then, 1000 now"]);
+    refused(&["--max-pixels", "5000"], &["max_pixels: none then, 5000 now"]);
 
     let changed = |file: &Path, change: fn(&mut Vec<u8>), says: &[&str]| {
         let before = fs::read(file).unwrap();
@@ -247,7 +247,8 @@ fn another_run_is_refused_with_the_differences() {
     fs::remove_file(model.join("more.txt")).unwrap();
 
     // What changes no byte may change, and so may the place of things.
-    let moved = folder.path().join("moved");
+    fs::create_dir(folder.path().join("elsewhere")).unwrap();
+    let moved = folder.path().join("elsewhere/model");
     fs::rename(&model, &moved).unwrap();
     place.model = moved;
     let output = place.run(&["--threads", "1"]);

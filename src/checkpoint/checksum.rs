@@ -43,7 +43,10 @@ pub fn of_file(path: &Path) -> Result<String> {
     of_range_until(path, 0..u64::MAX, &|| Ok(()))
 }
 
-/// Whether to go on, asked every megabyte: an error ends the work.
+/// Bytes read at a time: a megabyte is no faster, and every thread holds as much for good.
+const PIECE: usize = 1 << 17;
+
+/// Whether to go on, asked with every piece that is read: an error ends the work.
 pub type Check<'a> = &'a (dyn Fn() -> Result<()> + Sync);
 
 /// SHA-256 of the bytes `range` of a file, as far as there are any. They are read, not mapped: a mapped file counts as memory
@@ -55,7 +58,7 @@ pub fn of_range(path: &Path, range: Range<u64>) -> Result<String> {
 /// As [`of_range`], as long as `check` lets it.
 pub fn of_range_until(path: &Path, range: Range<u64>, check: Check<'_>) -> Result<String> {
     let mut checksum = Checksum::default();
-    let mut buffer = vec![0; 1 << 20];
+    let mut buffer = vec![0; PIECE];
     let cannot_read = || format!("cannot read {}", path.display());
     let mut file = File::open(path).with_context(cannot_read)?;
     file.seek(SeekFrom::Start(range.start)).with_context(cannot_read)?;

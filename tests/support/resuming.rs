@@ -139,12 +139,14 @@ pub fn differing(a: &[(String, Vec<u8>)], b: &[(String, Vec<u8>)]) -> Vec<String
     names
 }
 
-/// `report.json` without what depends on the clock, on the machine's memory, and on where the output lies.
+/// `report.json` without what depends on the clock, on what else the process holds, and on where the output lies.
 pub fn facts(report: &Value) -> Value {
     match report {
         Value::Object(fields) => {
             let varies = |name: &str| {
-                name.contains("seconds") || name.starts_with("peak_") || ["out", "loaders"].contains(&name)
+                name.contains("seconds")
+                    || name.starts_with("peak_")
+                    || ["out", "loaders", "memory_plan"].contains(&name)
             };
             let kept = fields.iter().filter(|(name, _)| !varies(name));
             kept.map(|(name, value)| (name.clone(), facts(value))).collect()

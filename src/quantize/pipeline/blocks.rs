@@ -47,8 +47,9 @@ impl Blocks {
         let layers = &mut self.layers;
         let mut finished = |layer: SolvedLayer| {
             let name = module_name(&input.config.names, index, layer.projection);
-            let weight = input.checkpoint.tensor(&format!("{name}.weight"))?;
-            let weight_error = weight_error::of_layer(input.format, weight, &layer.linear)?;
+            let weight = format!("{name}.weight");
+            let weight_error = weight_error::of_layer(input.format, input.checkpoint.tensor(&weight)?, &layer.linear)?;
+            input.checkpoint.release(&weight);
             let (linear, report) = layer_report(name, index, weight_error, layer);
             findings::tell(&report, layers, input.strict)?;
             writer.write(&report.name, &linear).with_context(|| format!("cannot write {}", report.name))?;
