@@ -132,6 +132,11 @@ impl Checkpoint {
     /// Its first dimension is `rows`; all further ones together are `cols` (a convolution `[E, 3, 2, 14, 14]` is
     /// `[E, 1176]`). Errors when it is absent, of another shape, not f16, bf16 or f32, or holds a NaN or an infinity.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
+        self.floats(name, self.shaped(name, rows, cols)?, rows, cols)
+    }
+
+    /// The tensor `name` as the file holds it. Errors where it is absent or not of the shape that [`matrix`](Self::matrix) asks.
+    pub(crate) fn shaped(&self, name: &str, rows: usize, cols: usize) -> Result<StoredTensor<'_>> {
         let tensor = self.tensor(name)?;
         ensure!(
             tensor.shape.first() == Some(&rows) && tensor.shape[1..].iter().product::<usize>() == cols,
@@ -139,7 +144,7 @@ impl Checkpoint {
             self.file_of(name),
             tensor.shape
         );
-        self.floats(name, tensor, rows, cols)
+        Ok(tensor)
     }
 
     /// The float tensor `name` of `len` values as one row. Errors as [`matrix`](Self::matrix) does.

@@ -39,6 +39,11 @@ impl<D: ModelOps> Family<D> for Qwen2Vl {
     fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
         let vision = vision_section(&Section::root(checkpoint)?)?;
         let (patches, sizes) = (Patches::read(&vision, PATCH_SIZE)?, Sizes::read(&vision)?);
+        // A wrong size should be told as such, not as memory that the machine has not.
+        let prefix = checkpoint.prefix(&VISION_PREFIXES, "patch_embed.proj.weight")?;
+        if sizes.depth > 0 {
+            checkpoint.shaped(&format!("{prefix}blocks.0.mlp.fc1.weight"), sizes.inner, sizes.width)?;
+        }
         Ok(VisionLoad {
             patch: patches.values(),
             width: sizes.width,
