@@ -121,7 +121,7 @@ fn a_whole_run_prints_scores_and_writes_a_checkpoint() {
     assert_eq!(added[..had.len()], had);
     let new: Vec<&str> = added[had.len()..].iter().map(|(key, _)| key.as_str()).collect();
     assert_eq!(new, ["quantization_config", "vlmq"]);
-    assert_eq!(names_in(work.path()), ["out", "questions.jsonl"]);
+    assert_eq!(names_in(work.path()), ["images", "out", "questions.jsonl"]);
 }
 
 #[test]

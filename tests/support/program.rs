@@ -198,6 +198,8 @@ impl Bench {
         // What is done is kept, and said to be, once a block is.
         let kept: &[&str] = if last.contains("blocks are done and kept in") { &[".out.vlmq"] } else { &[] };
         assert_eq!(names_in(&self.outputs()), kept, "{what} leaves files behind");
+        // Whatever is tried next begins anew.
+        kept.iter().for_each(|name| fs::remove_dir_all(self.outputs().join(name)).unwrap());
     }
 }
 

@@ -40,6 +40,7 @@ impl<D: ModelOps> Family<D> for Qwen2Vl {
         let vision = vision_section(&Section::root(checkpoint)?)?;
         let (patches, sizes) = (Patches::read(&vision, PATCH_SIZE)?, Sizes::read(&vision)?);
         // A wrong size should be told as such, not as memory that the machine has not.
+        qwen::vision_frequencies(&vision, "embed_dim", sizes.width, sizes.heads)?;
         let prefix = checkpoint.prefix(&VISION_PREFIXES, "patch_embed.proj.weight")?;
         if sizes.depth > 0 {
             checkpoint.shaped(&format!("{prefix}blocks.0.mlp.fc1.weight"), sizes.inner, sizes.width)?;
