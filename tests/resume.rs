@@ -446,7 +446,7 @@ fn space_is_taken_before_the_work_begins_and_is_enough() {
         assert!((streams..streams + (1 << 20)).contains(&reserved["spare-0"]), "{reserved:?}, {streams}");
         let used: BTreeMap<String, u64> = lengths(&behind_a_block(checkpoint).work()).into_iter().collect();
         assert!((streams..reserved["spare-1"]).contains(&used["state-1"]), "{used:?}, {reserved:?}");
-        assert_eq!(used.get("levels").is_some(), checkpoint == DEEPSTACK);
+        assert_eq!(used.contains_key("levels"), checkpoint == DEEPSTACK);
         if let Some(levels) = used.get("levels") {
             assert!(*levels <= reserved["levels"], "{used:?}, {reserved:?}");
         }
