@@ -60,7 +60,7 @@ pub trait Observer {
     /// A stage is over.
     fn stage_finished(&mut self, _time: &StageTime) {}
 
-    /// What stops the run before its end, asked for once when it begins: it then fails with [`Interrupted`] at the next place
+    /// What stops the run before its end, the same for as long as it lasts: it then fails with [`Interrupted`] at the next place
     /// where nothing is lost, between samples, tensors or layers. By default nothing stops it.
     fn stop(&self) -> Stop {
         Stop::default()

@@ -6,7 +6,7 @@ use crate::calibration::sequence::{Collected, Sequence};
 use crate::device::ModelOps;
 use crate::model::decoder::Layout;
 use crate::model::language_model::{Embedder, image_rows};
-use crate::progress::{Stage, StageClock, StageTime, Stop};
+use crate::progress::{Stage, StageClock, StageTime};
 use crate::quantize::block::{Chunk, needs_float_path};
 use crate::quantize::plan::{Activations, MemoryPlan};
 use crate::quantize::report::{CalibrationCounts, RunObserver};
@@ -21,7 +21,6 @@ pub(super) fn encode<D: ModelOps>(
     settings: &PipelineSettings,
     plan: &MemoryPlan,
     stages: &mut Vec<StageTime>,
-    stop: &Stop,
     observer: &mut dyn RunObserver,
 ) -> Result<Vec<Chunk<D::Tensor>>> {
     let packed = pack(&data.sequences, settings.chunk_tokens);
@@ -31,7 +30,7 @@ pub(super) fn encode<D: ModelOps>(
     }
     let embedder = Embedder::load(device, &input.checkpoint, &input.config, input.text_only)?;
     let clock = StageClock::start(Stage::Vision, data.sequences.len() as u64, observer);
-    let mut done = 0;
+    let (mut done, stop) = (0, observer.stop());
     for sequences in &packed {
         stop.check()?;
         let mut chunk = embed(device, &embedder, sequences, input.config.image_token, settings)?;

@@ -65,7 +65,7 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
         stages.push(clock.finish(observer));
 
         device.reset_peak();
-        let mut chunks = encode::encode(device, input, data, settings, plan, stages, stop, observer)?;
+        let mut chunks = encode::encode(device, input, data, settings, plan, stages, observer)?;
         plan.measured(Stage::Vision, device.peak_bytes());
         let spent = Spent::default().and(self.time, stages.iter().cloned());
         let state = State { spent, measured: plan.measurements(), ..State::default() };
