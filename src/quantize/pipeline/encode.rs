@@ -13,7 +13,6 @@ use crate::quantize::report::{CalibrationCounts, RunObserver};
 use anyhow::Result;
 
 /// Encodes all samples; the chunks are parked where the plan streams activations.
-#[allow(clippy::too_many_arguments)]
 pub(super) fn encode<D: ModelOps>(
     device: &D,
     input: &Input,
