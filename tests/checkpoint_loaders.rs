@@ -5,6 +5,7 @@ mod support;
 use std::path::Path;
 use support::checkpoint::settings;
 use vlmq::checkpoint::Format;
+use vlmq::checkpoint::formats::Loader;
 use vlmq::quantize::settings::Order;
 
 #[test]
@@ -36,14 +37,18 @@ fn each_kind_of_file_names_exactly_its_loaders() {
         (Dequantized, 2, Some(8), false, Order::Act, vec!["transformers", "vLLM", "SGLang"]),
     ] {
         let settings = settings(format, bits, group, symmetric, order);
-        let loaders = format.loaders(&settings, Path::new("out/w"));
+        let [loaders, dequantized] = [false, true].map(|must| format.loaders(&settings, must, Path::new("out/w")));
         assert!(loaders.iter().all(|loader| loader.command.contains("out/w")));
         let names: Vec<&str> = loaders.iter().map(|loader| loader.name).collect();
         assert_eq!(names[0], "vlmq");
         assert_eq!(names[1..], expected, "{format:?} {bits} {group:?} {symmetric} {order:?}");
-        for loader in &loaders {
-            let dequantizes = loader.command.contains("CompressedTensorsConfig(dequantize=True)");
-            assert_eq!(dequantizes, loader.name == tf && !symmetric, "{}", loader.command);
+        // The same programs take what must be dequantized, and only one of them otherwise.
+        assert!(dequantized.iter().map(|loader| loader.name).eq(loaders.iter().map(|loader| loader.name)));
+        let dequantizes = |loader: &Loader| loader.command.contains("CompressedTensorsConfig(dequantize=True)");
+        for (loader, other) in loaders.iter().zip(&dequantized) {
+            assert_eq!(dequantizes(loader), loader.name == tf && !symmetric, "{}", loader.command);
+            assert_eq!(dequantizes(other), other.name == tf, "{}", other.command);
+            assert!(loader.name == tf || loader == other, "{}", other.command);
             let chooses = loader.command.contains("GPTQConfig(bits=4, backend=\"torch\")");
             assert_eq!(chooses, loader.name == tg && bits == 4 && group != g128, "{}", loader.command);
         }

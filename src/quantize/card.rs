@@ -31,6 +31,8 @@ pub struct Card<'a> {
     pub importance: Importance,
     /// What was written.
     pub format: Format,
+    /// See [`Format::loaders`].
+    pub must_dequantize: bool,
 }
 
 impl Card<'_> {
@@ -184,7 +186,7 @@ impl Card<'_> {
     fn loading(&self, name: &str, text: &mut String) {
         *text += "\n## Load it\n\nIn the folder that this one lies in, or with its path in place of its name. Programs that are not here are \
                   not known to load this file.\n";
-        for loader in self.format.loaders(self.solver, Path::new(name)) {
+        for loader in self.format.loaders(self.solver, self.must_dequantize, Path::new(name)) {
             let _ = match python(&loader.command, name) {
                 Some(lines) => write!(text, "\n### {}\n\n```python\n{lines}\n```\n", loader.name),
                 None => write!(text, "\n### {}\n\n```sh\n{}\n```\n", loader.name, loader.command),
@@ -275,8 +277,8 @@ mod tests {
 
     fn card(model: &str, name: &str, format: Format, base: Option<(&str, &str)>) -> String {
         let report = report(model);
-        Card { report: &report, solver: &SolverSettings::default(), importance: Importance::Vlmq, format }
-            .text(name, base)
+        let solver = &SolverSettings::default();
+        Card { report: &report, solver, importance: Importance::Vlmq, format, must_dequantize: false }.text(name, base)
     }
 
     #[test]

@@ -20,8 +20,9 @@ pub struct Loader {
 }
 
 impl Format {
-    /// The loaders that take exactly the file written with these settings to `folder`.
-    pub fn loaders(self, settings: &SolverSettings, folder: &Path) -> Vec<Loader> {
+    /// The loaders that take exactly the file written with these settings to `folder`, and how. `must_dequantize`: whether
+    /// transformers runs the model from compressed-tensors files only with its weights dequantized.
+    pub fn loaders(self, settings: &SolverSettings, must_dequantize: bool, folder: &Path) -> Vec<Loader> {
         let python = folder.display().to_string();
         let folder = shell(&python);
         let wide = matches!(settings.bits, 4 | 8);
@@ -47,7 +48,7 @@ impl Format {
                 }
             }
             Self::CompressedTensors => {
-                if settings.symmetric {
+                if settings.symmetric && !must_dequantize {
                     add("transformers + compressed-tensors", transformers(""));
                 } else {
                     let arguments = ", quantization_config=CompressedTensorsConfig(dequantize=True)";

@@ -31,6 +31,12 @@ impl<D: ModelOps> Family<D> for LlavaOnevision {
         "llava_onevision"
     }
 
+    /// compressed-tensors 0.20 makes plain dicts of what modules hand to each other, and transformers 5.23 fails on those of
+    /// images: `'dict' object has no attribute 'pooler_output'`.
+    fn must_dequantize(&self) -> bool {
+        true
+    }
+
     fn config(&self, checkpoint: &Checkpoint) -> Result<ModelConfig> {
         let root = Section::root(checkpoint)?;
         let decoder = decoder_config(&root)?;

@@ -146,6 +146,12 @@ pub trait Family<D: ModelOps>: Send + Sync {
         false
     }
 
+    /// Whether transformers answers from a compressed-tensors file of this family only where the weights are dequantized as
+    /// they are loaded.
+    fn must_dequantize(&self) -> bool {
+        false
+    }
+
     /// Reads config.json and finds the tensor names.
     fn config(&self, checkpoint: &Checkpoint) -> Result<ModelConfig>;
 

@@ -23,6 +23,8 @@ use std::path::Path;
 pub(super) struct Input {
     pub(super) checkpoint: Checkpoint,
     pub(super) family: &'static str,
+    /// See [`Family::must_dequantize`](families::Family::must_dequantize).
+    pub(super) must_dequantize: bool,
     pub(super) config: ModelConfig,
     pub(super) solver: SolverSettings,
     pub(super) importance: Importance,
@@ -62,9 +64,19 @@ impl Input {
             }
         };
         let text_only = data.sequences.iter().all(|sequence| sequence.images.is_empty());
-        let (family, format, strict) = (family.model_type(), settings.format, settings.strict);
-        let input =
-            Self { checkpoint, family, config, solver, importance, format, linears, text_only, strict, samples };
+        let input = Self {
+            checkpoint,
+            family: family.model_type(),
+            must_dequantize: family.must_dequantize(),
+            config,
+            solver,
+            importance,
+            format: settings.format,
+            linears,
+            text_only,
+            strict: settings.strict,
+            samples,
+        };
         Ok((input, data))
     }
 

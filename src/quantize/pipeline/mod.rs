@@ -207,11 +207,17 @@ fn quantize<D: ModelOps + SolveOps>(
         bytes_before: sizes.before,
         bytes_after: sizes.before - sizes.float_layers + sizes.quantized_layers,
         quantized_bytes: sizes.quantized_layers,
-        loaders: settings.format.loaders(&input.solver, &settings.out),
+        loaders: settings.format.loaders(&input.solver, input.must_dequantize, &settings.out),
         evaluation: None,
     };
     writer.add_to_config(provenance::KEY, &report.provenance.summary())?;
-    let card = Card { report: &report, solver: &input.solver, importance: input.importance, format: settings.format };
+    let card = Card {
+        report: &report,
+        solver: &input.solver,
+        importance: input.importance,
+        format: settings.format,
+        must_dequantize: input.must_dequantize,
+    };
     for (name, bytes) in card.files(&settings.out, input.checkpoint.folder())? {
         writer.add_file(&name, &bytes)?;
     }
