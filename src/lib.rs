@@ -27,4 +27,6 @@ pub mod calibration;
 #[cfg(feature = "run")]
 pub mod evaluate;
 #[cfg(feature = "run")]
+pub mod heap;
+#[cfg(feature = "run")]
 pub mod model;

@@ -13,6 +13,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "quantize",
         &[
+            "heap",
             "input",
             "evaluate::Comparison",
             "evaluate::ComparedScores",
@@ -29,6 +30,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("calibration", &["input", "tensor"]),
     ("checkpoint", &["input", "quantize::QuantizedLinear", "quantize::settings", "quantize::pack", "tensor"]),
     ("device", &["tensor"]),
+    ("heap", &[]),
     ("input", &[]),
     ("progress", &[]),
     ("tensor", &[]),
@@ -38,6 +40,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
 const MAY_BE_UNSAFE: &[&str] = &[
     "src/device/cpu/gemm.rs",
     "src/checkpoint/shard.rs",
+    "src/heap.rs",
     "src/device/cuda/device.rs",
     "src/device/cuda/driver.rs",
     "src/device/cuda/emulated.rs",

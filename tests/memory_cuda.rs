@@ -259,6 +259,11 @@ const FAMILIES: &[(&str, ImageOptions, Precision)] = &[
         ImageOptions { min_pixels: None, max_pixels: None, image_mode: Some(ImageMode::Anyres) },
         Precision::F32,
     ),
+    (
+        "llava-resaved-f16-sharded",
+        ImageOptions { min_pixels: None, max_pixels: None, image_mode: Some(ImageMode::Anyres) },
+        Precision::F16,
+    ),
     ("qwen3_vl-tied-bf16", pixels(8192), Precision::Bf16),
     ("qwen3_vl-f16-sharded", pixels(8192), Precision::F16),
 ];
@@ -288,9 +293,8 @@ fn every_familys_tower_holds_what_was_planned() {
         let stage = &report.memory_plan.stages[0];
         let measured = stage.measured_bytes.unwrap();
         println!("{}: {measured} of {}, {:.3}", stage.step, stage.bytes, measured as f64 / stage.bytes as f64);
-        assert!((0.9..=1.1).contains(&(measured as f64 / stage.bytes as f64)), "{name}: {measured} of {stage:?}");
-        let ratio = report.peak_device_bytes.unwrap() as f64 / plan.device_bytes as f64;
-        assert!(ratio <= 1.1, "{name}: {ratio} of the plan");
+        assert!(measured <= stage.bytes && 10 * measured >= 9 * stage.bytes, "{name}: {measured} of {stage:?}");
+        assert!(report.peak_device_bytes.unwrap() <= plan.device_bytes, "{name}");
     }
 }
 

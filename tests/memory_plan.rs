@@ -137,6 +137,21 @@ fn the_vision_stage_holds_the_tower_and_what_went_before() {
     // The stream and both results inside the MLP, and the rotary tables.
     let per_patch = 2 * (1280 + 2 * 5120) + 320;
     assert_eq!(bytes_of(stage, "intermediate"), 8000 * per_patch + 4096 + 16 * 8000 + 2 * 2000 * 3584);
+    // Tiles of a large image wait beside the tower's work, then beside its last output while they are reduced.
+    let tiled =
+        VisionLoad { patch: 588, width: 1152, inner: 4304, depth: 26, projected: 3584, ..VisionLoad::default() };
+    let of = |chunk: ChunkSize| {
+        let embedder = EmbedderSize { load: tiled, ..embedder };
+        let plan = fit(&Job { chunks: vec![chunk], embedder: Some(embedder), ..job.clone() }, None);
+        bytes_of(&plan.stages[0], "intermediate")
+    };
+    let small = ChunkSize { patches: 5832, joined: 10_000, reducing: 16_000, ..chunk };
+    let features = 2 * 2000 * 3584;
+    // The stream and both results inside the MLP.
+    let encoding = 5832 * 2 * (1152 + 2 * 4304) + 4096 + 16 * 5832;
+    assert_eq!(of(small), features + 10_000 * 2 * 3584 + encoding);
+    let large = ChunkSize { joined: 26_244, reducing: 70_000, ..small };
+    assert_eq!(of(large), features + 2 * 3584 * (70_000 + 5832));
     // Without images the last chunk's own stream is what is added.
     let chunk = ChunkSize { tokens: 2048, ..ChunkSize::default() };
     let embedder = EmbedderSize { tower: 0, ..embedder };

@@ -107,6 +107,22 @@ impl TileLayout {
         );
         Ok(Kept { rows, columns, reduced })
     }
+
+    /// Tokens of an image: those of all of it, then those of its tiles, or the one vector that ends a row.
+    pub fn tokens(&self, image: &ImagePatches) -> usize {
+        self.grid().pow(2) + image.tiles.as_ref().map_or(1, |tiles| tiles.kept.tokens())
+    }
+}
+
+/// The tiles of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tiles {
+    /// From top to bottom.
+    pub rows: usize,
+    /// From left to right.
+    pub columns: usize,
+    /// What is left of their features.
+    pub kept: Kept,
 }
 
 /// Which features of an image's tiles, taken as one grid, become tokens.
@@ -130,6 +146,16 @@ impl Kept {
     pub fn tokens(&self) -> usize {
         let (rows, columns) = self.size();
         rows * (columns + 1)
+    }
+
+    /// Features that are put together before they are reduced; 0 where they are not.
+    pub fn joined(&self) -> usize {
+        self.reduced.map_or(0, |_| self.rows.len() * self.columns.len())
+    }
+
+    /// Those and what the reduction along one side makes of them.
+    pub fn reducing(&self) -> usize {
+        self.reduced.map_or(0, |(rows, _)| (self.rows.len() + rows) * self.columns.len())
     }
 }
 
@@ -227,19 +253,17 @@ impl Anyres {
         let (height, width) = (image.height() as usize, image.width() as usize);
         let side = self.layout.side;
         let (high, wide) = self.layout.best_resolution(height, width);
-        let tiles = (high / side, wide / side);
-        self.layout.kept((height, width), tiles)?;
+        let (rows, columns) = (high / side, wide / side);
+        let kept = self.layout.kept((height, width), (rows, columns))?;
         let (new_high, new_wide) = fit((height, width), (high, wide));
         let resized = resize(image, new_wide as u32, new_high as u32)?;
         let padded = padded(&resized, (high, wide), Rgb([0; 3]));
         let mut crops = vec![resize(image, side as u32, side as u32)?];
-        crops.extend((0..tiles.0).flat_map(|row| (0..tiles.1).map(move |column| (row, column))).map(
-            |(row, column)| {
-                let (x, y) = ((column * side) as u32, (row * side) as u32);
-                imageops::crop_imm(&padded, x, y, side as u32, side as u32).to_image()
-            },
-        ));
-        Ok(ImagePatches::tiled(image, crops, tiles, Arc::clone(&self.patches)))
+        crops.extend((0..rows).flat_map(|row| (0..columns).map(move |column| (row, column))).map(|(row, column)| {
+            let (x, y) = ((column * side) as u32, (row * side) as u32);
+            imageops::crop_imm(&padded, x, y, side as u32, side as u32).to_image()
+        }));
+        Ok(ImagePatches::tiled(image, crops, Tiles { rows, columns, kept }, Arc::clone(&self.patches)))
     }
 
     /// The whole image in the middle of a square.
@@ -312,27 +336,19 @@ impl VisionInput for Anyres {
     }
 
     fn image_tokens(&self, patches: &ImagePatches) -> usize {
-        let whole = self.layout.grid().pow(2);
-        match patches.tiles {
-            None => whole + 1,
-            Some(tiles) => {
-                let kept = self.layout.kept(patches.original, tiles).expect("checked as the image was prepared");
-                whole + kept.tokens()
-            }
-        }
+        self.layout.tokens(patches)
     }
 
     /// The whole image; then, as one picture, what is left of the tiles once padding is cut off.
     fn views(&self, patches: &ImagePatches) -> Vec<View> {
         let whole = View::of_first_crop(patches);
-        let Some(tiles) = patches.tiles else { return vec![whole] };
-        let kept = self.layout.kept(patches.original, tiles).expect("checked as the image was prepared");
+        let Some(Tiles { rows, columns, kept }) = &patches.tiles else { return vec![whole] };
         let (grid, patch) = (self.layout.grid(), self.layout.patch);
         let side = (grid * patch) as u32;
-        let mut joined = RgbImage::new(tiles.1 as u32 * side, tiles.0 as u32 * side);
+        let mut joined = RgbImage::new(*columns as u32 * side, *rows as u32 * side);
         for (i, tile) in patches.crops()[1..].iter().enumerate() {
             let covered = imageops::crop_imm(tile, 0, 0, side, side).to_image();
-            let (row, column) = (i / tiles.1, i % tiles.1);
+            let (row, column) = (i / columns, i % columns);
             imageops::replace(&mut joined, &covered, (column as u32 * side).into(), (row as u32 * side).into());
         }
         let pixels = |patches: usize| (patches * patch) as u32;

@@ -1,5 +1,6 @@
 //! Images: reading PNG and JPEG as Pillow does, and the patches a vision tower takes.
 
+use super::anyres::Tiles;
 use super::jpeg;
 use super::patches::PatchSettings;
 use super::paths::real_path_inside;
@@ -32,9 +33,8 @@ pub struct ImagePatches {
     pub grid_height: usize,
     /// Patches of a crop from left to right, before merging.
     pub grid_width: usize,
-    /// `(rows, columns)` of the tiles that stand, row by row, behind a first crop of the whole image; `None` where that is
-    /// the only one.
-    pub tiles: Option<(usize, usize)>,
+    /// The tiles that stand, row by row, behind a first crop of the whole image; `None` where that is the only one.
+    pub tiles: Option<Tiles>,
     crops: Vec<RgbImage>,
     settings: Arc<PatchSettings>,
 }
@@ -52,14 +52,9 @@ impl ImagePatches {
         }
     }
 
-    /// All of `image`, then `tiles` (rows, columns) of it, row by row: `crops`, all of one size.
-    pub(super) fn tiled(
-        image: &RgbImage,
-        crops: Vec<RgbImage>,
-        tiles: (usize, usize),
-        settings: Arc<PatchSettings>,
-    ) -> Self {
-        debug_assert_eq!(crops.len(), 1 + tiles.0 * tiles.1);
+    /// All of `image`, then `tiles` of it, row by row: `crops`, all of one size.
+    pub(super) fn tiled(image: &RgbImage, crops: Vec<RgbImage>, tiles: Tiles, settings: Arc<PatchSettings>) -> Self {
+        debug_assert_eq!(crops.len(), 1 + tiles.rows * tiles.columns);
         let mut crops = crops.into_iter();
         let whole = Self::whole(image, crops.next().expect("the whole image comes first"), settings);
         Self { tiles: Some(tiles), crops: whole.crops.into_iter().chain(crops).collect(), ..whole }
@@ -67,11 +62,7 @@ impl ImagePatches {
 
     /// The normalised patches of all crops, one after another. See [`crop_patches`](Self::crop_patches).
     pub fn patches(&self) -> Matrix {
-        let first = self.crop_patches(0);
-        let cols = first.cols();
-        let mut values = first.into_data();
-        (1..self.crops.len()).for_each(|crop| values.extend_from_slice(self.crop_patches(crop).data()));
-        Matrix::new(values.len() / cols, cols, values).expect("whole rows")
+        stacked_patches((0..self.crops.len()).map(|crop| (self, crop)))
     }
 
     /// The normalised patches of one crop: `[grid_height * grid_width, 3 * temporal_patch_size * patch_size²]`.
@@ -79,7 +70,7 @@ impl ImagePatches {
     /// Rows go through the merged grid row by row, and inside each merged square row by row. A row holds channels, frames,
     /// then the patch's pixels row by row.
     pub fn crop_patches(&self, crop: usize) -> Matrix {
-        self.settings.patchify(&self.crops[crop])
+        stacked_patches([(self, crop)].into_iter())
     }
 
     /// The crops' pixels.
@@ -96,6 +87,17 @@ impl ImagePatches {
     pub fn merged_grid(&self) -> (usize, usize) {
         (self.grid_height / self.settings.merge_size, self.grid_width / self.settings.merge_size)
     }
+}
+
+/// The normalised patches of some images' crops, one after another, all of one family. See
+/// [`crop_patches`](ImagePatches::crop_patches).
+pub fn stacked_patches<'a>(crops: impl Iterator<Item = (&'a ImagePatches, usize)> + Clone) -> Matrix {
+    let rows = crops.clone().map(|(image, _)| image.grid_height * image.grid_width).sum();
+    let cols = crops.clone().next().map_or(0, |(image, _)| image.settings.patch_values());
+    // They are many: an array that grew would be there twice.
+    let mut values = Vec::with_capacity(rows * cols);
+    crops.for_each(|(image, crop)| image.settings.patchify(&image.crops[crop], &mut values));
+    Matrix::new(rows, cols, values).expect("every patch of a crop, and of one size")
 }
 
 /// Reads an image to RGB, upright.

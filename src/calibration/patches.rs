@@ -1,7 +1,6 @@
 //! Patches: normalised squares of pixels, which are what a vision tower takes of an image.
 
 use crate::input;
-use crate::tensor::Matrix;
 use anyhow::{Context, Result, bail, ensure};
 use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
@@ -78,12 +77,12 @@ impl PatchSettings {
         Ok(())
     }
 
-    /// Normalises an image and cuts it into patches, `[patches, 3 * temporal_patch_size * patch_size²]`. What does not fill
+    /// Normalises an image, cuts it into patches and appends them to `data`, [`patch_values`](Self::patch_values) each. What does not fill
     /// a patch at the right and the bottom is left out, as a convolution with that stride does.
     ///
     /// Rows go through the merged grid row by row, and inside each merged square row by row. A row holds channels, frames,
     /// then the patch's pixels row by row.
-    pub(super) fn patchify(&self, image: &RgbImage) -> Matrix {
+    pub(super) fn patchify(&self, image: &RgbImage, data: &mut Vec<f32>) {
         let (patch, merge, frames) = (self.patch_size, self.merge_size, self.temporal_patch_size);
         let (rows, columns) = (image.height() as usize / patch, image.width() as usize / patch);
         // Torchvision folds the rescaling into mean and deviation, in float32; so do we, to agree to the last bit.
@@ -93,7 +92,6 @@ impl PatchSettings {
         let table: [[f32; 256]; 3] = std::array::from_fn(|c| std::array::from_fn(|byte| value(c, byte as u8)));
         let bytes = image.as_raw();
         let stride = image.width() as usize * 3;
-        let mut data = Vec::with_capacity(rows * columns * 3 * frames * patch * patch);
         for cell_y in (0..rows).step_by(merge) {
             for cell_x in (0..columns).step_by(merge) {
                 for row in cell_y..cell_y + merge {
@@ -113,7 +111,11 @@ impl PatchSettings {
                 }
             }
         }
-        Matrix::new(rows * columns, 3 * frames * patch * patch, data).expect("the loops visit every pixel once")
+    }
+
+    /// Values of a patch.
+    pub(super) fn patch_values(&self) -> usize {
+        3 * self.temporal_patch_size * self.patch_size * self.patch_size
     }
 }
 

@@ -82,10 +82,15 @@ impl Shard {
     }
 }
 
-/// Takes pages of a map out of this process's memory.
+/// Takes pages of a map out of this process's memory: those from `start` on, and what the system mapped around them.
 #[cfg(unix)]
 #[allow(unsafe_code)]
 fn release(map: &Mmap, start: usize, length: usize) {
+    // Linux maps pages that it has at hand by windows of 64 KiB (fault_around_bytes).
+    const WINDOW: usize = 64 << 10;
+    let end = (start + length).next_multiple_of(WINDOW).min(map.len());
+    let start = start / WINDOW * WINDOW;
+    let length = end - start;
     // SAFETY: the map is of a file and never written to, so that what is dropped is read from the file again.
     // A system that refuses keeps the pages, which is no harm.
     let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, length) };

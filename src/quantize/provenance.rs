@@ -138,7 +138,7 @@ fn of_samples(sequences: &[Sequence]) -> String {
         checksum.field(bytemuck::cast_slice(&sequence.tokens));
         checksum.field(bytemuck::cast_slice(&sequence.positions));
         for image in &sequence.images {
-            let (rows, columns) = image.tiles.unwrap_or_default();
+            let (rows, columns) = image.tiles.as_ref().map_or((0, 0), |tiles| (tiles.rows, tiles.columns));
             let shape = [image.original.0, image.original.1, rows, columns, image.crops().len()];
             checksum.field(bytemuck::cast_slice(&shape.map(|n| n as u64)));
             for crop in image.crops() {

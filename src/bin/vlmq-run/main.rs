@@ -27,6 +27,7 @@ use vlmq::progress::Interrupted;
 use vlmq::quantize::pipeline::Unfinished;
 
 fn main() -> ExitCode {
+    vlmq::heap::fix_thresholds();
     let cli = Cli::read();
     let signals = Signals::default();
     match run(&cli, &signals) {

@@ -2,7 +2,7 @@
 
 use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower};
 use crate::calibration::anyres::{Anyres, Kept, TileLayout};
-use crate::calibration::image::ImagePatches;
+use crate::calibration::image::{ImagePatches, stacked_patches};
 use crate::calibration::sequence::VisionInput;
 use crate::checkpoint::Checkpoint;
 use crate::device::{Activation, ModelOps, Span};
@@ -216,68 +216,67 @@ impl<T> Tower<T> {
         })
     }
 
-    /// Features of crops in order, `[crops · patches, hidden]`, at most [`CROPS`] crops at a time.
-    fn crops<D: ModelOps<Tensor = T>>(&self, device: &D, images: &[&ImagePatches]) -> Result<T> {
-        let crops: Vec<(&ImagePatches, usize)> =
-            images.iter().flat_map(|&image| (0..image.crops().len()).map(move |crop| (image, crop))).collect();
+    /// Features of some crops, `[crops · patches, hidden]`.
+    fn features<D: ModelOps<Tensor = T>>(&self, device: &D, crops: &[Crop<'_>]) -> Result<T> {
         let patches = self.layout.grid().pow(2);
-        let mut features = None;
-        for batch in crops.chunks(CROPS) {
-            let values: Vec<f32> =
-                batch.iter().flat_map(|(image, crop)| image.crop_patches(*crop).into_data()).collect();
-            let rows = batch.len() * patches;
-            let pixels = device.upload_model(Matrix::new(rows, values.len() / rows, values)?)?;
-            let mut x = self.embedding.apply(device, &pixels)?;
-            drop(pixels);
-            let places: Vec<u32> = (0..batch.len()).flat_map(|_| 0..patches as u32).collect();
-            device.add_assign(&mut x, &device.gather_rows(&self.positions, &places)?)?;
-            let spans: Vec<Span> = (0..batch.len()).map(|i| Span::own(i * patches..(i + 1) * patches)).collect();
-            for block in &self.blocks {
-                block.apply(device, &mut x, None, &spans)?;
-            }
-            append(device, &mut features, self.projector.apply(device, x)?)?;
+        let pixels = stacked_patches(crops.iter().map(|crop| (crop.image, crop.index)));
+        let pixels = device.upload_model(pixels)?;
+        let mut x = self.embedding.apply(device, &pixels)?;
+        drop(pixels);
+        let places: Vec<u32> = (0..crops.len()).flat_map(|_| 0..patches as u32).collect();
+        device.add_assign(&mut x, &device.gather_rows(&self.positions, &places)?)?;
+        let spans: Vec<Span> = (0..crops.len()).map(|i| Span::own(i * patches..(i + 1) * patches)).collect();
+        for block in &self.blocks {
+            block.apply(device, &mut x, None, &spans)?;
         }
-        features.context("an image without crops")
+        self.projector.apply(device, x)
     }
 
-    /// The tokens of an image whose crops' features begin at row `start`: those of the whole image, then, row by row, what
-    /// is kept of the tiles', each row ended by the newline.
-    fn tokens<D: ModelOps<Tensor = T>>(
-        &self,
-        device: &D,
-        features: &T,
-        start: usize,
-        image: &ImagePatches,
-    ) -> Result<T> {
-        let patches = self.layout.grid().pow(2);
-        let mut tokens = device.slice_rows(features, start..start + patches)?;
-        let Some(tiles) = image.tiles else {
-            device.append_rows(&mut tokens, &self.newline)?;
-            return Ok(tokens);
+    /// Rows that all are the vector that ends a row of features.
+    fn newlines<D: ModelOps<Tensor = T>>(&self, device: &D, rows: usize) -> Result<T> {
+        device.gather_rows(&self.newline, &vec![0; rows])
+    }
+}
+
+/// One crop of an image.
+struct Crop<'a> {
+    image: &'a ImagePatches,
+    index: usize,
+    /// The image's first token.
+    start: usize,
+}
+
+impl Crop<'_> {
+    /// For each patch that is kept, its number and its feature's row: among all tokens or, of tiles that are reduced, in the
+    /// grid of them. `side` is that of a crop's grid.
+    fn places(&self, side: usize) -> Vec<(usize, usize)> {
+        let patches = (0..side).flat_map(|row| (0..side).map(move |column| (row, column))).enumerate();
+        let Some((tile, tiles)) = self.index.checked_sub(1).zip(self.image.tiles.as_ref()) else {
+            return patches.map(|(patch, _)| (patch, self.start + patch)).collect();
         };
-        let kept = self.layout.kept(image.original, tiles)?;
-        let grid = self.layout.grid();
-        let place = |row: usize, column: usize| {
-            let tile = (row / grid) * tiles.1 + column / grid;
-            (start + (1 + tile) * patches + (row % grid) * grid + column % grid) as u32
+        let kept = &tiles.kept;
+        let corner = (tile / tiles.columns * side, tile % tiles.columns * side);
+        let (start, stride) = match kept.reduced {
+            Some(_) => (0, kept.columns.len()),
+            // One token more ends each row.
+            None => (self.start + side * side, kept.columns.len() + 1),
         };
-        let places: Vec<u32> =
-            kept.rows.clone().flat_map(|row| kept.columns.clone().map(move |column| place(row, column))).collect();
-        let (high, wide) = kept.size();
-        // Of a line of pixels no row, or nothing in each row, may be left.
-        let newline = (high * wide) as u32;
-        let mut rows = None;
-        if newline > 0 {
-            let features = device.gather_rows(features, &places)?;
-            rows = Some(if kept.reduced.is_some() { reduce(device, features, &kept)? } else { features });
-        }
-        append(device, &mut rows, device.slice_rows(&self.newline, 0..1)?)?;
-        let row = |row: usize| ((row * wide) as u32..((row + 1) * wide) as u32).chain([newline]);
-        let order: Vec<u32> = (0..high).flat_map(row).collect();
-        if let Some(rows) = rows.filter(|_| !order.is_empty()) {
-            device.append_rows(&mut tokens, &device.gather_rows(&rows, &order)?)?;
-        }
-        Ok(tokens)
+        let place = |(patch, (row, column)): (usize, (usize, usize))| {
+            let (row, column) = (corner.0 + row, corner.1 + column);
+            let inside = kept.rows.contains(&row) && kept.columns.contains(&column);
+            inside.then(|| (patch, start + (row - kept.rows.start) * stride + column - kept.columns.start))
+        };
+        patches.filter_map(place).collect()
+    }
+
+    /// How its image's tiles are reduced, if it is one of them.
+    fn reduced(&self) -> Option<&Kept> {
+        let tiles = self.image.tiles.as_ref().filter(|_| self.index > 0)?;
+        Some(&tiles.kept).filter(|kept| kept.reduced.is_some())
+    }
+
+    fn is_last(&self) -> bool {
+        self.index + 1 == self.image.crops().len()
     }
 }
 
@@ -300,37 +299,44 @@ fn refuse_other_features(root: &Section<'_>) -> Result<()> {
 }
 
 impl<D: ModelOps> VisionTower<D> for Tower<D::Tensor> {
-    /// Images are encoded a few at a time and packed at once, so that memory does not grow with their number.
+    /// A few crops are encoded at a time and their features put in their places at once, so that of the tower's output no
+    /// more is held, however large or many the images are; tiles that are reduced wait for the last of their image.
     fn encode(&self, device: &D, images: &[&ImagePatches]) -> Result<Features<D::Tensor>> {
-        let patches = self.layout.grid().pow(2);
-        let mut tokens = None;
-        let mut rest = images;
-        while !rest.is_empty() {
-            let mut crops = 0;
-            let fit = rest.iter().take_while(|image| {
-                crops += image.crops().len();
-                crops <= CROPS
-            });
-            let (together, after) = rest.split_at(fit.count().max(1));
-            let features = self.crops(device, together)?;
-            let mut start = 0;
-            for image in together {
-                append(device, &mut tokens, self.tokens(device, &features, start, image)?)?;
-                start += image.crops().len() * patches;
+        let (side, mut total) = (self.layout.grid(), 0);
+        let mut crops = Vec::new();
+        for &image in images {
+            crops.extend((0..image.crops().len()).map(|index| Crop { image, index, start: total }));
+            total += self.layout.tokens(image);
+        }
+        ensure!(total > 0, "no images to encode");
+        // Every token ends a row until a feature takes its place.
+        let mut tokens = self.newlines(device, total)?;
+        let mut grid = None;
+        for batch in crops.chunks(CROPS) {
+            let features = self.features(device, batch)?;
+            for (i, crop) in batch.iter().enumerate() {
+                let places = crop.places(side);
+                let from: Vec<u32> = places.iter().map(|(patch, _)| (i * side * side + patch) as u32).collect();
+                let to: Vec<u32> = places.iter().map(|&(_, row)| row as u32).collect();
+                let kept = (!from.is_empty()).then(|| device.gather_rows(&features, &from)).transpose()?;
+                let Some(reduced) = crop.reduced() else {
+                    kept.map_or(Ok(()), |kept| device.scatter_rows(&mut tokens, &to, &kept))?;
+                    continue;
+                };
+                let mut joined = grid.take().map_or_else(|| self.newlines(device, reduced.joined()), Ok)?;
+                kept.map_or(Ok(()), |kept| device.scatter_rows(&mut joined, &to, &kept))?;
+                if !crop.is_last() {
+                    grid = Some(joined);
+                    continue;
+                }
+                let (high, wide) = reduced.size();
+                let row = |row: usize| (0..wide).map(move |column| row * (wide + 1) + column);
+                let start = crop.start + side * side;
+                let to: Vec<u32> = (0..high).flat_map(row).map(|place| (start + place) as u32).collect();
+                device.scatter_rows(&mut tokens, &to, &reduce(device, joined, reduced)?)?;
             }
-            rest = after;
         }
-        Ok(Features::plain(tokens.context("no images to encode")?))
-    }
-}
-
-fn append<D: ModelOps>(device: &D, all: &mut Option<D::Tensor>, more: D::Tensor) -> Result<()> {
-    match all {
-        Some(all) => device.append_rows(all, &more),
-        None => {
-            *all = Some(more);
-            Ok(())
-        }
+        Ok(Features::plain(tokens))
     }
 }
 

@@ -1,14 +1,13 @@
 //! What the Qwen families have in common: config sections, names, images at their own resolution, the towers' positions.
 
 use super::{ImageOptions, ModelConfig};
-use crate::calibration::image::ImagePatches;
+use crate::calibration::image::{ImagePatches, stacked_patches};
 use crate::calibration::native_resolution::{NativeResolution, NativeVision};
 use crate::calibration::sequence::VisionInput;
 use crate::checkpoint::Checkpoint;
 use crate::device::{ModelOps, Rotary, Span};
 use crate::model::config::{DecoderConfig, DecoderNames, Section};
 use crate::model::rope;
-use crate::tensor::Matrix;
 use anyhow::{Context, Result, ensure};
 
 /// Where generations of transformers have put the decoder, and its head.
@@ -147,18 +146,15 @@ pub(super) struct Packed<T> {
 
 impl<T> Packed<T> {
     pub(super) fn new<D: ModelOps<Tensor = T>>(device: &D, images: &[&ImagePatches], merge: usize) -> Result<Self> {
-        let (mut values, mut columns) = (Vec::new(), 0);
         let mut positions = Vec::new();
         let mut spans = Vec::new();
         for image in images {
             let start = positions.len();
-            let patches = image.patches();
-            columns = patches.cols();
-            values.extend_from_slice(patches.data());
             positions.extend(patch_positions(image.grid_height, image.grid_width, merge));
             spans.push(Span::own(start..positions.len()));
         }
-        let patches = device.upload_model(Matrix::new(positions.len(), columns, values)?)?;
+        let crops = images.iter().flat_map(|image| (0..image.crops().len()).map(move |crop| (*image, crop)));
+        let patches = device.upload_model(stacked_patches(crops))?;
         Ok(Self { patches, positions, spans })
     }
 

@@ -15,6 +15,7 @@ use super::settings::{Importance, Solver, SolverSettings};
 use super::solve;
 use super::statistics::Statistics;
 use crate::device::{Device, ModelOps, SolveOps};
+use crate::heap;
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::{Block, Layout, Projection};
 use crate::progress::Stop;
@@ -90,6 +91,7 @@ impl<D: Device> Pass<'_, D> {
                 chunks[i].park(self.device)?;
             }
         }
+        heap::trim();
         Ok(())
     }
 }
@@ -363,6 +365,8 @@ pub fn round_to_nearest<D: ModelOps>(
     for projection in Projection::ALL {
         let weight = device.download(&float.linear(projection).weight)?;
         let (linear, report) = solve::round_to_nearest(&weight, settings).with_context(|| place(projection, index))?;
+        drop(weight);
+        heap::trim();
         finished(SolvedLayer { projection, linear, report, importance: None })?;
     }
     Ok(())

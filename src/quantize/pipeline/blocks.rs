@@ -5,6 +5,7 @@ use super::input::Input;
 use crate::checkpoint::weight_error;
 use crate::checkpoint::write::Writer;
 use crate::device::{ModelOps, SolveOps};
+use crate::heap;
 use crate::model::decoder::{Block, module_name};
 use crate::progress::{Stage, Stop};
 use crate::quantize::QuantizedLinear;
@@ -43,6 +44,7 @@ impl Blocks {
         let start = Instant::now();
         let (config, solver, importance) = (&input.config.decoder, &input.solver, input.importance);
         let float = Block::load(device, &input.checkpoint, config, &input.config.names, index)?;
+        heap::trim();
         let shared = RefCell::new(&mut *observer);
         let layers = &mut self.layers;
         let mut finished = |layer: SolvedLayer| {
@@ -55,6 +57,7 @@ impl Blocks {
             writer.write(&report.name, &linear).with_context(|| format!("cannot write {}", report.name))?;
             shared.borrow_mut().layer_finished(&report);
             layers.push(report);
+            heap::trim();
             Ok(())
         };
         let outcome = match solver.solver {

@@ -4,6 +4,7 @@ use super::PipelineSettings;
 use super::input::{Input, pack};
 use crate::calibration::sequence::{Collected, Sequence};
 use crate::device::ModelOps;
+use crate::heap;
 use crate::model::decoder::Layout;
 use crate::model::language_model::{Embedder, image_rows};
 use crate::progress::{Stage, StageClock, StageTime};
@@ -37,6 +38,7 @@ pub(super) fn encode<D: ModelOps>(
             chunk.park(device)?;
         }
         chunks.push(chunk);
+        heap::trim();
         done += sequences.len() as u64;
         observer.stage_advanced(Stage::Vision, done, "");
     }

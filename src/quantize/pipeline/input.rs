@@ -91,6 +91,7 @@ impl Input {
                 let images = sequences.iter().flat_map(|s| &s.images);
                 images.flat_map(|image| image.crops().iter().map(|_| image.grid_height * image.grid_width))
             };
+            let tiles = || sequences.iter().flat_map(|s| &s.images).filter_map(|image| image.tiles.as_ref());
             let lengths = || sequences.iter().map(|s| s.tokens.len());
             let together = load.crops.unwrap_or(usize::MAX);
             ChunkSize {
@@ -99,6 +100,8 @@ impl Input {
                 pairs: lengths().map(|length| length * length).sum(),
                 all_patches: crops().sum(),
                 longest_image: crops().max().unwrap_or(0),
+                joined: tiles().map(|tiles| tiles.kept.joined()).max().unwrap_or(0),
+                reducing: tiles().map(|tiles| tiles.kept.reducing()).max().unwrap_or(0),
                 patch_pairs: crops().map(|patches| patches * patches).sum(),
                 image_tokens: sequences
                     .iter()

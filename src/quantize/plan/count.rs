@@ -29,10 +29,6 @@ pub(super) struct Counter<'a> {
 /// Bytes of a float32 value, in which statistics and the solver are kept.
 pub(super) const F32: u64 = 4;
 
-/// Most that lies free at the end of glibc's heap before it is given back: twice the largest array that comes from there
-/// (mallopt, `M_TRIM_THRESHOLD` and `DEFAULT_MMAP_THRESHOLD_MAX`).
-const HEAP_KEPT: u64 = 64 << 20;
-
 impl<'a> Counter<'a> {
     pub(super) fn new(job: &'a Job<'a>, costs: &'a Costs<'a>, activations: Activations) -> Self {
         let shape = &job.shape;
@@ -145,13 +141,12 @@ impl<'a> Counter<'a> {
             let (statistics, _) = self.statistics(inputs);
             steps.push((format!("statistics of {}", projection.module()), vec![held, temporaries, statistics]));
         }
-        let kept = self.kept(steps.iter().map(|(_, entries)| entries[1].bytes).max().unwrap_or(0));
         for (projection, inputs, outputs, ..) in sets {
             let module = projection.module();
             let (statistics, hessian) = self.statistics(inputs);
             let name = if self.cross { "their copies in processing order, factored" } else { "its factor" };
             let factors = entry(name, self.factors(inputs));
-            let entries = vec![self.between_passes(), statistics, factors.clone(), kept.clone()];
+            let entries = vec![self.between_passes(), statistics, factors.clone()];
             steps.push((format!("factoring {module}"), entries));
             let others = match (self.costs.host, projection) {
                 // The codes of the layer that was solved with the same statistics are still there.
@@ -159,7 +154,7 @@ impl<'a> Counter<'a> {
                 _ => 0,
             };
             let state = entry("the solver's state", self.solver_state(inputs, outputs) + others);
-            let entries = vec![self.between_passes(), hessian, factors, state, kept.clone()];
+            let entries = vec![self.between_passes(), hessian, factors, state];
             steps.push((format!("solving {module}"), entries));
         }
         let worst = steps.into_iter().max_by_key(|(_, entries)| entries.iter().map(|e| e.bytes).sum::<u64>());
@@ -172,12 +167,6 @@ impl<'a> Counter<'a> {
         let hessian = (self.costs.triangle)(inputs as usize);
         let cross = if self.cross { F32 * inputs * inputs } else { 0 };
         (entry(if self.cross { "H and C" } else { "H" }, hessian + cross), entry("H", hessian))
-    }
-
-    /// What the host's allocator keeps of a pass's intermediate results, given back to it: all of them or, once they lie free at
-    /// its end in one piece, nothing. Half is counted.
-    fn kept(&self, passes: u64) -> Entry {
-        entry("kept by the allocator", if self.costs.host { passes.min(HEAP_KEPT) / 2 } else { 0 })
     }
 
     /// What round-to-nearest keeps of the widest layer on the host: its weights brought over and their residuals, the codes by
@@ -273,13 +262,10 @@ impl<'a> Counter<'a> {
             let rotary = F32 * patches * load.rotary as u64;
             let encoding = self.stored(patches * load.per_patch() as u64) + rotary + Self::tables(patches);
             let workspace = self.tower_workspace(chunk, load);
-            // Beside what was encoded before, where not all is encoded together: then the tower's output, and the features so
-            // far twice, as more are joined to them.
-            let joining = match load.projected {
-                0 => 0,
-                width => self.stored(patches * width as u64) + features,
-            };
-            let encoding = features + (encoding + workspace).max(joining);
+            // Tiles that are reduced: beside the crops of them, and once more behind the tower, with its last output.
+            let rows = |rows: usize| self.stored((rows * load.projected) as u64);
+            let encoding = rows(chunk.joined) + encoding + workspace;
+            let encoding = features + encoding.max(rows(chunk.reducing + chunk.patches));
             let features = features + Self::tables(tokens);
             let own = self.chunk(chunk);
             for (step, at) in [("encoding images", [before, encoding]), ("embedding", [before + own, features])] {

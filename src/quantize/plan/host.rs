@@ -5,6 +5,7 @@ use super::system::{Room, room, status_bytes};
 use super::{Activations, Costs, Entry, Job, MemoryPlan, StagePlan};
 use crate::calibration::sequence::Sequence;
 use crate::checkpoint::Checkpoint;
+use crate::heap;
 use crate::progress::Stage;
 use crate::quantize::settings::Solver;
 use anyhow::{Result, ensure};
@@ -31,8 +32,9 @@ pub struct Process {
 impl Process {
     /// This one. 0 is held where the system does not tell.
     pub fn now(checkpoint: &Checkpoint, sequences: &[Sequence], kept: impl Fn(&str) -> bool) -> Result<Self> {
+        heap::trim();
         let mut process = Self {
-            held: held(),
+            held: held(!sequences.is_empty()),
             peak: status_bytes("VmHWM").unwrap_or(0),
             data: sequences.iter().map(data_bytes).sum(),
             ..Self::default()
@@ -45,14 +47,14 @@ impl Process {
     }
 }
 
-/// Pages of the program and its libraries that a run touches, of 14 MiB of code and constants: 10 MiB by round-to-nearest,
-/// 13 MiB by other methods. When a plan is made, some of them have not been yet.
-const PROGRAM: u64 = 23 << 19;
+/// Pages of the program and its libraries that a run touches, of 14 MiB of code and constants, without calibration data
+/// (round-to-nearest) and with. When a plan is made, some of them have not been yet.
+const PROGRAM: [u64; 2] = [20 << 19, 25 << 19];
 
 /// What this process holds; 0 where the system does not tell.
-fn held() -> u64 {
+fn held(with_data: bool) -> u64 {
     match (status_bytes("RssAnon"), status_bytes("RssFile"), status_bytes("RssShmem")) {
-        (Some(own), Some(files), Some(shared)) => own + shared + files.max(PROGRAM),
+        (Some(own), Some(files), Some(shared)) => own + shared + files.max(PROGRAM[usize::from(with_data)]),
         _ => status_bytes("VmRSS").unwrap_or(0),
     }
 }

@@ -114,6 +114,10 @@ pub struct ChunkSize {
     pub all_patches: usize,
     /// Patches of the largest image, or crop of one.
     pub longest_image: usize,
+    /// Features of an image's tiles that are put together before they are reduced, at most.
+    pub joined: usize,
+    /// Those and what a first reduction makes of them, at most.
+    pub reducing: usize,
     /// Products of the numbers of patches of images, or crops, by themselves, summed.
     pub patch_pairs: usize,
 }

@@ -1,0 +1,38 @@
+//! What glibc's allocator keeps of memory that was given back to it. Other allocators are left alone.
+//!
+//! Left to itself, glibc lets the largest array that was given back decide which later ones come from a heap, and keeps what is
+//! free there for as long as anything behind it is in use: a process then holds up to a third more than it uses, and another
+//! amount in each run. A memory [`plan`](crate::quantize::plan) could not be kept to.
+
+/// Bytes from which an array is mapped by itself and goes back to the system when it is dropped. Arrays of a few MiB come and
+/// go with every operation on small models: mapped, each would cost the time of clearing its pages (all of them from 4 MiB:
+/// one and a half times the time of a run).
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const MAPPED_FROM: i32 = 16 << 20;
+
+/// Bytes free at the end of a heap above which it is cut: twice the largest array that comes from there.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const KEPT: i32 = 2 * MAPPED_FROM;
+
+/// Makes what a program holds the same in every run, as [`quantize::plan`](crate::quantize::plan) counts it. For the beginning
+/// of a program; one that links the library and does not call it holds somewhat more than is planned.
+pub fn fix_thresholds() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[allow(unsafe_code)]
+    // SAFETY: takes no pointer; the parameters and values are those of mallopt(3), which refuses others.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_FROM);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT);
+    }
+}
+
+/// Gives memory that is free back to the system, between two steps that need it for other things. Not for inner loops: what
+/// comes next has its pages cleared anew.
+pub(crate) fn trim() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[allow(unsafe_code)]
+    // SAFETY: takes no pointer and touches only what is free; malloc_trim(3) is safe in threads.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
