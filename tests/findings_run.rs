@@ -9,11 +9,9 @@ use support::golden::Golden;
 use support::program::{Bench, IMAGE, edit_tensor, emulated_run, question, read_json, stderr, vlmq_run};
 use support::{golden, message};
 use vlmq::checkpoint::Checkpoint;
-use vlmq::device::Span;
 use vlmq::device::cpu::Cpu;
-use vlmq::model::decoder::{Block, Layout, Projection};
+use vlmq::model::decoder::{Block, Projection};
 use vlmq::model::families::{self, ModelConfig};
-use vlmq::model::rope;
 use vlmq::progress::Stop;
 use vlmq::quantize::block::{BlockOutcome, BlockQuantizer, Chunk, SolvedLayer};
 use vlmq::quantize::plan::Activations;
@@ -176,23 +174,11 @@ fn an_error_that_explodes_through_the_program() {
 /// A block's inputs on both paths, one chunk of some samples.
 fn golden_chunk() -> Chunk<Matrix> {
     let golden = Golden::read(&format!("model/{FLAT}.importance.safetensors"));
-    let config = config();
-    let positions = golden.values("position_ids");
-    let tokens = positions.len() / 3;
-    let positions: Vec<[u32; 3]> =
-        (0..tokens).map(|token| std::array::from_fn(|axis| positions[axis * tokens + token] as u32)).collect();
-    let frequencies = rope::inverse_frequencies(config.decoder.rope_theta, config.decoder.attention.head_dim);
-    let rotary = rope::multimodal(&Cpu, &positions, &frequencies, config.decoder.rope_axes).unwrap();
-    let mut start = 0;
-    let spans: Vec<Span> = (golden.values("lengths").into_iter())
-        .map(|length| {
-            start += length as usize;
-            Span::own(start - length as usize..start)
-        })
-        .collect();
-    let samples = (0..spans.len()).map(|i| format!("sample-{i}")).collect();
+    let layout = golden.layout(&config().decoder);
+    let tokens = layout.spans.last().map_or(0, |span| span.q.end);
+    let samples = (0..layout.spans.len()).map(|i| format!("sample-{i}")).collect();
     Chunk {
-        layout: Layout { spans, rotary, deepstack: None },
+        layout,
         x_quantized: golden.matrix("structured.x_quantized"),
         x_float: Some(golden.matrix("x_float")),
         is_vision: vec![false; tokens],

@@ -5,9 +5,9 @@ mod support;
 
 use support::golden::{Golden, RANDOM, largest_error, relative_error};
 use vlmq::checkpoint::Checkpoint;
-use vlmq::device::{Device, Span, cpu::Cpu};
-use vlmq::model::decoder::{Block, Layout, Projection};
-use vlmq::model::{families, rope};
+use vlmq::device::{Device, cpu::Cpu};
+use vlmq::model::decoder::{Block, Projection};
+use vlmq::model::families;
 use vlmq::quantize::importance::attention_importance;
 use vlmq::quantize::statistics::Statistics;
 
@@ -20,19 +20,7 @@ fn factors_equal_autograd() {
         let config = families::of::<Cpu>(&checkpoint).unwrap().config(&checkpoint).unwrap();
         let block = Block::load(&Cpu, &checkpoint, &config.decoder, &config.names, 1).unwrap();
 
-        let positions = golden.values("position_ids");
-        let tokens = positions.len() / 3;
-        let positions: Vec<[u32; 3]> =
-            (0..tokens).map(|token| std::array::from_fn(|axis| positions[axis * tokens + token] as u32)).collect();
-        let frequencies = rope::inverse_frequencies(config.decoder.rope_theta, config.decoder.attention.head_dim);
-        let rotary = rope::multimodal(&Cpu, &positions, &frequencies, config.decoder.rope_axes).unwrap();
-        let mut start = 0;
-        let spans = golden.values("lengths").into_iter().map(|length| {
-            start += length as usize;
-            Span::own(start - length as usize..start)
-        });
-        let layout = Layout { spans: spans.collect(), rotary, deepstack: None };
-
+        let layout = golden.layout(&config.decoder);
         let x_float = golden.matrix("x_float");
         for kind in ["structured", "rounded"] {
             let x_quantized = golden.matrix(&format!("{kind}.x_quantized"));

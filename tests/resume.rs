@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use support::devices;
 use support::golden;
 use support::message;
-use support::program::{copy_folder, edit_tensor, names_in, stderr};
-use support::resuming::{DEEPSTACK, Moment, PLAIN, Place, Stopper, bytes_of, differing, facts};
+use support::program::{copy_folder, edit_tensor, lasting_files_of, names_in, stderr};
+use support::resuming::{DEEPSTACK, Moment, PLAIN, Place, Stopper, differing, facts};
 use vlmq::checkpoint::checksum::of_bytes;
 use vlmq::checkpoint::{Checkpoint, Format};
 use vlmq::device::cpu::Cpu;
@@ -200,7 +200,7 @@ fn another_run_is_refused_with_the_differences() {
     let mut place = Place::new(PLAIN).beside(outputs);
     (place.model, place.data) = (model.clone(), data.clone());
     let whole = pipeline::run(&Cpu, &place.settings(), &mut ()).unwrap();
-    let expected = bytes_of(&place.out());
+    let expected = lasting_files_of(&place.out());
     fs::remove_dir_all(place.out()).unwrap();
     place.run_until(&Cpu, Moment::Block(1)).unwrap_err();
     let refused = |extra: &[&str], says: &[&str]| {
@@ -365,7 +365,7 @@ fn what_is_left_of_a_finished_run_goes_and_what_is_not_ours_stays() {
     fs::rename(&left, place.work()).unwrap();
     pipeline::run(&Cpu, &place.settings(), &mut ()).unwrap();
     assert_eq!(place.left(), ["elsewhere", "out"]);
-    assert_eq!(differing(&bytes_of(&place.out()), &expected), [""; 0]);
+    assert_eq!(differing(&lasting_files_of(&place.out()), &expected), [""; 0]);
 
     fs::remove_dir_all(place.out()).unwrap();
     fs::create_dir(place.work()).unwrap();

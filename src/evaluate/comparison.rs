@@ -56,20 +56,21 @@ pub struct ComparedAnswer {
     pub score_quantized: f64,
 }
 
+impl ComparedScores {
+    /// Scores and likelihoods are the float model's, then the quantized one's.
+    fn new(n: usize, score: [f64; 2], nll: [Option<f64>; 2], kl: Option<f64>) -> Self {
+        let ([score_float, score_quantized], [nll_float, nll_quantized]) = (score, nll);
+        Self { n, score_float, score_quantized, nll_float, nll_quantized, kl }
+    }
+}
+
 impl Comparison {
     /// Of the evaluations of both models on the same data, the quantized one's with the float model as reference.
     pub fn new(float: &Evaluation, quantized: &Evaluation) -> Self {
         let groups = float.groups.iter().filter_map(|(name, float)| {
             let quantized = quantized.groups.get(name)?;
-            let scores = ComparedScores {
-                n: float.n,
-                score_float: float.score,
-                score_quantized: quantized.score,
-                nll_float: float.nll,
-                nll_quantized: quantized.nll,
-                kl: quantized.kl,
-            };
-            Some((name.clone(), scores))
+            let (score, nll) = ([float.score, quantized.score], [float.nll, quantized.nll]);
+            Some((name.clone(), ComparedScores::new(float.n, score, nll, quantized.kl)))
         });
         let answers = float.answers.iter().zip(&quantized.answers).map(|(float, quantized)| ComparedAnswer {
             id: float.id.clone(),
@@ -82,14 +83,12 @@ impl Comparison {
             score_quantized: quantized.score,
         });
         Self {
-            total: ComparedScores {
-                n: float.n,
-                score_float: float.score,
-                score_quantized: quantized.score,
-                nll_float: float.nll,
-                nll_quantized: quantized.nll,
-                kl: quantized.kl,
-            },
+            total: ComparedScores::new(
+                float.n,
+                [float.score, quantized.score],
+                [float.nll, quantized.nll],
+                quantized.kl,
+            ),
             conditions: quantized.conditions,
             groups: groups.collect(),
             answers: answers.collect(),

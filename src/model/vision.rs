@@ -8,6 +8,19 @@ use anyhow::Result;
 /// Epsilon of every norm in the vision towers.
 const NORM_EPS: f32 = 1e-6;
 
+/// Sizes of a tower.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TowerSizes {
+    /// Of the stream.
+    pub width: usize,
+    /// Heads of the attention.
+    pub heads: usize,
+    /// Width inside the MLP.
+    pub inner: usize,
+    /// Blocks.
+    pub depth: usize,
+}
+
 /// A norm of rows, weight and bias `[1, width]`.
 pub enum Norm<T> {
     /// Mean taken off, with a bias.

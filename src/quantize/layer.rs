@@ -77,7 +77,7 @@ impl QuantizedLinear {
 }
 
 /// What one layer's solve has to say of itself.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SolveReport {
     /// `‖(Ŵ−W)‖²_H / ‖W‖²_H` with the undamped H; in the Frobenius norm where there are no statistics, or none that can be
     /// used. Always finite.

@@ -1,6 +1,15 @@
 //! Golden tensors, as the scripts in tests/golden wrote them.
 
 use safetensors::{Dtype, SafeTensors};
+#[cfg(feature = "run")]
+use vlmq::device::{Span, cpu::Cpu};
+#[cfg(feature = "run")]
+use vlmq::model::config::DecoderConfig;
+#[cfg(feature = "run")]
+use vlmq::model::decoder::Layout;
+#[cfg(feature = "run")]
+use vlmq::model::rope;
+use vlmq::tensor::Matrix;
 
 /// Checkpoints with random weights in tests/golden/model, of every family (tests/golden/families).
 pub const RANDOM: &[&str] = &[
@@ -53,16 +62,33 @@ impl Golden {
         (view.shape().to_vec(), values)
     }
 
+    /// Where a block's inputs stand, `position_ids` and `lengths` of an importance file: samples one after another.
+    #[cfg(feature = "run")]
+    pub fn layout(&self, decoder: &DecoderConfig) -> Layout<Matrix> {
+        let positions = self.values("position_ids");
+        let tokens = positions.len() / 3;
+        let positions: Vec<[u32; 3]> =
+            (0..tokens).map(|token| std::array::from_fn(|axis| positions[axis * tokens + token] as u32)).collect();
+        let frequencies = rope::inverse_frequencies(decoder.rope_theta, decoder.attention.head_dim);
+        let rotary = rope::multimodal(&Cpu, &positions, &frequencies, decoder.rope_axes).unwrap();
+        let mut start = 0;
+        let spans = self.values("lengths").into_iter().map(|length| {
+            start += length as usize;
+            Span::own(start - length as usize..start)
+        });
+        Layout { spans: spans.collect(), rotary, deepstack: None }
+    }
+
     /// Values of a tensor.
     pub fn values(&self, tensor: &str) -> Vec<f64> {
         self.get(tensor).1
     }
 
     /// A two-dimensional tensor as a matrix.
-    pub fn matrix(&self, tensor: &str) -> vlmq::tensor::Matrix {
+    pub fn matrix(&self, tensor: &str) -> Matrix {
         let (shape, values) = self.get(tensor);
         assert_eq!(shape.len(), 2, "{}: {tensor}", self.name);
-        vlmq::tensor::Matrix::new(shape[0], shape[1], values.iter().map(|&v| v as f32).collect()).unwrap()
+        Matrix::new(shape[0], shape[1], values.iter().map(|&v| v as f32).collect()).unwrap()
     }
 }
 

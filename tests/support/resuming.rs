@@ -1,6 +1,6 @@
 //! Runs that end early, and what they leave.
 
-use super::program::{files_of, names_in, text};
+use super::program::{lasting_files_of, names_in, text};
 use super::{data, golden};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -111,21 +111,8 @@ impl Place {
     /// Asserts that the output is there, and nothing else, and returns it.
     pub fn finished(&self) -> Vec<(String, Vec<u8>)> {
         assert_eq!(self.left(), ["out"]);
-        bytes_of(&self.out())
+        lasting_files_of(&self.out())
     }
-}
-
-/// The files of an output that do not depend on the clock: all but the reports, and but what the list of checksums says of
-/// them.
-pub fn bytes_of(out: &Path) -> Vec<(String, Vec<u8>)> {
-    let mut files = files_of(out);
-    files.retain(|(name, _)| !name.starts_with("report."));
-    for (_, bytes) in files.iter_mut().filter(|(name, _)| name == "SHA256SUMS") {
-        let text = String::from_utf8(std::mem::take(bytes)).unwrap();
-        let lines: Vec<&str> = text.lines().filter(|line| !line.contains("  report.")).collect();
-        *bytes = lines.join("\n").into_bytes();
-    }
-    files
 }
 
 /// Names of the files in which two outputs differ.

@@ -150,24 +150,14 @@ mod tests {
         let solve = SolveReport {
             relative_error: 0.02,
             damp: Some(0.04),
-            dead_inputs: 0,
             tokens: 9,
-            seconds: 0.1,
             findings: [FindingKind::DampingRaised, FindingKind::FewTokens, FindingKind::DampingRaised]
                 .map(|kind| Finding { kind, found: "this".into(), done: "that".into() })
                 .into(),
+            ..SolveReport::default()
         };
-        let layer = LayerReport {
-            name: "model.layers.0.mlp.down_proj".into(),
-            block: 0,
-            rows: 10,
-            cols: 8,
-            bits: 3,
-            group_columns: 8,
-            weight_error: 0.1,
-            solve,
-            importance: None,
-        };
+        let name = "model.layers.0.mlp.down_proj".into();
+        let layer = LayerReport { name, rows: 10, cols: 8, bits: 3, solve, ..LayerReport::default() };
         let report = RunReport {
             family: "a_family".into(),
             format: "gptq".into(),

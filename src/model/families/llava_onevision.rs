@@ -8,7 +8,7 @@ use crate::checkpoint::Checkpoint;
 use crate::device::{Activation, ModelOps, Span};
 use crate::model::config::{DecoderConfig, DecoderNames, Section};
 use crate::model::decoder::Linear;
-use crate::model::vision::{Attention, Mlp, Norm, TowerBlock};
+use crate::model::vision::{Attention, Mlp, Norm, TowerBlock, TowerSizes};
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, bail, ensure};
 
@@ -56,7 +56,7 @@ impl<D: ModelOps> Family<D> for LlavaOnevision {
     fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
         let root = Section::root(checkpoint)?;
         let (vision, layout) = (vision_section(&root)?, tile_layout(&root)?);
-        let sizes = Sizes::read(&vision)?;
+        let sizes = sizes(&vision)?;
         Ok(VisionLoad {
             crops: Some(CROPS),
             patch: vision.count_or("num_channels", 3)? * layout.patch * layout.patch,
@@ -144,22 +144,13 @@ fn tile_layout(root: &Section<'_>) -> Result<TileLayout> {
 }
 
 /// Sizes of the tower; defaults are those of transformers' configuration class.
-struct Sizes {
-    width: usize,
-    heads: usize,
-    inner: usize,
-    depth: usize,
-}
-
-impl Sizes {
-    fn read(vision: &Section<'_>) -> Result<Self> {
-        Ok(Self {
-            width: vision.count_or("hidden_size", 768)?,
-            heads: vision.count_or("num_attention_heads", 12)?,
-            inner: vision.count_or("intermediate_size", 3072)?,
-            depth: vision.count_or("num_hidden_layers", 12)?,
-        })
-    }
+fn sizes(vision: &Section<'_>) -> Result<TowerSizes> {
+    Ok(TowerSizes {
+        width: vision.count_or("hidden_size", 768)?,
+        heads: vision.count_or("num_attention_heads", 12)?,
+        inner: vision.count_or("intermediate_size", 3072)?,
+        depth: vision.count_or("num_hidden_layers", 12)?,
+    })
 }
 
 /// SigLIP, its last norm left out, and the projector.
@@ -182,7 +173,7 @@ impl<T> Tower<T> {
         refuse_other_features(&root)?;
 
         let vision = vision_section(&root)?;
-        let Sizes { width, heads, inner, depth } = Sizes::read(&vision)?;
+        let TowerSizes { width, heads, inner, depth } = sizes(&vision)?;
         ensure!(
             width.is_multiple_of(heads) && (width / heads).is_multiple_of(2),
             "{} is {width}, which {heads} heads do not share in even widths",

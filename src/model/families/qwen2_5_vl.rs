@@ -10,7 +10,7 @@ use crate::device::{Activation, ModelOps, Span};
 use crate::model::config::{DecoderConfig, Section, mrope_sections};
 use crate::model::decoder::Linear;
 use crate::model::rope::RopeAxes;
-use crate::model::vision::{Attention, Mlp, Norm, TowerBlock};
+use crate::model::vision::{Attention, Mlp, Norm, TowerBlock, TowerSizes};
 use anyhow::{Result, ensure};
 
 /// Side of a patch where the vision config leaves it out.
@@ -37,16 +37,17 @@ impl<D: ModelOps> Family<D> for Qwen25Vl {
 
     fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
         let vision = vision_section(&Section::root(checkpoint)?)?;
-        let (patches, sizes) = (Patches::read(&vision, PATCH_SIZE)?, Sizes::read(&vision)?);
+        let patches = Patches::read(&vision, PATCH_SIZE)?;
+        let Sizes { tower, window_pixels, full } = Sizes::read(&vision)?;
         Ok(VisionLoad {
             patch: patches.values(),
-            width: sizes.width,
-            inner: sizes.inner,
+            width: tower.width,
+            inner: tower.inner,
             gated: true,
-            rotary: sizes.width / sizes.heads.max(1),
-            depth: sizes.depth,
-            window: (sizes.window_pixels / patches.side.max(1)).pow(2),
-            windowed: (0..sizes.depth).filter(|i| !sizes.full.contains(i)).count(),
+            rotary: tower.width / tower.heads.max(1),
+            depth: tower.depth,
+            window: (window_pixels / patches.side.max(1)).pow(2),
+            windowed: (0..tower.depth).filter(|i| !full.contains(i)).count(),
             ..VisionLoad::default()
         })
     }
@@ -66,10 +67,7 @@ fn decoder_config(root: &Section<'_>) -> Result<DecoderConfig> {
 
 /// Sizes of the tower; Hub files leave out what equals the class's defaults.
 struct Sizes {
-    width: usize,
-    heads: usize,
-    inner: usize,
-    depth: usize,
+    tower: TowerSizes,
     window_pixels: usize,
     /// The blocks that see whole images.
     full: Vec<usize>,
@@ -78,11 +76,13 @@ struct Sizes {
 impl Sizes {
     fn read(vision: &Section<'_>) -> Result<Self> {
         Ok(Self {
-            // Here `hidden_size` is the tower's own width; the class's default of 3584 is no tower's.
-            width: vision.count("hidden_size")?,
-            heads: vision.count_or("num_heads", 16)?,
-            inner: vision.count_or("intermediate_size", 3420)?,
-            depth: vision.count_or("depth", 32)?,
+            tower: TowerSizes {
+                // Here `hidden_size` is the tower's own width; the class's default of 3584 is no tower's.
+                width: vision.count("hidden_size")?,
+                heads: vision.count_or("num_heads", 16)?,
+                inner: vision.count_or("intermediate_size", 3420)?,
+                depth: vision.count_or("depth", 32)?,
+            },
             window_pixels: vision.count_or("window_size", 112)?,
             full: match vision.get("fullatt_block_indexes") {
                 Some(_) => vision.counts("fullatt_block_indexes")?,
@@ -113,7 +113,7 @@ impl<T> Tower<T> {
         let output = decoder_config(&root)?.hidden;
         let vision = vision_section(&root)?;
         let patches = Patches::read(&vision, PATCH_SIZE)?;
-        let Sizes { width, heads, inner, depth, window_pixels, full } = Sizes::read(&vision)?;
+        let Sizes { tower: TowerSizes { width, heads, inner, depth }, window_pixels, full } = Sizes::read(&vision)?;
         qwen::check_output(&vision, "out_hidden_size", output)?;
         let activation = vision.activation_or("hidden_act", Activation::Silu)?;
         let frequencies = qwen::vision_frequencies(&vision, "hidden_size", width, heads)?;

@@ -9,7 +9,7 @@ use crate::device::{Activation, ModelOps};
 use crate::model::config::{DecoderConfig, Section, mrope_sections};
 use crate::model::decoder::Linear;
 use crate::model::rope::RopeAxes;
-use crate::model::vision::{Attention, Mlp, Norm, TowerBlock};
+use crate::model::vision::{Attention, Mlp, Norm, TowerBlock, TowerSizes};
 use anyhow::Result;
 
 /// Side of a patch where the vision config leaves it out.
@@ -38,7 +38,7 @@ impl<D: ModelOps> Family<D> for Qwen2Vl {
 
     fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
         let vision = vision_section(&Section::root(checkpoint)?)?;
-        let (patches, sizes) = (Patches::read(&vision, PATCH_SIZE)?, Sizes::read(&vision)?);
+        let (patches, sizes) = (Patches::read(&vision, PATCH_SIZE)?, sizes(&vision)?);
         // A wrong size should be told as such, not as memory that the machine has not.
         qwen::vision_frequencies(&vision, "embed_dim", sizes.width, sizes.heads)?;
         let prefix = checkpoint.prefix(&VISION_PREFIXES, "patch_embed.proj.weight")?;
@@ -68,23 +68,14 @@ fn decoder_config(root: &Section<'_>) -> Result<DecoderConfig> {
 }
 
 /// Sizes of the tower; Hub files leave out what equals the class's defaults.
-struct Sizes {
-    width: usize,
-    heads: usize,
-    inner: usize,
-    depth: usize,
-}
-
-impl Sizes {
-    fn read(vision: &Section<'_>) -> Result<Self> {
-        let width = vision.count_or("embed_dim", 1280)?;
-        Ok(Self {
-            width,
-            heads: vision.count_or("num_heads", 16)?,
-            inner: width * vision.count_or("mlp_ratio", 4)?,
-            depth: vision.count_or("depth", 32)?,
-        })
-    }
+fn sizes(vision: &Section<'_>) -> Result<TowerSizes> {
+    let width = vision.count_or("embed_dim", 1280)?;
+    Ok(TowerSizes {
+        width,
+        heads: vision.count_or("num_heads", 16)?,
+        inner: width * vision.count_or("mlp_ratio", 4)?,
+        depth: vision.count_or("depth", 32)?,
+    })
 }
 
 /// The vision tower: patch embedding, pre-norm blocks with full attention inside each image, 2×2 merger.
@@ -106,7 +97,7 @@ impl<T> Tower<T> {
         let patches = Patches::read(&vision, PATCH_SIZE)?;
         // `hidden_size` is the output width here.
         qwen::check_output(&vision, "hidden_size", output)?;
-        let Sizes { width, heads, inner, depth } = Sizes::read(&vision)?;
+        let TowerSizes { width, heads, inner, depth } = sizes(&vision)?;
         let activation = vision.activation_or("hidden_act", Activation::QuickGelu)?;
         let frequencies = qwen::vision_frequencies(&vision, "embed_dim", width, heads)?;
         let prefix = checkpoint.prefix(&VISION_PREFIXES, "patch_embed.proj.weight")?;

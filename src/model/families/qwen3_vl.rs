@@ -10,7 +10,7 @@ use crate::device::{Activation, AttentionShape, ModelOps};
 use crate::model::config::{DecoderConfig, Section, mrope_sections, rope_section};
 use crate::model::decoder::Linear;
 use crate::model::rope::RopeAxes;
-use crate::model::vision::{Attention, Mlp, Norm, TowerBlock};
+use crate::model::vision::{Attention, Mlp, Norm, TowerBlock, TowerSizes};
 use crate::tensor::Matrix;
 use anyhow::{Result, bail, ensure};
 
@@ -42,7 +42,7 @@ impl<D: ModelOps> Family<D> for Qwen3Vl {
 
     fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
         let vision = vision_section(&Section::root(checkpoint)?)?;
-        let (patches, sizes) = (Patches::read(&vision, PATCH_SIZE)?, Sizes::read(&vision)?);
+        let (patches, sizes) = (Patches::read(&vision, PATCH_SIZE)?, sizes(&vision)?);
         Ok(VisionLoad {
             deepstack: deepstack_list(&vision)?.len(),
             patch: patches.values(),
@@ -168,22 +168,13 @@ impl PositionGrid {
 }
 
 /// Sizes of the tower; Hub files leave out what equals the class's defaults.
-struct Sizes {
-    width: usize,
-    heads: usize,
-    inner: usize,
-    depth: usize,
-}
-
-impl Sizes {
-    fn read(vision: &Section<'_>) -> Result<Self> {
-        Ok(Self {
-            width: vision.count_or("hidden_size", 1152)?,
-            heads: vision.count_or("num_heads", 16)?,
-            inner: vision.count_or("intermediate_size", 4304)?,
-            depth: vision.count_or("depth", 27)?,
-        })
-    }
+fn sizes(vision: &Section<'_>) -> Result<TowerSizes> {
+    Ok(TowerSizes {
+        width: vision.count_or("hidden_size", 1152)?,
+        heads: vision.count_or("num_heads", 16)?,
+        inner: vision.count_or("intermediate_size", 4304)?,
+        depth: vision.count_or("depth", 27)?,
+    })
 }
 
 /// The vision tower: patch and position embeddings, pre-norm blocks with full attention inside each image, mergers.
@@ -204,7 +195,7 @@ impl<T> Tower<T> {
         let decoder = decoder_config(&root)?;
         let vision = vision_section(&root)?;
         let patches = Patches::read(&vision, PATCH_SIZE)?;
-        let Sizes { width, heads, inner, depth } = Sizes::read(&vision)?;
+        let TowerSizes { width, heads, inner, depth } = sizes(&vision)?;
         qwen::check_output(&vision, "out_hidden_size", decoder.hidden)?;
         let activation = vision.activation_or("hidden_act", Activation::GeluTanh)?;
         let frequencies = qwen::vision_frequencies(&vision, "hidden_size", width, heads)?;

@@ -1,6 +1,7 @@
 //! What a device does in a moment of each kind of work.
 
 use super::Job;
+use super::time::ByKind;
 use crate::checkpoint::checksum;
 use crate::device::{AttentionShape, BLOCK, ModelOps, PermuteSymmetric, SolveOps, Span};
 use crate::quantize::settings::Solver;
@@ -9,28 +10,11 @@ use crate::quantize::statistics::Statistics;
 use crate::tensor::Matrix;
 use anyhow::Result;
 use rayon::prelude::*;
-use serde::Serialize;
 use std::hint::black_box;
 use std::time::Instant;
 
-/// Work a second, all threads together; see [`Load`](super::Load) for the kinds.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Rates {
-    /// Floating-point operations of products.
-    pub products: f64,
-    /// Of attention.
-    pub attention: f64,
-    /// Of statistics.
-    pub statistics: f64,
-    /// Of factorizations.
-    pub factors: f64,
-    /// Weights that get their codes.
-    pub codes: f64,
-    /// Values that are read, computed one by one and written.
-    pub values: f64,
-    /// Bytes of checksums.
-    pub checked: f64,
-}
+/// Work a second by kind, all threads together.
+pub type Rates = ByKind;
 
 /// A probe that took so long, in seconds, is long enough.
 const ENOUGH: f64 = 0.04;

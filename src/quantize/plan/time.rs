@@ -8,16 +8,16 @@ use crate::quantize::settings::{Importance, Solver};
 use serde::Serialize;
 use std::ops::{Add, Mul};
 
-/// Work by kind. Products are counted in floating-point operations, two for a multiplication and an addition.
+/// A number for each kind of work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub struct Load {
-    /// Products by weights and factors.
+pub struct ByKind {
+    /// Products by weights and factors, in floating-point operations: two for a multiplication and an addition.
     pub products: f64,
-    /// Attention, its scores masked or not counted alike.
+    /// Attention, in floating-point operations; its scores masked or not count alike.
     pub attention: f64,
-    /// Statistics.
+    /// Statistics, in floating-point operations.
     pub statistics: f64,
-    /// Factorizations.
+    /// Factorizations, in floating-point operations.
     pub factors: f64,
     /// Weights that get their codes.
     pub codes: f64,
@@ -27,53 +27,47 @@ pub struct Load {
     pub checked: f64,
 }
 
-impl Load {
+/// Work by kind.
+pub type Load = ByKind;
+
+impl ByKind {
+    fn with(self, other: Self, of: impl Fn(f64, f64) -> f64) -> Self {
+        Self {
+            products: of(self.products, other.products),
+            attention: of(self.attention, other.attention),
+            statistics: of(self.statistics, other.statistics),
+            factors: of(self.factors, other.factors),
+            codes: of(self.codes, other.codes),
+            values: of(self.values, other.values),
+            checked: of(self.checked, other.checked),
+        }
+    }
+
     /// Floating-point operations of all products.
     pub fn flops(&self) -> f64 {
         self.products + self.attention + self.statistics + self.factors
     }
 
-    /// Seconds at `rates`.
+    /// Seconds of this work at `rates`.
     pub fn seconds(&self, rates: &Rates) -> f64 {
-        self.products / rates.products
-            + self.attention / rates.attention
-            + self.statistics / rates.statistics
-            + self.factors / rates.factors
-            + self.codes / rates.codes
-            + self.values / rates.values
-            + self.checked / rates.checked
+        let seconds = self.with(*rates, |work, rate| work / rate);
+        seconds.flops() + seconds.codes + seconds.values + seconds.checked
     }
 }
 
-impl Add for Load {
+impl Add for ByKind {
     type Output = Self;
 
     fn add(self, other: Self) -> Self {
-        Self {
-            products: self.products + other.products,
-            attention: self.attention + other.attention,
-            statistics: self.statistics + other.statistics,
-            factors: self.factors + other.factors,
-            codes: self.codes + other.codes,
-            values: self.values + other.values,
-            checked: self.checked + other.checked,
-        }
+        self.with(other, |a, b| a + b)
     }
 }
 
-impl Mul<f64> for Load {
+impl Mul<f64> for ByKind {
     type Output = Self;
 
     fn mul(self, by: f64) -> Self {
-        Self {
-            products: self.products * by,
-            attention: self.attention * by,
-            statistics: self.statistics * by,
-            factors: self.factors * by,
-            codes: self.codes * by,
-            values: self.values * by,
-            checked: self.checked * by,
-        }
+        self.with(self, |a, _| a * by)
     }
 }
 

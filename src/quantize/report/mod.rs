@@ -42,7 +42,7 @@ pub struct ImportanceSpread {
 }
 
 /// One linear layer's quantization.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LayerReport {
     /// Name in the checkpoint, without `.weight`.
     pub name: String,
@@ -210,25 +210,9 @@ mod tests {
     use super::*;
 
     fn layer(relative_error: f64) -> LayerReport {
-        let solve = SolveReport {
-            relative_error,
-            damp: Some(0.01),
-            dead_inputs: 0,
-            tokens: 7,
-            seconds: 0.5,
-            findings: Vec::new(),
-        };
-        LayerReport {
-            name: "model.layers.0.self_attn.q_proj".into(),
-            block: 0,
-            rows: 4,
-            cols: 8,
-            bits: 3,
-            group_columns: 8,
-            weight_error: 0.1,
-            solve,
-            importance: None,
-        }
+        let solve = SolveReport { relative_error, tokens: 7, ..SolveReport::default() };
+        let name = "model.layers.0.self_attn.q_proj".into();
+        LayerReport { name, rows: 4, cols: 8, bits: 3, solve, ..LayerReport::default() }
     }
 
     #[test]
