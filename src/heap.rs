@@ -1,8 +1,8 @@
 //! What glibc's allocator keeps of memory that was given back to it. Other allocators are left alone.
 //!
 //! Left to itself, glibc lets the largest array that was given back decide which later ones come from a heap, and keeps what is
-//! free there for as long as anything behind it is in use: a process then holds up to a third more than it uses, and another
-//! amount in each run. A memory [`plan`](crate::quantize::plan) could not be kept to.
+//! free there for as long as anything behind it is in use: a process then holds up to a quarter more than it uses, and
+//! another amount in each run. A memory [`plan`](crate::quantize::plan) could not be kept to.
 
 /// Bytes from which an array is mapped by itself and goes back to the system when it is dropped. Arrays of a few MiB come and
 /// go with every operation on small models: mapped, each would cost the time of clearing its pages (all of them from 4 MiB:
