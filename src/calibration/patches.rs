@@ -77,8 +77,8 @@ impl PatchSettings {
         Ok(())
     }
 
-    /// Normalises an image, cuts it into patches and appends them to `data`, [`patch_values`](Self::patch_values) each. What does not fill
-    /// a patch at the right and the bottom is left out, as a convolution with that stride does.
+    /// Normalises an image, cuts it into patches and appends them to `data`, [`patch_values`](Self::patch_values) each. What
+    /// does not fill a patch at the right and the bottom is left out, as a convolution with that stride does.
     ///
     /// Rows go through the merged grid row by row, and inside each merged square row by row. A row holds channels, frames,
     /// then the patch's pixels row by row.

@@ -32,6 +32,7 @@ pub struct Process {
 impl Process {
     /// This one. 0 is held where the system does not tell.
     pub fn now(checkpoint: &Checkpoint, sequences: &[Sequence], kept: impl Fn(&str) -> bool) -> Result<Self> {
+        // What reading the data left free would count as held.
         heap::trim();
         let mut process = Self {
             held: held(!sequences.is_empty()),
