@@ -118,6 +118,7 @@ fn runs(
                 chat_template: Default::default(),
                 strict: false,
                 restart: false,
+                save_every: 0,
             };
             pipeline::run(&Cpu, &settings, &mut ())?;
             evaluate::run_against(&Cpu, &evaluation(out), reference, &mut ())

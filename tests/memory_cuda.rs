@@ -177,6 +177,7 @@ fn settings(out: &Path, solver: SolverSettings, importance: Importance) -> Pipel
         chat_template: TemplateChoice::default(),
         strict: false,
         restart: false,
+        save_every: 0,
     }
 }
 

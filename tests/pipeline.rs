@@ -43,6 +43,7 @@ fn settings(case: &Case, out: std::path::PathBuf, solver: Solver, importance: Im
         chat_template: Default::default(),
         strict: false,
         restart: false,
+        save_every: 0,
     }
 }
 

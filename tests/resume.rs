@@ -82,6 +82,26 @@ fn stopped_at_any_layer_a_run_gives_the_same_bytes() {
     }
 }
 
+/// The last save counts, and what came behind it is done again; there are never more than a state and space for another.
+#[test]
+fn saved_seldom_a_run_goes_on_from_the_last_save() {
+    let seldom = |place: &Place| PipelineSettings { save_every: 1_000_000, ..place.settings() };
+    let (expected, report) = whole(seldom, DEEPSTACK);
+    for saved in [0, 1] {
+        let place = if saved == 0 { Place::new(DEEPSTACK) } else { behind_a_block(DEEPSTACK) };
+        let mut first = Stopper::new(Moment::Layers(7 * (2 - saved) + 3));
+        let error = pipeline::run(&Cpu, &seldom(&place), &mut first).unwrap_err();
+        assert_eq!(error.downcast_ref::<Unfinished>().unwrap().finished, saved, "{error:#}");
+        let states = names_in(&place.work()).into_iter().filter(|name| name.contains('-'));
+        assert_eq!(states.collect::<Vec<_>>(), [["spare-1", "state-0"], ["spare-0", "state-1"]][saved]);
+        let mut second = Stopper::new(Moment::Layers(LAYERS + 1));
+        let again = pipeline::run(&Cpu, &seldom(&place), &mut second).unwrap();
+        assert_eq!(second.resumed, Some(saved));
+        assert_eq!(facts(&serde_json::to_value(again).unwrap()), report);
+        assert_eq!(differing(&place.finished(), &expected), [""; 0]);
+    }
+}
+
 #[test]
 fn stopped_in_any_stage_a_run_keeps_what_is_worth_it() {
     let (expected, _) = whole(Place::settings, PLAIN);

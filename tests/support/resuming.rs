@@ -100,6 +100,7 @@ impl Place {
             chat_template: TemplateChoice::default(),
             strict: false,
             restart: false,
+            save_every: 0,
         }
     }
 

@@ -33,7 +33,7 @@ use resume::{Spent, Unusable};
 use serde::Serialize;
 use start::{Start, Started};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Usual number of tokens that go through a block together: enough to keep matrix products busy, few enough that the MLP's
 /// inner activations stay small beside the block.
@@ -74,6 +74,10 @@ pub struct PipelineSettings {
     /// Discard what an earlier run of the same output left behind instead of going on from there.
     #[serde(skip)]
     pub restart: bool,
+    /// Seconds that must have passed since the last save before the state behind a finished block is saved; 0: behind every
+    /// block. A run that ended early does again what it did since.
+    #[serde(skip)]
+    pub save_every: u64,
 }
 
 impl PipelineSettings {
@@ -172,6 +176,7 @@ fn quantize<D: ModelOps + SolveOps>(
 
     device.reset_peak();
     let clock = StageClock::start(Stage::Blocks, blocks as u64, observer);
+    let (between_saves, mut last_save) = (Duration::from_secs(settings.save_every), Instant::now());
     observer.stage_advanced(Stage::Blocks, state.finished() as u64, "");
     for index in state.finished()..blocks {
         state.done.quantize(device, &input, session.activations, &stop, index, &mut chunks, &mut writer, observer)?;
@@ -180,9 +185,13 @@ fn quantize<D: ModelOps + SolveOps>(
         plan.measured(Stage::Blocks, device.peak_bytes());
         state.measured = plan.measurements();
         state.spent = before.and(time, stages.iter().cloned().chain([clock.time()]));
-        // Behind the last block nothing is left to go through another.
-        session.save(&state, if index + 1 < blocks { &mut chunks } else { &mut [] })?;
-        *saved = unfinished(work, index + 1);
+        let finished = index + 1;
+        if finished == blocks || last_save.elapsed() >= between_saves {
+            // Behind the last block nothing is left to go through another.
+            session.save(&state, if finished < blocks { &mut chunks } else { &mut [] })?;
+            *saved = unfinished(work, finished);
+            last_save = Instant::now();
+        }
     }
     stages.push(clock.finish(observer));
     drop(chunks);

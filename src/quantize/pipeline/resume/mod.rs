@@ -9,8 +9,8 @@
 //! | `spare-0`, `spare-1` | space taken on the disk for the next states |
 //!
 //! State N gets its name when the tensors of N blocks and the state itself have reached the disk; only then the state before it
-//! becomes space for the one after. So there is a whole state at every moment from the first on. Layers of a block that was cut
-//! short are written again.
+//! becomes space for the one after. So there is a whole state at every moment from the first on. Layers of blocks behind it,
+//! finished or cut short, are written again.
 //!
 //! Rotary tables, sequence bounds and the data itself are made anew: that takes seconds, and the checksums need the data anyway.
 //! What the vision tower made is not: on a CPU it takes as long as some blocks. There is no random state: the one thing left to
@@ -171,8 +171,8 @@ pub(super) fn identity(provenance: &Provenance, device: &str) -> Result<Value> {
 
 /// Takes the space of the states to come, and makes the folder's contents a run that may be gone on with.
 pub(super) fn begin(work: &WorkFolder, identity: &Value, bytes: StateBytes) -> Result<()> {
-    for finished in 0..2 {
-        reserve(&spare(work, finished), bytes.state)?;
+    for spare in spares(work) {
+        reserve(&spare, bytes.state)?;
     }
     if bytes.levels > 0 {
         reserve(&work.path().join(LEVELS), bytes.levels)?;
@@ -197,8 +197,7 @@ pub(super) fn find(work: &WorkFolder, identity: &Value) -> Result<Option<Found>>
         return Ok(None);
     }
     let run = work.path().join(RUN);
-    let mut states = states(work)?;
-    let Some(last) = states.pop() else { return Ok(None) };
+    let Some(last) = states(work)?.pop() else { return Ok(None) };
     let text = fs::read(&run).with_context(|| format!("cannot read {}", run.display()))?;
     let then: Value =
         serde_json::from_slice(&text).with_context(|| format!("{} is damaged; {RESTART}", run.display()))?;
@@ -210,9 +209,7 @@ pub(super) fn find(work: &WorkFolder, identity: &Value) -> Result<Option<Found>>
         differences.join("; ")
     );
     // What a process left that was killed between two steps of saving.
-    for finished in states {
-        recycle(work, finished)?;
-    }
+    recycle_all_but(work, last)?;
     let read = || {
         let file = Sealed::open(state_path(work, last))?;
         let state: State = ciborium::from_reader(file.bytes(REPORTS)?.as_slice()).context("its reports")?;
@@ -248,12 +245,18 @@ fn state_path(work: &WorkFolder, finished: usize) -> PathBuf {
     work.path().join(format!("state-{finished}"))
 }
 
-fn spare(work: &WorkFolder, finished: usize) -> PathBuf {
-    work.path().join(format!("spare-{}", finished % 2))
+/// Where space for states may be. While there is a state, one of the two is taken by it.
+fn spares(work: &WorkFolder) -> [PathBuf; 2] {
+    ["spare-0", "spare-1"].map(|name| work.path().join(name))
 }
 
-/// Makes a state space for the one after the next.
-fn recycle(work: &WorkFolder, finished: usize) -> Result<()> {
-    let path = state_path(work, finished);
-    fs::rename(&path, spare(work, finished)).with_context(|| format!("cannot rename {}", path.display()))
+/// Makes all states but one space for those to come.
+fn recycle_all_but(work: &WorkFolder, kept: usize) -> Result<()> {
+    for finished in states(work)?.into_iter().filter(|&finished| finished != kept) {
+        let path = state_path(work, finished);
+        let [first, second] = spares(work);
+        let spare = if first.exists() { second } else { first };
+        fs::rename(&path, spare).with_context(|| format!("cannot rename {}", path.display()))?;
+    }
+    Ok(())
 }

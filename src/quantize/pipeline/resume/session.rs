@@ -1,6 +1,6 @@
 //! Saving and restoring while a run lives.
 
-use super::{Found, LEVELS, REPORTS, State, Unusable, recycle, spare, state_path};
+use super::{Found, LEVELS, REPORTS, State, Unusable, recycle_all_but, spares, state_path};
 use crate::calibration::sequence::Sequence;
 use crate::checkpoint::checksum::{of_range, of_range_until};
 use crate::checkpoint::sealed::{self, Sealed};
@@ -77,7 +77,9 @@ impl<D: ModelOps> Session<'_, D> {
         ciborium::into_writer(state, &mut reports)?;
         specs.push(sealed::spec(REPORTS.into(), Dtype::U8, vec![reports.len()]));
         let finished = state.finished();
-        let (spare, path) = (spare(self.work, finished), state_path(self.work, finished));
+        let path = state_path(self.work, finished);
+        let [first, second] = spares(self.work);
+        let spare = if first.exists() { first } else { second };
         let write = || {
             let file = OpenOptions::new().write(true).create(true).truncate(false).open(&spare)?;
             sealed::write(file, specs, |n| match places.get(n) {
@@ -89,7 +91,7 @@ impl<D: ModelOps> Session<'_, D> {
             sync_folder(self.work.path())
         };
         write().with_context(|| format!("cannot write {}", path.display()))?;
-        if finished > 0 { recycle(self.work, finished - 1) } else { Ok(()) }
+        recycle_all_but(self.work, finished)
     }
 
     /// What a tensor holds, from wherever it is, one copy at a time.
