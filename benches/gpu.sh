@@ -25,7 +25,7 @@ pack() {
   for executable in $tests $benches $programs; do
     strip -o "$folder/$(basename "$executable" | sed 's/-[0-9a-f]\{16\}$//')" "$executable"
   done
-  cp benches/gpu.sh benches/gpu_reference.py "$folder"
+  cp -r benches/gpu.sh benches/gpu_probe.py benches/probe "$folder"
   cp -r tests/data/tiny-qwen2-vl tests/data/tiny-qwen2-vl-narrow tests/data/vqa "$folder/tests/data"
   tar -C target -czf target/vlmq-gpu.tar.gz vlmq-gpu
   du -h target/vlmq-gpu.tar.gz
@@ -79,7 +79,7 @@ PYTHON
   echo '```'
 
   if python3 -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null; then
-    python3 gpu_reference.py "$work/reference.json" > /dev/null
+    python3 gpu_probe.py --reference "$work/reference.json" > /dev/null
     export VLMQ_BENCH_REFERENCE=$work/reference.json
   else
     echo; echo "PyTorch with CUDA is not installed: nothing is measured beside."
