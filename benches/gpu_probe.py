@@ -44,6 +44,7 @@ sys.path.insert(0, str(HERE))
 
 LOST = 75  # exit code of a child that left a device which no longer answers
 GRACE = 15  # seconds past the deadline at which an item is ended
+STARTING = 90  # seconds that PyTorch and a driver may need
 MOST_CHILDREN = 12
 
 
@@ -296,10 +297,12 @@ def watch(args, command, start):
         if size != seen:
             seen, since = size, time.time()
         late = time.time() - start > args.deadline + GRACE
-        if late or time.time() - since > args.stall:
+        # Starting takes its time, too.
+        patience = args.stall if begun(args)[1] is not None else max(args.stall, STARTING)
+        if late or time.time() - since > patience:
             child.kill()
             child.wait()
-            return -1, "ended: past the deadline" if late else f"ended: no progress for {args.stall:g} s"
+            return -1, "ended: past the deadline" if late else f"ended: no progress for {patience:g} s"
     code = child.returncode
     if code < 0:
         return code, f"ended by {signal.Signals(-code).name}"
