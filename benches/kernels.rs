@@ -2,8 +2,8 @@
 //!
 //! On the first GPU where there is one, on the CPU in any case. Each line: time (median of the runs), TFLOP/s, GB/s, and the
 //! larger of its shares of what this machine reaches in the same run: the rate of a large plain matrix product, and that
-//! of a large copy. `VLMQ_BENCH_REFERENCE=FILE`, written by gpu_reference.py on the same machine, adds how many times as
-//! long PyTorch takes. Work is counted as the method needs it: half of a symmetric product, n³/3 for a factorization.
+//! of a large copy. `VLMQ_BENCH_REFERENCE=FILE`, written by `gpu_probe.py --reference FILE` on the same machine, adds how many
+//! times as long PyTorch takes. Work is counted as the method needs it: half of a symmetric product, n³/3 for a factorization.
 
 use anyhow::Result;
 use std::collections::BTreeMap;
