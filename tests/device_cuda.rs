@@ -1,4 +1,5 @@
-//! The CUDA device on emulated kernels, or on a GPU (`VLMQ_TEST_GPU`), operation by operation, against the CPU device on the same numbers.
+//! The CUDA device on emulated kernels, or on a GPU (`VLMQ_TEST_GPU`), operation by operation, against the CPU device on the
+//! same numbers.
 //!
 //! Inputs are bfloat16 numbers on both sides, so that what differs is the operation. The CPU keeps float32; the CUDA device
 //! rounds each result once to the precision that the model runs in.
