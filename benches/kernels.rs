@@ -1,11 +1,14 @@
-//! The operations of a device, each with what it is measured by: `cargo bench --bench kernels [-- FILTER]`.
+//! The operations of a device, each with what it is measured by: `cargo bench --bench kernels [-- [--cpu] [FILTER]]`.
 //!
-//! On the first GPU where there is one, on the CPU in any case. Each line: time (median of the runs), TFLOP/s, GB/s, and the
+//! On the first GPU where there is one, else, or with `--cpu`, on the CPU. Each line: time of a call (median of samples, each
+//! of as many calls as take 5 ms, and one wait), TFLOP/s, GB/s, and the
 //! larger of its shares of what this machine reaches in the same run: the rate of a large plain matrix product, and that
 //! of a large copy. `VLMQ_BENCH_REFERENCE=FILE`, written by `gpu_probe.py --reference FILE` on the same machine, adds how many
 //! times as long PyTorch takes. Work is counted as the method needs it: half of a symmetric product, n³/3 for a factorization.
 
-use anyhow::Result;
+use anyhow::{Result, bail, ensure};
+use rayon::prelude::*;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use vlmq::device::cpu::Cpu;
@@ -19,23 +22,46 @@ use vlmq::quantize::solve::{enqueue, prepare, solve};
 use vlmq::quantize::statistics::Statistics;
 use vlmq::tensor::Matrix;
 
-/// Time spent on one line, at most about; a line is run twice at least.
+/// Time spent on one line, at most about; a line is sampled twice at least.
 const BUDGET: Duration = Duration::from_secs(2);
 
+/// A sample takes so long at least: a wait, and what the host does before a first call, take tens of microseconds.
+const SAMPLE: Duration = Duration::from_millis(5);
+
 fn main() -> Result<()> {
-    // cargo passes --bench.
-    let filter: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
-    let filter = filter.first().map_or("", String::as_str);
+    let (mut cpu, mut filter) = (false, None);
+    for argument in std::env::args().skip(1) {
+        match argument.as_str() {
+            // cargo passes it.
+            "--bench" => {}
+            "--cpu" => cpu = true,
+            _ if argument.starts_with("--") || filter.is_some() => bail!("{argument}: known are --cpu and one filter"),
+            _ => filter = Some(argument),
+        }
+    }
+    let filter = filter.unwrap_or_default();
+    let mut lines = 0;
     match Cuda::open(0, Precision::Bf16) {
+        _ if cpu => {}
         Ok(cuda) => {
             let layers = [(4096, 4096), (3584, 18944), (18944, 3584)];
-            let bench = Bench::new(&cuda, filter, 8192)?;
+            let bench = Bench::new(&cuda, &filter, 8192)?;
             bench.all(&layers, 32_768)?;
             bench.standalone()?;
+            lines += bench.lines.get();
         }
-        Err(why) => println!("no GPU is measured: {why:#}\n"),
+        Err(why) => {
+            println!("no GPU is measured: {why:#}\n");
+            cpu = true;
+        }
     }
-    Bench::new(&Cpu, filter, 2048)?.all(&[(1024, 1024)], 2048)
+    if cpu {
+        let bench = Bench::new(&Cpu, &filter, 2048)?;
+        bench.all(&[(1024, 1024)], 2048)?;
+        lines += bench.lines.get();
+    }
+    ensure!(lines > 0, "no line's name contains {filter:?}");
+    Ok(())
 }
 
 impl Bench<'_, Cuda> {
@@ -71,6 +97,8 @@ struct Bench<'a, D> {
     copy: f64,
     /// Seconds that PyTorch takes, by line.
     reference: BTreeMap<String, f64>,
+    /// Lines printed.
+    lines: Cell<usize>,
 }
 
 impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
@@ -96,7 +124,7 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
         println!(
             "| operation | ms | TFLOP/s | GB/s | of the measured rate | PyTorch takes |\n|---|---|---|---|---|---|"
         );
-        Ok(Self { device, filter, product, copy, reference })
+        Ok(Self { device, filter, product, copy, reference, lines: Cell::new(0) })
     }
 
     /// Every operation: layers `[out, in]`, and statistics of so many tokens.
@@ -119,8 +147,10 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
 
     fn layer(&self, out: usize, inputs: usize, tokens: usize) -> Result<()> {
         let device = self.device;
-        let wanted = ["hessian", "statistics", "prepare", "solve"].map(|what| format!("{what} {out}x{inputs}"));
-        if !wanted.iter().any(|name| name.contains(self.filter)) {
+        let wanted = ["hessian ", "statistics ", "prepare ", "solve ", "gptq solve "]
+            .map(|what| format!("{what}{out}x{inputs}"));
+        let to_host = format!("{}, codes on the host", wanted[3]);
+        if !wanted.iter().chain([&to_host]).any(|name| name.contains(self.filter)) {
             return Ok(());
         }
         let (d, t, rows) = (inputs as f64, tokens as f64, out as f64);
@@ -142,12 +172,11 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
         self.line(&wanted[3], 2.0 * rows * d * d, rows * d * 9.0 + d * d * 8.0, || {
             enqueue(device, &prepared, &weight, &settings).map(drop)
         })?;
-        let to_host = format!("{}, codes on the host", wanted[3]);
         self.line(&to_host, 2.0 * rows * d * d, rows * d * 9.0 + d * d * 8.0, || {
             solve(device, &prepared, &weight, &settings).map(drop)
         })?;
         let gptq = SolverSettings { solver: Solver::Gptq, ..settings };
-        self.line(&format!("gptq {}", wanted[3]), 4.0 * d.powi(3) / 12.0 + rows * d * d, rows * d * 9.0, || {
+        self.line(&wanted[4], 4.0 * d.powi(3) / 12.0 + rows * d * d, rows * d * 9.0, || {
             solve(device, &prepare(device, &hessian, &gptq)?, &weight, &gptq).map(drop)
         })
     }
@@ -209,6 +238,7 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
         if !name.contains(self.filter) {
             return Ok(());
         }
+        self.lines.set(self.lines.get() + 1);
         let tiny = self.device.upload(Matrix::zeros(1, 1))?;
         let seconds = median(self.device, &tiny, &mut run)?;
         let share = (work / seconds / self.product).max(bytes / seconds / self.copy);
@@ -225,26 +255,40 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
     }
 }
 
-/// Median seconds of `run`, finished work counted: reading anything back waits for all before it.
+/// Median seconds of a call of `run`, finished work counted: reading anything back waits for all before it.
 fn median<D: SolveOps>(device: &D, tiny: &D::Tensor, mut run: impl FnMut() -> Result<()>) -> Result<f64> {
-    run()?;
-    let (mut times, start) = (Vec::new(), Instant::now());
-    while times.len() < 2 || (start.elapsed() < BUDGET && times.len() < 50) {
+    let mut sample = |calls: u32| -> Result<Duration> {
         device.diagonal(tiny)?;
-        let one = Instant::now();
-        run()?;
+        let start = Instant::now();
+        for _ in 0..calls {
+            run()?;
+        }
         device.diagonal(tiny)?;
-        times.push(one.elapsed().as_secs_f64());
+        Ok(start.elapsed())
+    };
+    sample(1)?;
+    let (mut calls, start) = (1, Instant::now());
+    let mut times = vec![sample(calls)?];
+    while times[0] < SAMPLE {
+        calls *= 2;
+        times = vec![sample(calls)?];
     }
-    times.sort_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
+    while times.len() < 2 || (start.elapsed() < BUDGET && times.len() < 50) {
+        times.push(sample(calls)?);
+    }
+    times.sort();
+    Ok(times[times.len() / 2].as_secs_f64() / f64::from(calls))
 }
 
-/// Uniform values in [-1, 1) from a fixed generator.
-fn noise(rows: usize, cols: usize, mut seed: u64) -> Matrix {
-    let data = (0..rows * cols).map(|_| {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (seed >> 40) as f32 / 8_388_608.0 - 1.0
-    });
-    Matrix::new(rows, cols, data.collect()).expect("as many values as the shape has")
+/// Uniform values in [-1, 1), each by its place and the seed, whichever thread makes it.
+fn noise(rows: usize, cols: usize, seed: u64) -> Matrix {
+    let value = |place: u64| {
+        // splitmix64
+        let mut x = (seed << 40).wrapping_add(place).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((x ^ (x >> 31)) >> 40) as f32 / 8_388_608.0 - 1.0
+    };
+    let data = (0..(rows * cols) as u64).into_par_iter().map(value).collect();
+    Matrix::new(rows, cols, data).expect("as many values as the shape has")
 }

@@ -1,11 +1,12 @@
-//! The CUDA device on emulated kernels, operation by operation, against the CPU device on the same numbers.
+//! The CUDA device on emulated kernels, or on a GPU (`VLMQ_TEST_GPU`), operation by operation, against the CPU device on the
+//! same numbers.
 //!
 //! Inputs are bfloat16 numbers on both sides, so that what differs is the operation. The CPU keeps float32; the CUDA device
 //! rounds each result once to the precision that the model runs in.
 
 mod support;
 
-use support::devices::{Case, device, difference, norm_error, numbers, tolerance, whole};
+use support::devices::{Case, device, difference, norm_error, numbers, on_gpu, own_device, tolerance, whole};
 use support::{message, noise};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{Cuda, CudaTensor, PackedAlong, Packing, Precision};
@@ -41,6 +42,40 @@ fn tensors_go_and_come_back() {
         assert_eq!(cuda.first_non_finite_row(&case.up(&broken)).unwrap(), Some(16));
         broken.row_mut(3)[0] = f32::INFINITY;
         assert_eq!(cuda.first_non_finite_row(&case.up(&broken)).unwrap(), Some(3));
+    }
+}
+
+/// What was handed over may change at once, although the device comes to it later: on a GPU, behind work that takes longer
+/// than these calls. The emulator copies when a kernel starts; how slots are used again is tested in
+/// src/device/cuda/staging.rs.
+#[test]
+fn sources_may_change_while_their_copy_waits() {
+    let cuda = device(Precision::F32);
+    let (rows, cols) = if on_gpu() { (2048, 4096) } else { (40, 96) };
+    let side = if on_gpu() { 4096 } else { 8 };
+    let square = cuda.zeros(side, side).unwrap();
+    // Small ones and large ones, more than all slots hold, with lengths that fill no slot.
+    for (rows, cols) in [(1, cols), (3, cols - 1), (rows, cols), (rows + 1, 2 * cols - 1)] {
+        let mut codes: Vec<u8> = (0..rows * cols).map(|i| (i * 37 % 251) as u8).collect();
+        let mut scales: Vec<f32> = (0..rows).map(|row| 2f32.powi(row as i32 % 5 - 3)).collect();
+        let mut zeros: Vec<u8> = (0..rows).map(|row| (row % 251) as u8).collect();
+        let weight = QuantizedWeight { rows, cols, codes: &codes, scales: &scales, zeros: &zeros, group_index: None };
+        let expected = Cpu.dequantize(&weight).unwrap();
+        let matrix = Matrix::new(rows, cols, codes.iter().map(|&code| f32::from(code)).collect()).unwrap();
+        let whole = matrix.clone();
+        for _ in 0..12 {
+            cuda.linear(&square, &square, None).unwrap();
+        }
+        let there = cuda.upload(matrix).unwrap();
+        let dequantized = cuda.dequantize(&weight).unwrap();
+        codes.fill(255);
+        scales.fill(-1e3);
+        zeros.fill(7);
+        // The matrix is gone already: whoever asks for memory next gets its place.
+        let others: Vec<Matrix> = (0..4).map(|_| Matrix::new(rows, cols, vec![-5.0; rows * cols]).unwrap()).collect();
+        assert!(cuda.download(&dequantized).unwrap() == expected, "{rows}x{cols}: weights of other codes");
+        assert!(cuda.download(&there).unwrap() == whole, "{rows}x{cols}: other numbers");
+        drop(others);
     }
 }
 
@@ -435,7 +470,7 @@ fn what_is_missing_is_said() {
 
 #[test]
 fn devices_do_not_share_tensors() {
-    let (one, other) = (device(Precision::F32), device(Precision::F32));
+    let (one, other) = (own_device(Precision::F32), own_device(Precision::F32));
     let x = one.upload(noise(4, 4, 1)).unwrap();
     let y = other.upload(noise(4, 4, 2)).unwrap();
     let error = message(one.scaled_difference(&x, &y, 1.0).map(|_| ()));

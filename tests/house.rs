@@ -46,7 +46,9 @@ const MAY_BE_UNSAFE: &[&str] = &[
     "src/device/cuda/emulated.rs",
     "src/device/cuda/kernels.rs",
     "src/device/cuda/memory.rs",
+    "src/device/cuda/pool.rs",
     "src/device/cuda/runtime.rs",
+    "src/device/cuda/staging.rs",
     GENERATED,
 ];
 

@@ -1,12 +1,12 @@
-//! The memory of the CUDA device on emulated kernels: parking and fetching tensors, the limit, and runs of the whole pipeline
-//! against the plan that was made before their start.
+//! The memory of the CUDA device on emulated kernels, or on a GPU (`VLMQ_TEST_GPU`): parking and fetching tensors, the limit,
+//! and runs of the whole pipeline against the plan that was made before their start.
 #![cfg(feature = "run")]
 
 mod support;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use support::devices::{self, whole};
+use support::devices::{self, on_gpu, whole};
 use support::kernels::{Variant, build};
 use support::program::{names_in, stderr, text};
 use support::{data, golden, message};
@@ -24,15 +24,21 @@ use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
 use vlmq::tensor::Matrix;
 
 fn device() -> Cuda {
-    devices::device(Precision::Bf16)
+    devices::own_device(Precision::Bf16)
 }
 
 fn limited(limit: Option<u64>) -> Cuda {
     let device = device();
     if let Some(limit) = limit {
-        device.limit_memory(limit).unwrap();
+        limit_tensors(&device, limit);
     }
     device
+}
+
+/// Leaves so many bytes to tensors: a GPU gets as much more as it leaves to its pool.
+fn limit_tensors(device: &Cuda, limit: u64) {
+    device.limit_memory(if on_gpu() { limit * 16 / 15 } else { limit }).unwrap();
+    assert_eq!(device.memory_limit(), Some(limit));
 }
 
 #[test]
@@ -123,30 +129,45 @@ fn any_use_of_a_parked_tensor_is_an_error() {
 #[test]
 fn the_limit_holds_and_parking_makes_room() {
     let device = device();
-    let bytes = |rows: u64| rows * 256 * 4;
-    device.limit_memory(bytes(10)).unwrap();
-    assert_eq!(device.memory_limit(), Some(bytes(10)));
+    // On a GPU rows of 60 MiB, beside which the blocks of its pool do not count.
+    let cols = if on_gpu() { 15 << 20 } else { 256 };
+    let bytes = |rows: u64| rows * cols as u64 * 4;
+    limit_tensors(&device, bytes(10));
     device.reset_peak();
-    let mut a = device.zeros(6, 256).unwrap();
-    let error = message(device.zeros(5, 256));
+    let mut a = device.zeros(6, cols).unwrap();
+    let error = message(device.zeros(5, cols));
     for part in [bytes(5), bytes(6), bytes(10)] {
         assert!(error.contains(&part.to_string()), "{error}");
     }
     device.park(&mut a).unwrap();
-    let b = device.zeros(5, 256).unwrap();
+    let b = device.zeros(5, cols).unwrap();
     let error = message(device.fetch(&mut a));
     assert!(error.contains(&bytes(10).to_string()), "{error}");
     assert!(message(device.download(&a)).contains("parked"));
     drop(b);
     device.fetch(&mut a).unwrap();
-    assert_eq!(device.download(&a).unwrap(), Matrix::zeros(6, 256));
+    assert!(device.download(&a).unwrap() == Matrix::zeros(6, cols));
     assert_eq!(device.peak_bytes(), Some(bytes(6)));
+    let error = message(device.limit_memory(bytes(20)));
+    assert!(error.contains("before the first tensor") && error.contains(&bytes(6).to_string()), "{error}");
     drop(a);
     device.reset_peak();
     assert_eq!(device.peak_bytes(), Some(0));
-    let whole = device.with_precision(Precision::F32).zeros(10, 256).unwrap();
+    // Larger than any block that was freed, and than what the limit leaves beside those: they are given up for it.
+    let whole = device.with_precision(Precision::F32).zeros(10, cols).unwrap();
     assert_eq!(device.peak_bytes(), Some(bytes(10)));
+    device.synchronize().unwrap();
+    let pool = device.pool_peak().unwrap();
+    println!("{pool:?}");
+    assert_eq!(pool.is_some(), on_gpu());
+    if let Some(pool) = pool {
+        let order = [bytes(10), pool.used_bytes, pool.reserved_bytes, bytes(10) * 16 / 15];
+        assert!(order.is_sorted(), "{order:?}");
+    }
     drop(whole);
+    // What the pool still holds does not count against another limit.
+    limit_tensors(&device, bytes(10));
+    drop(device.zeros(10, cols).unwrap());
 }
 
 #[test]
@@ -155,7 +176,7 @@ fn the_cpu_parks_nothing() {
     Cpu.park(&mut x).unwrap();
     assert_eq!(Cpu.download(&x).unwrap(), whole(3, 4, 1));
     Cpu.fetch(&mut x).unwrap();
-    assert_eq!((Cpu.memory_limit(), Cpu.peak_bytes()), (None, None));
+    assert_eq!((Cpu.memory_limit(), Cpu.peak_bytes(), Cpu.pool_peak().unwrap()), (None, None, None));
     assert_eq!(Cpu.triangle_bytes(8), 256);
 }
 
@@ -286,7 +307,7 @@ fn every_familys_tower_holds_what_was_planned() {
             samples: 3,
             ..usual
         };
-        let device = devices::device(precision);
+        let device = devices::own_device(precision);
         println!("{name}");
         let plan = pipeline::plan(&device, &settings).unwrap();
         assert_eq!(plan.stages[0].stage, Stage::Vision, "{name}");
@@ -317,9 +338,9 @@ fn a_plan_that_cannot_work_is_refused_before_any_work() {
     let settings = settings(&work.path().join("out"), SolverSettings::default(), Importance::Vlmq);
     let device = device();
     let resident = pipeline::plan(&device, &settings).unwrap();
-    device.limit_memory(resident.device_bytes - 1).unwrap();
+    limit_tensors(&device, resident.device_bytes - 1);
     let streamed = pipeline::plan(&device, &settings).unwrap();
-    device.limit_memory(streamed.device_bytes - 1).unwrap();
+    limit_tensors(&device, streamed.device_bytes - 1);
     device.reset_peak();
     let mut heard = Heard::default();
     let error = message(pipeline::run(&device, &settings, &mut heard));
@@ -331,7 +352,10 @@ fn a_plan_that_cannot_work_is_refused_before_any_work() {
     assert_eq!(device.peak_bytes(), Some(0));
     assert_eq!(names_in(work.path()), [""; 0]);
 
-    // The same of the program.
+    // The same of the program, which is not there where the tests run on a GPU.
+    if on_gpu() {
+        return;
+    }
     let (model, calib, out) = (text(settings.model), text(data("vqa/calib.jsonl")), text(settings.out));
     let flags = ["--samples", "2", "--device", "cuda", "--max-gpu-memory", "2MiB"];
     let mut command = Command::new(env!("CARGO_BIN_EXE_vlmq-run"));

@@ -19,6 +19,16 @@ pub use solve_ops::{
 
 use crate::tensor::Matrix;
 use anyhow::Result;
+use serde::Serialize;
+
+/// Most that a device's own memory pool held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct PoolPeak {
+    /// Bytes that the pool took from the device, those between and behind tensors included.
+    pub reserved_bytes: u64,
+    /// Bytes of tensors, rounded up as the pool does.
+    pub used_bytes: u64,
+}
 
 /// Work that takes memory for itself while it runs, beside its arguments and results: for memory plans.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,6 +128,11 @@ pub trait Device: Send + Sync + 'static {
 
     /// Begins to look for a new peak.
     fn reset_peak(&self) {}
+
+    /// The most that the device's own memory pool held since it was made or limited; `None` where there is none.
+    fn pool_peak(&self) -> Result<Option<PoolPeak>> {
+        Ok(None)
+    }
 
     /// Bytes of memory that `work` takes for itself.
     fn workspace(&self, _work: Work) -> u64 {

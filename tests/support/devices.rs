@@ -4,18 +4,43 @@ use super::factors::widened;
 use super::golden::relative_error;
 use super::kernels::{Variant, build};
 use super::noise;
+use std::sync::OnceLock;
 use vlmq::device::cuda::{Cuda, CudaTensor, Precision};
 use vlmq::device::{Device, ModelOps};
 use vlmq::tensor::Matrix;
 
 const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::F16];
 
-/// The GPU that `VLMQ_TEST_GPU` names (benches/gpu.sh), else the emulated device.
-pub fn device(precision: Precision) -> Cuda {
-    if let Ok(ordinal) = std::env::var("VLMQ_TEST_GPU") {
-        return Cuda::open(ordinal.parse().unwrap(), precision).unwrap();
+/// Whether the tests run on a GPU: the one that `VLMQ_TEST_GPU` names (benches/gpu.sh).
+pub fn on_gpu() -> bool {
+    std::env::var_os("VLMQ_TEST_GPU").is_some()
+}
+
+fn open(precision: Precision) -> Cuda {
+    match std::env::var("VLMQ_TEST_GPU") {
+        Ok(ordinal) => Cuda::open(ordinal.parse().unwrap(), precision).unwrap(),
+        Err(_) => Cuda::emulated(&build("vlmq_kernels", "kernels", Variant::Plain), precision).unwrap(),
     }
-    Cuda::emulated(&build("vlmq_kernels", "kernels", Variant::Plain), precision).unwrap()
+}
+
+/// The GPU of all tests of a program. It stays open to the end, and with it the driver's context: to make one anew for each
+/// test takes seconds under a sanitizer, and gives each the modules and handles of another.
+fn kept() -> &'static Cuda {
+    static KEPT: OnceLock<Cuda> = OnceLock::new();
+    KEPT.get_or_init(|| open(Precision::F32))
+}
+
+/// A device under test, which shares memory and stream with others on a GPU.
+pub fn device(precision: Precision) -> Cuda {
+    if on_gpu() { kept().with_precision(precision) } else { open(precision) }
+}
+
+/// A device with memory and a limit of its own.
+pub fn own_device(precision: Precision) -> Cuda {
+    if on_gpu() {
+        kept();
+    }
+    open(precision)
 }
 
 /// Noise of moderate size, exact in every precision.

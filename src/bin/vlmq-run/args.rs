@@ -109,7 +109,7 @@ pub(crate) struct QuantizeArgs {
     /// it and saying so
     #[arg(long)]
     strict: bool,
-    /// GPU memory to use at most, such as 24GiB or 500MB; otherwise what is free, less a sixteenth
+    /// GPU memory for tensors and, a sixteenth of it, the gaps between them, such as 24GiB or 500MB; otherwise what is free
     #[arg(long, value_name = "SIZE", value_parser = text::parse_bytes, allow_negative_numbers = true)]
     max_gpu_memory: Option<u64>,
     /// Check all inputs and say what memory, disk and time the run would take; read no weights, write nothing

@@ -82,7 +82,9 @@ fn summary(settings: &PipelineSettings, report: &RunReport) -> Vec<String> {
         say("peak memory", text::bytes(peak));
     }
     if let Some(peak) = report.peak_device_bytes {
-        say("GPU memory", format!("{}, {} planned", text::bytes(peak), text::bytes(report.memory_plan.device_bytes)));
+        let pool = report.device_pool.map(|pool| format!(", {} held by its pool", text::bytes(pool.reserved_bytes)));
+        let planned = text::bytes(report.memory_plan.device_bytes);
+        say("GPU memory", format!("{}, {planned} planned{}", text::bytes(peak), pool.unwrap_or_default()));
     }
     if !report.loaders.is_empty() {
         lines.push("loads with".into());
@@ -131,6 +133,7 @@ mod tests {
     use super::*;
     use clap::Parser;
     use vlmq::checkpoint::formats::Loader;
+    use vlmq::device::PoolPeak;
     use vlmq::evaluate::{Evaluation, SampleResult};
     use vlmq::progress::{Stage, StageTime};
     use vlmq::quantize::plan::MemoryPlan;
@@ -170,6 +173,7 @@ mod tests {
             peak_memory_bytes: Some(3 << 20),
             memory_plan: MemoryPlan { device_bytes: 5 << 20, ..MemoryPlan::default() },
             peak_device_bytes: Some(4 << 20),
+            device_pool: Some(PoolPeak { reserved_bytes: 6 << 20, used_bytes: 5 << 20 }),
             bytes_before: 2 << 20,
             bytes_after: 1 << 20,
             quantized_bytes: 35,
@@ -185,7 +189,7 @@ wrote o (gptq)
   calibration  5 samples, 1 left out as too long; 320 vision and 80 text tokens
   time         2.00 s (quantizing 1.00 s)
   peak memory  3.00 MiB
-  GPU memory   4.00 MiB, 5.00 MiB planned
+  GPU memory   4.00 MiB, 5.00 MiB planned, 6.00 MiB held by its pool
 loads with
   vLLM
     vllm serve o";

@@ -55,6 +55,8 @@ impl Outputs {
             })
             .collect();
         let mut memory = Memory::new(&device.runtime, end)?;
+        // All of it comes back, what no kernel writes as well: NaN and the largest code, should anybody look at those.
+        memory.fill(0xff)?;
         memory.write(status, bytemuck::bytes_of(&i32::MAX))?;
         Ok(Self { memory, rows, status, blocks })
     }

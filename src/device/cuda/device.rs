@@ -9,7 +9,7 @@ use super::kernels::{Arguments, Kernels, NeedsWorkspace};
 use super::memory::Memory;
 use super::runtime::Product;
 use super::tensor::{CudaTensor, Precision};
-use crate::device::{Device, Work};
+use crate::device::{Device, PoolPeak, Work};
 use crate::tensor::Matrix;
 use anyhow::{Result, bail, ensure};
 use std::ffi::c_void;
@@ -41,7 +41,7 @@ impl Cuda {
     /// Runs a library of kernels that was built for the emulator on host memory. For tests: it is slow.
     pub fn emulated(library: &Path, precision: Precision) -> Result<Self> {
         let kernels = Arc::new(Kernels::load(library)?);
-        Ok(Self { kernels, runtime: Arc::new(Heap::new(Box::new(Emulated))?), precision })
+        Ok(Self { kernels, runtime: Arc::new(Heap::new(Box::new(Emulated::new()))?), precision })
     }
 
     /// The same device for a model of another precision; tensors of both work with both.
@@ -49,8 +49,9 @@ impl Cuda {
         Self { precision, ..self.clone() }
     }
 
-    /// Limits the memory that this device, and every clone of it, has in use at once. What would pass the limit fails, with
-    /// the numbers. Errors where the GPU has less than that free.
+    /// Limits the memory that this device, and every clone of it, holds at once: a pool of the driver's own keeps to it, and
+    /// of a GPU's a sixteenth is left to what that loses between tensors. What would pass the limit fails, with the numbers.
+    /// Errors where the GPU has less than that free, and once there are tensors.
     pub fn limit_memory(&self, bytes: u64) -> Result<()> {
         self.runtime.set_limit(bytes)
     }
@@ -255,6 +256,10 @@ impl Device for Cuda {
 
     fn reset_peak(&self) {
         self.runtime.reset_peak();
+    }
+
+    fn pool_peak(&self) -> Result<Option<PoolPeak>> {
+        self.runtime.pool_peak()
     }
 
     fn workspace(&self, work: Work) -> u64 {

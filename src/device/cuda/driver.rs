@@ -2,21 +2,27 @@
 #![allow(unsafe_code)]
 
 use super::bindings::vlmq_stream;
+use super::pool::Pool;
 use super::runtime::{Address, Arrival, Product, Runtime};
+use super::staging::{Engine, Staging};
 use super::tensor::Precision;
+use crate::device::PoolPeak;
 use anyhow::{Context, Result, bail, ensure};
 use cudarc::cublas::result as cublas;
 use cudarc::cublas::sys::{
     self as blas, cublasComputeType_t, cublasGemmAlgo_t, cublasHandle_t, cublasMath_t, cublasOperation_t,
     cudaDataType_t,
 };
-use cudarc::driver::sys::CUmemPool_attribute;
-use cudarc::driver::{CudaContext, CudaStream, result as driver};
+use cudarc::driver::sys::CUresult;
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result as driver};
 use std::ffi::{c_int, c_void};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Oldest GPU that the kernels run on.
 const OLDEST: (i32, i32) = (8, 0);
+
+/// Bytes of a slot of page-locked memory that copies go through: long enough that a device's start of each does not count.
+const SLOT: usize = 16 << 20;
 
 /// One GPU, one stream for its work and one for copies beside it.
 pub(super) struct Driver {
@@ -25,6 +31,10 @@ pub(super) struct Driver {
     /// Parks and fetches, in their order: what is fetched takes the place of what was parked before it, so that no more than
     /// one piece is on its way in while another is worked on.
     copies: Arc<CudaStream>,
+    /// What copies between ordinary host memory and the device, on the stream of the work, go through.
+    staging: Staging<OnStream>,
+    /// What is allocated comes from here.
+    pool: Mutex<Pool>,
     /// A handle serves one thread at a time.
     blas: Mutex<Blas>,
     name: String,
@@ -71,7 +81,8 @@ impl Driver {
             present,
             "cuBLAS is not found (libcublas.so.13): install the CUDA 13 libraries, or name their folder in LD_LIBRARY_PATH"
         );
-        keep_freed_memory(&context).context("the GPU's memory pool")?;
+        ensure!(context.has_async_alloc(), "the driver offers no memory pools: it is too old");
+        let pool = Mutex::new(Pool::new(&context, None)?);
         let stream = context.new_stream().context("no stream")?;
         let copies = context.new_stream().context("no second stream")?;
         let blas = Blas(cublas::create_handle().context("cuBLAS does not start")?);
@@ -82,7 +93,9 @@ impl Driver {
             let mode = cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
             blas::cublasSetMathMode(blas.0, mode).result().context("cuBLAS")?;
         }
-        Ok(Self { context, stream, copies, blas: Mutex::new(blas), name: format!("cuda:{ordinal} ({model})") })
+        let staging = Staging::new(OnStream(stream.clone()), SLOT);
+        let name = format!("cuda:{ordinal} ({model})");
+        Ok(Self { context, stream, copies, staging, pool, blas: Mutex::new(blas), name })
     }
 
     /// Makes the GPU the calling thread's.
@@ -93,28 +106,104 @@ impl Driver {
     /// Memory that is there for work enqueued on `stream` from now on.
     fn allocate_on(&self, stream: &CudaStream, bytes: usize) -> Result<Address> {
         self.bind()?;
-        // The driver refuses sizes of 0; its pointers are aligned to 256 bytes.
-        // SAFETY: all uses of the memory are on this stream, or on one that waits for it.
-        let address = unsafe { driver::malloc_async(stream.cu_stream(), bytes.max(1)) };
-        let address = address.with_context(|| match self.context.mem_get_info() {
-            Ok((free, total)) => format!("{bytes} bytes do not fit on the GPU: {free} of {total} bytes are free"),
-            Err(_) => format!("{bytes} bytes do not fit on the GPU"),
+        let pool = self.pool();
+        let address = match pool.allocate(bytes, stream) {
+            // Freed blocks of other sizes may be in its way: those are given up, and made anew.
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                self.finish()?;
+                pool.trim()?;
+                pool.allocate(bytes, stream)
+            }
+            other => other,
+        };
+        let address = address.with_context(|| match (self.context.mem_get_info(), pool.held()) {
+            (Ok((free, total)), Ok((held, used))) => format!(
+                "{bytes} bytes do not fit on the GPU: {free} of {total} bytes are free, beside {held} that this process \
+                 holds, {used} of them in use"
+            ),
+            _ => format!("{bytes} bytes do not fit on the GPU"),
         })?;
         Ok(address as Address)
     }
+
+    fn pool(&self) -> MutexGuard<'_, Pool> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the work and for the copies beside it.
+    fn finish(&self) -> Result<()> {
+        self.synchronize()?;
+        self.copies.synchronize().context("the GPU failed in copies that were enqueued before")
+    }
 }
 
-/// Freed memory stays with the process, for the next allocation: by default each wait would hand it back to the driver.
-fn keep_freed_memory(context: &CudaContext) -> Result<()> {
-    ensure!(context.has_async_alloc(), "the driver offers none: it is too old");
-    let mut threshold = u64::MAX;
-    // SAFETY: the device is that of a live context, and the attribute is a 64-bit number.
-    unsafe {
-        let pool = driver::device::get_default_mem_pool(context.cu_device())?;
-        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        driver::mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast())?;
+/// Page-locked memory of a context that is the calling thread's.
+fn page_locked(bytes: usize) -> Result<Address> {
+    // SAFETY: no flags: memory that this context copies from and to.
+    let address = unsafe { driver::malloc_host(bytes.max(1), 0) };
+    let address = address.with_context(|| format!("the system grants no {bytes} bytes of page-locked memory"))?;
+    Ok(address as Address)
+}
+
+/// Copies on a stream, in order with the work there.
+struct OnStream(Arc<CudaStream>);
+
+impl OnStream {
+    fn bind(&self) -> Result<()> {
+        self.0.context().bind_to_thread().context("the GPU's context is lost")
     }
-    Ok(())
+}
+
+impl Engine for OnStream {
+    type Mark = CudaEvent;
+
+    fn allocate(&self, bytes: usize) -> Result<Address> {
+        self.bind()?;
+        page_locked(bytes)
+    }
+
+    unsafe fn free(&self, address: Address, _: usize) {
+        if self.bind().is_ok() {
+            // SAFETY: the caller's promise.
+            let _ = unsafe { driver::free_host(address as *mut c_void) };
+        }
+    }
+
+    unsafe fn upload(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let from = std::slice::from_raw_parts(from as *const u8, bytes);
+            driver::memcpy_htod_async(to as u64, from, self.0.cu_stream())
+        }
+        .context("copy to the GPU")
+    }
+
+    unsafe fn download(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let to = std::slice::from_raw_parts_mut(to as *mut u8, bytes);
+            driver::memcpy_dtoh_async(to, from as u64, self.0.cu_stream())
+        }
+        .context("copy from the GPU")
+    }
+
+    fn record(&self, mark: &mut Option<CudaEvent>) -> Result<()> {
+        match mark {
+            Some(event) => event.record(&self.0).context("no event")?,
+            None => *mark = Some(self.0.record_event(None).context("no event")?),
+        }
+        Ok(())
+    }
+
+    fn wait(&self, mark: &CudaEvent) -> Result<()> {
+        mark.synchronize().context("the GPU failed in work that was enqueued before")
+    }
+
+    fn finish(&self) -> Result<()> {
+        self.0.synchronize().context("the GPU failed in work that was enqueued before")
+    }
 }
 
 impl Runtime for Driver {
@@ -140,23 +229,13 @@ impl Runtime for Driver {
     }
 
     unsafe fn write(&self, to: Address, from: &[u8]) -> Result<()> {
-        if from.is_empty() {
-            return Ok(());
-        }
-        self.bind()?;
-        // Pageable memory is staged before the call returns.
         // SAFETY: the caller's promise.
-        unsafe { driver::memcpy_htod_async(to as u64, from, self.stream.cu_stream()) }.context("copy to the GPU")
+        unsafe { self.staging.write(to, from) }
     }
 
     unsafe fn read(&self, from: Address, to: &mut [u8]) -> Result<()> {
-        if to.is_empty() {
-            return Ok(());
-        }
-        self.bind()?;
-        // SAFETY: the caller's promise; the wait below comes before anybody looks.
-        unsafe { driver::memcpy_dtoh_async(to, from as u64, self.stream.cu_stream()) }.context("copy from the GPU")?;
-        self.synchronize()
+        // SAFETY: the caller's promise.
+        unsafe { self.staging.read(from, to) }
     }
 
     unsafe fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
@@ -183,12 +262,26 @@ impl Runtime for Driver {
         Ok(Some(free as u64))
     }
 
+    fn limit_pool(&self, bytes: u64) -> Result<()> {
+        self.bind()?;
+        self.finish()?;
+        let mut pool = self.pool();
+        // What it holds is there for the next one.
+        pool.trim()?;
+        let free = self.free_bytes()?.unwrap_or(u64::MAX);
+        ensure!(bytes <= free, "a limit of {bytes} bytes of GPU memory, where {free} bytes are free");
+        *pool = Pool::new(&self.context, Some(bytes))?;
+        Ok(())
+    }
+
+    fn pool_peak(&self) -> Result<Option<PoolPeak>> {
+        self.bind()?;
+        Ok(Some(self.pool().peak()?))
+    }
+
     fn allocate_host(&self, bytes: usize) -> Result<Address> {
         self.bind()?;
-        // SAFETY: no flags: memory that this context copies from and to.
-        let address = unsafe { driver::malloc_host(bytes.max(1), 0) };
-        let address = address.with_context(|| format!("the system grants no {bytes} bytes of page-locked memory"))?;
-        Ok(address as Address)
+        page_locked(bytes)
     }
 
     unsafe fn free_host(&self, address: Address, _: usize) {

@@ -5,9 +5,10 @@ use anyhow::{Result, ensure};
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Of the memory that a GPU has free when it is opened, one part in so many is left alone: cuBLAS's work space, the code of
-/// kernels, and what the driver's pool loses between allocations of different sizes.
-const RESERVE: u64 = 16;
+/// Of the memory that a GPU has free when it is opened, and of a limit that is set, one part in so many is left alone: for
+/// cuBLAS's work space and the code of kernels, and for what a pool loses as it holds whole blocks, some of them between
+/// allocations of different sizes.
+pub(super) const RESERVE: u64 = 16;
 
 /// A [`Runtime`] whose memory is counted.
 pub(super) struct Heap {
@@ -21,17 +22,18 @@ pub(super) struct Heap {
 impl Heap {
     /// Of a runtime, limited to what it has free less a reserve of a sixteenth.
     pub(super) fn new(runtime: Box<dyn Runtime>) -> Result<Self> {
-        let limit = runtime.free_bytes()?.map_or(u64::MAX, |free| free - free / RESERVE);
+        let limit = runtime.free_bytes()?.map_or(u64::MAX, without_reserve);
         Ok(Self { runtime, live: AtomicU64::new(0), peak: AtomicU64::new(0), limit: AtomicU64::new(limit) })
     }
 
-    /// Limits it to `bytes`, which the runtime must have.
+    /// Limits it to `bytes`, which the runtime must have. Where it has a pool, the pool holds no more than that, and what may
+    /// be out at once is less by the reserve. Errors where anything is out.
     pub(super) fn set_limit(&self, bytes: u64) -> Result<()> {
-        if let Some(free) = self.runtime.free_bytes()? {
-            let there = free + self.live.load(Ordering::Relaxed);
-            ensure!(bytes <= there, "a limit of {bytes} bytes of GPU memory, where {there} bytes are free");
-        }
-        self.limit.store(bytes, Ordering::Relaxed);
+        let live = self.live.load(Ordering::Relaxed);
+        ensure!(live == 0, "a limit of GPU memory is set before the first tensor; now {live} bytes are in use");
+        self.runtime.limit_pool(bytes)?;
+        let limit = if self.runtime.free_bytes()?.is_some() { without_reserve(bytes) } else { bytes };
+        self.limit.store(limit, Ordering::Relaxed);
         Ok(())
     }
 
@@ -67,6 +69,10 @@ impl Heap {
     pub(super) fn discount(&self, bytes: usize) {
         self.live.fetch_sub(bytes as u64, Ordering::Relaxed);
     }
+}
+
+fn without_reserve(bytes: u64) -> u64 {
+    bytes - bytes / RESERVE
 }
 
 impl Deref for Heap {

@@ -5,7 +5,9 @@
 //! itself, for kernels built for the emulator (`kernels/emulator`). All of the library's code for a GPU is the same on both.
 //!
 //! Work is enqueued on one stream, in order; a call waits only where it hands numbers to the host. Tensors that are parked in
-//! host memory, and fetched from it, are copied on a second one, beside the work. What is allocated is counted (`heap.rs`).
+//! host memory, and fetched from it, are copied on a second one, beside the work. All else that the host hands over or gets
+//! back goes through page-locked memory (`staging.rs`). What is allocated is counted (`heap.rs`), and comes from a pool that
+//! the driver holds to the limit (`pool.rs`).
 //!
 //! `unsafe` stands in this folder alone. Raw addresses are made in it, from tensors whose shapes were checked against each
 //! other just before, and none leaves it.
@@ -20,8 +22,10 @@ mod heap;
 mod kernels;
 mod memory;
 mod model_ops;
+mod pool;
 mod runtime;
 mod solve_ops;
+mod staging;
 mod standalone;
 mod tensor;
 

@@ -3,6 +3,7 @@
 
 use super::bindings::vlmq_stream;
 use super::tensor::Precision;
+use crate::device::PoolPeak;
 use anyhow::Result;
 use cudarc::driver::CudaEvent;
 
@@ -79,6 +80,13 @@ pub(super) trait Runtime: Send + Sync {
 
     /// Bytes of device memory that nobody uses; `None` where there is no end to them.
     fn free_bytes(&self) -> Result<Option<u64>>;
+
+    /// Allocates from now on from a pool that never holds more than `bytes` bytes. Nothing is out when this is called. Errors
+    /// where the device has not as much free. Memory without an end has no pool: nothing happens.
+    fn limit_pool(&self, bytes: u64) -> Result<()>;
+
+    /// The most that the pool held since it was made; `None` where there is none.
+    fn pool_peak(&self) -> Result<Option<PoolPeak>>;
 
     /// `bytes` bytes of page-locked host memory with arbitrary contents. Errors where the system grants none.
     fn allocate_host(&self, bytes: usize) -> Result<Address>;

@@ -212,6 +212,7 @@ fn quantize<D: ModelOps + SolveOps>(
         seconds: spent.seconds,
         peak_memory_bytes: spent.peak_memory_bytes,
         peak_device_bytes: plan.measured_bytes(),
+        device_pool: device.pool_peak()?,
         memory_plan: plan,
         bytes_before: sizes.before,
         bytes_after: sizes.before - sizes.float_layers + sizes.quantized_layers,

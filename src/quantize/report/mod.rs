@@ -10,6 +10,7 @@ use super::plan::system::status_bytes;
 use super::provenance::Provenance;
 use crate::checkpoint::formats::Loader;
 use crate::checkpoint::sums::{self, Sums};
+use crate::device::PoolPeak;
 use crate::evaluate::Comparison;
 use crate::progress::{Observer, StageTime};
 use anyhow::Result;
@@ -125,6 +126,8 @@ pub struct RunReport {
     pub memory_plan: MemoryPlan,
     /// Most device memory in use at once, in bytes; `None` on a device whose memory is the host's.
     pub peak_device_bytes: Option<u64>,
+    /// Most that the device's own memory pool held, which is what a limit of GPU memory limits; `None` where there is none.
+    pub device_pool: Option<PoolPeak>,
     /// Bytes of the float checkpoint's tensors.
     pub bytes_before: u64,
     /// Bytes of the written checkpoint's tensors.
