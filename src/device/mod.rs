@@ -19,6 +19,7 @@ pub use solve_ops::{
 
 use crate::tensor::Matrix;
 use anyhow::Result;
+use std::collections::BTreeMap;
 
 /// Work that takes memory for itself while it runs, beside its arguments and results: for memory plans.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +77,11 @@ pub trait Device: Send + Sync + 'static {
 
     /// Name for logs and reports, such as `cpu`.
     fn name(&self) -> String;
+
+    /// Libraries and drivers that results may depend on beside the device itself, with their versions.
+    fn libraries(&self) -> BTreeMap<&'static str, String> {
+        BTreeMap::new()
+    }
 
     /// A tensor of zeros.
     fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Tensor>;

@@ -2,20 +2,25 @@
 #![allow(unsafe_code)]
 
 use super::bindings::vlmq_stream;
-use super::runtime::{Address, Arrival, Product, Runtime};
+use super::kernels::Kernels;
+use super::runtime::{Address, Arrival, LATE, Product, Runtime};
 use super::tensor::{Precision, widen};
 use crate::device::ModelOps;
 use crate::device::cpu::Cpu;
 use crate::tensor::Matrix;
-use anyhow::Result;
+use anyhow::{Context, Result, anyhow};
 use half::{bf16, f16};
 use std::alloc::Layout;
+use std::sync::Arc;
 
 /// Alignment of every allocation, as the C API asks of work space.
 const ALIGNMENT: usize = 256;
 
 /// Host memory; every call but a fetch is done when it returns.
-pub(super) struct Emulated;
+pub(super) struct Emulated {
+    /// Say of errors that come late, as a GPU's do.
+    pub(super) kernels: Arc<Kernels>,
+}
 
 impl Runtime for Emulated {
     fn name(&self) -> String {
@@ -51,6 +56,7 @@ impl Runtime for Emulated {
     }
 
     unsafe fn read(&self, from: Address, to: &mut [u8]) -> Result<()> {
+        self.synchronize()?;
         // SAFETY: as in `write`.
         unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from as *const u8, to.len()) };
         Ok(())
@@ -125,7 +131,10 @@ impl Runtime for Emulated {
     }
 
     fn synchronize(&self) -> Result<()> {
-        Ok(())
+        match self.kernels.late_error() {
+            None => Ok(()),
+            Some(error) => Err(anyhow!(error)).context(LATE),
+        }
     }
 }
 

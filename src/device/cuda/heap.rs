@@ -5,8 +5,7 @@ use anyhow::{Result, ensure};
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Of the memory that a GPU has free when it is opened, one part in so many is left alone: cuBLAS's work space, the code of
-/// kernels, and what the driver's pool loses between allocations of different sizes.
+/// Of the memory that a GPU has free when it is opened, one part in so many is left alone: the code of kernels, and what the driver's pool loses between allocations of different sizes.
 const RESERVE: u64 = 16;
 
 /// A [`Runtime`] whose memory is counted.
@@ -25,13 +24,14 @@ impl Heap {
         Ok(Self { runtime, live: AtomicU64::new(0), peak: AtomicU64::new(0), limit: AtomicU64::new(limit) })
     }
 
-    /// Limits it to `bytes`, which the runtime must have.
+    /// Limits it, with what the runtime holds for itself, to `bytes`, which the GPU must have.
     pub(super) fn set_limit(&self, bytes: u64) -> Result<()> {
+        let own = self.runtime.own_bytes();
         if let Some(free) = self.runtime.free_bytes()? {
-            let there = free + self.live.load(Ordering::Relaxed);
+            let there = free + self.live.load(Ordering::Relaxed) + own;
             ensure!(bytes <= there, "a limit of {bytes} bytes of GPU memory, where {there} bytes are free");
         }
-        self.limit.store(bytes, Ordering::Relaxed);
+        self.limit.store(bytes.saturating_sub(own), Ordering::Relaxed);
         Ok(())
     }
 
