@@ -91,6 +91,14 @@ fn a_c_program_quantizes_a_layer_as_the_library_does() {
     let output = Command::new(&program).arg(&out).output().unwrap();
     assert!(output.status.success(), "{}", text(&output));
 
+    // What a call refuses is printed.
+    let fault = "vlmq_permute:cudaErrorInvalidValue";
+    let refused = Command::new(&program).arg(&out).env("VLMQ_EMULATOR_FAIL", fault).output().unwrap();
+    let said = text(&refused);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(said.starts_with("vlmq_permute: cudaLaunchKernel of "), "{said}");
+    assert!(said.ends_with(": cudaErrorInvalidValue: invalid argument\n"), "{said}");
+
     let bytes = fs::read(out).unwrap();
     let (groups, words) = (ROWS * FEATURES / GROUP, ROWS * packed_words(FEATURES, BITS));
     let (codes, rest) = bytes.split_at(ROWS * FEATURES);
@@ -131,8 +139,8 @@ fn the_libraries_for_c_users_hold_the_api() {
     assert_eq!(header, fs::read_to_string(root().join("kernels/include/vlmq.h")).unwrap());
     let mut declared: Vec<&str> = header
         .lines()
-        .filter(|line| line.starts_with("vlmq_status vlmq_") || line.starts_with("size_t vlmq_"))
-        .map(|line| line.split(['(', ' ']).nth(1).unwrap())
+        .filter(|line| ["vlmq_status vlmq_", "size_t vlmq_", "const char* vlmq_"].iter().any(|of| line.starts_with(of)))
+        .map(|line| line.split('(').next().unwrap().rsplit(' ').next().unwrap())
         .collect();
     declared.sort_unstable();
     assert!(declared.len() > 25, "{declared:?}");

@@ -41,6 +41,7 @@ const MAY_BE_UNSAFE: &[&str] = &[
     "src/device/cpu/gemm.rs",
     "src/checkpoint/shard.rs",
     "src/heap.rs",
+    "src/device/cuda/blas.rs",
     "src/device/cuda/device.rs",
     "src/device/cuda/driver.rs",
     "src/device/cuda/emulated.rs",

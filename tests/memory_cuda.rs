@@ -35,9 +35,9 @@ fn limited(limit: Option<u64>) -> Cuda {
     device
 }
 
-/// Leaves so many bytes to tensors: a GPU gets as much more as it leaves to its pool.
+/// Leaves so many bytes to tensors: a GPU gets as much more as it leaves to its pool, and cuBLAS its work space.
 fn limit_tensors(device: &Cuda, limit: u64) {
-    device.limit_memory(if on_gpu() { limit * 16 / 15 } else { limit }).unwrap();
+    device.limit_memory(if on_gpu() { limit * 16 / 15 + (32 << 20) } else { limit }).unwrap();
     assert_eq!(device.memory_limit(), Some(limit));
 }
 

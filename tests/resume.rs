@@ -254,6 +254,10 @@ fn another_run_is_refused_with_the_differences() {
         refused(&[], says);
         fs::write(file, before).unwrap();
     };
+    let begun_with = |bytes: &mut Vec<u8>| {
+        bytes.splice(1..1, *b"\"libraries\": {\"cuBLAS\": \"13.0.2\"},");
+    };
+    changed(&place.work().join("run.json"), begun_with, &["cuBLAS: 13.0.2 then, none now"]);
     changed(&data, |bytes| bytes.push(b'\n'), &["the calibration file has changed"]);
     let weights = model.join("model.safetensors");
     changed(&weights, |bytes| *bytes.last_mut().unwrap() ^= 1, &["model.safetensors of the model has changed"]);

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_activate(const vlmq_activate_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_activate, args, stream) {
   using namespace vlmq;
   if (args == nullptr || args->count < 0 || args->activation < VLMQ_SILU ||
       args->activation > VLMQ_QUICK_GELU || !is_dtype(args->dtype))

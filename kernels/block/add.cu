@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_add(const vlmq_add_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_add, args, stream) {
   using namespace vlmq;
   if (args == nullptr || args->rows < 0 || args->cols < 0 ||
       (args->b_rows != args->rows && args->b_rows != 1) || !is_dtype(args->dtype))

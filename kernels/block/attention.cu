@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(ForwardTile<T, kDim>::kThreads, ForwardTile<T,
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_attention(const vlmq_attention_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_attention, args, stream) {
   using namespace vlmq;
   if (args == nullptr || args->longest_q < 0 || !is_dtype(args->dtype) ||
       !is_attention_shape(args->q_rows, args->k_rows, args->span_count, args->heads, args->kv_heads,

@@ -249,8 +249,7 @@ extern "C" size_t vlmq_attention_backward_workspace_bytes(
   return static_cast<size_t>(args->q_rows) * static_cast<size_t>(args->heads) * sizeof(float);
 }
 
-extern "C" vlmq_status vlmq_attention_backward(const vlmq_attention_backward_args* args,
-                                               vlmq_stream stream) {
+VLMQ_CALL(vlmq_attention_backward, args, stream) {
   using namespace vlmq;
   if (!is_backward(args)) return VLMQ_BAD_ARGUMENT;
   if (args->q_rows == 0 && args->k_rows == 0) return VLMQ_OK;

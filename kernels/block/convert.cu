@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) convert_kernel(const From* x, To* ou
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_convert(const vlmq_convert_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_convert, args, stream) {
   using namespace vlmq;
   if (args == nullptr || args->count < 0 || !is_dtype(args->from) || !is_dtype(args->to))
     return VLMQ_BAD_ARGUMENT;

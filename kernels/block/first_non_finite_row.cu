@@ -26,8 +26,7 @@ __global__ void __launch_bounds__(256)
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_first_non_finite_row(const vlmq_first_non_finite_row_args* args,
-                                                 vlmq_stream stream) {
+VLMQ_CALL(vlmq_first_non_finite_row, args, stream) {
   using namespace vlmq;
   if (args == nullptr || args->rows < 0 || args->rows > INT32_MAX || args->cols < 0 ||
       !is_dtype(args->dtype))

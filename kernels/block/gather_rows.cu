@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(256)
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_gather_rows(const vlmq_gather_rows_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_gather_rows, args, stream) {
   using namespace vlmq;
   if (args == nullptr || args->rows < 0 || args->row_bytes < 0 || args->row_bytes % 2 != 0)
     return VLMQ_BAD_ARGUMENT;

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(256)
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_mean_abs_rows(const vlmq_mean_abs_rows_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_mean_abs_rows, args, stream) {
   using namespace vlmq;
   if (args == nullptr || args->rows < 0 || args->cols < 0 || !is_dtype(args->dtype))
     return VLMQ_BAD_ARGUMENT;

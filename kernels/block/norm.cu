@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(256) norm_kernel(const T* x, const T* weight, 
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_norm(const vlmq_norm_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_norm, args, stream) {
   using namespace vlmq;
   if (args == nullptr || args->rows < 0 || args->cols < 0 || !is_dtype(args->dtype))
     return VLMQ_BAD_ARGUMENT;

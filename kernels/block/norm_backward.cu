@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(256)
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_norm_backward(const vlmq_norm_backward_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_norm_backward, args, stream) {
   using namespace vlmq;
   if (args == nullptr || args->rows < 0 || args->cols < 0 || !is_dtype(args->dtype))
     return VLMQ_BAD_ARGUMENT;

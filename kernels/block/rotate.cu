@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(256)
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_rotate(const vlmq_rotate_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_rotate, args, stream) {
   using namespace vlmq;
   if (args == nullptr || args->tokens < 0 || args->heads < 0 || args->head_dim < 0 ||
       args->head_dim % 2 != 0 || args->head_dim > INT32_MAX || !is_dtype(args->dtype))

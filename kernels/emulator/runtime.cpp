@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -46,7 +48,78 @@ uint64_t from_environment(const char* name, uint64_t otherwise) {
 thread_local bool seed_is_set;
 thread_local uint64_t set_seed;
 
+constexpr Error kErrors[] = {
+    {"cudaErrorInvalidValue: invalid argument", false, false},
+    {"cudaErrorMemoryAllocation: out of memory", false, false},
+    {"cudaErrorLaunchOutOfResources: too many resources requested for launch", false, false},
+    {"cudaErrorNoKernelImageForDevice: no kernel image is available for execution on the device",
+     false, true},
+    {"cudaErrorIllegalAddress: an illegal memory access was encountered", true, false},
+    {"cudaErrorMisalignedAddress: misaligned address", true, false},
+    {"cudaErrorLaunchFailure: unspecified launch failure", true, false},
+};
+
+// A failure to come, or one that has come.
+struct Fault {
+  std::string name;
+  const Error* error = nullptr;  // none
+  uint64_t ahead = 0;            // operations of that name up to the one that fails
+  bool is_raised = false;        // a late error, from then on
+};
+
+// NAME:ERROR or NAME:ERROR:N.
+Fault fault_of(const char* text) {
+  const std::string all = text;
+  const size_t first = all.find(':'), second = all.find(':', first + 1);
+  Fault fault;
+  fault.name = all.substr(0, first);
+  fault.ahead = second == std::string::npos ? 1 : std::strtoull(&all[second + 1], nullptr, 10);
+  if (first != std::string::npos) {
+    const std::string error = all.substr(first + 1, second - first - 1) + ":";
+    for (const Error& known : kErrors) {
+      if (std::strncmp(known.text, error.c_str(), error.size()) == 0) fault.error = &known;
+    }
+  }
+  if (fault.name.empty() || fault.error == nullptr || fault.ahead == 0) {
+    fail({nullptr, 0}, "%s is no failure: NAME:ERROR or NAME:ERROR:N, with an error of kErrors",
+         text);
+  }
+  return fault;
+}
+
+// As the seed: the environment's is the whole program's, one that was set its thread's.
+thread_local bool fault_is_set;
+thread_local Fault set_fault;
+std::mutex fault_lock;
+
+Fault& current_fault() {
+  static Fault of_environment = [] {
+    const char* text = std::getenv("VLMQ_EMULATOR_FAIL");
+    return text == nullptr || *text == '\0' ? Fault() : fault_of(text);
+  }();
+  return fault_is_set ? set_fault : of_environment;
+}
+
+// Whether a kernel as VLMQ_LAUNCH has it, perhaps in parentheses and with template arguments, is
+// the one named.
+bool is_named(const char* kernel, const std::string& name) {
+  kernel += *kernel == '(';
+  const char next =
+      std::strncmp(kernel, name.c_str(), name.size()) == 0 ? kernel[name.size()] : 'x';
+  return next == '\0' || next == '<';
+}
+
 }  // namespace
+
+const Error* enqueue(const char* call, const char* operation) {
+  const std::lock_guard<std::mutex> held(fault_lock);
+  Fault& fault = current_fault();
+  if (fault.error == nullptr || fault.is_raised) return fault.error;
+  if (fault.ahead == 0 || (call != fault.name && !is_named(operation, fault.name))) return nullptr;
+  if (--fault.ahead > 0) return nullptr;
+  fault.is_raised = fault.error->is_late;
+  return fault.is_raised ? nullptr : fault.error;
+}
 
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
             void (*entry)(const void*), const void* arguments) {
@@ -104,4 +177,20 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
 extern "C" __attribute__((visibility("default"))) void vlmq_emulator_set_seed(uint64_t seed) {
   vlmq::emulator::seed_is_set = true;
   vlmq::emulator::set_seed = seed;
+}
+
+// What fails on the calling OS thread, in place of what VLMQ_EMULATOR_FAIL says and in its form;
+// "": nothing.
+extern "C" __attribute__((visibility("default"))) void vlmq_emulator_fail(const char* what) {
+  using namespace vlmq::emulator;
+  fault_is_set = true;
+  set_fault = *what == '\0' ? Fault() : fault_of(what);
+}
+
+// What a synchronization would return: the error that a kernel has raised, in words, or NULL.
+extern "C" __attribute__((visibility("default"))) const char* vlmq_emulator_synchronize() {
+  using namespace vlmq::emulator;
+  const std::lock_guard<std::mutex> held(fault_lock);
+  const Fault& fault = current_fault();
+  return fault.is_raised ? fault.error->text : nullptr;
 }

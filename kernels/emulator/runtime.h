@@ -39,6 +39,17 @@ extern __thread const ThreadView* current __attribute__((tls_model("initial-exec
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
             void (*entry)(const void*), const void* arguments);
 
+// An error of CUDA's.
+struct Error {
+  const char* text;  // cudaErrorIllegalAddress: an illegal memory access was encountered
+  bool is_late;      // a kernel raises it while it runs; whatever comes next reports it
+  bool lacks_image;
+};
+
+// Asked before anything is enqueued by `call` (of the C API), `operation` being the kernel's name
+// or the runtime's function: the error that it must fail with, or null. See vlmq_emulator_fail.
+const Error* enqueue(const char* call, const char* operation);
+
 // Stops the program with the kernel, the block, what went wrong and where each thread is.
 [[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 

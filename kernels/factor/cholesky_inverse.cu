@@ -113,8 +113,7 @@ extern "C" size_t vlmq_cholesky_inverse_workspace_bytes(const vlmq_cholesky_inve
   return vlmq::factor::workspace_floats(args->n) * sizeof(float);
 }
 
-extern "C" vlmq_status vlmq_cholesky_inverse(const vlmq_cholesky_inverse_args* args,
-                                             vlmq_stream stream) {
+VLMQ_CALL(vlmq_cholesky_inverse, args, stream) {
   using namespace vlmq::factor;
   if (args == nullptr || args->n < 0 || args->n > INT32_MAX || args->status == nullptr ||
       !(args->damp >= 0.0f)) {

@@ -94,7 +94,7 @@ vlmq_status enqueue_products(const CrossJob& job, float* products, vlmq_stream s
 
 extern "C" size_t vlmq_cross_factor_workspace_bytes(const vlmq_cross_factor_args*) { return 0; }
 
-extern "C" vlmq_status vlmq_cross_factor(const vlmq_cross_factor_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_cross_factor, args, stream) {
   using namespace vlmq::factor;
   if (args == nullptr || args->n < 0 || args->n > INT32_MAX) return VLMQ_BAD_ARGUMENT;
   if (args->n == 0) return VLMQ_OK;

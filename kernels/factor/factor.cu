@@ -144,7 +144,7 @@ extern "C" size_t vlmq_factor_workspace_bytes(const vlmq_factor_args*) {
   return vlmq::factor::kFinishBytes;
 }
 
-extern "C" vlmq_status vlmq_factor(const vlmq_factor_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_factor, args, stream) {
   using namespace vlmq::factor;
   if (args == nullptr || args->n < 0 || args->n > INT32_MAX || args->status == nullptr) {
     return VLMQ_BAD_ARGUMENT;

@@ -78,7 +78,7 @@ extern "C" size_t vlmq_squared_norm_workspace_bytes(const vlmq_squared_norm_args
   return has_sizes(args) ? static_cast<size_t>(parts_of(*args)) * sizeof(double) : 0;
 }
 
-extern "C" vlmq_status vlmq_squared_norm(const vlmq_squared_norm_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_squared_norm, args, stream) {
   using namespace vlmq::factor;
   if (!has_sizes(args) || args->norm == nullptr) return VLMQ_BAD_ARGUMENT;
   // The sum of nothing is still written.

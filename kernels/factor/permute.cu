@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kSide* kWarps) permute_kernel(vlmq_permute_arg
 }  // namespace
 }  // namespace vlmq::factor
 
-extern "C" vlmq_status vlmq_permute(const vlmq_permute_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_permute, args, stream) {
   using namespace vlmq::factor;
   if (args == nullptr || args->n < 0) return VLMQ_BAD_ARGUMENT;
   if (args->n == 0) return VLMQ_OK;

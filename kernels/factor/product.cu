@@ -135,7 +135,7 @@ vlmq_status enqueue_product(const ProductJob& job, vlmq_stream stream) {
 
 }  // namespace vlmq::factor
 
-extern "C" vlmq_status vlmq_product(const vlmq_product_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_product, args, stream) {
   if (args == nullptr || args->rows < 0 || args->cols < 0 || args->inner < 0) {
     return VLMQ_BAD_ARGUMENT;
   }

@@ -28,6 +28,12 @@ typedef enum vlmq_status {
   VLMQ_CUDA_ERROR = 3       /* the CUDA runtime refused; cudaGetLastError's value is lost with this call */
 } vlmq_status;
 
+/* What this thread's last call that did not return VLMQ_OK says of it: the call, the CUDA runtime's function and the
+ * kernel that it was of, CUDA's error by name and in words. "" where there was none. Stays valid and the same until the
+ * thread's next such call. An error that a kernel raises while it runs, such as cudaErrorIllegalAddress, is told by a
+ * later call or by the stream's synchronization; the message says so. */
+const char* vlmq_last_error(void);
+
 /* A cudaStream_t or CUstream, named without a CUDA header. */
 typedef struct CUstream_st* vlmq_stream;
 

@@ -80,7 +80,7 @@ bool valid(const vlmq_dequantize_args& a) {
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_dequantize(const vlmq_dequantize_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_dequantize, args, stream) {
   using namespace vlmq;
   if (!args || !valid(*args)) return VLMQ_BAD_ARGUMENT;
   if (args->rows == 0 || args->cols == 0) return VLMQ_OK;

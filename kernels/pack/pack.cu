@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(vlmq_pack_args args) {
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_pack(const vlmq_pack_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_pack, args, stream) {
   using namespace vlmq;
   if (!args || !valid_packing(*args)) return VLMQ_BAD_ARGUMENT;
   if (args->runs == 0 || args->count == 0) return VLMQ_OK;

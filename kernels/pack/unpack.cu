@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(vlmq_unpack_args args)
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_unpack(const vlmq_unpack_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_unpack, args, stream) {
   using namespace vlmq;
   if (!args || !valid_packing(*args)) return VLMQ_BAD_ARGUMENT;
   if (args->runs == 0 || args->count == 0) return VLMQ_OK;

@@ -217,7 +217,7 @@ extern "C" size_t vlmq_group_grid_workspace_bytes(const vlmq_group_grid_args* ar
   return static_cast<size_t>(args->rows) * vlmq::solved_stride(args->columns) * sizeof(float);
 }
 
-extern "C" vlmq_status vlmq_group_grid(const vlmq_group_grid_args* args, vlmq_stream stream) {
+VLMQ_CALL(vlmq_group_grid, args, stream) {
   using namespace vlmq;
   if (!args || !valid(*args)) return VLMQ_BAD_ARGUMENT;
   if (args->rows == 0 || args->columns == 0) return VLMQ_OK;

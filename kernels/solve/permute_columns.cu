@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(kThreads) permute_columns_kernel(vlmq_permute_
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_permute_columns(const vlmq_permute_columns_args* args,
-                                            vlmq_stream stream) {
+VLMQ_CALL(vlmq_permute_columns, args, stream) {
   using namespace vlmq;
   if (!args || args->rows < 0 || args->cols < 0 || args->cols > INT32_MAX) return VLMQ_BAD_ARGUMENT;
   if (args->dtype != VLMQ_F32 && args->dtype != VLMQ_BF16 && args->dtype != VLMQ_F16)

@@ -358,8 +358,7 @@ bool valid(const vlmq_quantize_block_args& a) {
 }  // namespace
 }  // namespace vlmq
 
-extern "C" vlmq_status vlmq_quantize_block(const vlmq_quantize_block_args* args,
-                                           vlmq_stream stream) {
+VLMQ_CALL(vlmq_quantize_block, args, stream) {
   using namespace vlmq;
   if (!args || !valid(*args)) return VLMQ_BAD_ARGUMENT;
   if (args->rows == 0 || args->columns == 0) return VLMQ_OK;

@@ -296,8 +296,7 @@ extern "C" size_t vlmq_weighted_hessian_workspace_bytes(const vlmq_weighted_hess
          static_cast<size_t>(partial_tiles) * kTileFloats * sizeof(float);
 }
 
-extern "C" vlmq_status vlmq_weighted_hessian(const vlmq_weighted_hessian_args* args,
-                                             vlmq_stream stream) {
+VLMQ_CALL(vlmq_weighted_hessian, args, stream) {
   using namespace vlmq::statistics;
   if (args == nullptr || !sizes_are_good(*args)) return VLMQ_BAD_ARGUMENT;
   if (args->tokens == 0 || args->features == 0) return VLMQ_OK;

@@ -20,6 +20,7 @@ pub use solve_ops::{
 use crate::tensor::Matrix;
 use anyhow::Result;
 use serde::Serialize;
+use std::collections::BTreeMap;
 
 /// Most that a device's own memory pool held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -86,6 +87,11 @@ pub trait Device: Send + Sync + 'static {
 
     /// Name for logs and reports, such as `cpu`.
     fn name(&self) -> String;
+
+    /// Libraries and drivers that results may depend on beside the device itself, with their versions.
+    fn libraries(&self) -> BTreeMap<&'static str, String> {
+        BTreeMap::new()
+    }
 
     /// A tensor of zeros.
     fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Tensor>;

@@ -40,6 +40,14 @@ static void check(int failed, const char* what) {
   }
 }
 
+/* The same of a call of the C API, which says why itself. */
+static void enqueued(vlmq_status status) {
+  if (status != VLMQ_OK) {
+    fprintf(stderr, "%s\n", vlmq_last_error());
+    exit(1);
+  }
+}
+
 static void* device(size_t bytes) {
   void* p = NULL;
   check(new_memory(&p, bytes ? bytes : 1), "device memory");
@@ -96,7 +104,7 @@ static float* statistics(const uint16_t* u, const float* g) {
   args.dtype = VLMQ_BF16;
   args.workspace_bytes = vlmq_weighted_hessian_workspace_bytes(&args);
   args.workspace = device(args.workspace_bytes);
-  check(vlmq_weighted_hessian(&args, NULL), "vlmq_weighted_hessian");
+  enqueued(vlmq_weighted_hessian(&args, NULL));
   /* Freeing waits for the work before it, as cudaFree does; the emulator's calls are done when they return. */
   free_memory(args.workspace);
   free_memory((void*)args.u);
@@ -125,7 +133,7 @@ static float* damped(const float* hessian) {
   args.out = device(sizeof copy);
   args.n = FEATURES;
   args.symmetric = 1;
-  check(vlmq_permute(&args, NULL), "vlmq_permute");
+  enqueued(vlmq_permute(&args, NULL));
   free_memory((void*)args.order);
   free_memory((void*)args.diagonal);
   return args.out;
@@ -145,7 +153,7 @@ static vlmq_factor_args factor(float* h, const int32_t* blocks, int64_t block_co
   args.status = device_copy(&status, sizeof status);
   args.workspace_bytes = vlmq_factor_workspace_bytes(&args);
   args.workspace = device(args.workspace_bytes);
-  check(vlmq_factor(&args, NULL), "vlmq_factor");
+  enqueued(vlmq_factor(&args, NULL));
   /* The copy waits. Not positive definite: raise the damping and start again from H. */
   check(to_host(&status, args.status, sizeof status), "status");
   check(status != -1, "vlmq_factor: a pivot that is not positive");
@@ -229,14 +237,14 @@ int main(int count, char** arguments) {
     carry.c = quantize.error + first;
     carry.cols = columns;
     carry.inner = first;
-    check(vlmq_product(&carry, NULL), "vlmq_product");
+    enqueued(vlmq_product(&carry, NULL));
     quantize.first = first;
     quantize.columns = columns;
-    check(vlmq_quantize_block(&quantize, NULL), "vlmq_quantize_block");
+    enqueued(vlmq_quantize_block(&quantize, NULL));
     /* Packed while they are there: a block of 128, and here the last one of 64, fills whole words. */
     pack.count = pack.code_run_stride = columns;
     pack.words = all_words + first * BITS / 32;
-    check(vlmq_pack(&pack, NULL), "vlmq_pack");
+    enqueued(vlmq_pack(&pack, NULL));
     pack.words = all_words;
 
     check(to_host(block_codes, quantize.codes, (size_t)(ROWS * columns)), "codes");

@@ -13,9 +13,15 @@ pub fn vlmq_run<S: AsRef<OsStr>>(arguments: &[S]) -> Output {
 
 /// Runs the program with emulated kernels at hand.
 pub fn emulated_run<S: AsRef<OsStr>>(arguments: &[S]) -> Output {
+    emulated(arguments).output().unwrap()
+}
+
+/// The same, to be run.
+pub fn emulated<S: AsRef<OsStr>>(arguments: &[S]) -> Command {
     let library = super::kernels::build("vlmq_kernels", "kernels", super::kernels::Variant::Plain);
     let mut command = Command::new(env!("CARGO_BIN_EXE_vlmq-run"));
-    command.env("VLMQ_EMULATED_KERNELS", library).args(arguments).output().unwrap()
+    command.env("VLMQ_EMULATED_KERNELS", library).args(arguments);
+    command
 }
 
 /// Runs the program, which must succeed, and returns what it prints.

@@ -882,6 +882,7 @@ const _: () = {
     ["Offset of field: vlmq_convert_args::to"][::core::mem::offset_of!(vlmq_convert_args, to) - 28usize];
 };
 unsafe extern "C" {
+    pub fn vlmq_last_error() -> *const ::core::ffi::c_char;
     pub fn vlmq_weighted_hessian_workspace_bytes(args: *const vlmq_weighted_hessian_args) -> usize;
     pub fn vlmq_weighted_hessian(args: *const vlmq_weighted_hessian_args, stream: vlmq_stream) -> vlmq_status;
     pub fn vlmq_permute(args: *const vlmq_permute_args, stream: vlmq_stream) -> vlmq_status;

@@ -7,11 +7,12 @@ use super::emulated::Emulated;
 use super::heap::Heap;
 use super::kernels::{Arguments, Kernels, NeedsWorkspace};
 use super::memory::Memory;
-use super::runtime::Product;
+use super::runtime::{Product, Runtime};
 use super::tensor::{CudaTensor, Precision};
 use crate::device::{Device, PoolPeak, Work};
 use crate::tensor::Matrix;
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::path::Path;
 use std::sync::Arc;
@@ -26,7 +27,12 @@ pub struct Cuda {
     kernels: Arc<Kernels>,
     pub(super) runtime: Arc<Heap>,
     pub(super) precision: Precision,
+    /// Each call waits for its work, so that an error which comes late has a name.
+    sync: bool,
 }
+
+/// Asks for [`Cuda::sync`].
+const SYNC: &str = "VLMQ_SYNC";
 
 impl Cuda {
     /// Takes GPU `ordinal`, counted from 0. Errors, saying what is missing, where this program was built without kernels,
@@ -35,13 +41,23 @@ impl Cuda {
     /// It uses what memory the GPU has free now, less a sixteenth; [`limit_memory`](Self::limit_memory) sets another limit.
     pub fn open(ordinal: usize, precision: Precision) -> Result<Self> {
         let kernels = Arc::new(Kernels::linked()?);
-        Ok(Self { kernels, runtime: Arc::new(Heap::new(Box::new(Driver::open(ordinal)?))?), precision })
+        Self::new(kernels, Box::new(Driver::open(ordinal)?), precision)
     }
 
     /// Runs a library of kernels that was built for the emulator on host memory. For tests: it is slow.
     pub fn emulated(library: &Path, precision: Precision) -> Result<Self> {
         let kernels = Arc::new(Kernels::load(library)?);
-        Ok(Self { kernels, runtime: Arc::new(Heap::new(Box::new(Emulated::new()))?), precision })
+        let runtime = Box::new(Emulated::new(kernels.clone()));
+        Self::new(kernels, runtime, precision)
+    }
+
+    fn new(kernels: Arc<Kernels>, runtime: Box<dyn Runtime>, precision: Precision) -> Result<Self> {
+        let sync = match std::env::var(SYNC).as_deref() {
+            Err(_) | Ok("" | "0") => false,
+            Ok("1") => true,
+            Ok(other) => bail!("{SYNC}={other}: must be 0 or 1"),
+        };
+        Ok(Self { kernels, runtime: Arc::new(Heap::new(runtime)?), precision, sync })
     }
 
     /// The same device for a model of another precision; tensors of both work with both.
@@ -67,15 +83,20 @@ impl Cuda {
         let stream = self.runtime.stream()?;
         // SAFETY: the struct is live during the call, and its pointers are good for what it says: see above.
         match unsafe { A::function(&self.kernels)(arguments, stream) } {
-            vlmq_status::VLMQ_OK => Ok(()),
-            vlmq_status::VLMQ_BAD_ARGUMENT => bail!("{}: sizes that the kernel does not take", A::NAME),
+            vlmq_status::VLMQ_OK => self.done(|| A::NAME.into()),
             vlmq_status::VLMQ_NO_KERNEL_IMAGE => bail!(
-                "{}: this program holds no kernels for {}; build it again with VLMQ_ARCHS naming that GPU",
-                A::NAME,
+                "{}. This program holds no kernels for {}; build it again with VLMQ_ARCHS naming that GPU",
+                self.kernels.last_error(),
                 self.runtime.name()
             ),
-            status => bail!("{}: the CUDA runtime refused the call (status {})", A::NAME, status.0),
+            // Begins with A::NAME.
+            _ => bail!("{}", self.kernels.last_error()),
         }
+    }
+
+    /// Waits for what was just enqueued, if asked to, and names it in the error.
+    fn done(&self, what: impl FnOnce() -> String) -> Result<()> {
+        if self.sync { self.runtime.synchronize().with_context(what) } else { Ok(()) }
     }
 
     /// The same of a call with a work space.
@@ -174,7 +195,8 @@ impl Cuda {
             precision: a.precision,
         };
         // SAFETY: shapes, types and owner were just checked, no dimension is 0, and `c` is borrowed for itself.
-        unsafe { self.runtime.product(&product) }
+        unsafe { self.runtime.product(&product) }?;
+        self.done(|| format!("cuBLAS: {product}"))
     }
 
     /// `out = factor · (a + sign · b)`; one row of `b` is repeated. `out` may lie where `a` does.
@@ -204,6 +226,10 @@ impl Device for Cuda {
 
     fn name(&self) -> String {
         self.runtime.name()
+    }
+
+    fn libraries(&self) -> BTreeMap<&'static str, String> {
+        self.runtime.libraries()
     }
 
     fn zeros(&self, rows: usize, cols: usize) -> Result<CudaTensor> {

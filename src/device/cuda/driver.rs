@@ -2,20 +2,16 @@
 #![allow(unsafe_code)]
 
 use super::bindings::vlmq_stream;
+use super::blas::{Blas, Cublas, WORKSPACE_BYTES};
 use super::pool::Pool;
-use super::runtime::{Address, Arrival, Product, Runtime};
+use super::runtime::{Address, Arrival, LATE, Product, Runtime};
 use super::staging::{Engine, Staging};
-use super::tensor::Precision;
 use crate::device::PoolPeak;
-use anyhow::{Context, Result, bail, ensure};
-use cudarc::cublas::result as cublas;
-use cudarc::cublas::sys::{
-    self as blas, cublasComputeType_t, cublasGemmAlgo_t, cublasHandle_t, cublasMath_t, cublasOperation_t,
-    cudaDataType_t,
-};
-use cudarc::driver::sys::CUresult;
+use anyhow::{Context, Error, Result, anyhow, bail, ensure};
+use cudarc::driver::sys::{CUdevice_attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result as driver};
-use std::ffi::{c_int, c_void};
+use std::collections::BTreeMap;
+use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Oldest GPU that the kernels run on.
@@ -24,8 +20,17 @@ const OLDEST: (i32, i32) = (8, 0);
 /// Bytes of a slot of page-locked memory that copies go through: long enough that a device's start of each does not count.
 const SLOT: usize = 16 << 20;
 
+/// CUDA version that the driver must support: the kernels' own.
+const OLDEST_CUDA: i32 = 13_000;
+
+/// Shared memory that a block must be granted: what every GPU from compute capability 8.0 on offers, and all that a kernel
+/// asks for.
+const LEAST_SHARED: i32 = 99 << 10;
+
 /// One GPU, one stream for its work and one for copies beside it.
 pub(super) struct Driver {
+    /// Before its stream, as fields are dropped in this order.
+    blas: Mutex<Blas>,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     /// Parks and fetches, in their order: what is fetched takes the place of what was parked before it, so that no more than
@@ -35,30 +40,30 @@ pub(super) struct Driver {
     staging: Staging<OnStream>,
     /// What is allocated comes from here.
     pool: Mutex<Pool>,
-    /// A handle serves one thread at a time.
-    blas: Mutex<Blas>,
     name: String,
-}
-
-struct Blas(cublasHandle_t);
-
-// SAFETY: a handle may move between threads; the mutex around it lets one use it at a time.
-unsafe impl Send for Blas {}
-
-impl Drop for Blas {
-    fn drop(&mut self) {
-        // SAFETY: the handle is live and dropped once. An error at the end has nobody to hear it.
-        let _ = unsafe { cublas::destroy_handle(self.0) };
-    }
+    libraries: BTreeMap<&'static str, String>,
 }
 
 impl Driver {
-    /// Takes GPU `ordinal`. Errors, saying what is missing, without driver, GPU or cuBLAS, and on a GPU that is too old.
+    /// Takes GPU `ordinal`. Errors, saying what is missing, without driver, GPU or cuBLAS, where one of them is too old, and
+    /// where cuBLAS is of another version.
     pub(super) fn open(ordinal: usize) -> Result<Self> {
         // SAFETY: opens and closes the driver's library, whose initializers are meant to run in any program.
         let present = unsafe { cudarc::driver::sys::is_culib_present() };
         ensure!(present, "there is no NVIDIA driver here (libcuda.so.1 is not found)");
-        driver::init().context("the NVIDIA driver does not start")?;
+        driver::init().map_err(|error| match error.0 {
+            CUresult::CUDA_ERROR_STUB_LIBRARY => anyhow!(
+                "the libcuda.so found is a stub, for linkers only: take the toolkit's folders named `stubs` out of \
+                 LD_LIBRARY_PATH"
+            ),
+            _ => Error::new(error).context("the NVIDIA driver does not start"),
+        })?;
+        let mut cuda = 0;
+        // SAFETY: writes one number.
+        unsafe { cudarc::driver::sys::cuDriverGetVersion(&mut cuda) }
+            .result()
+            .context("the NVIDIA driver's version")?;
+        check_version(cuda)?;
         let count = CudaContext::device_count().context("the NVIDIA driver counts no GPUs")?;
         ensure!(count > 0, "the NVIDIA driver finds no GPU");
         if ordinal >= count as usize {
@@ -67,35 +72,19 @@ impl Driver {
         let context = CudaContext::new(ordinal).with_context(|| format!("GPU {ordinal} cannot be used"))?;
         let model = context.name().context("the GPU has no name")?;
         let capability = context.compute_capability().context("the GPU has no compute capability")?;
-        ensure!(
-            capability >= OLDEST,
-            "GPU {ordinal} ({model}) has compute capability {}.{}; the kernels need {}.{} or more",
-            capability.0,
-            capability.1,
-            OLDEST.0,
-            OLDEST.1
-        );
-        // SAFETY: as above, for cuBLAS.
-        let present = unsafe { blas::is_culib_present() };
-        ensure!(
-            present,
-            "cuBLAS is not found (libcublas.so.13): install the CUDA 13 libraries, or name their folder in LD_LIBRARY_PATH"
-        );
+        let shared = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
+        check_gpu(capability, shared.context("the GPU does not say how much shared memory it has")?)
+            .with_context(|| format!("GPU {ordinal} ({model})"))?;
+        let cublas = Cublas::find(|name| std::env::var_os(name))?;
         ensure!(context.has_async_alloc(), "the driver offers no memory pools: it is too old");
         let pool = Mutex::new(Pool::new(&context, None)?);
         let stream = context.new_stream().context("no stream")?;
         let copies = context.new_stream().context("no second stream")?;
-        let blas = Blas(cublas::create_handle().context("cuBLAS does not start")?);
-        // SAFETY: handle and stream are live, and the driver's stream type is the runtime's under another name.
-        unsafe {
-            cublas::set_stream(blas.0, stream.cu_stream().cast()).context("cuBLAS")?;
-            // Sums of split products stay in float32.
-            let mode = cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
-            blas::cublasSetMathMode(blas.0, mode).result().context("cuBLAS")?;
-        }
+        let blas = Blas::new(cublas, &context, &stream)?;
+        let libraries = BTreeMap::from([("cuBLAS", blas.version().to_string()), ("NVIDIA driver", driver_name(cuda))]);
         let staging = Staging::new(OnStream(stream.clone()), SLOT);
         let name = format!("cuda:{ordinal} ({model})");
-        Ok(Self { context, stream, copies, staging, pool, blas: Mutex::new(blas), name })
+        Ok(Self { blas: Mutex::new(blas), context, stream, copies, staging, pool, name, libraries })
     }
 
     /// Makes the GPU the calling thread's.
@@ -134,6 +123,46 @@ impl Driver {
     fn finish(&self) -> Result<()> {
         self.synchronize()?;
         self.copies.synchronize().context("the GPU failed in copies that were enqueued before")
+    }
+}
+
+/// 13000 is CUDA 13.0.
+fn cuda_version(number: i32) -> String {
+    format!("{}.{}", number / 1000, number % 1000 / 10)
+}
+
+fn check_version(cuda: i32) -> Result<()> {
+    ensure!(
+        cuda >= OLDEST_CUDA,
+        "the NVIDIA driver supports CUDA {}; the kernels need {}, so driver 580 or newer",
+        cuda_version(cuda),
+        cuda_version(OLDEST_CUDA)
+    );
+    Ok(())
+}
+
+fn check_gpu(capability: (i32, i32), shared: i32) -> Result<()> {
+    ensure!(
+        capability >= OLDEST,
+        "compute capability {}.{}; the kernels need {}.{} or more",
+        capability.0,
+        capability.1,
+        OLDEST.0,
+        OLDEST.1
+    );
+    ensure!(
+        shared >= LEAST_SHARED,
+        "a block may have {shared} bytes of shared memory; the kernels need {LEAST_SHARED}"
+    );
+    Ok(())
+}
+
+/// The driver's own version, where the system tells it, and the CUDA version that it supports.
+fn driver_name(cuda: i32) -> String {
+    let supports = format!("CUDA {}", cuda_version(cuda));
+    match std::fs::read_to_string("/sys/module/nvidia/version") {
+        Ok(version) => format!("{} ({supports})", version.trim()),
+        Err(_) => supports,
     }
 }
 
@@ -209,6 +238,14 @@ impl Engine for OnStream {
 impl Runtime for Driver {
     fn name(&self) -> String {
         self.name.clone()
+    }
+
+    fn libraries(&self) -> BTreeMap<&'static str, String> {
+        self.libraries.clone()
+    }
+
+    fn own_bytes(&self) -> u64 {
+        WORKSPACE_BYTES as u64
     }
 
     fn stream(&self) -> Result<vlmq_stream> {
@@ -335,49 +372,31 @@ impl Runtime for Driver {
 
     unsafe fn product(&self, product: &Product) -> Result<()> {
         self.bind()?;
-        let int = |size: usize| c_int::try_from(size).context("a matrix of more than 2^31 rows or columns");
-        let (rows, cols, inner) = (int(product.rows)?, int(product.cols)?, int(product.inner)?);
-        let kind = match product.precision {
-            Precision::F32 => cudaDataType_t::CUDA_R_32F,
-            Precision::Bf16 => cudaDataType_t::CUDA_R_16BF,
-            Precision::F16 => cudaDataType_t::CUDA_R_16F,
-        };
-        let (alpha, beta) = (1.0f32, if product.accumulate { 1.0f32 } else { 0.0 });
-        // cuBLAS counts column by column, where a row-major matrix is its transpose: cᵀ = op(b)ᵀ·aᵀ.
-        let (operation, b_stride) = match product.transposed {
-            true => (cublasOperation_t::CUBLAS_OP_T, inner),
-            false => (cublasOperation_t::CUBLAS_OP_N, cols),
-        };
-        let handle = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the caller's promise; alpha and beta are host memory that is read before the call returns.
-        unsafe {
-            cublas::gemm_ex(
-                handle.0,
-                operation,
-                cublasOperation_t::CUBLAS_OP_N,
-                cols,
-                rows,
-                inner,
-                (&raw const alpha).cast(),
-                product.b as *const c_void,
-                kind,
-                b_stride,
-                product.a as *const c_void,
-                kind,
-                inner,
-                (&raw const beta).cast(),
-                product.c as *mut c_void,
-                kind,
-                cols,
-                cublasComputeType_t::CUBLAS_COMPUTE_32F,
-                cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-            )
-        }
-        .with_context(|| format!("cuBLAS: product of {rows}x{inner} by {inner}x{cols}"))
+        let blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the caller's promise.
+        unsafe { blas.product(product) }
     }
 
     fn synchronize(&self) -> Result<()> {
         self.bind()?;
-        self.stream.synchronize().context("the GPU failed in work that was enqueued before")
+        self.stream.synchronize().context(LATE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{check_gpu, check_version};
+
+    #[test]
+    fn what_is_too_old_or_too_small_is_told_with_its_numbers() {
+        let of_driver = |cuda| check_version(cuda).map_err(|error| error.to_string());
+        assert_eq!((of_driver(13_000), of_driver(13_010)), (Ok(()), Ok(())));
+        let expected = "the NVIDIA driver supports CUDA 12.4; the kernels need 13.0, so driver 580 or newer";
+        assert_eq!(of_driver(12_040), Err(expected.into()));
+        let of_gpu = |capability, shared| check_gpu(capability, shared).map_err(|error| error.to_string());
+        assert_eq!((of_gpu((8, 0), 101_376), of_gpu((9, 0), 232_448)), (Ok(()), Ok(())));
+        assert_eq!(of_gpu((7, 5), 65_536), Err("compute capability 7.5; the kernels need 8.0 or more".into()));
+        let expected = "a block may have 65536 bytes of shared memory; the kernels need 101376";
+        assert_eq!(of_gpu((8, 7), 65_536), Err(expected.into()));
     }
 }

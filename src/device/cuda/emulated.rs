@@ -2,17 +2,18 @@
 #![allow(unsafe_code)]
 
 use super::bindings::vlmq_stream;
-use super::runtime::{Address, Arrival, Product, Runtime};
+use super::kernels::Kernels;
+use super::runtime::{Address, Arrival, LATE, Product, Runtime};
 use super::staging::{Engine, Staging};
 use super::tensor::{Precision, widen};
 use crate::device::cpu::Cpu;
 use crate::device::{ModelOps, PoolPeak};
 use crate::tensor::Matrix;
-use anyhow::Result;
+use anyhow::{Context, Result, anyhow};
 use half::{bf16, f16};
 use std::alloc::Layout;
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Alignment of every allocation, as the C API asks of work space.
 const ALIGNMENT: usize = 256;
@@ -23,11 +24,13 @@ const SLOT: usize = 1 << 16;
 /// Host memory; every call but a write and a fetch is done when it returns. Those are done as late as they may be.
 pub(super) struct Emulated {
     staging: Staging<Late>,
+    /// Say of errors that come late, as a GPU's do.
+    kernels: Arc<Kernels>,
 }
 
 impl Emulated {
-    pub(super) fn new() -> Self {
-        Self { staging: Staging::new(Late::default(), SLOT) }
+    pub(super) fn new(kernels: Arc<Kernels>) -> Self {
+        Self { staging: Staging::new(Late::default(), SLOT), kernels }
     }
 
     /// Does what was enqueued before the call at hand.
@@ -138,6 +141,7 @@ impl Runtime for Emulated {
     }
 
     unsafe fn read(&self, from: Address, to: &mut [u8]) -> Result<()> {
+        self.synchronize()?;
         // SAFETY: as in `write`.
         unsafe { self.staging.read(from, to) }
     }
@@ -223,7 +227,10 @@ impl Runtime for Emulated {
 
     fn synchronize(&self) -> Result<()> {
         self.catch_up();
-        Ok(())
+        match self.kernels.late_error() {
+            None => Ok(()),
+            Some(error) => Err(anyhow!(error)).context(LATE),
+        }
     }
 }
 

@@ -6,8 +6,8 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Of the memory that a GPU has free when it is opened, and of a limit that is set, one part in so many is left alone: for
-/// cuBLAS's work space and the code of kernels, and for what a pool loses as it holds whole blocks, some of them between
-/// allocations of different sizes.
+/// the code of kernels, and for what a pool loses as it holds whole blocks, some of them between allocations of different
+/// sizes.
 pub(super) const RESERVE: u64 = 16;
 
 /// A [`Runtime`] whose memory is counted.
@@ -26,13 +26,15 @@ impl Heap {
         Ok(Self { runtime, live: AtomicU64::new(0), peak: AtomicU64::new(0), limit: AtomicU64::new(limit) })
     }
 
-    /// Limits it to `bytes`, which the runtime must have. Where it has a pool, the pool holds no more than that, and what may
-    /// be out at once is less by the reserve. Errors where anything is out.
+    /// Limits it, with what the runtime holds for itself, to `bytes`, which the runtime must have. Where it has a pool, the pool
+    /// holds no more than is left of that, and what may be out at once is less by the reserve. Errors where anything is out.
     pub(super) fn set_limit(&self, bytes: u64) -> Result<()> {
-        let live = self.live.load(Ordering::Relaxed);
+        let (live, own) = (self.live.load(Ordering::Relaxed), self.runtime.own_bytes());
         ensure!(live == 0, "a limit of GPU memory is set before the first tensor; now {live} bytes are in use");
-        self.runtime.limit_pool(bytes)?;
-        let limit = if self.runtime.free_bytes()?.is_some() { without_reserve(bytes) } else { bytes };
+        ensure!(bytes > own, "a limit of {bytes} bytes of GPU memory, of which cuBLAS alone takes {own}");
+        let rest = bytes - own;
+        self.runtime.limit_pool(rest)?;
+        let limit = if self.runtime.free_bytes()?.is_some() { without_reserve(rest) } else { rest };
         self.limit.store(limit, Ordering::Relaxed);
         Ok(())
     }

@@ -4,13 +4,16 @@
 use super::bindings::{self, vlmq_status, vlmq_stream};
 use anyhow::{Context, Result};
 use libloading::Library;
-use std::ffi::c_void;
+use std::ffi::{CStr, c_char, c_void};
 use std::path::Path;
 
 /// Enqueues a call.
 type Enqueue<A> = unsafe extern "C" fn(*const A, vlmq_stream) -> vlmq_status;
 /// Bytes of work space that a call needs.
 type WorkspaceBytes<A> = unsafe extern "C" fn(*const A) -> usize;
+
+/// Text of the library's, or null.
+type Text = unsafe extern "C" fn() -> *const c_char;
 
 /// The arguments of one function of the C API.
 pub(super) trait Arguments {
@@ -33,6 +36,9 @@ macro_rules! kernels {
         /// Every function of the C API.
         pub(super) struct Kernels {
             $($name: Enqueue<bindings::$arguments>, $($query: WorkspaceBytes<bindings::$arguments>,)?)*
+            vlmq_last_error: Text,
+            /// The emulator's alone.
+            vlmq_emulator_synchronize: Option<Text>,
             /// Keeps the functions where they are; none where they are part of this program.
             _library: Option<Library>,
         }
@@ -41,7 +47,12 @@ macro_rules! kernels {
             /// Those of this program.
             #[cfg(vlmq_kernels)]
             pub(super) fn linked() -> Result<Self> {
-                Ok(Self { $($name: bindings::$name, $($query: bindings::$query,)?)* _library: None })
+                Ok(Self {
+                    $($name: bindings::$name, $($query: bindings::$query,)?)*
+                    vlmq_last_error: bindings::vlmq_last_error,
+                    vlmq_emulator_synchronize: None,
+                    _library: None,
+                })
             }
 
             fn find(library: Library) -> Result<Self, libloading::Error> {
@@ -50,6 +61,8 @@ macro_rules! kernels {
                 unsafe {
                     Ok(Self {
                         $($name: *library.get(stringify!($name))?, $($query: *library.get(stringify!($query))?,)?)*
+                        vlmq_last_error: *library.get("vlmq_last_error")?,
+                        vlmq_emulator_synchronize: library.get("vlmq_emulator_synchronize").ok().map(|found| *found),
                         _library: Some(library),
                     })
                 }
@@ -116,5 +129,18 @@ impl Kernels {
         // SAFETY: whoever names a library of kernels vouches for what it runs when it is opened, as for any program.
         let library = unsafe { Library::new(path) }.with_context(|| format!("{}: cannot be opened", path.display()))?;
         Self::find(library).with_context(|| format!("{}: not the kernels of this version", path.display()))
+    }
+    /// What the calling thread's last call says that failed, beginning with the call's name.
+    pub(super) fn last_error(&self) -> String {
+        // SAFETY: the text is terminated, and stays the same until this thread calls again.
+        unsafe { CStr::from_ptr((self.vlmq_last_error)()) }.to_string_lossy().into_owned()
+    }
+
+    /// The error that an emulated kernel has raised while it ran, if any.
+    pub(super) fn late_error(&self) -> Option<String> {
+        // SAFETY: kernels/emulator/runtime.cpp defines it so.
+        let text = unsafe { self.vlmq_emulator_synchronize?() };
+        // SAFETY: static text of the library, which is open, where there is any.
+        (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
     }
 }

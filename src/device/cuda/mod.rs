@@ -13,6 +13,7 @@
 //! other just before, and none leaves it.
 
 pub mod bindings;
+mod blas;
 mod checks;
 mod codes;
 mod device;

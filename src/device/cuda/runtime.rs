@@ -6,6 +6,8 @@ use super::tensor::Precision;
 use crate::device::PoolPeak;
 use anyhow::Result;
 use cudarc::driver::CudaEvent;
+use std::collections::BTreeMap;
+use std::fmt;
 
 /// An address in device memory.
 pub(super) type Address = usize;
@@ -28,6 +30,17 @@ pub(super) struct Product {
     pub(super) precision: Precision,
 }
 
+impl fmt::Display for Product {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rows, cols, inner, .. } = self;
+        write!(f, "product of {rows}x{inner} by {inner}x{cols}")
+    }
+}
+
+/// Context of an error that comes behind the call that caused it.
+pub(super) const LATE: &str =
+    "the GPU failed in work that was enqueued before (with VLMQ_SYNC=1 each call waits for its own and is named)";
+
 /// A copy to device memory that is under way.
 pub(super) enum Arrival {
     /// Comes when it is done.
@@ -41,6 +54,16 @@ pub(super) enum Arrival {
 pub(super) trait Runtime: Send + Sync {
     /// Name for logs and reports.
     fn name(&self) -> String;
+
+    /// Libraries and drivers that results may depend on, with their versions.
+    fn libraries(&self) -> BTreeMap<&'static str, String> {
+        BTreeMap::new()
+    }
+
+    /// Bytes of device memory that the runtime holds for itself from the start.
+    fn own_bytes(&self) -> u64 {
+        0
+    }
 
     /// The stream, ready for use by the calling thread.
     fn stream(&self) -> Result<vlmq_stream>;

@@ -152,7 +152,7 @@ fn quantize<D: ModelOps + SolveOps>(
     let clock = StageClock::start(Stage::Checksums, 1, observer);
     let provenance = Provenance::of(&used, &input.checkpoint, &data, &|| Ok(stop.check()?))?;
     stages.push(clock.finish(observer));
-    let identity = resume::identity(&provenance, &device.name())?;
+    let identity = resume::identity(&provenance, &device.name(), device.libraries())?;
     let calibration = encode::counts(&data, input.config.image_token);
     let sizes = Sizes::new(&input.checkpoint, &input.linears, settings.format, &input.solver)?;
 

@@ -63,7 +63,7 @@ fn describe(name: &str, then: Option<&Value>, now: Option<&Value>) -> String {
         Some(Value::String(text)) => text.clone(),
         Some(value) => value.to_string(),
     };
-    let name = name.strip_prefix("settings.").unwrap_or(name);
+    let name = ["settings.", "libraries."].iter().find_map(|group| name.strip_prefix(group)).unwrap_or(name);
     format!("{}: {} then, {} now", name.strip_prefix("solver.").unwrap_or(name), show(then), show(now))
 }
 
@@ -74,7 +74,7 @@ mod tests {
 
     #[test]
     fn differences_are_named_field_by_field() {
-        let then = json!({"vlmq_version": "1", "device": "cpu", "model": "a", "settings": {"model": "a", "seed": 1,
+        let then = json!({"vlmq_version": "1", "device": "cpu", "libraries": {"cuBLAS": "13.0.2"}, "model": "a", "settings": {"model": "a", "seed": 1,
             "solver": {"bits": 3, "group_size": null}}, "inputs": {"model": {"x.json": "1", "y.json": "2"}, "calibration": "3"}});
         assert_eq!(all(&then, &then), [""; 0]);
         let mut now = then.clone();
@@ -82,6 +82,7 @@ mod tests {
         now["settings"]["model"] = "b".into();
         assert_eq!(all(&then, &now), [""; 0]);
         now["vlmq_version"] = "2".into();
+        now["libraries"] = json!({"cuBLAS": "13.1.2"});
         now["settings"]["solver"] = json!({"bits": 4, "group_size": 128});
         now["inputs"] = json!({"model": {"x.json": "0", "z.json": "2"}, "calibration": "4"});
         let expected = [
@@ -89,6 +90,7 @@ mod tests {
             "x.json of the model has changed",
             "y.json of the model is not there now",
             "z.json of the model was not there then",
+            "cuBLAS: 13.0.2 then, 13.1.2 now",
             "bits: 3 then, 4 now",
             "group_size: none then, 128 now",
             "vlmq_version: 1 then, 2 now",

@@ -2,7 +2,7 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | `run.json` | what makes the run: program, settings, checksums of the inputs, device |
+//! | `run.json` | what makes the run: program, settings, checksums of the inputs, device and its libraries |
 //! | `checkpoint/` | the output as it grows |
 //! | `levels` | image features that the first blocks add (DeepStack); written once |
 //! | `state-N` | behind N blocks: reports, times, checksums of the finished layers, both paths' residual streams |
@@ -158,15 +158,21 @@ impl StateBytes {
 }
 
 /// What a run must have in common with the one that it goes on with.
-pub(super) fn identity(provenance: &Provenance, device: &str) -> Result<Value> {
+pub(super) fn identity(
+    provenance: &Provenance,
+    device: &str,
+    libraries: BTreeMap<&'static str, String>,
+) -> Result<Value> {
     #[derive(Serialize)]
     struct Identity<'a> {
         work_folder: u32,
         device: &'a str,
+        #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+        libraries: BTreeMap<&'static str, String>,
         #[serde(flatten)]
         provenance: &'a Provenance,
     }
-    Ok(serde_json::to_value(Identity { work_folder: FORMAT, device, provenance })?)
+    Ok(serde_json::to_value(Identity { work_folder: FORMAT, device, libraries, provenance })?)
 }
 
 /// Takes the space of the states to come, and makes the folder's contents a run that may be gone on with.
