@@ -5,7 +5,8 @@ use anyhow::{Result, ensure};
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Of the memory that a GPU has free when it is opened, one part in so many is left alone: the code of kernels, and what the driver's pool loses between allocations of different sizes.
+/// Of the memory that a GPU has free when it is opened, one part in so many is left alone: the code of kernels,
+/// and what the driver's pool loses between allocations of different sizes.
 const RESERVE: u64 = 16;
 
 /// A [`Runtime`] whose memory is counted.
