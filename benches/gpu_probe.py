@@ -23,11 +23,12 @@ people run today in PyTorch.
 The last line on stdout is the verdict; the exit code is 1 where anything is not ok. What fails or hangs is a line, too: a child
 process does the work, and another goes on behind an item that killed it, or after which the device no longer answers.
 
-With the emulator's library (kernels/emulator) the same items run on the CPU in miniature, without any figure of time. It lies where
-cargo's tests leave it: target/tmp/emulator/plain/libvlmq_kernels.so.
+With the emulator's library (kernels/emulator) the same items run on the CPU in miniature, without any figure of time. Tests of
+cargo leave it in CARGO_TARGET_TMPDIR: emulator/plain/libvlmq_kernels.so.
 """
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -45,6 +46,8 @@ sys.path.insert(0, str(HERE))
 LOST = 75  # exit code of a child that left a device which no longer answers
 GRACE = 15  # seconds past the deadline at which an item is ended
 STARTING = 90  # seconds that PyTorch and a driver may need
+PR_SET_PDEATHSIG = 1
+LATE = "ended: past the deadline"
 MOST_CHILDREN = 12
 
 
@@ -175,12 +178,16 @@ def open_probe(args, start):
         sys.exit(f"{args.library} is not the emulator's library")
     if not api.emulated and not torch.cuda.is_available():
         sys.exit("this library needs a GPU, and PyTorch sees none")
-    earlier = {line["name"]: line.get("ms_median") for line in read_lines(args.against)} if args.against else {}
+    lines = read_lines(args.against) if args.against else []
+    earlier = {line["name"]: line.get("ms_median") for line in lines}
     known = {}
     for line in read_lines(args.out):
         if line["kind"] == "ceiling" and line.get("ms_median"):
             known[line["name"]] = line["tflops"] if line["flop"] else line["gbps"]
-    return Probe(api, Recorder(args.out, start, earlier), known)
+    probe = Probe(api, Recorder(args.out, start, earlier), known)
+    for other in {line["device"] for line in lines if "device" in line} - {probe.common["device"]}:
+        print(f"the figures beside are of {other}, not of {probe.common['device']}", flush=True)
+    return probe
 
 
 def work(args):
@@ -194,8 +201,10 @@ def work(args):
     probe = open_probe(args, args.child)
     done, _ = begun(args)
     fault, _, where = (args.plant or "").partition(":")
+    items = items_of(probe, args)
     with open(progress_of(args), "a") as progress:
-        for item in items_of(probe, args):
+        progress.writelines(f"plan {item.name}\n" for item in items)
+        for item in items:
             if item.name in done:
                 continue
             progress.write(f"begin {item.name}\n")
@@ -237,28 +246,18 @@ def parent(args):
     out.write_text("")
     progress_of(args).write_text("")
     command = [sys.executable, "-u", str(pathlib.Path(__file__).resolve()), *sys.argv[1:], "--child", repr(start)]
-    code = 0
-    for number in range(MOST_CHILDREN):
+    for _ in range(MOST_CHILDREN):
         before = len(begun(args)[0])
         code, why = watch(args, command, start)
         if code == 0:
             break
         names, open_one = begun(args)
         if open_one is not None:
-            line = {
-                "kind": open_one.split(" ", 1)[0]
-                if open_one.split(" ", 1)[0] in ("correct", "time", "reference")
-                else "environment"
-            }
-            line |= {
-                "name": open_one,
-                "error": None,
-                "limit": None,
-                "ok": False,
-                "repeat_ok": None,
-                "written_ok": None,
-                "ms_median": None,
-            }
+            kind = open_one.split(" ", 1)[0]
+            late = why == LATE
+            line = {"kind": "skipped" if late else kind if kind in ("correct", "time", "reference") else "environment"}
+            line |= {"name": open_one, "error": None, "limit": None, "ok": None if late else False, "repeat_ok": None}
+            line |= {"written_ok": None, "ms_median": None}
             report(args, {**line, "at_s": round(time.time() - start, 2), "note": why})
             with open(progress_of(args), "a") as progress:
                 progress.write(f"end {open_one}\n")
@@ -268,14 +267,16 @@ def parent(args):
             break
         if len(names) == before:
             break
-        if time.time() - start > args.deadline + GRACE:
-            report(args, {"kind": "skipped", "name": "all that was left", "note": "past the deadline"})
+        if why == LATE:
             break
     else:
-        report(
-            args,
-            {"kind": "skipped", "name": "all that was left", "ok": False, "note": f"{MOST_CHILDREN} processes came to an end"},
-        )
+        note = f"{MOST_CHILDREN} processes came to an end"
+        report(args, {"kind": "environment", "name": "the probe itself", "ok": False, "note": note})
+    if code != 0:
+        events = [line.split(" ", 1) for line in progress_of(args).read_text().splitlines()]
+        known = {name for event, name in events if event == "begin"}
+        for name in dict.fromkeys(name for event, name in events if event == "plan" and name not in known):
+            report(args, {"kind": "skipped", "name": name, "at_s": round(time.time() - start, 2), "note": why})
     progress_of(args).unlink()
     sys.exit(verdict(args))
 
@@ -288,7 +289,8 @@ def report(args, line):
 
 def watch(args, command, start):
     """Runs a child to its end; ends it where it makes no progress. Its exit code, and why it is not 0."""
-    child = subprocess.Popen(command)
+    # A probe that is ended from outside must not leave a process on the GPU.
+    child = subprocess.Popen(command, preexec_fn=lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
     seen, since = None, time.time()
     late = False
     while child.poll() is None:
@@ -302,7 +304,7 @@ def watch(args, command, start):
         if late or time.time() - since > patience:
             child.kill()
             child.wait()
-            return -1, "ended: past the deadline" if late else f"ended: no progress for {patience:g} s"
+            return -1, LATE if late else f"ended: no progress for {patience:g} s"
     code = child.returncode
     if code < 0:
         return code, f"ended by {signal.Signals(-code).name}"

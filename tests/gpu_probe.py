@@ -1,9 +1,9 @@
 """The probe of benches/gpu_probe.py finds what is planted: wrong, unwritten and stray outputs, other bits in another run, faults
 that end a process or hang it. And what it makes of vlmq.h is what a C compiler makes of it.
 
-    python tests/gpu_probe.py --library target/tmp/emulator/plain/libvlmq_kernels.so
+    python tests/gpu_probe.py --library LIBRARY
 
-Needs benches/requirements.txt and a C compiler (CC, else cc), no GPU.
+LIBRARY is the emulator's (kernels/emulator). Needs benches/requirements.txt and a C compiler (CC, else cc), no GPU.
 """
 
 import argparse

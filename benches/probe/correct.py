@@ -351,16 +351,21 @@ def block_outputs(rows, columns, groups):
     }
 
 
-def grid_errors(weights, scales, zeros, rule, limit=0.0):
-    """Of a grid that was chosen for weights [rows, groups, columns], from the range or by the least loss."""
+def grid_errors(weights, scales, zeros, rule, corrected=False):
+    """Of a grid that was chosen for weights [rows, groups, columns], from the range or by the least loss. Corrected weights are
+    known to float32 only: now and then a scale falls on the other side of a tie of its type."""
     dtype = TYPES[rule["scale_type"]]
     scale, zero, loss = oracles.grid_of(weights, rule, dtype)
     scales, zeros = scales.double().unsqueeze(-1), zeros.double().unsqueeze(-1)
+    few = max(1e-3, 1.5 / scales.numel()) if corrected else 0.0
     if loss is None:
-        return [("scales that differ", float(((scales != scale) | (zeros != zero)).double().mean()), limit)]
+        other = ((scales - scale).abs() > 0.01 * scale) | ((zeros - zero).abs() > 1)
+        differ = (scales != scale) | (zeros != zero)
+        return [("scales that differ", float(differ.double().mean()), few), ("scales that are others", float(other.sum()), 0)]
     # Two candidates may be as good as alike.
-    found = oracles.loss_of(weights, scales, zeros, rule["bits"])
-    return [("loss above the least", float(((found - loss) / loss.clamp(min=1e-30)).max()), 1e-4)]
+    above = (oracles.loss_of(weights, scales, zeros, rule["bits"]) - loss) / loss.clamp(min=1e-30)
+    found = [("loss above the least", float(above.max()), 1e-2 if corrected else 1e-4)]
+    return found + [("groups with another loss", float((above > 1e-4).double().mean()), few)] if corrected else found
 
 
 def round_to_nearest(probe):
@@ -458,7 +463,7 @@ def quantize_block_of(probe, rows):
                         out["scales"][:, i // group, None],
                         out["zeros"][:, i // group, None],
                         rule,
-                        0.03,
+                        True,
                     )
                     scale, zero = out["scales"][:, i // group].double(), out["zeros"][:, i // group].double()
                 before[:, i] = current[:, i]
@@ -543,7 +548,7 @@ def group_grid(probe):
         )
 
         def errors(out):
-            return grid_errors(weights.unsqueeze(1), out["scales"], out["zeros"], rule, 0.1 if corrected else 0.0) + [
+            return grid_errors(weights.unsqueeze(1), out["scales"], out["zeros"], rule, corrected) + [
                 ("status", float(out["status"].item() != 2**31 - 1), 0)
             ]
 
