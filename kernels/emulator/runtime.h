@@ -39,6 +39,9 @@ extern __thread const ThreadView* current __attribute__((tls_model("initial-exec
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
             void (*entry)(const void*), const void* arguments);
 
+// Shared memory that the emulated device gives a block.
+size_t shared_bytes_of_a_block();
+
 // Stops the program with the kernel, the block, what went wrong and where each thread is.
 [[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
