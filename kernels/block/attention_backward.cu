@@ -40,8 +40,9 @@ struct BackwardTile {
   static constexpr int kRows = 16 * kWarps;
   static constexpr int kWalked = kSmall || (sizeof(T) == 4 && kDim == 256) ? 16 : 32;
   /// Columns of the gradients that a block sums. Two gradients of 256 columns are more than a
-  /// thread's registers hold: a block sums half of them, and another block the other half.
-  static constexpr int kOut = kOfKeys && kDim > 128 ? 128 : kDim;
+  /// thread's registers hold: a block sums half of them, and another block the other half. Small
+  /// blocks do so for dQ too, whose registers ran out on sm_120.
+  static constexpr int kOut = kDim > 128 && (kOfKeys || (kSmall && sizeof(T) == 2)) ? 128 : kDim;
   static constexpr int kParts = kDim / kOut;
   /// Blocks that share a multiprocessor by their registers: what ptxas reaches without spilling.
   static constexpr int kBlocks =
