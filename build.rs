@@ -23,8 +23,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 
-/// Every GPU from 2020 on: 8.x, 9.0, and all later ones through PTX.
-const ARCHS: &str = "80,90a,100-ptx";
+/// Every GPU from 2020 on: 8.x (8.6 runs 8.0's code), 9.0, 12.x, and 10.x and all later ones through PTX.
+const ARCHS: &str = "80,89,90a,120,100-ptx";
 
 /// The oldest toolkit whose compiler the kernels are tested with.
 const OLDEST: (u32, u32) = (13, 0);

@@ -7,7 +7,7 @@ mod support;
 use half::{bf16, f16};
 use libloading::{Library, Symbol};
 use std::sync::OnceLock;
-use support::kernels::{self, Variant};
+use support::kernels::{self, SHARED_KIB, Variant};
 
 const NAME: &str = "planted";
 const FOLDER: &str = "tests/emulator";
@@ -62,6 +62,7 @@ const PLANTED: &[Planted] = &[
     planted("global_read_beyond", Nothing, BEYOND, Nothing),
     planted("global_write_beyond", Nothing, BEYOND, RACE),
     planted("shared_beyond", Nothing, BEYOND, Nothing),
+    always("shared_beyond_the_limit", "166913 bytes of shared memory, the GPU gives a block 166912"),
     always("misaligned_vector", "misaligned vector load"),
     planted("misaligned_cast", Nothing, Message("misaligned address 0x"), Nothing),
     planted("uninitialised_shared", Output, Output, Output),
@@ -145,6 +146,29 @@ fn defects_are_seen_by_the_address_sanitizer() {
 #[test]
 fn defects_are_seen_by_the_thread_sanitizer() {
     defects_are_seen(Variant::Thread);
+}
+
+#[test]
+fn shared_memory_is_the_gpus() {
+    let bytes = function::<unsafe extern "C" fn() -> usize>("numerics_shared_bytes");
+    for kib in SHARED_KIB {
+        kernels::set_shared_kib(library(), kib);
+        // SAFETY: it takes nothing and returns a number.
+        assert_eq!(unsafe { bytes() }, kib as usize * 1024);
+        assert!(reverses("shared_beyond_the_limit", 0, 0), "all of {kib} KiB");
+    }
+    kernels::set_shared_kib(library(), SHARED_KIB[0]);
+    for (kib, expected) in [
+        ("99", "101377 bytes of shared memory, the GPU gives a block 101376"),
+        ("227", "232449 bytes of shared memory, the GPU gives a block 232448"),
+        ("100", "100 KiB of shared memory: GPUs give a block 99, 163 or 227 KiB"),
+        ("99k", "VLMQ_EMULATOR_SHARED_KIB=99k is not a number"),
+    ] {
+        let environment = [("VLMQ_PLANTED", "shared_beyond_the_limit 0"), ("VLMQ_EMULATOR_SHARED_KIB", kib)];
+        let run = kernels::run_under(Variant::Plain, &["child"], &environment);
+        let printed = kernels::text(&run);
+        assert!(printed.contains(expected) && !run.status.success(), "no {expected:?} in\n{printed}");
+    }
 }
 
 /// A defect that only some schedules show would slip through tests of a few seeds.

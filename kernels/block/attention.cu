@@ -3,6 +3,7 @@
 // queries see, with a running maximum and a running sum for each query.
 
 #include "block/attention_tile.cuh"
+#include "device/limits.cuh"
 
 namespace vlmq {
 namespace {
@@ -20,10 +21,11 @@ struct Forward {
 };
 
 /// float32 elements are twice as long: fewer warps and shorter tiles keep within the 163 KiB of
-/// sm_80. Tiles of 16-bit types let two blocks or more share a multiprocessor, but at 256.
-template <class T, int kDim>
+/// sm_80. Tiles of 16-bit types let two blocks or more share a multiprocessor, but at 256. kSmall:
+/// one warp, for the 99 KiB of other GPUs, where two need more; what a warp sums is the same.
+template <class T, int kDim, bool kSmall = false>
 struct ForwardTile {
-  static constexpr int kWarps = sizeof(T) == 4 ? 2 : 4;
+  static constexpr int kWarps = kSmall ? 1 : sizeof(T) == 4 ? 2 : 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRows = 16 * kWarps;
   static constexpr int kKeys = sizeof(T) == 4 ? (kDim == 256 ? 16 : 32) : (kDim <= 80 ? 64 : 32);
@@ -34,13 +36,11 @@ struct ForwardTile {
   /// Queries, then two buffers each of keys and of values, then each warp's scratch.
   static constexpr size_t kSharedBytes =
       (kRows + 4 * kKeys) * kStride * sizeof(T) + kWarps * kScratch;
-  static_assert(kSharedBytes <= 163 << 10, "shared memory of sm_80");
 };
 
-template <class T, int kDim>
-__global__ void __launch_bounds__(ForwardTile<T, kDim>::kThreads, ForwardTile<T, kDim>::kBlocks)
+template <class T, int kDim, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     attention_kernel(Forward<T> problem) {
-  using Tile = ForwardTile<T, kDim>;
   using Product = Products<T, kDim>;
   constexpr int kKeys = Tile::kKeys, kTiles = kKeys / 8;
 
@@ -169,6 +169,39 @@ __global__ void __launch_bounds__(ForwardTile<T, kDim>::kThreads, ForwardTile<T,
                    dim, problem.wide, out);
 }
 
+template <class T, int kDim, class Tile>
+vlmq_status run(const vlmq_attention_args& args, vlmq_stream stream) {
+  const bool has_spans = args.span_count > 0 && args.longest_q > 0;
+  const unsigned blocks = has_spans ? span_tiles(args.longest_q, Tile::kRows, args.span_count) : 0;
+  if (has_spans && blocks == 0) return VLMQ_BAD_ARGUMENT;
+  const auto rows = static_cast<size_t>(args.q_rows);
+  const auto heads = static_cast<size_t>(args.heads);
+  const auto width = static_cast<size_t>(args.head_dim) * sizeof(T);
+  vlmq_status status = fill_async(args.out, 0, rows * heads * width, stream);
+  if (status == VLMQ_OK && args.log_sum != nullptr)
+    status = fill_async(args.log_sum, 0, rows * heads * sizeof(float), stream);
+  if (status != VLMQ_OK || !has_spans) return status;
+
+  Forward<T> problem{};
+  problem.q = static_cast<const T*>(args.q);
+  problem.k = static_cast<const T*>(args.k);
+  problem.v = static_cast<const T*>(args.v);
+  problem.out = static_cast<T*>(args.out);
+  problem.log_sum = args.log_sum;
+  problem.spans = args.spans;
+  problem.tiles = static_cast<int>(ceil_div(args.longest_q, Tile::kRows));
+  problem.heads = static_cast<int>(args.heads);
+  problem.kv_heads = static_cast<int>(args.kv_heads);
+  problem.head_dim = static_cast<int>(args.head_dim);
+  problem.scale = kLog2E / sqrtf(static_cast<float>(args.head_dim));
+  problem.causal = args.causal != 0;
+  problem.wide = width % 16 == 0 && is_aligned(args.q, 16) && is_aligned(args.k, 16) &&
+                 is_aligned(args.v, 16) && is_aligned(args.out, 16);
+  return VLMQ_LAUNCH((attention_kernel<T, kDim, Tile>),
+                     dim3(blocks, static_cast<unsigned>(args.heads)), Tile::kThreads,
+                     Tile::kSharedBytes, stream, problem);
+}
+
 }  // namespace
 }  // namespace vlmq
 
@@ -188,36 +221,8 @@ VLMQ_CALL(vlmq_attention, args, stream) {
     return with_head_dim(args->head_dim, [&](auto dim) {
       using T = decltype(tag);
       constexpr int kDim = decltype(dim)::kValue;
-      using Tile = ForwardTile<T, kDim>;
-      const unsigned blocks =
-          has_spans ? span_tiles(args->longest_q, Tile::kRows, args->span_count) : 0;
-      if (has_spans && blocks == 0) return VLMQ_BAD_ARGUMENT;
-      const auto rows = static_cast<size_t>(args->q_rows);
-      const auto heads = static_cast<size_t>(args->heads);
-      const auto width = static_cast<size_t>(args->head_dim) * sizeof(T);
-      vlmq_status status = fill_async(args->out, 0, rows * heads * width, stream);
-      if (status == VLMQ_OK && args->log_sum != nullptr)
-        status = fill_async(args->log_sum, 0, rows * heads * sizeof(float), stream);
-      if (status != VLMQ_OK || !has_spans) return status;
-
-      Forward<T> problem{};
-      problem.q = static_cast<const T*>(args->q);
-      problem.k = static_cast<const T*>(args->k);
-      problem.v = static_cast<const T*>(args->v);
-      problem.out = static_cast<T*>(args->out);
-      problem.log_sum = args->log_sum;
-      problem.spans = args->spans;
-      problem.tiles = static_cast<int>(ceil_div(args->longest_q, Tile::kRows));
-      problem.heads = static_cast<int>(args->heads);
-      problem.kv_heads = static_cast<int>(args->kv_heads);
-      problem.head_dim = static_cast<int>(args->head_dim);
-      problem.scale = kLog2E / sqrtf(static_cast<float>(args->head_dim));
-      problem.causal = args->causal != 0;
-      problem.wide = width % 16 == 0 && is_aligned(args->q, 16) && is_aligned(args->k, 16) &&
-                     is_aligned(args->v, 16) && is_aligned(args->out, 16);
-      return VLMQ_LAUNCH((attention_kernel<T, kDim>),
-                         dim3(blocks, static_cast<unsigned>(args->heads)), Tile::kThreads,
-                         Tile::kSharedBytes, stream, problem);
+      return with_layout<ForwardTile<T, kDim>, ForwardTile<T, kDim, true>>(
+          [&](auto tile) { return run<T, kDim, decltype(tile)>(*args, stream); });
     });
   });
 }

@@ -10,6 +10,7 @@
 // fixed rows `x` against the walked rows `y`, P and dS with x along their rows.
 
 #include "block/attention_tile.cuh"
+#include "device/limits.cuh"
 #include "device/reduce.cuh"
 
 namespace vlmq {
@@ -27,16 +28,21 @@ struct Backward {
   bool causal, wide;
 };
 
-/// float32 as in the forward kernel: fewer warps, shorter tiles.
-template <class T, int kDim, bool kOfKeys>
+/// float32 as in the forward kernel: fewer warps, shorter tiles. kSmall: still fewer, for the 99
+/// KiB of some GPUs; a row's sums run over the same walked rows in the same order.
+template <class T, int kDim, bool kOfKeys, bool kSmall = false>
 struct BackwardTile {
-  static constexpr int kWarps = sizeof(T) == 4 ? 2 : 4;
+  static constexpr int kWarps = !kSmall          ? (sizeof(T) == 4 ? 2 : 4)
+                                : sizeof(T) == 2 ? 3
+                                : kDim == 256    ? 1
+                                                 : 2;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRows = 16 * kWarps;
-  static constexpr int kWalked = sizeof(T) == 4 && kDim == 256 ? 16 : 32;
+  static constexpr int kWalked = kSmall || (sizeof(T) == 4 && kDim == 256) ? 16 : 32;
   /// Columns of the gradients that a block sums. Two gradients of 256 columns are more than a
-  /// thread's registers hold: a block sums half of them, and another block the other half.
-  static constexpr int kOut = kOfKeys && kDim > 128 ? 128 : kDim;
+  /// thread's registers hold: a block sums half of them, and another block the other half. Small
+  /// blocks do so for dQ too, whose registers ran out on sm_120.
+  static constexpr int kOut = kDim > 128 && (kOfKeys || (kSmall && sizeof(T) == 2)) ? 128 : kDim;
   static constexpr int kParts = kDim / kOut;
   /// Blocks that share a multiprocessor by their registers: what ptxas reaches without spilling.
   static constexpr int kBlocks =
@@ -47,7 +53,7 @@ struct BackwardTile {
   /// sums and D, then each warp's scratch.
   static constexpr size_t kSharedBytes = (2 * kRows + 4 * kWalked) * kStride * sizeof(T) +
                                          4 * kWalked * sizeof(float) + kWarps * kScratch;
-  static_assert(kSharedBytes <= 163 << 10, "shared memory of sm_80");
+  static_assert(kThreads >= 2 * kWalked, "a thread copies one log sum or D at most");
 };
 
 /// D, a warp a query and head.
@@ -72,11 +78,9 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-template <class T, int kDim, bool kOfKeys>
-__global__ void __launch_bounds__(BackwardTile<T, kDim, kOfKeys>::kThreads,
-                                  BackwardTile<T, kDim, kOfKeys>::kBlocks)
+template <class T, int kDim, bool kOfKeys, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     attention_backward_kernel(Backward<T> problem) {
-  using Tile = BackwardTile<T, kDim, kOfKeys>;
   using Product = Products<T, kDim>;
   constexpr int kWalked = Tile::kWalked, kTiles = kWalked / 8, kOut = Tile::kOut;
 
@@ -219,14 +223,18 @@ bool is_backward(const vlmq_attention_backward_args* args) {
 /// dK and dV, or dQ.
 template <class T, int kDim, bool kOfKeys>
 vlmq_status run(Backward<T> problem, int64_t longest, int64_t span_count, vlmq_stream stream) {
-  using Tile = BackwardTile<T, kDim, kOfKeys>;
-  const unsigned blocks = span_tiles(longest, Tile::kRows, span_count);
-  if (blocks == 0) return VLMQ_BAD_ARGUMENT;
-  problem.tiles = static_cast<int>(ceil_div(longest, Tile::kRows));
+  using Ample = BackwardTile<T, kDim, kOfKeys>;
+  using Small = BackwardTile<T, kDim, kOfKeys, true>;
   const auto heads = static_cast<unsigned>(kOfKeys ? problem.kv_heads : problem.heads);
-  return VLMQ_LAUNCH((attention_backward_kernel<T, kDim, kOfKeys>),
-                     dim3(blocks, heads, Tile::kParts), Tile::kThreads, Tile::kSharedBytes, stream,
-                     problem);
+  return with_layout<Ample, Small>([&](auto tile) -> vlmq_status {
+    using Tile = decltype(tile);
+    const unsigned blocks = span_tiles(longest, Tile::kRows, span_count);
+    if (blocks == 0) return VLMQ_BAD_ARGUMENT;
+    problem.tiles = static_cast<int>(ceil_div(longest, Tile::kRows));
+    return VLMQ_LAUNCH((attention_backward_kernel<T, kDim, kOfKeys, Tile>),
+                       dim3(blocks, heads, Tile::kParts), Tile::kThreads, Tile::kSharedBytes,
+                       stream, problem);
+  });
 }
 
 template <class T>

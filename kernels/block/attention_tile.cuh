@@ -126,7 +126,11 @@ struct Products {
     const FragmentRow of_x = fragment_a_mk(lane), of_y = fragment_b_nk(lane);
     x += of_x.row * kStride + of_x.col;
     y += of_y.row * kStride + of_y.col;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#pragma unroll 2  // in full, ptxas spills a few registers in the backward kernel there
+#else
 #pragma unroll
+#endif
     for (int k = 0; k < kDim; k += 16) {
       uint32_t a[4];
       ldmatrix_x4(a, x + k);

@@ -15,9 +15,6 @@ namespace vlmq::emulator {
 
 namespace {
 
-// What sm_80 offers a block; other GPUs of compute capability 8 have less, newer ones more.
-constexpr size_t kMaxSharedBytes = 163 << 10;
-
 std::mutex free_workers_lock;
 Worker* free_workers;
 
@@ -47,6 +44,17 @@ uint64_t from_environment(const char* name, uint64_t otherwise) {
 // Of the calling OS thread, so that tests which run side by side each have their own.
 thread_local bool seed_is_set;
 thread_local uint64_t set_seed;
+thread_local uint64_t set_shared_kib;  // 0: as the environment says
+
+// KiB of shared memory that GPUs give a block: compute capability 8.6, 8.9 and 12.x; 8.0 and 8.7;
+// 9.0 and 10.x.
+uint64_t checked_shared_kib(uint64_t kib) {
+  if (kib != 99 && kib != 163 && kib != 227) {
+    fail({nullptr, 0}, "%llu KiB of shared memory: GPUs give a block 99, 163 or 227 KiB",
+         static_cast<unsigned long long>(kib));
+  }
+  return kib;
+}
 
 constexpr Error kErrors[] = {
     {"cudaErrorInvalidValue: invalid argument", false, false},
@@ -121,6 +129,12 @@ const Error* enqueue(const char* call, const char* operation) {
   return fault.is_raised ? nullptr : fault.error;
 }
 
+size_t shared_bytes_of_a_block() {
+  static const uint64_t default_kib =
+      checked_shared_kib(from_environment("VLMQ_EMULATOR_SHARED_KIB", 163));
+  return (set_shared_kib != 0 ? set_shared_kib : default_kib) << 10;
+}
+
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
             void (*entry)(const void*), const void* arguments) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
@@ -133,9 +147,9 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
   if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     fail(nowhere, "kernel %s: grid of %u x %u x %u blocks", kernel, grid.x, grid.y, grid.z);
   }
-  if (shared_bytes > kMaxSharedBytes) {
-    fail(nowhere, "kernel %s: %zu bytes of shared memory, sm_80 has %zu", kernel, shared_bytes,
-         kMaxSharedBytes);
+  if (shared_bytes > shared_bytes_of_a_block()) {
+    fail(nowhere, "kernel %s: %zu bytes of shared memory, the GPU gives a block %zu", kernel,
+         shared_bytes, shared_bytes_of_a_block());
   }
 
   static const uint64_t default_seed = from_environment("VLMQ_EMULATOR_SEED", 0);
@@ -193,4 +207,9 @@ extern "C" __attribute__((visibility("default"))) const char* vlmq_emulator_sync
   const std::lock_guard<std::mutex> held(fault_lock);
   const Fault& fault = current_fault();
   return fault.is_raised ? fault.error->text : nullptr;
+}
+
+// What the device of the launches that follow on the calling OS thread gives a block.
+extern "C" __attribute__((visibility("default"))) void vlmq_emulator_set_shared_kib(uint64_t kib) {
+  vlmq::emulator::set_shared_kib = vlmq::emulator::checked_shared_kib(kib);
 }

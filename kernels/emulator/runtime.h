@@ -50,6 +50,9 @@ struct Error {
 // or the runtime's function: the error that it must fail with, or null. See vlmq_emulator_fail.
 const Error* enqueue(const char* call, const char* operation);
 
+// Shared memory that the emulated device gives a block.
+size_t shared_bytes_of_a_block();
+
 // Stops the program with the kernel, the block, what went wrong and where each thread is.
 [[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 

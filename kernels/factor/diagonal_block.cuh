@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "device/launch.cuh"
+#include "device/limits.cuh"
 #include "vlmq.h"
 
 namespace vlmq::factor {
@@ -20,7 +21,7 @@ constexpr int kPackedSize = kBlock * (kBlock + 1) / 2;
 
 static_assert(kBlock % kPanel == 0, "whole panels");
 
-/// Shared memory of the block: 83 976 bytes, below the 99 KiB of sm_89.
+/// Shared memory of the block: 83 592 bytes.
 struct DiagonalShared {
   double packed[kPackedSize];       // upper triangle, see packed_index
   double unscaled[kPanel][kBlock];  // the panel's columns of L D
@@ -28,6 +29,7 @@ struct DiagonalShared {
   double reciprocals[kPanel];       // of the panel's pivots
   int32_t failed;                   // column whose pivot is not positive, or -1
 };
+static_assert(sizeof(DiagonalShared) <= kLeastShared, "some GPUs have less");
 
 /// Packed by columns. Neighbours down a column are neighbours in memory, and the triangular numbers
 /// are distinct modulo each power of two: neither a column nor a row has bank conflicts.

@@ -7,12 +7,13 @@
 // instructions: at most 3e-7 of the sum. Then it is added to float32 registers, rounded to nearest.
 //
 // 8 warps, each 64x32 of the tile. Two buffers of kDepth columns of a and rows of op(b), filled by
-// cp.async: 73 728 bytes, which any GPU from sm_80 on gives a block (sm_89: 99 KiB).
+// cp.async: 73 728 bytes.
 #pragma once
 
 #include <cstdint>
 
 #include "device/launch.cuh"
+#include "device/limits.cuh"
 #include "device/mma.cuh"
 #include "device/ptx.cuh"
 
@@ -31,6 +32,7 @@ constexpr int kPanelStride = kTile + 8;
 constexpr int kBufferFloats = kTile * kRowStride;  // of one operand
 constexpr size_t kTileSharedBytes = 4 * kBufferFloats * sizeof(float);
 
+static_assert(kTileSharedBytes <= kLeastShared, "some GPUs have less");
 static_assert(kThreads / 32 * kWarpRows * kWarpCols == kTile * kTile, "warps cover the tile");
 static_assert(kRowStride % 32 == 4, "ldmatrix without bank conflicts");
 static_assert(kPanelStride % 32 == 8, "fragments of b without bank conflicts");

@@ -9,7 +9,8 @@
  * row; sizes may be zero, and then nothing is enqueued. Work space comes from the caller: the call's
  * `..._workspace_bytes` says how much for the same arguments, aligned to 256 bytes, contents irrelevant.
  *
- * Results are the same bits for the same arguments on the same GPU. */
+ * Results are the same bits for the same arguments on the same GPU. The shared memory that a GPU gives a block decides
+ * which variant of a kernel runs there, not in which order it sums. */
 #ifndef VLMQ_H
 #define VLMQ_H
 

@@ -5,6 +5,7 @@
 // S_B = (acc_B - S root[before, B]) inverse_B, tiles of rows on their own. Then one launch finds
 // the grids, a warp a row.
 #include "device/launch.cuh"
+#include "device/limits.cuh"
 #include "solve/grid.cuh"
 #include "solve/tile.cuh"
 
@@ -23,7 +24,7 @@ constexpr int kTileStride = VLMQ_BLOCK + 4;
 constexpr int kRight = kDepth * VLMQ_BLOCK;
 constexpr int kLeft = kRows * kLeftStride;
 constexpr size_t kShared = (2 * (kRight + kLeft) + kRows * kTileStride) * sizeof(float);
-static_assert(kShared <= 163 << 10, "sm_80 has 163 KiB of shared memory for a block");
+static_assert(kShared <= kLeastShared, "some GPUs have less");
 
 /// Row stride of the work space: rows start at multiples of 16 bytes.
 __host__ __device__ constexpr long long solved_stride(long long columns) {

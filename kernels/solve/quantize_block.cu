@@ -7,9 +7,14 @@
 // move down by one, so the loop's body, and with it the range search, is there once and registers
 // still have fixed names.
 //
+// Where a block has 99 KiB of shared memory instead of 163, eight lanes share a row however many
+// rows there are, and with GPTAQ the two triangles that only the panels' loop reads come panel by
+// panel.
+//
 // Per element of a row the order of operations is that of the CPU device and does not depend on
 // kLanes.
 #include "device/launch.cuh"
+#include "device/limits.cuh"
 #include "solve/grid.cuh"
 #include "solve/tile.cuh"
 
@@ -35,30 +40,37 @@ struct Shape {
   static constexpr int kTileStride = VLMQ_BLOCK + 4;
   /// Rows of a triangle without the panels left of the diagonal.
   static constexpr int kTriangle = kPanel * kPanel * kPanels * (kPanels + 1) / 2;
+  static constexpr int kFirstPanel = kPanel * VLMQ_BLOCK;  // of a triangle, and its largest
   static_assert(VLMQ_BLOCK % kPanel == 0, "a block is cut into whole panels");
   static_assert(32 % kPanel == 0, "panels make up the 32 columns by which row errors are summed");
+
+  /// Where the rows of a panel start in a triangle.
+  __device__ static int start(int panel) {
+    return kPanel * (panel * VLMQ_BLOCK - kPanel * panel * (panel - 1) / 2);
+  }
 
   /// Where row k of a triangle would start, had it all its columns: element (k, c) is at
   /// row(k / kPanel, k) + c.
   __device__ static int row(int panel, int k) {
     const int width = VLMQ_BLOCK - panel * kPanel;
-    const int above = kPanel * (panel * VLMQ_BLOCK - kPanel * panel * (panel - 1) / 2);
-    return above + (k - panel * kPanel) * width - panel * kPanel;
+    return start(panel) + (k - panel * kPanel) * width - panel * kPanel;
   }
 };
 
-/// Starts copying a block's triangle, zeros where the block is narrower than VLMQ_BLOCK.
+/// Starts copying the panels `from` to `to` of a block's triangle, the first of them to `target`,
+/// zeros where the block is narrower than VLMQ_BLOCK.
 template <int kLanes>
-__device__ __forceinline__ void stage_triangle(float* target, const float* source, long long stride,
-                                               int columns) {
+__device__ __forceinline__ void stage_panels(float* target, const float* source, long long stride,
+                                             int columns, int from, int to) {
   using S = Shape<kLanes>;
   const bool vectors = is_aligned(source, 16) && stride % 4 == 0;
   constexpr int kQuads = VLMQ_BLOCK / 4;
-  for (int i = static_cast<int>(threadIdx.x); i < VLMQ_BLOCK * kQuads; i += kThreads) {
+  const int before = S::start(from), end = to * S::kPanel * kQuads;
+  for (int i = from * S::kPanel * kQuads + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
     const int k = i / kQuads, c = i % kQuads * 4, panel = k / S::kPanel;
     if (c < panel * S::kPanel) continue;
     const int valid = k < columns ? columns - c : 0;
-    stage4(target + S::row(panel, k) + c, source + k * stride + c, valid, source, vectors);
+    stage4(target + S::row(panel, k) - before + c, source + k * stride + c, valid, source, vectors);
   }
 }
 
@@ -89,15 +101,17 @@ __device__ __forceinline__ void subtract(float4& d, float e, float4 u) {
 template <int kLanes, Cross kCross>
 constexpr int kBlocks = kLanes == 8 && kCross == Cross::kNone ? 2 : 1;
 
-template <int kLanes, Cross kCross>
+/// kSmall: of `root` and `products` one panel at a time stands in shared memory.
+template <int kLanes, Cross kCross, bool kSmall>
 __global__ void __launch_bounds__(kThreads, kBlocks<kLanes, kCross>)
     quantize_block_kernel(vlmq_quantize_block_args args) {
   using S = Shape<kLanes>;
   constexpr int kPanel = S::kPanel, kPanels = S::kPanels;
+  constexpr int kStaged = kSmall ? S::kFirstPanel : S::kTriangle;
   float* const inverse = reinterpret_cast<float*>(dynamic_shared());
   float* const root = inverse + S::kTriangle;
-  float* const products = root + S::kTriangle;
-  float* const tile = kCross == Cross::kNone ? products : products + S::kTriangle;
+  float* const products = root + kStaged;
+  float* const tile = kCross == Cross::kNone ? products : products + kStaged;
 
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
   const int columns = static_cast<int>(args.columns);
@@ -110,14 +124,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kLanes, kCross>)
   // Columns of a panel that this lane may touch in memory, from its own first one on.
   const int valid = is_row ? columns - 4 * lane : 0;
 
-  stage_triangle<kLanes>(inverse, args.inverses + args.first * VLMQ_BLOCK, VLMQ_BLOCK, columns);
+  const auto stage = [&](int from, int to) {
+    stage_panels<kLanes>(root, args.root + args.first * args.features + args.first, args.features,
+                         columns, from, to);
+    if (kCross != Cross::kNone) {
+      stage_panels<kLanes>(products, args.products + args.first * VLMQ_BLOCK, VLMQ_BLOCK, columns,
+                           from, to);
+    }
+    cp_async_commit();
+  };
+  stage_panels<kLanes>(inverse, args.inverses + args.first * VLMQ_BLOCK, VLMQ_BLOCK, columns, 0,
+                       kPanels);
   cp_async_commit();
-  stage_triangle<kLanes>(root, args.root + args.first * args.features + args.first, args.features,
-                         columns);
-  if (kCross != Cross::kNone) {
-    stage_triangle<kLanes>(products, args.products + args.first * VLMQ_BLOCK, VLMQ_BLOCK, columns);
-  }
-  cp_async_commit();
+  stage(0, kSmall ? 1 : kPanels);
 
   // Registers are named by panel: here all of the block's, later from the current one on.
   float4 w[kPanels], d[kPanels], sum[kPanels], shift[kPanels];
@@ -208,14 +227,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kLanes, kCross>)
           codes |= uint32_t{code_of(rounded, grid)} << 8 * e;
         }
         const int from = S::row(panel, i) + here;
+        const int staged = kSmall ? from - S::start(panel) : from;
 #pragma unroll
         for (int j = 0; j < kPanels; ++j) {
           if (j < left) {
             // In the column's own panel this spoils corrections of columns that are done.
             subtract(d[j], error, load_vector<float4>(inverse + from + j * kPanel));
-            add_product(sum[j], residual, load_vector<float4>(root + from + j * kPanel));
+            add_product(sum[j], residual, load_vector<float4>(root + staged + j * kPanel));
             if (kCross != Cross::kNone) {
-              const float4 p = load_vector<float4>(products + from + j * kPanel);
+              const float4 p = load_vector<float4>(products + staged + j * kPanel);
               subtract(d[j], -column, p);
               if (kCross == Cross::kShift) add_product(shift[j], error, p);
             }
@@ -252,6 +272,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kLanes, kCross>)
       }
 
       ++panel;
+      if (kSmall && panel < panels) {
+        __syncthreads();  // all have done with the panel before
+        stage(panel, panel + 1);
+      }
       codes = 0;
       error_before = load4(args.error + at_span + here + kPanel, in_panel - kPanel);
       diagonal = load4(args.diagonal + args.first + here + kPanel, in_panel - kPanel);
@@ -261,6 +285,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kLanes, kCross>)
         d[j] = d[j + 1];
         sum[j] = sum[j + 1];
         shift[j] = shift[j + 1];
+      }
+      if (kSmall && panel < panels) {
+        cp_async_wait<0>();
+        __syncthreads();
       }
     }
   }
@@ -314,23 +342,35 @@ __global__ void __launch_bounds__(kThreads) round_block_kernel(vlmq_quantize_blo
   if (lane == 0) args.row_errors[row] = error;
 }
 
-template <int kLanes, Cross kCross>
+/// Bytes of shared memory.
+template <int kLanes, Cross kCross, bool kSmall = false>
+constexpr size_t kShared = (Shape<kLanes>::kTriangle +
+                            (kCross == Cross::kNone ? 1 : 2) *
+                                (kSmall ? Shape<kLanes>::kFirstPanel : Shape<kLanes>::kTriangle) +
+                            Shape<kLanes>::kRows * Shape<kLanes>::kTileStride) *
+                           sizeof(float);
+
+template <int kLanes, Cross kCross, bool kSmall = false>
 vlmq_status launch_block(const vlmq_quantize_block_args& args, vlmq_stream stream) {
-  using S = Shape<kLanes>;
-  constexpr int kTriangles = kCross == Cross::kNone ? 2 : 3;
-  constexpr size_t kShared =
-      (kTriangles * S::kTriangle + S::kRows * S::kTileStride) * sizeof(float);
-  static_assert(kShared <= 163 << 10, "sm_80 has 163 KiB of shared memory for a block");
-  const dim3 grid(static_cast<unsigned>(ceil_div(args.rows, S::kRows)));
-  return VLMQ_LAUNCH((quantize_block_kernel<kLanes, kCross>), grid, kThreads, kShared, stream,
-                     args);
+  constexpr size_t kBytes = kShared<kLanes, kCross, kSmall>;
+  static_assert(kBytes <= (kSmall ? kLeastShared : kAmpleShared), "a block's shared memory");
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.rows, Shape<kLanes>::kRows)));
+  return VLMQ_LAUNCH((quantize_block_kernel<kLanes, kCross, kSmall>), grid, kThreads, kBytes,
+                     stream, args);
 }
 
 template <Cross kCross>
 vlmq_status launch_by_rows(const vlmq_quantize_block_args& args, vlmq_stream stream) {
+  const size_t offered = shared_bytes_of_a_block();
   // With four lanes a row, the sums for a shift no longer fit the registers.
   if constexpr (kCross != Cross::kShift) {
-    if (args.rows >= kManyRows) return launch_block<4, kCross>(args, stream);
+    if (args.rows >= kManyRows && offered >= kShared<4, kCross>) {
+      return launch_block<4, kCross>(args, stream);
+    }
+  }
+  // What fits everywhere needs no small variant.
+  if constexpr (kShared<8, kCross> > kLeastShared) {
+    if (offered < kShared<8, kCross>) return launch_block<8, kCross, true>(args, stream);
   }
   return launch_block<8, kCross>(args, stream);
 }

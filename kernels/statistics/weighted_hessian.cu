@@ -73,7 +73,7 @@ constexpr int kMaximaTokens = 1024;  // tokens of a block
 /// column, as bits: of numbers that are not negative they rise as the numbers do, NaN on top.
 template <class T>
 __global__ void __launch_bounds__(kThreads) column_maxima(const Problem p, uint32_t* maxima) {
-  constexpr int kElements = Stage<T>::kElements;
+  constexpr int kElements = statistics::kElements<T>;
   const int lane = static_cast<int>(threadIdx.x) % 32, row = static_cast<int>(threadIdx.x) / 32;
   const int col = (static_cast<int>(blockIdx.x) * 32 + lane) * kElements;
   const int begin = static_cast<int>(blockIdx.y) * kMaximaTokens;
@@ -122,11 +122,11 @@ __global__ void __launch_bounds__(kThreads) column_maxima(const Problem p, uint3
   }
 }
 
-template <class T, bool kCross, bool kLow>
+template <class T, class S, bool kCross, bool kLow>
 __device__ __forceinline__ void sum_tile(const Problem& p, TilePlace place, int tile) {
   const int first = static_cast<int>(blockIdx.y) * p.split_tokens;
-  TileSum<T, kCross, kLow> sum(p, place.row, place.col, first,
-                               min(first + p.split_tokens, p.tokens));
+  TileSum<T, S, kCross, kLow> sum(p, place.row, place.col, first,
+                                  min(first + p.split_tokens, p.tokens));
   sum.run();
   if (p.partials != nullptr) {
     float* partial = p.partials + (int64_t{blockIdx.y} * gridDim.x + tile) * kTileFloats;
@@ -141,20 +141,20 @@ __device__ __forceinline__ void sum_tile(const Problem& p, TilePlace place, int 
   });
 }
 
-template <class T>
+template <class T, class S>
 __global__ void __launch_bounds__(kThreads, 1) weighted_hessian_tiles(const Problem p) {
   const int tile = static_cast<int>(blockIdx.x);
   const TilePlace place = tile_place(p, tile);
   if (tile >= p.hessian_tiles) {
     if (p.fast)
-      sum_tile<T, true, false>(p, place, tile);
+      sum_tile<T, S, true, false>(p, place, tile);
     else
-      sum_tile<T, true, true>(p, place, tile);
+      sum_tile<T, S, true, true>(p, place, tile);
   } else if (p.fast || (sizeof(T) == 2 && p.g == nullptr)) {
-    sum_tile<T, false, false>(p, place,
-                              tile);  // without g, 16-bit inputs have no low part
+    // Without g, 16-bit inputs have no low part.
+    sum_tile<T, S, false, false>(p, place, tile);
   } else {
-    sum_tile<T, false, true>(p, place, tile);
+    sum_tile<T, S, false, true>(p, place, tile);
   }
 }
 
@@ -225,18 +225,20 @@ bool pointers_are_good(const vlmq_weighted_hessian_args& args) {
 template <class T>
 vlmq_status enqueue_pass(const Problem& problem, const Plan& layout, uint32_t* maxima,
                          vlmq_stream stream) {
-  const dim3 maxima_grid(
-      static_cast<unsigned>(ceil_div(problem.features, 32 * Stage<T>::kElements)),
-      static_cast<unsigned>(ceil_div(problem.tokens, kMaximaTokens)));
-  constexpr size_t kMaximaShared = kMaximaRows * 32 * Stage<T>::kElements * sizeof(uint32_t);
+  const dim3 maxima_grid(static_cast<unsigned>(ceil_div(problem.features, 32 * kElements<T>)),
+                         static_cast<unsigned>(ceil_div(problem.tokens, kMaximaTokens)));
+  constexpr size_t kMaximaShared = kMaximaRows * 32 * kElements<T> * sizeof(uint32_t);
   vlmq_status status = VLMQ_LAUNCH(column_maxima<T>, maxima_grid, dim3(kThreads), kMaximaShared,
                                    stream, problem, maxima);
   if (status != VLMQ_OK) return status;
 
   const auto tiles = static_cast<unsigned>(layout.tiles);
   const dim3 grid(tiles, static_cast<unsigned>(layout.splits));
-  status = VLMQ_LAUNCH(weighted_hessian_tiles<T>, grid, dim3(kThreads), Stage<T>::kSharedBytes,
+  status = with_layout<Stage<T, false>, Stage<T, true>>([&](auto layout) {
+    using S = decltype(layout);
+    return VLMQ_LAUNCH((weighted_hessian_tiles<T, S>), grid, dim3(kThreads), S::kSharedBytes,
                        stream, problem);
+  });
   if (status != VLMQ_OK || problem.partials == nullptr) return status;
   return VLMQ_LAUNCH(add_partials, dim3(tiles, kSlices), dim3(kThreads), 0, stream, problem,
                      static_cast<int>(layout.splits));
@@ -245,7 +247,7 @@ vlmq_status enqueue_pass(const Problem& problem, const Plan& layout, uint32_t* m
 template <class T>
 vlmq_status enqueue(const vlmq_weighted_hessian_args& args, vlmq_stream stream) {
   const auto rows_aligned = [](const void* matrix, int64_t stride) {
-    return multiple_of(matrix, 16) && stride % Stage<T>::kElements == 0;
+    return multiple_of(matrix, 16) && stride % kElements<T> == 0;
   };
   const bool aligned = rows_aligned(args.u, args.u_stride) &&
                        (args.f == nullptr || rows_aligned(args.f, args.f_stride));

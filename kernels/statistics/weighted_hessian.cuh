@@ -5,6 +5,9 @@
 //
 //   global --cp.async--> raw[3] --own thread--> operands[2] --ldmatrix.trans--> mma --> sums
 //
+// Where a block has 99 KiB of shared memory instead of 163, stages are shorter or fewer (Stage).
+// The products and their order are the same.
+//
 // Operands are float16 whatever the input: the weighted (left) one as high + low, 22 significant
 // bits, where bfloat16 pairs would hold 16 and err by 2e-6 of the result's norm on uncorrelated
 // tokens. float16's narrow range does not matter, for each column is scaled by a power of two (both
@@ -17,6 +20,7 @@
 #include <type_traits>
 
 #include "device/launch.cuh"
+#include "device/limits.cuh"
 #include "device/mma.cuh"
 #include "device/ptx.cuh"
 #include "device/types.cuh"
@@ -25,7 +29,6 @@ namespace vlmq::statistics {
 
 constexpr int kTile = 128;     // rows and columns of a tile of H or C
 constexpr int kThreads = 256;  // 8 warps, each 32 rows by 64 columns
-constexpr int kStages = 3;     // of inputs under way
 constexpr int kWarpRows = 32;
 constexpr int kWarpCols = 64;
 constexpr int kPitch = kTile + 8;  // of an operand: 8 rows start in 8 different groups of banks
@@ -33,7 +36,12 @@ constexpr int kPitch = kTile + 8;  // of an operand: 8 rows start in 8 different
 // Tensor cores truncate. Sums of squares lose 2e-8 of their size with each product of 16 tokens:
 // the two products of 128 tokens 3e-7, the three (float32) of 64 as much. There the sum goes into
 // one that is rounded.
-constexpr int kPromotedStages = 4;
+template <class T>
+constexpr int kPromotedTokens = sizeof(T) == 4 ? 64 : 128;
+
+/// Elements of a copied chunk, 16 bytes.
+template <class T>
+constexpr int kElements = 16 / static_cast<int>(sizeof(T));
 
 /// What one pass over tokens is about; tokens count from the pass's first.
 struct Problem {
@@ -57,11 +65,14 @@ struct Problem {
 /// Places of `maxima`, and so of the scales.
 enum Maximum { kRight = 0, kLeftHessian = 1, kLeftCross = 2 };
 
-template <class T>
+/// kSmall: within 99 KiB. 16-bit inputs then come in five stages of half the tokens, float32 ones,
+/// whose stages are one mma long as they are, in two.
+template <class T, bool kSmall>
 struct Stage {
-  static constexpr int kElements = 16 / sizeof(T);  // of a copied chunk
-  static constexpr int kChunks = kTile / kElements;
-  static constexpr int kTokens = 64 / sizeof(T);
+  static constexpr int kChunks = kTile / kElements<T>;
+  static constexpr int kTokens = kSmall || sizeof(T) == 4 ? 16 : 32;
+  static constexpr int kStages = !kSmall ? 3 : sizeof(T) == 4 ? 2 : 5;  // of inputs under way
+  static constexpr int kPromotedStages = kPromotedTokens<T> / kTokens;
   static constexpr int kRows = kTokens * kChunks / kThreads;  // chunks of a thread, in one column
   static constexpr int kRowStep = kThreads / kChunks;
   static constexpr int kRawBytes = kTokens * kTile * sizeof(T);
@@ -75,9 +86,9 @@ struct Stage {
   static constexpr int kOperands = kScales + 2 * kTile * sizeof(float);
   static constexpr int kSharedBytes = kOperands + 2 * kParts * kOperandBytes;
 
-  static_assert(kRows == 2, "a thread's weights are one float2");
+  static_assert(kTokens * kChunks % kThreads == 0, "each thread has as many chunks");
   static_assert(kTokens % 16 == 0, "an mma takes 16 tokens");
-  static_assert(kSharedBytes <= 163 << 10, "sm_80's shared memory");
+  static_assert(kPromotedTokens<T> % kTokens == 0, "promotions are not a matter of the stages");
 };
 
 /// The power of two that brings a column's largest magnitude, given by its bits, into [2^14, 2^15).
@@ -95,7 +106,7 @@ __device__ __forceinline__ float inverse_of(float scale) {
 }
 
 template <class T>
-__device__ __forceinline__ void widen_chunk(const void* raw, float (&values)[Stage<T>::kElements]) {
+__device__ __forceinline__ void widen_chunk(const void* raw, float (&values)[kElements<T>]) {
   const uint4 words = load_vector<uint4>(raw);
   const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
@@ -130,13 +141,11 @@ __device__ __forceinline__ void store_part(f16* target, float (&values)[kCount])
   }
 }
 
-/// The sums of one tile in a block's registers. kCross: of C, else of H. kLow: the left operand's
-/// low part counts. nvcc inlines all of it unasked, as registers need; forced, the whole kernel is
-/// one function for g++ too, and its sanitized build takes six times as long.
-template <class T, bool kCross, bool kLow>
+/// The sums of one tile in a block's registers. S: a Stage of T. kCross: of C, else of H. kLow: the
+/// left operand's low part counts. nvcc inlines all of it unasked, as registers need; forced, the
+/// whole kernel is one function for g++ too, and its sanitized build takes six times as long.
+template <class T, class S, bool kCross, bool kLow>
 class TileSum {
-  using S = Stage<T>;
-
  public:
   __device__ __forceinline__ TileSum(const Problem& problem, int row, int col, int first, int end)
       : p(problem),
@@ -146,8 +155,8 @@ class TileSum {
         end(end),
         shared(dynamic_shared()),
         thread(static_cast<int>(threadIdx.x)) {
-    left_valid = max(0, min(S::kElements, p.features - row0 - chunk_col()));
-    right_valid = max(0, min(S::kElements, p.features - col0 - chunk_col()));
+    left_valid = max(0, min(kElements<T>, p.features - row0 - chunk_col()));
+    right_valid = max(0, min(kElements<T>, p.features - col0 - chunk_col()));
     token = first + chunk_row(0);
     u_row = static_cast<const T*>(p.u) + token * p.u_stride + chunk_col();
     f_row = kCross ? static_cast<const T*>(p.f) + token * p.f_stride + chunk_col() : nullptr;
@@ -168,7 +177,7 @@ class TileSum {
 
     const int stages = static_cast<int>(ceil_div(end - first, S::kTokens));
     read_weights();
-    for (int stage = 0; stage < kStages; ++stage) copy();
+    for (int stage = 0; stage < S::kStages; ++stage) copy();
     convert(0);
     copy();
     for (int stage = 0; stage < stages; ++stage) {
@@ -180,7 +189,7 @@ class TileSum {
       }
       if (active) {
         multiply(stage);
-        if ((stage + 1) % kPromotedStages == 0) promote();
+        if ((stage + 1) % S::kPromotedStages == 0) promote();
       }
     }
     if (active) promote();
@@ -228,7 +237,7 @@ class TileSum {
   __device__ __forceinline__ int chunk_row(int i) const {
     return thread / S::kChunks + i * S::kRowStep;
   }
-  __device__ __forceinline__ int chunk_col() const { return thread % S::kChunks * S::kElements; }
+  __device__ __forceinline__ int chunk_col() const { return thread % S::kChunks * kElements<T>; }
 
   /// Weights are read one stage before the copies that they decide on, not to wait for them there.
   __device__ void read_weights() {
@@ -254,7 +263,7 @@ class TileSum {
       read_weights();
     }
     cp_async_commit();
-    slot = slot == kStages - 1 ? 0 : slot + 1;
+    slot = slot == S::kStages - 1 ? 0 : slot + 1;
   }
 
   /// Tokens of weight zero become zeros: what they hold, perhaps NaN, must reach neither operand.
@@ -280,7 +289,7 @@ class TileSum {
       cp_async_16(target, source, valid * static_cast<int>(sizeof(T)));
     } else {
 #pragma unroll 1
-      for (int e = 0; e < S::kElements; ++e)
+      for (int e = 0; e < kElements<T>; ++e)
         reinterpret_cast<T*>(target)[e] = e < valid ? source[e] : from_float<T>(0.0f);
     }
   }
@@ -288,21 +297,21 @@ class TileSum {
   /// Makes a stage's operands of the oldest chunks that this thread copied, whose place is the next
   /// copy's: its own wait is enough.
   __device__ void convert(int stage) {
-    cp_async_wait<kStages - 1>();
+    cp_async_wait<S::kStages - 1>();
 #pragma unroll
     for (int i = 0; i < S::kRows; ++i) {
       const int row = chunk_row(i), place = row * kPitch + chunk_col();
       const float weight = weights()[i];
-      float values[S::kElements];
+      float values[kElements<T>];
       widen_chunk<T>(raw(0, i), values);
       if constexpr (kCross) {
-        float float_path[S::kElements];
+        float float_path[kElements<T>];
         widen_chunk<T>(raw(2, i), float_path);
 #pragma unroll
-        for (int e = 0; e < S::kElements; ++e) values[e] = float_path[e] - values[e];
+        for (int e = 0; e < kElements<T>; ++e) values[e] = float_path[e] - values[e];
       }
 #pragma unroll
-      for (int e = 0; e < S::kElements; ++e) values[e] *= weight;
+      for (int e = 0; e < kElements<T>; ++e) values[e] *= weight;
       scale(values, 0);
       store_part(operand(stage, 0) + place, values);
       if constexpr (kLow) store_part(operand(stage, 1) + place, values);
@@ -314,9 +323,9 @@ class TileSum {
     }
   }
 
-  __device__ void scale(float (&values)[S::kElements], int from) const {
+  __device__ void scale(float (&values)[kElements<T>], int from) const {
 #pragma unroll
-    for (int e = 0; e < S::kElements; e += 4) {
+    for (int e = 0; e < kElements<T>; e += 4) {
       const float4 by = load_vector<float4>(scales() + from + chunk_col() + e);
       values[e] *= by.x;
       values[e + 1] *= by.y;

@@ -2,6 +2,7 @@
 // Launchers as in barriers.cu.
 
 #include "device/launch.cuh"
+#include "device/limits.cuh"
 #include "device/types.cuh"
 
 namespace {
@@ -65,6 +66,12 @@ __global__ void undefined_shift(int defect, const float* input, float* output) {
   output[base + t] = input[base + (1u << width) % kThreads + kThreads - 1 - t - (defect != 0)];
 }
 
+// A block that asks for all there is, and for a byte more.
+__global__ void shared_beyond_the_limit(int, const float* input, float* output) {
+  const unsigned t = threadIdx.x, base = blockIdx.x * kThreads;
+  output[base + t] = input[base + kThreads - 1 - t];
+}
+
 }  // namespace
 
 #define VLMQ_PLANTED(kernel)                                                                  \
@@ -81,3 +88,10 @@ VLMQ_PLANTED(misaligned_vector)
 VLMQ_PLANTED(misaligned_cast)
 VLMQ_PLANTED(uninitialised_shared)
 VLMQ_PLANTED(undefined_shift)
+
+extern "C" vlmq_status planted_shared_beyond_the_limit(int defect, const float* input,
+                                                       float* output, int count) {
+  const size_t bytes = vlmq::shared_bytes_of_a_block() + (defect != 0 ? 1 : 0);
+  return VLMQ_LAUNCH(shared_beyond_the_limit, count / kThreads, kThreads, bytes, nullptr, defect,
+                     input, output);
+}

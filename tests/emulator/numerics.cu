@@ -1,6 +1,7 @@
 // What the emulator and the device headers compute, for comparison with plain arithmetic.
 
 #include "device/launch.cuh"
+#include "device/limits.cuh"
 #include "device/mma.cuh"
 #include "device/reduce.cuh"
 
@@ -242,5 +243,7 @@ vlmq_status numerics_atomics(const int* input, int count, unsigned long long* su
   return VLMQ_LAUNCH(atomics, blocks_of(count, 128), 128, 0, nullptr, input, count, sum, least,
                      greatest, seen);
 }
+
+size_t numerics_shared_bytes() { return vlmq::shared_bytes_of_a_block(); }
 
 }  // extern "C"

@@ -1,7 +1,7 @@
-//! Calls of the C API whose outcome is known, and runs under several schedules.
+//! Calls of the C API whose outcome is known, and runs under several schedules and on several GPUs.
 
 use super::buffers::Bits;
-use super::kernels::{self, Variant};
+use super::kernels::{self, SHARED_KIB, Variant};
 use std::fmt::Debug;
 use std::ops::Range;
 use vlmq::device::cuda::bindings::vlmq_status;
@@ -29,25 +29,29 @@ pub fn refused_each<A: Debug + Copy>(name: &str, good: &A, spoiled: &[fn(&mut A)
     }
 }
 
-/// Runs under several schedules, which must give the same bits, and returns the outputs.
+/// Runs under several schedules, each on a GPU with other shared memory: all must give the same bits. Returns the outputs.
 #[track_caller]
 pub fn every_schedule<O: Bits>(run: impl Fn() -> O) -> O {
-    schedules(0..if Variant::current() == Variant::Plain { 3 } else { 1 }, run)
+    schedules(0..if Variant::current() == Variant::Plain { 3 } else { 2 }, run)
 }
 
-/// The same under schedules that are named.
+/// The same under schedules that are named, the GPUs in turn.
 #[track_caller]
 pub fn schedules<O: Bits>(seeds: Range<u64>, run: impl Fn() -> O) -> O {
     let mut first: Option<O> = None;
-    for seed in seeds {
+    for (seed, kib) in seeds.zip(SHARED_KIB.into_iter().cycle()) {
         kernels::set_seed(kernels::kernels(), seed);
+        kernels::set_shared_kib(kernels::kernels(), kib);
         let outputs = run();
         match &first {
             // No assert_eq: nobody reads a million numbers.
-            Some(first) => assert!(outputs.bits() == first.bits(), "the outputs differ under schedule {seed}"),
+            Some(first) => {
+                assert!(outputs.bits() == first.bits(), "the outputs differ under schedule {seed} with {kib} KiB");
+            }
             None => first = Some(outputs),
         }
     }
     kernels::set_seed(kernels::kernels(), 0);
+    kernels::set_shared_kib(kernels::kernels(), SHARED_KIB[0]);
     first.unwrap()
 }

@@ -110,6 +110,17 @@ pub fn set_seed(library: &Library, seed: u64) {
     unsafe { set(seed) };
 }
 
+/// KiB of shared memory that GPUs give a block, the emulated one's own first: kernels with variants choose by it.
+pub const SHARED_KIB: [u64; 3] = [163, 99, 227];
+
+/// Sets what the GPU of the launches that follow on this OS thread gives a block.
+pub fn set_shared_kib(library: &Library, kib: u64) {
+    // SAFETY: kernels/emulator/runtime.cpp defines it with this signature.
+    let set = unsafe { library.get::<unsafe extern "C" fn(u64)>(b"vlmq_emulator_set_shared_kib\0") }.unwrap();
+    // SAFETY: it stores the number in a variable of the calling thread.
+    unsafe { set(kib) };
+}
+
 /// Runs tests of this program, named by exact names, in a child process under a variant; what it prints comes back.
 pub fn run_under(variant: Variant, tests: &[&str], environment: &[(&str, &str)]) -> Output {
     let program = std::env::current_exe().unwrap();

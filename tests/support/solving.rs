@@ -2,7 +2,7 @@
 
 use super::buffers::{Bits, Buffer, F32, F64, I32, U8};
 use super::calls::accepted;
-use super::kernels::workspace_bytes;
+use super::kernels::{SHARED_KIB, kernels, set_shared_kib, workspace_bytes};
 use super::uniform;
 use std::ops::Range;
 use vlmq::device::cpu::Cpu;
@@ -131,8 +131,19 @@ fn groups_of(block: &Block<'_, Matrix>) -> usize {
     if block.grid.is_some() { 1 } else { block.columns.len() / block.group }
 }
 
-/// Runs `vlmq_quantize_block`; what it may not touch is checked.
+/// Runs `vlmq_quantize_block` on a GPU with ample shared memory and on one with little, which must give the same bits.
 pub fn quantize_block(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> Outcome {
+    let [ample, small] = [SHARED_KIB[0], SHARED_KIB[1]].map(|kib| {
+        set_shared_kib(kernels(), kib);
+        quantize_block_as_is(block, state)
+    });
+    set_shared_kib(kernels(), SHARED_KIB[0]);
+    assert!(ample.bits() == small.bits(), "the outputs differ with {} KiB", SHARED_KIB[1]);
+    ample
+}
+
+/// Runs `vlmq_quantize_block`; what it may not touch is checked.
+pub fn quantize_block_as_is(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> Outcome {
     let (rows, features) = (state.residual.rows(), state.residual.cols());
     let (width, groups) = (block.columns.len(), groups_of(block));
     let in_out = |x: &Matrix| Buffer::in_out(F32, x.data(), 0);
