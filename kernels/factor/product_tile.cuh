@@ -146,7 +146,11 @@ __device__ __forceinline__ void multiply_buffer(TileSums& sums, const float* a_t
                                                 const float* b_tile, int64_t below) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   TileSums part = {};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#pragma unroll 2  // in full, ptxas spills a few registers of the weighted norm there
+#else
 #pragma unroll
+#endif
   for (int k = 0; k < kDepth; k += 8) {
     SplitTf32 b[kStepsN][2];
     load_b<kTransposed, kUpper>(b, b_tile, k, below);
