@@ -9,7 +9,8 @@
 #                                  promises of sections that fail, hang and crash
 #
 # A part is a row of sections. Each has a time limit of its own, a log, and a line in DIR/summary.md as soon as it ends; none
-# stops the next; those that would start too late are skipped. DIR then holds no more than 8 files of no more than 16 MiB.
+# stops the next; those that would start too late are skipped (GPU_SECONDS: another limit of the part). DIR then holds no more
+# than 8 files of no more than 16 MiB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -497,7 +498,7 @@ case ${1:-} in
     # Their folders begin with the date.
     GPU_AGAINST=${3:-$(find benches -path 'benches/results/*/a/probe.jsonl' | sort | tail -n 1)}
     export GPU_AGAINST
-    part "$1" "$([[ $1 == a ]] && echo 300 || echo 440)" "$2"
+    part "$1" "${GPU_SECONDS:-$([[ $1 == a ]] && echo 300 || echo 440)}" "$2"
     ;;
   *)
     fail "usage: benches/gpu.sh pack | a DIR | b DIR [FILE] | rehearse DIR"
