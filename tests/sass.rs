@@ -92,12 +92,7 @@ fn hot_kernels_use_tensor_cores() {
 
 /// How many kernels of an architecture and a part of a name have one of these instructions, and how many there are. Helpers
 /// of the same name (a sum of parts, say) need none.
-fn count(
-    kernels: &BTreeMap<(&str, &str), Vec<&str>>,
-    arch: &str,
-    name: &str,
-    instructions: &[&str],
-) -> (usize, usize) {
+fn count(kernels: &BTreeMap<(&str, &str), Vec<&str>>, arch: &str, name: &str, instructions: &[&str]) -> (usize, usize) {
     let of = kernels.iter().filter(|((a, kernel), _)| *a == arch && kernel.contains(name));
     let has = |line: &&str| instructions.iter().any(|instruction| line.contains(instruction));
     let with = of.clone().filter(|(_, lines)| lines.iter().any(has)).count();
