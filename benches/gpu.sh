@@ -138,7 +138,7 @@ part_a() {
 part_b() {
   section unpack 5 60
   section probe-again 20 80
-  section blocks-28 40 200
+  section blocks-28 100 280
   planted
   # Its CPU half runs beside the sanitizers, which hold the GPU.
   section draws 30 150 &
@@ -253,8 +253,8 @@ section_ncu() {
   local report=$out/kernels.ncu-rep
   ncu --set full --import-source yes --clock-control none --profile-from-start off -f -o "${report%.ncu-rep}" \
     python3 -u benches/gpu_probe.py --library "$scratch/libvlmq_kernels.so" --profile all
-  ncu --import "$report" --page raw --csv \
-    --metrics gpu__time_duration.sum,sm__throughput.avg.pct_of_peak_sustained_elapsed,gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed
+  # The report opens in Nsight Compute alone, this anywhere.
+  ncu --import "$report" --page details --csv > "$out/kernels.csv"
   ls -l "$report"
 }
 
@@ -272,8 +272,8 @@ model() {
   local watch=$! code=0
   # The small images, enlarged to 470 tokens or a few more.
   "$scratch/vlmq-run" quantize "$wide" --calib "$scratch/samples.jsonl" --image-root "$(dirname $CALIB)" --samples "$samples" \
-    --min-pixels $((pixels[0] * 28 * 28)) --max-pixels $((pixels[1] * 28 * 28)) --device cuda --log-level info \
-    --out "$wide-w3" || code=$?
+    --min-pixels $((pixels[0] * 28 * 28)) --max-pixels $((pixels[1] * 28 * 28)) --save-every 120 --device cuda \
+    --log-level info --out "$wide-w3" || code=$?
   kill $watch || true
   ((code == 0)) || return $code
   cp "$wide-w3/report.json" "$out/report.json"

@@ -189,8 +189,8 @@ typedef enum vlmq_grid {
 
 /* How the range of a group becomes a scale, a zero and codes: with lo = min(0, min w), hi = max(0, max w), m = 2^bits -
  * 1, asymmetric scale (hi - lo)/m, zero round(-lo/scale) clamped to [smallest_zero, m]; symmetric scale 2 max(-lo,
- * hi)/m, zero 2^(bits-1). The scale is rounded to its storage type first. A group of zeros has scale 1, zero
- * 2^(bits-1). The code of w is clamp(round(w/scale) + zero, 0, m), ties to even. */
+ * hi)/m, zero 2^(bits-1), each operation in float32. The scale is rounded to its storage type first. A group of zeros
+ * has scale 1, zero 2^(bits-1). The code of w is clamp(round(w/scale) + zero, 0, m), ties to even. */
 typedef struct vlmq_grid_rule {
   int32_t bits; /* 2, 3, 4 or 8 */
   int32_t symmetric;

@@ -195,23 +195,32 @@ class TileSum {
     if (active) promote();
   }
 
-  /// Calls `store(row, col, value)`, row and column counted in the tile, for this thread's entries.
-  template <class Store>
-  __device__ void each(Store store) {
+  /// Calls `store(row, col, value)`, row and column counted in the tile, for this thread's entries,
+  /// `value` being `load(row, col)` and the sum. A half is loaded before any of it is stored: the
+  /// compiler may not move a load over a store, and each would wait for memory by itself.
+  template <class Load, class Store>
+  __device__ void each(Load load, Store store) {
     if (!active) return;
     const int lane = thread % 32;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
+      const auto in_half = [&](auto&& visit) {
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
+        for (int n = 0; n < 8; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = warp_row() - row0 + m * 16 + accumulator_row(lane, i);
-          const int col = warp_col() - col0 + n * 8 + accumulator_col(lane, i);
-          store(row, col,
-                sums[m][n][i] * inverse_of(scales()[row]) * inverse_of(scales()[kTile + col]));
+          for (int i = 0; i < 4; ++i) {
+            visit(warp_row() - row0 + m * 16 + accumulator_row(lane, i),
+                  warp_col() - col0 + n * 8 + accumulator_col(lane, i), n, i);
+          }
         }
-      }
+      };
+      float old[8][4];
+      in_half([&](int row, int col, int n, int i) { old[n][i] = load(row, col); });
+      in_half([&](int row, int col, int n, int i) {
+        const float sum =
+            sums[m][n][i] * inverse_of(scales()[row]) * inverse_of(scales()[kTile + col]);
+        store(row, col, old[n][i] + sum);
+      });
     }
   }
 

@@ -105,7 +105,7 @@ impl ModelOps for Cuda {
                 weight.rows,
                 x.precision
             );
-            // The product adds to it in float32: one rounding.
+            // The product adds to it.
             let mut first = Memory::new(&self.runtime, x.rows * size_of::<u32>())?;
             first.fill(0)?;
             self.gather(bias, &first, &mut y)?;
