@@ -87,9 +87,10 @@ def rounded_scale(scale, dtype):
 
 def grid_of_range(low, high, rule, dtype):
     top, middle = 2 ** rule["bits"] - 1, 2 ** (rule["bits"] - 1)
-    # Each operation in float32, as vlmq.h has it: a range that is rounded first may make another scale.
+    # Each operation in float32, as vlmq.h has it: a range that is rounded first may make another scale. A tensor for the divisor,
+    # since on a GPU PyTorch multiplies by the inverse of a number.
     spread = (2 * torch.maximum(high, -low) if rule["symmetric"] else high - low).float()
-    scale = rounded_scale((spread / top).to(F64), dtype)
+    scale = rounded_scale((spread / torch.full_like(spread, top)).to(F64), dtype)
     if rule["symmetric"]:
         zero = torch.full_like(scale, middle)
     else:

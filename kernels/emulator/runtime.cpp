@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -117,10 +120,27 @@ bool is_named(const char* kernel, const std::string& name) {
   return next == '\0' || next == '<';
 }
 
+// Adds to the file that VLMQ_EMULATOR_LOG names, once a process: the program, the call of the C API,
+// and the kernel or the runtime's function. Whole lines, so that processes may share a file.
+void log_once(const char* call, const char* operation) {
+  static const char* const file = std::getenv("VLMQ_EMULATOR_LOG");
+  if (file == nullptr || *file == '\0') return;
+  static std::set<std::string> seen;
+  static const std::string program =
+      std::filesystem::read_symlink("/proc/self/exe").filename().string();
+  const std::string line = program + " " + call + " " + operation + "\n";
+  if (!seen.insert(line).second) return;
+  std::FILE* log = std::fopen(file, "a");
+  if (log == nullptr || std::fputs(line.c_str(), log) < 0 || std::fclose(log) != 0) {
+    fail({nullptr, 0}, "%s: cannot be written", file);
+  }
+}
+
 }  // namespace
 
 const Error* enqueue(const char* call, const char* operation) {
   const std::lock_guard<std::mutex> held(fault_lock);
+  log_once(call, operation);
   Fault& fault = current_fault();
   if (fault.error == nullptr || fault.is_raised) return fault.error;
   if (fault.ahead == 0 || (call != fault.name && !is_named(operation, fault.name))) return nullptr;

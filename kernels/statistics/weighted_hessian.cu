@@ -15,10 +15,11 @@ namespace vlmq::statistics {
 namespace {
 
 // The roundings of n float32 additions of like size come to about sqrt(n / 3) times 2^-25 of the
-// sum (root mean square): 1.4e-7 for the 64 promotions of a pass, beside the 3e-7 and more that
-// tensor cores cut off. Passes of 65536 tokens came to 1.2e-6 at the worst entry of 18944 x 18944
-// on an H200; each pass more is one addition more.
-constexpr int64_t kPassTokens = 8192;
+// sum (root mean square): 1.4e-7 for the 64 promotions of 8192 tokens, beside the 3e-7 and more
+// that tensor cores cut off. Sums of 65536 tokens came to 1.2e-6 at the worst entry of 18944 x
+// 18944 on an H200, of 8192 tokens to 6e-7; each sum more is one addition more.
+constexpr int64_t kSumTokens = 8192;
+constexpr int64_t kPassTokens = 65536;
 
 // Splits are made until there are 8 blocks for each of 132 multiprocessors, so that the last wave
 // of blocks is short against the others: of the shape alone, for the order of sums hangs on it. A
@@ -190,23 +191,24 @@ __global__ void __launch_bounds__(kThreads) add_partials(const Problem p, int sp
   }
 }
 
-/// How a pass over so many tokens is laid out.
+/// How a pass over tokens is laid out.
 struct Plan {
-  int64_t hessian_tiles, tiles, splits, split_tokens;
+  int64_t tokens, hessian_tiles, tiles, splits, split_tokens;
 };
 
+/// The pass at the beginning of so many tokens: as many as its splits may sum.
 Plan plan(const vlmq_weighted_hessian_args& args, int64_t tokens) {
+  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const int64_t side = ceil_div(args.features, kTile);
   const int64_t hessian_tiles = side * (side + 1) / 2;
   const int64_t tiles = hessian_tiles + (args.f == nullptr ? 0 : side * side);
   const int64_t wanted = ceil_div(kEnoughBlocks, tiles);
+  tokens = least(tokens, least(wanted * kSumTokens, kPassTokens));
   const int64_t most = tokens < kLeastSplitTokens ? 1 : tokens / kLeastSplitTokens;
-  const int64_t splits = wanted < most ? wanted : most;
+  const int64_t splits = least(wanted, most);
   const int64_t split_tokens = ceil_div(ceil_div(tokens, splits), kSplitStep) * kSplitStep;
-  return {hessian_tiles, tiles, ceil_div(tokens, split_tokens), split_tokens};
+  return {tokens, hessian_tiles, tiles, ceil_div(tokens, split_tokens), split_tokens};
 }
-
-int64_t pass_tokens(int64_t tokens) { return tokens < kPassTokens ? tokens : kPassTokens; }
 
 int64_t element_size(vlmq_dtype dtype) { return dtype == VLMQ_F32 ? 4 : 2; }
 
@@ -265,9 +267,10 @@ vlmq_status enqueue(const vlmq_weighted_hessian_args& args, vlmq_stream stream) 
   auto* maxima = static_cast<uint32_t*>(args.workspace);
   auto* partials =
       reinterpret_cast<float*>(static_cast<char*>(args.workspace) + maxima_bytes(args));
-  for (int64_t first = 0; first < args.tokens; first += kPassTokens) {
-    const int64_t tokens = pass_tokens(args.tokens - first);
-    const Plan layout = plan(args, tokens);
+  int64_t tokens;
+  for (int64_t first = 0; first < args.tokens; first += tokens) {
+    const Plan layout = plan(args, args.tokens - first);
+    tokens = layout.tokens;
     const auto rows_from = [&](const void* matrix, int64_t stride) -> const void* {
       return matrix == nullptr ? nullptr : static_cast<const T*>(matrix) + first * stride;
     };
@@ -303,7 +306,7 @@ extern "C" size_t vlmq_weighted_hessian_workspace_bytes(const vlmq_weighted_hess
   using namespace vlmq::statistics;
   if (args == nullptr || !sizes_are_good(*args) || args->tokens == 0 || args->features == 0)
     return 0;
-  const Plan layout = plan(*args, pass_tokens(args->tokens));
+  const Plan layout = plan(*args, args->tokens);
   const int64_t partial_tiles = layout.splits > 1 ? layout.splits * layout.tiles : 0;
   return static_cast<size_t>(maxima_bytes(*args)) +
          static_cast<size_t>(partial_tiles) * kTileFloats * sizeof(float);
