@@ -9,8 +9,8 @@
 #                                  promises of sections that fail, hang and crash
 #
 # A part is a row of sections. Each has a time limit of its own, a log, and a line in DIR/summary.md as soon as it ends; none
-# stops the next; those that would start too late are skipped (GPU_SECONDS: another limit of the part). DIR then holds no more
-# than 8 files of no more than 16 MiB.
+# stops the next; those that would start too late are skipped. DIR then holds no more than 8 files of no more than 16 MiB.
+# GPU_SECONDS sets another limit of a part, GPU_ONLY='unpack|racecheck' the sections to run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -66,6 +66,7 @@ fits() {
 section() {
   local name=$1 least=$2 limit=$3 left=$((deadline - SECONDS)) started=$SECONDS code=0 verdict
   local log=$out/running-$name.txt
+  [[ $name =~ ^(${GPU_ONLY:-.*})$ ]] || return 0
   if ((left < least)); then
     echo "| $name | skipped | 0 s | $left s were left, it needs $least s |" >> "$out/summary.md"
     return 0
@@ -218,7 +219,7 @@ device_tests() {
   local program code=0 counts="" tests=()
   [[ -z ${GPU_REHEARSAL:-} ]] || tests=(shared_rows products_and_norms the_limit_holds)
   for program in device_cuda memory_cuda; do
-    "$scratch/$program" --test-threads 4 "${tests[@]}" 2>&1 | tee "$scratch/$program.txt" || code=1
+    "$scratch/$program" --test-threads 4 --show-output "${tests[@]}" 2>&1 | tee "$scratch/$program.txt" || code=1
     counts+="$program: $(grep -o '[0-9]* passed; [0-9]* failed' "$scratch/$program.txt" || echo "no result"); "
   done
   grep -h '^test .* FAILED' "$scratch"/{device,memory}_cuda.txt || true

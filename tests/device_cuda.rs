@@ -11,8 +11,8 @@ use support::{message, noise};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{Cuda, CudaTensor, PackedAlong, Packing, Precision};
 use vlmq::device::{
-    Activation, AttentionShape, BLOCK, Device, Factored, ModelOps, PermuteSymmetric, ProductRange, QuantizedWeight,
-    Rotary, SolveOps, Span,
+    Activation, AttentionShape, BLOCK, Block, BlockCodes, BlockShape, Device, Factored, GridRule, ModelOps,
+    PermuteSymmetric, ProductRange, QuantizedWeight, Rotary, SolveOps, SolveState, Span,
 };
 use vlmq::quantize::pack::pack;
 use vlmq::quantize::plain::quantize_layer;
@@ -340,6 +340,10 @@ fn statistics_agree() {
             Cpu.accumulate_statistics(&mut h, Some(&mut c), &u, Some(&f), g).unwrap();
             cuda.accumulate_statistics(&mut h_there, Some(&mut c_there), &u_there, Some(&f_there), g).unwrap();
         }
+        // As many tokens as are summed in two parts.
+        let many = numbers(2100, features, 3);
+        Cpu.accumulate_statistics(&mut h, None, &many, None, None).unwrap();
+        cuda.accumulate_statistics(&mut h_there, None, &case.up(&many), None, None).unwrap();
         // Without a cross term, too.
         Cpu.accumulate_statistics(&mut h, None, &u, None, None).unwrap();
         cuda.accumulate_statistics(&mut h_there, None, &u_there, None, None).unwrap();
@@ -452,17 +456,38 @@ fn same_codes(cuda: &Cuda, w: &Matrix, [u, f]: [&Matrix; 2], g: &[f32], settings
 #[test]
 fn a_narrow_layer_gets_the_same_codes() {
     let cuda = device(Precision::Bf16);
-    let (u, f, w) = (noise(200, 160, 1), noise(200, 160, 2), noise(8, 160, 3));
-    let g: Vec<f32> = (0..200).map(|i| (i % 5) as f32 / 2.0).collect();
-    let base = SolverSettings { group_size: Some(32), ..SolverSettings::default() };
+    let (tokens, cols) = (400, 320);
+    let (u, f, w) = (noise(tokens, cols, 1), noise(tokens, cols, 2), noise(8, cols, 3));
+    let g: Vec<f32> = (0..tokens).map(|i| (i % 5) as f32 / 2.0).collect();
+    let base = SolverSettings { group_size: Some(64), ..SolverSettings::default() };
     for settings in [
-        base.clone(),
         SolverSettings { grid: Grid::Mse, solver: Solver::Gptq, ..base.clone() },
-        SolverSettings { group_size: None, ..base.clone() },
-        SolverSettings { solver: Solver::Rtn, ..base },
+        // Groups of more than a block, the second of them behind columns that have their codes.
+        SolverSettings { group_size: Some(160), ..base.clone() },
+        base,
     ] {
         same_codes(&cuda, &w, [&u, &f], &g, &settings);
     }
+}
+
+#[test]
+fn weights_are_rounded_to_nearest_alike() {
+    let cuda = device(Precision::Bf16);
+    let w = noise(9, 96, 1);
+    let rule =
+        GridRule { bits: 3, symmetric: false, grid: Grid::Minmax, scale_type: ScaleType::Bf16, smallest_zero: 0 };
+    fn rounded<D: SolveOps>(device: &D, w: &Matrix, rule: GridRule) -> Vec<BlockCodes> {
+        let residual = device.upload(w.clone()).unwrap();
+        let error = device.zeros(w.rows(), 0).unwrap();
+        let mut state = SolveState { residual, carried: None, shift: None, error, cross: None };
+        let mut codes = device.room_for_codes(w.rows(), &[BlockShape { columns: 96, groups: 3 }]).unwrap();
+        let block = Block { columns: 0..96, span: 0, group: 32, grid: None, rule, factor: None, cross: None };
+        device.quantize_block(&block, &mut state, &mut codes).unwrap();
+        device.take_codes(codes, &rule).unwrap()
+    }
+    let (found, expected) = (rounded(&cuda, &w, rule), rounded(&Cpu, &w, rule));
+    assert_eq!((&found[0].codes, &found[0].grid), (&expected[0].codes, &expected[0].grid));
+    assert!((found[0].error / expected[0].error - 1.0).abs() < 1e-9, "{} and {}", found[0].error, expected[0].error);
 }
 
 #[test]
