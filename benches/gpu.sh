@@ -146,7 +146,7 @@ part_b() {
   # Its CPU half runs beside the sanitizers, which hold the GPU.
   section draws 30 150 &
   section memcheck 15 60
-  section racecheck 15 75
+  section racecheck 15 100
   section synccheck 15 60
   section initcheck 15 60
   wait
