@@ -504,7 +504,7 @@ case ${1:-} in
     pack "$target/release/vlmq/libvlmq_kernels.so" -9e
     ;;
   pack-rehearsal)
-    pack "$VLMQ_EMULATED_KERNELS" -6
+    pack "$VLMQ_EMULATED_KERNELS" -9
     ;;
   rehearse)
     [[ $# -eq 2 ]] || fail "usage: benches/gpu.sh rehearse DIR"
