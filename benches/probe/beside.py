@@ -1,6 +1,5 @@
 """What the kernels are held against: what this machine reaches, and what people run today."""
 
-import importlib
 import statistics
 import time
 
@@ -209,21 +208,6 @@ def columns(probe, rows, n):
         )
 
 
-def others(probe):
-    """Kernels of other packages, where they can be imported."""
-    for name, module in (
-        ("GPTQModel's block kernel", "gptqmodel.quantization.gptq"),
-        ("llm-compressor's kernel", "llmcompressor.modifiers.gptq.gptq_quantize"),
-        ("Triton", "triton"),
-    ):
-        try:
-            found = importlib.import_module(module)
-            note = f"{module} {getattr(found, '__version__', '')} can be imported; not measured by itself"
-        except Exception as error:
-            note = f"not importable: {type(error).__name__}: {error}"
-        probe.say("reference", name, note)
-
-
 # ---- yardsticks: plain products of 16-bit numbers ----
 
 
@@ -315,6 +299,9 @@ def truncation(probe):
 
 
 def items(probe):
+    # It uses what is defined here.
+    from . import packages
+
     wide, narrow = probe.pick((18944, 3584), (256, 128))
     tokens = probe.pick((2048, 8192, 65536), (48, 64, 80))
     plan = [
@@ -327,10 +314,9 @@ def items(probe):
         (f"column loop {p_rows(probe)}x{narrow}", lambda p: columns(p, p_rows(p), narrow), 4),
         (f"preparation {wide}", lambda p: preparation(p, wide), 4),
         ("X.T @ X long, wide", lambda p: gram(p, tokens[2], wide), 3),
-        ("other packages", others, 3),
         (f"column loop {narrow}x{wide}", lambda p: columns(p, narrow, wide), 12),
     ]
-    return [Item(f"reference {name}", "reference", run, seconds, False) for name, run, seconds in plan]
+    return [Item(f"reference {name}", "reference", run, seconds, False) for name, run, seconds in plan] + packages.items()
 
 
 def p_rows(probe):

@@ -72,9 +72,10 @@ class Factored:
 
 
 class Layer:
-    """The solve of `rows` outputs over a factor: made once, run any number of times after `reset`."""
+    """The solve of `rows` outputs over a factor: made once, run any number of times after `reset`. `grid`: scales and zeros
+    [rows, groups] that are given, where a group is a block."""
 
-    def __init__(self, probe, factored, rows, group, rule, shift=False):
+    def __init__(self, probe, factored, rows, group, rule, shift=False, grid=None):
         self.probe, self.factored, self.group = probe, factored, group
         n, device, api = factored.n, probe.device, probe.api
         gptaq = factored.cross is not None
@@ -104,6 +105,9 @@ class Layer:
                     "zeros": new(rows, groups, dtype=torch.uint8),
                     "row_errors": new(rows, dtype=torch.float64),
                 }
+                if grid is not None:
+                    at_group = slice(start // group, start // group + 1)
+                    out |= {name: of[:, at_group].contiguous() for name, of in zip(("scales", "zeros"), grid)}
                 self.outputs.append(out)
                 arguments = block_arguments(
                     self.residual,
@@ -121,6 +125,7 @@ class Layer:
                     shift=self.shift,
                     products=f.products,
                     status=self.status,
+                    given_grid=int(grid is not None),
                     **out,
                 )
                 self.calls.append(Call(api, "quantize_block", **arguments))
