@@ -6,6 +6,8 @@
 //! of a large copy. `VLMQ_BENCH_REFERENCE=FILE`, written by `gpu_probe.py --reference FILE` on the same machine, adds how many
 //! times as long PyTorch takes. Work is counted as the method needs it: half of a symmetric product, n³/3 for a factorization.
 
+mod timing;
+
 use anyhow::{Result, bail, ensure};
 use rayon::prelude::*;
 use std::cell::Cell;
@@ -267,12 +269,9 @@ fn median<D: SolveOps>(device: &D, tiny: &D::Tensor, mut run: impl FnMut() -> Re
         Ok(start.elapsed())
     };
     sample(1)?;
-    let (mut calls, start) = (1, Instant::now());
-    let mut times = vec![sample(calls)?];
-    while times[0] < SAMPLE {
-        calls *= 2;
-        times = vec![sample(calls)?];
-    }
+    let start = Instant::now();
+    let (calls, first) = timing::repeat(SAMPLE, &mut sample)?;
+    let mut times = vec![first];
     while times.len() < 2 || (start.elapsed() < BUDGET && times.len() < 50) {
         times.push(sample(calls)?);
     }

@@ -167,6 +167,14 @@ fn streamed_from_host_memory_or_not_a_run_goes_on_in_half_precision() {
     pipeline::run(&device(None), &settings, &mut Stopper::new(Moment::Block(1))).unwrap_err();
     let error = message(pipeline::run(&Cpu, &settings, &mut ()));
     assert!(error.contains("device: cuda (emulated) then, cpu now"), "{error}");
+    // And the same one with other libraries.
+    let begun_with = place.work().join("run.json");
+    let mut identity = support::program::read_json(&begun_with);
+    identity["libraries"]["emulator"] = "0.0.0".into();
+    fs::write(&begun_with, identity.to_string()).unwrap();
+    let error = message(pipeline::run(&device(None), &settings, &mut ()));
+    let expected = concat!("emulator: 0.0.0 then, ", env!("CARGO_PKG_VERSION"), " now");
+    assert!(error.contains(expected), "{error}");
 }
 
 /// Writes a work folder's tensor file anew after a change, with the seal of its new contents.

@@ -12,7 +12,7 @@ use crate::tensor::Matrix;
 use anyhow::{Context, Result, anyhow};
 use half::{bf16, f16};
 use std::alloc::Layout;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Alignment of every allocation, as the C API asks of work space.
@@ -118,6 +118,11 @@ impl Engine for Late {
 impl Runtime for Emulated {
     fn name(&self) -> String {
         "cuda (emulated)".into()
+    }
+
+    /// Shows in tests what becomes of a GPU's.
+    fn libraries(&self) -> BTreeMap<&'static str, String> {
+        BTreeMap::from([("emulator", env!("CARGO_PKG_VERSION").to_owned())])
     }
 
     fn stream(&self) -> Result<vlmq_stream> {

@@ -29,12 +29,11 @@ impl Heap {
     /// Limits it, with what the runtime holds for itself, to `bytes`, which the runtime must have. Where it has a pool, the pool
     /// holds no more than is left of that, and what may be out at once is less by the reserve. Errors where anything is out.
     pub(super) fn set_limit(&self, bytes: u64) -> Result<()> {
-        let (live, own) = (self.live.load(Ordering::Relaxed), self.runtime.own_bytes());
+        let live = self.live.load(Ordering::Relaxed);
         ensure!(live == 0, "a limit of GPU memory is set before the first tensor; now {live} bytes are in use");
-        ensure!(bytes > own, "a limit of {bytes} bytes of GPU memory, of which cuBLAS alone takes {own}");
-        let rest = bytes - own;
-        self.runtime.limit_pool(rest)?;
-        let limit = if self.runtime.free_bytes()?.is_some() { without_reserve(rest) } else { rest };
+        let has_pool = self.runtime.free_bytes()?.is_some();
+        let (pool, limit) = shares(bytes, self.runtime.own_bytes(), has_pool)?;
+        self.runtime.limit_pool(pool)?;
         self.limit.store(limit, Ordering::Relaxed);
         Ok(())
     }
@@ -73,6 +72,13 @@ impl Heap {
     }
 }
 
+/// Of a limit, what a pool may hold beside what the runtime holds for itself, and what of that may be out at once.
+fn shares(bytes: u64, own: u64, has_pool: bool) -> Result<(u64, u64)> {
+    ensure!(bytes > own, "a limit of {bytes} bytes of GPU memory, of which cuBLAS alone takes {own}");
+    let pool = bytes - own;
+    Ok((pool, if has_pool { without_reserve(pool) } else { pool }))
+}
+
 fn without_reserve(bytes: u64) -> u64 {
     bytes - bytes / RESERVE
 }
@@ -82,5 +88,22 @@ impl Deref for Heap {
 
     fn deref(&self) -> &Self::Target {
         &*self.runtime
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shares;
+
+    #[test]
+    fn a_limit_is_shared_by_cublas_a_reserve_and_tensors() {
+        let own = 32 << 20;
+        let of_gpu = |bytes| shares(bytes, own, true).map_err(|error| error.to_string());
+        assert_eq!(of_gpu(own + (160 << 20)), Ok((160 << 20, 150 << 20)));
+        for bytes in [0, 1, own] {
+            let expected = format!("a limit of {bytes} bytes of GPU memory, of which cuBLAS alone takes {own}");
+            assert_eq!(of_gpu(bytes), Err(expected));
+        }
+        assert_eq!(shares(160, 0, false).unwrap(), (160, 160));
     }
 }

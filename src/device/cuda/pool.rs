@@ -29,9 +29,7 @@ impl Pool {
     /// A pool of at most `limit` bytes; of all that the device has where there is none. Freed memory stays in it, for the next
     /// allocation: by default each wait would hand it back to the driver.
     pub(super) fn new(context: &Arc<CudaContext>, limit: Option<u64>) -> Result<Self> {
-        let few = |bytes: u64| bytes / RESERVE < BLOCK;
-        let blocks = |bytes: u64| if few(bytes) { bytes.div_ceil(BLOCK).max(1) } else { bytes / BLOCK };
-        let size = limit.map_or(0, |bytes| blocks(bytes) * BLOCK);
+        let size = limit.map_or(0, in_blocks);
         let properties = CUmemPoolProps {
             allocType: CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
             handleTypes: CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_NONE,
@@ -92,6 +90,12 @@ impl Pool {
     }
 }
 
+/// A pool's size for a limit: whole blocks.
+fn in_blocks(limit: u64) -> u64 {
+    let few = limit / RESERVE < BLOCK;
+    BLOCK * if few { limit.div_ceil(BLOCK).max(1) } else { limit / BLOCK }
+}
+
 impl Drop for Pool {
     fn drop(&mut self) {
         // A context that is lost has taken the pool with it. The driver keeps what is out, and frees that being on its way.
@@ -99,5 +103,24 @@ impl Drop for Pool {
             // SAFETY: made in `new`, destroyed once. An error at the end has nobody to hear it.
             let _ = unsafe { mem_pool::destroy(self.pool) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{BLOCK, RESERVE, in_blocks};
+
+    #[test]
+    fn a_pool_keeps_to_its_limit_and_holds_what_tensors_may_take() {
+        let few = RESERVE * BLOCK;
+        for limit in
+            [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 1, few - 1, few, few + 1, few + BLOCK - 1, 1000 * BLOCK - 1]
+        {
+            let size = in_blocks(limit);
+            assert!(size.is_multiple_of(BLOCK) && size >= limit - limit / RESERVE, "{size} for {limit}");
+            assert!(if limit < few { size < limit + BLOCK } else { size <= limit }, "{size} for {limit}");
+        }
+        // The driver takes 0 for all that there is.
+        assert_eq!(in_blocks(0), BLOCK);
     }
 }
