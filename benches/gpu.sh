@@ -436,7 +436,8 @@ rehearse() {
   built=$(cargo test --locked --release --no-run --test device_cuda --message-format=json-render-diagnostics |
     python3 -c 'import json, sys; print(*[m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable") and m["target"]["kind"] == ["test"]])')
   "$built" --quiet devices_do_not_share > /dev/null
-  export VLMQ_EMULATED_KERNELS=$PWD/${CARGO_TARGET_DIR:-target}/tmp/emulator/plain/libvlmq_kernels.so
+  VLMQ_EMULATED_KERNELS=$(realpath "$(find "${CARGO_TARGET_DIR:-target}" -path '*/emulator/plain/libvlmq_kernels.so')")
+  export VLMQ_EMULATED_KERNELS
   bash benches/gpu.sh pack-rehearsal
   for part in a b; do
     # Part a runs the whole of a sanitizer's tests, and notes what they launch.
