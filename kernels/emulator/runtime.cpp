@@ -120,8 +120,8 @@ bool is_named(const char* kernel, const std::string& name) {
   return next == '\0' || next == '<';
 }
 
-// Adds to the file that VLMQ_EMULATOR_LOG names, once a process: the program, the call of the C API,
-// and the kernel or the runtime's function. Whole lines, so that processes may share a file.
+// Adds to the file that VLMQ_EMULATOR_LOG names, once a process: the program, the call of the C
+// API, and the kernel or the runtime's function. Whole lines, so that processes may share a file.
 void log_once(const char* call, const char* operation) {
   static const char* const file = std::getenv("VLMQ_EMULATOR_LOG");
   if (file == nullptr || *file == '\0') return;
