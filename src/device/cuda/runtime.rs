@@ -13,8 +13,8 @@ use std::fmt;
 pub(super) type Address = usize;
 
 /// A plain product of dense row-major matrices of one element type, summed in float32 and rounded once:
-/// `c = a · op(b)`, or `c += a · op(b)`, where a GPU may round the product once more before it is added: cuBLAS picks such
-/// kernels for some shapes.
+/// `c = a · op(b)`, or `c += a · op(b)`. On a GPU the latter does not keep to the one rounding yet: for some shapes cuBLAS rounds
+/// the product before it adds.
 pub(super) struct Product {
     /// `[rows, inner]`.
     pub(super) a: Address,
