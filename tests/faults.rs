@@ -48,6 +48,7 @@ fn the_last_failure_of_each_thread_is_kept() {
         sign: 1.0,
         factor: 1.0,
         dtype: vlmq_dtype::VLMQ_F32,
+        float_a: 0,
     };
     assert_eq!(last_error(), "");
     assert_eq!(call("vlmq_add", &args), vlmq_status::VLMQ_BAD_ARGUMENT);

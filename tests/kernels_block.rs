@@ -272,13 +272,19 @@ fn activations() {
 fn sums() {
     for dtype in DTYPES {
         for &cols in lengths() {
-            for (rows, b_rows, shift, in_place) in
-                [(1, 1, 0, false), (3, 3, 0, true), (5, 1, 0, false), (3, 1, 1, true)]
-            {
+            for (rows, b_rows, shift, in_place, float_a) in [
+                (1, 1, 0, false, false),
+                (3, 3, 0, true, false),
+                (5, 1, 0, false, false),
+                (3, 1, 1, true, false),
+                (5, 1, 0, false, true),
+                (3, 3, 1, false, true),
+            ] {
                 for (sign, factor) in [(1.0, 1.0), (-1.0, 0.5)] {
                     // Sums and halves of these no type rounds.
                     let (a, b) = (integers(rows * cols, 11, 28), integers(b_rows * cols, 12, 28));
-                    let (a_buffer, b_buffer) = (Buffer::input(dtype, &a, shift), Buffer::input(dtype, &b, shift));
+                    let a_buffer = Buffer::input(if float_a { F32 } else { dtype }, &a, shift);
+                    let b_buffer = Buffer::input(dtype, &b, shift);
                     let outputs = every_schedule(|| {
                         let mut out = if in_place {
                             Buffer::in_out(dtype, &a, shift)
@@ -298,6 +304,7 @@ fn sums() {
                                 sign,
                                 factor,
                                 dtype,
+                                float_a: float_a.into(),
                             },
                         );
                         vec![out]
@@ -314,9 +321,9 @@ fn sums() {
 /// Against the CPU device on values that do round.
 #[test]
 fn sums_round_once() {
-    for dtype in DTYPES {
-        let (a, b) = (noise(dtype, 1000, 13), noise(dtype, 1000, 14));
-        let (a_buffer, b_buffer) = (Buffer::input(dtype, &a, 0), Buffer::input(dtype, &b, 0));
+    for (a_dtype, dtype) in DTYPES.into_iter().flat_map(|dtype| [(dtype, dtype), (F32, dtype)]) {
+        let (a, b) = (noise(a_dtype, 1000, 13), noise(dtype, 1000, 14));
+        let (a_buffer, b_buffer) = (Buffer::input(a_dtype, &a, 0), Buffer::input(dtype, &b, 0));
         let mut out = Buffer::output(dtype, 1000, 0);
         accepted(
             "vlmq_add",
@@ -330,6 +337,7 @@ fn sums_round_once() {
                 sign: -1.0,
                 factor: 0.3,
                 dtype,
+                float_a: (a_dtype == F32).into(),
             },
         );
         let expected = Cpu.scaled_difference(&matrix(10, 100, &a), &matrix(10, 100, &b), 0.3).unwrap();
@@ -398,7 +406,8 @@ fn bad_arguments() {
     }
     accepted("vlmq_activate", &vlmq_activate_args { count: 0, x: null, ..activate });
 
-    let add = vlmq_add_args { a: x, b: x, out: y, rows: 4, b_rows: 4, cols: 4, sign: 1.0, factor: 1.0, dtype };
+    let (sign, factor) = (1.0, 1.0);
+    let add = vlmq_add_args { a: x, b: x, out: y, rows: 4, b_rows: 4, cols: 4, sign, factor, dtype, float_a: 0 };
     for bad in [
         vlmq_add_args { b_rows: 2, ..add },
         vlmq_add_args { rows: -1, b_rows: -1, ..add },

@@ -851,13 +851,15 @@ def elementwise(probe):
                 lambda out: [("y", relative(out["y"], exact), ROUNDED[dtype])],
             )
         a, b = probe.noise(rows, cols, seed=2, dtype=kind), probe.noise(rows, cols, seed=3, dtype=kind)
-        for b_rows, shift in ((rows, 0), (1, 1)):
-            exact = 2.5 * (a.double() - 0.75 * b[:b_rows].double())
+        sums = probe.noise(rows, cols, seed=2)
+        for b_rows, shift, float_a in ((rows, 0, 0), (1, 1, 0), (1, 0, 1)):
+            first = sums if float_a else a
+            exact = 2.5 * (first.double() - 0.75 * b[:b_rows].double())
             case = Case(
                 probe,
                 "add",
                 {"out": Out(kind, rows, cols, shift=shift)},
-                a=a,
+                a=first,
                 b=b[:b_rows].contiguous(),
                 rows=rows,
                 b_rows=b_rows,
@@ -865,9 +867,10 @@ def elementwise(probe):
                 sign=-0.75,
                 factor=2.5,
                 dtype=dtype,
+                float_a=float_a,
             )
             probe.correct(
-                f"add {short(dtype)}{' of one row' if b_rows == 1 else ''} {rows}x{cols}",
+                f"add {short(dtype)}{' of one row' if b_rows == 1 else ''}{' of float32' if float_a else ''} {rows}x{cols}",
                 case,
                 lambda out: [("out", relative(out["out"], exact), ROUNDED[dtype])],
             )

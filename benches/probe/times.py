@@ -416,7 +416,7 @@ def rows_and_elements(probe):
     )
     probe.timed(
         f"add {what}",
-        call("add", a=x, b=x, out=y, rows=rows, b_rows=rows, cols=cols, sign=1.0, factor=1.0, dtype="VLMQ_BF16"),
+        call("add", a=x, b=x, out=y, rows=rows, b_rows=rows, cols=cols, sign=1.0, factor=1.0, dtype="VLMQ_BF16", float_a=0),
         bytes=6 * count,
     )
     index = probe.order(rows)

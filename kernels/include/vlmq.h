@@ -429,7 +429,8 @@ typedef struct vlmq_activate_args {
 
 vlmq_status vlmq_activate(const vlmq_activate_args* args, vlmq_stream stream);
 
-/* out = factor * (a + sign * b), elementwise; out may be a. b of one row is repeated (`b_rows` 1, rows > 1). */
+/* out = factor * (a + sign * b), elementwise; out may be a of the same type. b of one row is repeated (`b_rows` 1, rows
+ * > 1). */
 typedef struct vlmq_add_args {
   const void* a; /* [rows, cols] */
   const void* b; /* [b_rows, cols], b_rows = rows or 1 */
@@ -440,6 +441,7 @@ typedef struct vlmq_add_args {
   float sign;
   float factor;
   vlmq_dtype dtype;
+  int32_t float_a; /* a is float32, as sums are before they are rounded, whatever dtype says of b and out */
 } vlmq_add_args;
 
 vlmq_status vlmq_add(const vlmq_add_args* args, vlmq_stream stream);

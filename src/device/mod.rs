@@ -39,6 +39,13 @@ pub enum Work {
         /// Channels of the input.
         inner: usize,
     },
+    /// The bias of a [`ModelOps::linear`].
+    Bias {
+        /// Rows of the input.
+        rows: usize,
+        /// Channels of the output.
+        outputs: usize,
+    },
     /// [`ModelOps::attention`].
     Attention {
         /// Rows of queries and keys.

@@ -16,6 +16,7 @@ const PACKED_COLUMNS: u64 = 512;
 pub(super) fn bytes(work: Work, threads: u64) -> u64 {
     match work {
         Work::Linear { inner } => PACKED_COLUMNS * F32 * inner as u64,
+        Work::Bias { .. } => 0,
         // Every head's rows are made on their own and put in their places when all are there.
         Work::Attention { tokens, longest, shape } => {
             F32 * tokens as u64 * query(shape) + scores(longest, shape.head_dim, 1, threads)

@@ -776,6 +776,7 @@ pub struct vlmq_add_args {
     pub sign: f32,
     pub factor: f32,
     pub dtype: vlmq_dtype,
+    pub float_a: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -790,6 +791,7 @@ const _: () = {
     ["Offset of field: vlmq_add_args::sign"][::core::mem::offset_of!(vlmq_add_args, sign) - 48usize];
     ["Offset of field: vlmq_add_args::factor"][::core::mem::offset_of!(vlmq_add_args, factor) - 52usize];
     ["Offset of field: vlmq_add_args::dtype"][::core::mem::offset_of!(vlmq_add_args, dtype) - 56usize];
+    ["Offset of field: vlmq_add_args::float_a"][::core::mem::offset_of!(vlmq_add_args, float_a) - 60usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

@@ -231,12 +231,13 @@ impl Blas {
     pub(super) unsafe fn product(&self, product: &Product) -> Result<()> {
         let int = |size: usize| c_int::try_from(size).context("a matrix of more than 2^31 rows or columns");
         let (rows, cols, inner) = (int(product.rows)?, int(product.cols)?, int(product.inner)?);
-        let kind = match product.precision {
+        let kind = |precision| match precision {
             Precision::F32 => CUDA_R_32F,
             Precision::Bf16 => CUDA_R_16BF,
             Precision::F16 => CUDA_R_16F,
         };
-        let (alpha, beta) = (1.0f32, if product.accumulate { 1.0f32 } else { 0.0 });
+        let (from, to) = (kind(product.precision), kind(product.rounded_to));
+        let (alpha, beta) = (1.0f32, 0.0f32);
         // cuBLAS counts column by column, where a row-major matrix is its transpose: cᵀ = op(b)ᵀ·aᵀ.
         let (operation, b_stride) = if product.transposed { (OP_T, inner) } else { (OP_N, cols) };
         // SAFETY: the caller's promise; alpha and beta are host memory that is read before the call returns.
@@ -250,14 +251,14 @@ impl Blas {
                 inner,
                 (&raw const alpha).cast(),
                 product.b as *const c_void,
-                kind,
+                from,
                 b_stride,
                 product.a as *const c_void,
-                kind,
+                from,
                 inner,
                 (&raw const beta).cast(),
                 product.c as *mut c_void,
-                kind,
+                to,
                 cols,
                 COMPUTE_32F,
                 GEMM_DEFAULT,

@@ -34,6 +34,9 @@ pub struct Cuda {
 /// Asks for [`Cuda::sync`].
 const SYNC: &str = "VLMQ_SYNC";
 
+/// Rows of a product that cuBLAS computes at a time.
+const TILE_ROWS: usize = 128;
+
 impl Cuda {
     /// Takes GPU `ordinal`, counted from 0. Errors, saying what is missing, where this program was built without kernels,
     /// where there is no driver, no such GPU or no cuBLAS, and where the GPU is older than compute capability 8.0.
@@ -153,21 +156,22 @@ impl Cuda {
         self.write(tensor)
     }
 
-    /// `c = a · op(b)`, or `c += a · op(b)`, all of one precision; see [`Product`].
+    /// `c = op(b)` times rows of `a`, those from `first` on, as many as `c` has, which is of the operands' precision or float32;
+    /// see [`Product`].
     pub(super) fn product(
         &self,
-        a: &CudaTensor,
+        (a, first): (&CudaTensor, usize),
         (b, transposed): (&CudaTensor, bool),
         c: &mut CudaTensor,
-        accumulate: bool,
     ) -> Result<()> {
         let (inner, cols) = if transposed { (b.cols, b.rows) } else { (b.rows, b.cols) };
         ensure!(
             a.cols == inner
-                && c.rows == a.rows
+                && first <= a.rows
+                && c.rows <= a.rows - first
                 && c.cols == cols
                 && a.precision == b.precision
-                && a.precision == c.precision,
+                && [a.precision, Precision::F32].contains(&c.precision),
             "product of {} and {}{}",
             a.describe(),
             b.describe(),
@@ -181,22 +185,55 @@ impl Cuda {
             return Ok(());
         }
         if inner == 0 {
-            return if accumulate { Ok(()) } else { c.memory.fill(0) };
+            return c.memory.fill(0);
         }
         let product = Product {
-            a: a.memory.address(),
+            a: a.memory.address() + first * a.row_bytes(),
             b: b.memory.address(),
             c: c.memory.address(),
-            rows: a.rows,
+            rows: c.rows,
             cols,
             inner,
             transposed,
-            accumulate,
             precision: a.precision,
+            rounded_to: c.precision,
         };
         // SAFETY: shapes, types and owner were just checked, no dimension is 0, and `c` is borrowed for itself.
         unsafe { self.runtime.product(&product) }?;
         self.done(|| format!("cuBLAS: {product}"))
+    }
+
+    /// `y = x · weightᵀ + bias`, rounded once: products wait in float32 for their bias, some rows at a time, so that they need
+    /// little memory and are still in the GPU's cache when it comes.
+    pub(super) fn biased_product(
+        &self,
+        x: &CudaTensor,
+        weight: &CudaTensor,
+        bias: &CudaTensor,
+        y: &mut CudaTensor,
+    ) -> Result<()> {
+        let fit = self.runtime.sum_bytes() / (Precision::F32.size() * y.cols.max(1));
+        // Whole tiles of cuBLAS's, where there is room for them.
+        let rows = if fit < TILE_ROWS { fit.max(1) } else { fit / TILE_ROWS * TILE_ROWS };
+        let mut sums = self.tensor(rows.min(y.rows), y.cols, Precision::F32)?;
+        // Without a row once, for what is checked.
+        for first in (0..y.rows.max(1)).step_by(rows) {
+            sums.rows = rows.min(y.rows - first);
+            self.product((x, first), (weight, true), &mut sums)?;
+            self.launch(&vlmq_add_args {
+                a: self.read(&sums)?,
+                b: self.read(bias)?,
+                out: y.memory.at_mut(first * y.row_bytes()),
+                rows: sums.rows as i64,
+                b_rows: 1,
+                cols: y.cols as i64,
+                sign: 1.0,
+                factor: 1.0,
+                dtype: y.precision.dtype(),
+                float_a: 1,
+            })?;
+        }
+        Ok(())
     }
 
     /// `out = factor · (a + sign · b)`; one row of `b` is repeated. `out` may lie where `a` does.
@@ -217,6 +254,7 @@ impl Cuda {
             sign,
             factor,
             dtype: out.precision.dtype(),
+            float_a: 0,
         })
     }
 }
@@ -294,6 +332,11 @@ impl Device for Cuda {
             // The output once more, log-sums of the forward pass, and as much work space.
             Work::AttentionBackward { tokens, shape, .. } => {
                 (tokens * shape.heads * (shape.head_dim * self.precision.size() + 2 * Precision::F32.size())) as u64
+            }
+            // As many rows as fit, but one at least.
+            Work::Bias { rows, outputs } => {
+                let row = outputs * Precision::F32.size();
+                (rows * row).min(self.runtime.sum_bytes().max(row)) as u64
             }
             _ => 0,
         }

@@ -34,7 +34,15 @@ impl ModelOps for Cuda {
             anyhow::bail!("row {row} asked of a table of {} rows", table.rows);
         }
         let mut out = self.tensor(indices.len(), table.cols, table.precision)?;
-        self.gather(table, &Memory::of(&self.runtime, indices)?, &mut out)?;
+        let indices = Memory::of(&self.runtime, indices)?;
+        self.launch(&vlmq_gather_rows_args {
+            table: self.read(table)?,
+            indices: indices.at(0),
+            rows: out.rows as i64,
+            row_bytes: out.row_bytes() as i64,
+            out: self.write(&mut out)?,
+            scatter: 0,
+        })?;
         Ok(out)
     }
 
@@ -97,26 +105,24 @@ impl ModelOps for Cuda {
 
     fn linear(&self, x: &CudaTensor, weight: &CudaTensor, bias: Option<&CudaTensor>) -> Result<CudaTensor> {
         let mut y = self.tensor(x.rows, weight.rows, x.precision)?;
-        if let Some(bias) = bias {
-            ensure!(
-                bias.rows == 1 && bias.cols == weight.rows && bias.precision == x.precision,
-                "bias {} for {} outputs of {:?}",
-                bias.describe(),
-                weight.rows,
-                x.precision
-            );
-            // The product adds to it.
-            let mut first = Memory::new(&self.runtime, x.rows * size_of::<u32>())?;
-            first.fill(0)?;
-            self.gather(bias, &first, &mut y)?;
-        }
-        self.product(x, (weight, true), &mut y, bias.is_some())?;
+        let Some(bias) = bias else {
+            self.product((x, 0), (weight, true), &mut y)?;
+            return Ok(y);
+        };
+        ensure!(
+            bias.rows == 1 && bias.cols == weight.rows && bias.precision == x.precision,
+            "bias {} for {} outputs of {:?}",
+            bias.describe(),
+            weight.rows,
+            x.precision
+        );
+        self.biased_product(x, weight, bias, &mut y)?;
         Ok(y)
     }
 
     fn matmul(&self, a: &CudaTensor, b: &CudaTensor) -> Result<CudaTensor> {
         let mut y = self.tensor(a.rows, b.cols, a.precision)?;
-        self.product(a, (b, false), &mut y, false)?;
+        self.product((a, 0), (b, false), &mut y)?;
         Ok(y)
     }
 
@@ -274,18 +280,6 @@ impl ModelOps for Cuda {
 }
 
 impl Cuda {
-    /// One row of `table` for each row of `out`: the first `out.rows` of `indices`, all of them rows of `table`.
-    fn gather(&self, table: &CudaTensor, indices: &Memory, out: &mut CudaTensor) -> Result<()> {
-        self.launch(&vlmq_gather_rows_args {
-            table: self.read(table)?,
-            indices: indices.at(0),
-            rows: out.rows as i64,
-            row_bytes: out.row_bytes() as i64,
-            out: self.write(out)?,
-            scatter: 0,
-        })
-    }
-
     fn norm(&self, x: &CudaTensor, weight: &CudaTensor, bias: Option<&CudaTensor>, eps: f32) -> Result<CudaTensor> {
         for part in [Some(weight), bias].into_iter().flatten() {
             fits_rows(part, x)?;

@@ -12,9 +12,8 @@ use std::fmt;
 /// An address in device memory.
 pub(super) type Address = usize;
 
-/// A plain product of dense row-major matrices of one element type, summed in float32 and rounded once:
-/// `c = a · op(b)`, or `c += a · op(b)`. On a GPU the latter does not keep to the one rounding yet: for some shapes cuBLAS rounds
-/// the product before it adds.
+/// A plain product of dense row-major matrices, summed in float32 and rounded once: `c = a · op(b)`. Never `c += a · op(b)`:
+/// for some shapes cuBLAS rounds the product before it adds.
 pub(super) struct Product {
     /// `[rows, inner]`.
     pub(super) a: Address,
@@ -26,9 +25,10 @@ pub(super) struct Product {
     pub(super) cols: usize,
     pub(super) inner: usize,
     pub(super) transposed: bool,
-    /// Adds to `c` instead of replacing it.
-    pub(super) accumulate: bool,
+    /// Of `a` and `b`.
     pub(super) precision: Precision,
+    /// Of `c`: the same, or float32.
+    pub(super) rounded_to: Precision,
 }
 
 impl fmt::Display for Product {
@@ -64,6 +64,11 @@ pub(super) trait Runtime: Send + Sync {
     /// Bytes of device memory that the runtime holds for itself from the start.
     fn own_bytes(&self) -> u64 {
         0
+    }
+
+    /// Bytes of float32 products that wait for their bias at once, at least a row: what a GPU's second-level cache keeps.
+    fn sum_bytes(&self) -> usize {
+        32 << 20
     }
 
     /// The stream, ready for use by the calling thread.

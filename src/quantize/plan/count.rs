@@ -212,7 +212,8 @@ impl<'a> Counter<'a> {
         solving.max(assembling)
     }
 
-    /// [`attention_importance`](crate::quantize::importance::attention_importance) in its backward pass.
+    /// [`attention_importance`](crate::quantize::importance::attention_importance) in its backward pass; while projections get
+    /// their bias it holds less.
     fn importance(&self, chunk: &ChunkSize) -> u64 {
         let values = 4 * self.hidden + 5 * self.query + 4 * self.key;
         let (tokens, longest, shape) = (chunk.tokens, chunk.longest, self.attention);
@@ -230,7 +231,12 @@ impl<'a> Counter<'a> {
             true => self.workspace(Work::Attention { tokens: chunk.tokens, longest, shape }),
             false => 0,
         };
-        let computing = tokens * self.stored(first + computed) + own;
+        let mut computing = tokens * self.stored(first + computed) + own;
+        if advances && inputs != self.inner {
+            // Queries, keys and values get their bias before anything is attended.
+            let projecting = tokens * self.stored(first + computed - self.query);
+            computing = computing.max(projecting + self.bias(chunk.tokens, self.query.max(self.key)));
+        }
         let features = inputs as usize;
         let workspace = self.workspace(Work::Statistics { tokens: chunk.tokens, features, cross: self.cross });
         let adding = tokens * self.stored(first + inputs) + workspace;
@@ -241,6 +247,10 @@ impl<'a> Counter<'a> {
         computing.max(adding).max(advancing)
     }
 
+    fn bias(&self, rows: usize, outputs: u64) -> u64 {
+        self.workspace(Work::Bias { rows, outputs: outputs as usize })
+    }
+
     /// Of the tower's attention and of its widest product.
     fn tower_workspace(&self, chunk: &ChunkSize, load: &VisionLoad) -> u64 {
         let head_dim = load.rotary.max(1);
@@ -248,7 +258,9 @@ impl<'a> Counter<'a> {
         let shape = AttentionShape { heads, kv_heads: heads, head_dim, causal: false };
         let longest = if load.windowed == load.depth { load.window } else { chunk.longest_image };
         let attention = Work::Attention { tokens: chunk.patches, longest, shape };
-        self.workspace(attention).max(self.workspace(Work::Linear { inner: load.inner.max(4 * load.width) }))
+        let outputs = load.inner.max(load.width).max(load.projected) as u64;
+        let product = self.workspace(Work::Linear { inner: load.inner.max(4 * load.width) });
+        self.workspace(attention).max(product).max(self.bias(chunk.patches, outputs))
     }
 
     /// Embedding table and tower throughout; chunk by chunk the tower's activations, then the features and their stream.
