@@ -7,6 +7,7 @@
 mod support;
 
 use support::devices::{Case, device, difference, norm_error, numbers, on_gpu, own_device, tolerance, whole};
+use support::ties::Layer;
 use support::{message, noise};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{Cuda, CudaTensor, PackedAlong, Packing, Precision};
@@ -432,10 +433,7 @@ fn same_codes(cuda: &Cuda, w: &Matrix, [u, f]: [&Matrix; 2], g: &[f32], settings
     let expected = quantize_layer(&Cpu, w, u, Some(f), Some(g), settings).unwrap();
     let found = quantize_layer(cuda, w, u, Some(f), Some(g), settings).unwrap();
     assert_eq!(found.order, expected.order);
-    let pairs = found.linear.codes.iter().zip(&expected.linear.codes);
-    let different = pairs.filter(|(a, b)| a != b).count();
-    println!("{different} codes differ with {settings:?}");
-    assert!(1000 * different <= w.rows() * w.cols(), "{different} codes differ with {settings:?}");
+    Layer::new(w, [u, f], g, settings, &expected).compare(&found.linear, &expected.linear);
     let ratio = found.report.relative_error / expected.report.relative_error;
     assert!((ratio - 1.0).abs() < 1e-3, "errors {ratio} apart with {settings:?}");
 }

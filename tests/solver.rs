@@ -2,10 +2,13 @@
 
 mod support;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use support::noise;
+use support::ties::Layer;
 use vlmq::device::cpu::Cpu;
+use vlmq::quantize::QuantizedLinear;
 use vlmq::quantize::plain::{QuantizedLayer, quantize_layer};
-use vlmq::quantize::settings::{Grid, Order, ScaleType, Solver, SolverSettings};
+use vlmq::quantize::settings::{CrossTerm, Grid, Order, ScaleType, Solver, SolverSettings};
 use vlmq::quantize::solve::{prepare, round_to_nearest, solve};
 use vlmq::quantize::statistics::Statistics;
 use vlmq::tensor::Matrix;
@@ -68,6 +71,32 @@ fn output_error(w: &Matrix, q: &Matrix, u: &Matrix) -> f64 {
         }
     }
     off / norm
+}
+
+/// By float64 from the codes before it; a code that is not shows, and so does a scale.
+#[test]
+fn each_code_is_the_nearest() {
+    let (u, f, w) = (noise(700, 320, 1), noise(700, 320, 2), noise(9, 320, 3));
+    let g: Vec<f32> = (0..700).map(|i| (i % 5) as f32 / 2.0).collect();
+    let gptaq = SolverSettings { group_size: Some(32), ..SolverSettings::default() };
+    for settings in [
+        gptq(Some(160)),
+        SolverSettings { bits: 8, ..gptq(None) },
+        SolverSettings { cross_term: CrossTerm::Quantized, ..gptaq.clone() },
+        SolverSettings { order: Order::Act, group_size: Some(160), ..gptaq.clone() },
+        SolverSettings { group_size: None, cross_term: CrossTerm::Quantized, symmetric: true, ..gptaq },
+    ] {
+        let solved = quantize_layer(&Cpu, &w, &u, Some(&f), Some(&g), &settings).unwrap();
+        let layer = Layer::new(&w, [&u, &f], &g, &settings, &solved);
+        layer.compare(&solved.linear, &solved.linear);
+        let strange = |change: fn(&mut QuantizedLinear)| {
+            let mut other = solved.linear.clone();
+            change(&mut other);
+            catch_unwind(AssertUnwindSafe(|| layer.compare(&other, &solved.linear))).is_err()
+        };
+        assert!(strange(|linear| linear.codes[5 * 320 + 200] ^= 1), "another code with {settings:?}");
+        assert!(strange(|linear| linear.scales[3] *= 1.01), "another scale with {settings:?}");
+    }
 }
 
 #[test]

@@ -18,6 +18,7 @@ pub mod resuming;
 pub mod solving;
 #[cfg(feature = "run")]
 pub mod sparse;
+pub mod ties;
 
 use std::path::{Path, PathBuf};
 use vlmq::tensor::Matrix;
