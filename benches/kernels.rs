@@ -123,9 +123,9 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
             product / 1e12,
             copy / 1e9
         );
-        println!(
-            "| operation | ms | TFLOP/s | GB/s | of the measured rate | PyTorch takes |\n|---|---|---|---|---|---|"
-        );
+        // Without a reference there is no column for it.
+        let (head, line) = if reference.is_empty() { ("", "") } else { (" PyTorch takes |", "---|") };
+        println!("| operation | ms | TFLOP/s | GB/s | of the measured rate |{head}\n|---|---|---|---|---|{line}");
         Ok(Self { device, filter, product, copy, reference, lines: Cell::new(0) })
     }
 
@@ -244,10 +244,13 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
         let tiny = self.device.upload(Matrix::zeros(1, 1))?;
         let seconds = median(self.device, &tiny, &mut run)?;
         let share = (work / seconds / self.product).max(bytes / seconds / self.copy);
-        let times =
-            self.reference.get(name).map_or("–".into(), |reference| format!("{:.1} times", reference / seconds));
+        let times = |reference: &f64| format!(" {:.1} times |", reference / seconds);
+        let times = match self.reference.is_empty() {
+            true => String::new(),
+            false => self.reference.get(name).map_or(" – |".into(), times),
+        };
         println!(
-            "| {name} | {:.3} | {:.2} | {:.1} | {:.0} % | {times} |",
+            "| {name} | {:.3} | {:.2} | {:.1} | {:.0} % |{times}",
             seconds * 1e3,
             work / seconds / 1e12,
             bytes / seconds / 1e9,
