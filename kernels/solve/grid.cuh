@@ -27,13 +27,17 @@ __host__ __device__ constexpr float largest_code(int bits) {
   return static_cast<float>((1 << bits) - 1);
 }
 
-__device__ __forceinline__ Rounded round_to_grid(float w, Grid grid, float largest) {
+/// `x`, a weight in units of the scale, as code - zero.
+__device__ __forceinline__ float level_of(float x, float zero, float largest) {
   // Both ends are integers, so clamping before rounding is clamping after it, and what is left is
   // below 2^22, where adding and subtracting 1.5 * 2^23 rounds to an integer, ties to even.
   constexpr float kRound = 12582912.0f;
-  float x = fminf(__fdiv_rn(w, grid.scale), __fsub_rn(largest, grid.zero));
-  x = fmaxf(x, -grid.zero);
-  const float level = __fsub_rn(__fadd_rn(x, kRound), kRound);
+  x = fmaxf(fminf(x, __fsub_rn(largest, zero)), -zero);
+  return __fsub_rn(__fadd_rn(x, kRound), kRound);
+}
+
+__device__ __forceinline__ Rounded round_to_grid(float w, Grid grid, float largest) {
+  const float level = level_of(__fdiv_rn(w, grid.scale), grid.zero, largest);
   return {level, __fmul_rn(grid.scale, level)};
 }
 
@@ -96,16 +100,22 @@ __device__ __forceinline__ Grid shrunken_grid(float lo, float hi, int k,
   return grid_of_range(__fmul_rn(lo, shrink), __fmul_rn(hi, shrink), rule);
 }
 
-/// The grid of a group of `count` weights, found by kLanes neighbouring lanes together; all lanes
-/// of the warp must come. `weights(i)` may be called for any i by any of the row's lanes.
+/// Range of a group and 0.
+struct Range {
+  float lo, hi;
+
+  /// What errors are measured in: powers of tiny weights would underflow.
+  __device__ float unit() const { return __fdiv_rn(1.0f, fmaxf(fmaxf(hi, -lo), 1.17549435e-38f)); }
+};
+
+/// The range of `count` weights, found by kLanes neighbouring lanes together; all lanes of the warp
+/// must come. `weights(i)` may be called for any i by any of the row's lanes.
 template <int kLanes, class Weights>
-__device__ __forceinline__ Grid grid_of_group(const Weights& weights, int count,
-                                              const vlmq_grid_rule& rule) {
+__device__ __forceinline__ Range range_of_group(const Weights& weights, int count) {
   static_assert(kLanes <= 32 && 32 % kLanes == 0, "a row's lanes lie in one warp");
   constexpr unsigned kWarp = 0xffffffffu;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
   float lo = 0.0f, hi = 0.0f;
-  for (int i = lane; i < count; i += kLanes) {
+  for (int i = static_cast<int>(threadIdx.x) % kLanes; i < count; i += kLanes) {
     const float w = weights(i);
     lo = fminf(lo, w);
     hi = fmaxf(hi, w);
@@ -115,13 +125,37 @@ __device__ __forceinline__ Grid grid_of_group(const Weights& weights, int count,
     lo = fminf(lo, __shfl_xor_sync(kWarp, lo, distance));
     hi = fmaxf(hi, __shfl_xor_sync(kWarp, hi, distance));
   }
+  return {lo, hi};
+}
+
+/// The least of kLanes neighbouring lanes' losses, and of equals the smallest candidate.
+template <int kLanes, class Loss>
+__device__ __forceinline__ void least_of_lanes(Loss& least, int& best) {
+  constexpr unsigned kWarp = 0xffffffffu;
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    const Loss other = __shfl_xor_sync(kWarp, least, distance);
+    const int k = __shfl_xor_sync(kWarp, best, distance);
+    if (other < least || (other == least && k < best)) {
+      least = other;
+      best = k;
+    }
+  }
+}
+
+/// The grid of a group by its weights alone, see range_of_group.
+template <int kLanes, class Weights>
+__device__ __forceinline__ Grid grid_of_group(const Weights& weights, int count,
+                                              const vlmq_grid_rule& rule) {
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const Range range = range_of_group<kLanes>(weights, count);
+  const float lo = range.lo, hi = range.hi, unit = range.unit();
   if (rule.grid == VLMQ_MINMAX) return grid_of_range(lo, hi, rule);
 
   // Each lane tries candidates of its own, from the first weight to the last: a sum that lanes
   // shared would round otherwise than the CPU's, and choose otherwise among candidates that are
-  // nearly alike. Errors are in units of the range: powers of tiny weights would underflow.
+  // nearly alike.
   const float largest = largest_code(rule.bits);
-  const float unit = __fdiv_rn(1.0f, fmaxf(fmaxf(hi, -lo), 1.17549435e-38f));
   double least = __int_as_float(0x7f800000);  // infinity
   int best = 0;
   for (int k = lane; k < kSteps; k += kLanes) {
@@ -137,16 +171,7 @@ __device__ __forceinline__ Grid grid_of_group(const Weights& weights, int count,
       best = k;
     }
   }
-  // The widest range of equals: the smallest k.
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    const double other = __shfl_xor_sync(kWarp, least, distance);
-    const int k = __shfl_xor_sync(kWarp, best, distance);
-    if (other < least || (other == least && k < best)) {
-      least = other;
-      best = k;
-    }
-  }
+  least_of_lanes<kLanes>(least, best);  // of equals the widest range
   return shrunken_grid(lo, hi, best, rule);
 }
 
@@ -166,7 +191,7 @@ int number_in(const Enum& named) {
 
 inline bool valid_rule(const vlmq_grid_rule& rule) {
   const int grid = number_in(rule.grid), type = number_in(rule.scale_type);
-  return valid_bits(rule.bits) && (grid == VLMQ_MINMAX || grid == VLMQ_MSE) &&
+  return valid_bits(rule.bits) && (grid == VLMQ_MINMAX || grid == VLMQ_MSE || grid == VLMQ_LOSS) &&
          (type == VLMQ_F32 || type == VLMQ_BF16 || type == VLMQ_F16) && rule.smallest_zero >= 0 &&
          rule.smallest_zero < 1 << rule.bits;
 }

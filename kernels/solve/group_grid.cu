@@ -7,7 +7,9 @@
 #include "device/launch.cuh"
 #include "device/limits.cuh"
 #include "solve/grid.cuh"
+#include "solve/loss.cuh"
 #include "solve/tile.cuh"
+#include "solve/triangle.cuh"
 
 namespace vlmq {
 namespace {
@@ -177,20 +179,158 @@ struct CorrectedWeights {
   }
 };
 
+__device__ __forceinline__ CorrectedWeights corrected_row(const vlmq_group_grid_args& args,
+                                                          const float* solved, long long row) {
+  return {args.residual + row * args.features + args.first,
+          solved != nullptr ? solved + row * solved_stride(args.columns) : nullptr};
+}
+
 __global__ void __launch_bounds__(kThreads)
     group_grid_kernel(vlmq_group_grid_args args, const float* solved) {
   const long long row =
       static_cast<long long>(blockIdx.x) * (kThreads / 32) + static_cast<int>(threadIdx.x) / 32;
   if (row >= args.rows) return;  // a whole warp, and no barrier follows
-  const CorrectedWeights weights{
-      args.residual + row * args.features + args.first,
-      solved != nullptr ? solved + row * solved_stride(args.columns) : nullptr};
-  const Grid grid = grid_of_group<32>(weights, static_cast<int>(args.columns), args.rule);
+  const CorrectedWeights weights = corrected_row(args, solved, row);
+  const int columns = static_cast<int>(args.columns);
+  const Grid grid = args.rule.grid == VLMQ_LOSS
+                        ? grid_of_least_squares<32>(weights, columns, args.rule)
+                        : grid_of_group<32>(weights, columns, args.rule);
   if (threadIdx.x % 32 == 0) {
     args.scales[row] = grid.scale;
     args.zeros[row] = byte_of(grid.zero);
     check_scale(grid.scale, row, args.status);
   }
+}
+
+/// What the search for the least loss keeps of a row between launches.
+struct Search {
+  Range range;
+  Grid from;  // best of the candidates that shrink the range
+  float losses[kShrinks + kShifts];
+};
+
+constexpr int kSearchLanes = 8;  // of a row
+using SearchShape = Shape<kSearchLanes>;
+constexpr size_t kSearchShared = SearchShape::kTriangle * sizeof(float);
+static_assert(kSearchShared <= kLeastShared && kThreads == kBlockThreads, "a block's triangle");
+
+__global__ void __launch_bounds__(kThreads)
+    begin_search_kernel(vlmq_group_grid_args args, const float* solved, Search* searches) {
+  const long long row =
+      static_cast<long long>(blockIdx.x) * (kThreads / 32) + static_cast<int>(threadIdx.x) / 32;
+  if (row >= args.rows) return;  // a whole warp, and no barrier follows
+  const CorrectedWeights weights = corrected_row(args, solved, row);
+  const Range range = range_of_group<32>(weights, static_cast<int>(args.columns));
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (lane < kShrinks + kShifts) searches[row].losses[lane] = 0.0f;
+  if (lane == 0) {
+    searches[row].range = range;
+    searches[row].from = least_before(range, args.rule).grid;
+  }
+}
+
+/// Adds the losses of one block's columns to those of the candidates `begin` to `end`: `start` the
+/// block's first column in the group, `width` its columns.
+template <bool kCross>
+__global__ void __launch_bounds__(kThreads)
+    add_losses_kernel(vlmq_group_grid_args args, const float* solved, Search* searches, int begin,
+                      int end, long long start, int width) {
+  using S = SearchShape;
+  float* const inverse = reinterpret_cast<float*>(dynamic_shared());
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kSearchLanes;
+  const long long row = static_cast<long long>(blockIdx.x) * S::kRows + thread / kSearchLanes;
+  const bool is_row = row < args.rows;
+  const long long first = args.first + start;
+  stage_panels<kSearchLanes>(inverse, args.inverses + first * VLMQ_BLOCK, VLMQ_BLOCK, width, 0,
+                             S::kPanels);
+  cp_async_commit();
+  const CorrectedWeights weights = corrected_row(args, solved, is_row ? row : 0);
+  Search& search = searches[is_row ? row : 0];
+  const Range range = search.range;
+  const Grid from = search.from;
+  cp_async_wait<0>();
+  __syncthreads();
+  for (int k = begin; k < end; k += kTogether) {
+    Grid grids[kTogether];
+    float losses[kTogether];
+#pragma unroll
+    for (int c = 0; c < kTogether; ++c) {
+      grids[c] = loss_candidate(k + c, range, from, args.rule);
+      losses[c] = is_row ? search.losses[k + c] : 0.0f;
+    }
+    add_losses<kSearchLanes, kCross>(
+        [&](int c) {
+          const auto at = [&](int i) {
+            return c + i < width ? weights(static_cast<int>(start) + c + i) : 0.0f;
+          };
+          return make_float4(at(0), at(1), at(2), at(3));
+        },
+        [&](int panel, int i, int c) {
+          return load_vector<float4>(inverse + S::row(panel, i) + c);
+        },
+        [&](int, int i, int c) {
+          return load4(args.products + (first + i) * VLMQ_BLOCK + c, width - c);
+        },
+        args.diagonal + first, 0, width, range.unit(), largest_code(args.rule.bits), grids, losses);
+    __syncwarp();  // all lanes have read what the first one changes
+    if (lane == 0 && is_row) {
+#pragma unroll
+      for (int c = 0; c < kTogether; ++c) search.losses[k + c] = losses[c];
+    }
+  }
+}
+
+/// Takes the best of the first `end` candidates: as the grid that others are made from, and as the
+/// group's.
+__global__ void __launch_bounds__(kThreads)
+    choose_kernel(vlmq_group_grid_args args, Search* searches, int end) {
+  const long long row =
+      static_cast<long long>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+  if (row >= args.rows) return;
+  Search& search = searches[row];
+  Least least = least_before(search.range, args.rule);
+  for (int k = 0; k < end; ++k) {
+    least.take(search.losses[k], loss_candidate(k, search.range, search.from, args.rule));
+  }
+  search.from = least.grid;
+  args.scales[row] = least.grid.scale;
+  args.zeros[row] = byte_of(least.grid.zero);
+  check_scale(least.grid.scale, row, args.status);
+}
+
+template <bool kCross>
+vlmq_status search(const vlmq_group_grid_args& args, const float* solved, Search* searches,
+                   vlmq_stream stream) {
+  const dim3 warps(static_cast<unsigned>(ceil_div(args.rows, kThreads / 32)));
+  const dim3 tiles(static_cast<unsigned>(ceil_div(args.rows, SearchShape::kRows)));
+  const dim3 threads(static_cast<unsigned>(ceil_div(args.rows, kThreads)));
+  vlmq_status status =
+      VLMQ_LAUNCH(begin_search_kernel, warps, kThreads, 0, stream, args, solved, searches);
+  const int candidates = loss_candidates(args.rule);
+  for (int begin = 0; begin < candidates && status == VLMQ_OK; begin += kShrinks) {
+    const int end = begin + kShrinks < candidates ? begin + kShrinks : candidates;
+    int64_t start = args.first;
+    for (int64_t b = 0; b < args.block_count && status == VLMQ_OK; start = args.blocks[b++]) {
+      status = VLMQ_LAUNCH(add_losses_kernel<kCross>, tiles, kThreads, kSearchShared, stream, args,
+                           solved, searches, begin, end, static_cast<long long>(start - args.first),
+                           static_cast<int>(args.blocks[b] - start));
+    }
+    if (status == VLMQ_OK) {
+      status = VLMQ_LAUNCH(choose_kernel, threads, kThreads, 0, stream, args, searches, end);
+    }
+  }
+  return status;
+}
+
+/// Bytes of the corrected weights in the work space.
+size_t solved_bytes(const vlmq_group_grid_args& args) {
+  if (!args.error) return 0;
+  const size_t bytes = static_cast<size_t>(args.rows) * solved_stride(args.columns) * sizeof(float);
+  return (bytes + 255) / 256 * 256;
+}
+
+bool has_search(const vlmq_group_grid_args& args) {
+  return args.rule.grid == VLMQ_LOSS && args.root;
 }
 
 bool valid(const vlmq_group_grid_args& a) {
@@ -200,22 +340,26 @@ bool valid(const vlmq_group_grid_args& a) {
   if (!valid_rule(a.rule)) return false;
   if (a.rows == 0 || a.columns == 0) return true;
   if (!a.residual || !a.scales || !a.zeros || !a.status) return false;
-  if (!a.error) return !a.cross;
+  if (!a.error && a.cross) return false;
+  if (!a.error && !a.root) return !a.products;
   if (!a.root || !a.inverses || !a.blocks || a.block_count <= 0) return false;
+  if (a.rule.grid == VLMQ_LOSS && !a.diagonal) return false;
   int64_t start = a.first;
   for (int64_t b = 0; b < a.block_count; start = a.blocks[b++]) {
     if (a.blocks[b] <= start || a.blocks[b] - start > VLMQ_BLOCK) return false;
   }
-  return start == a.first + a.columns && a.workspace && is_aligned(a.workspace, 256) &&
-         a.workspace_bytes >= vlmq_group_grid_workspace_bytes(&a);
+  const size_t bytes = vlmq_group_grid_workspace_bytes(&a);
+  return start == a.first + a.columns && a.workspace_bytes >= bytes &&
+         (bytes == 0 || (a.workspace && is_aligned(a.workspace, 256)));
 }
 
 }  // namespace
 }  // namespace vlmq
 
 extern "C" size_t vlmq_group_grid_workspace_bytes(const vlmq_group_grid_args* args) {
-  if (!args || !args->error || args->rows <= 0 || args->columns <= 0) return 0;
-  return static_cast<size_t>(args->rows) * vlmq::solved_stride(args->columns) * sizeof(float);
+  if (!args || args->rows <= 0 || args->columns <= 0) return 0;
+  const size_t searches = vlmq::has_search(*args) ? sizeof(vlmq::Search) : 0;
+  return vlmq::solved_bytes(*args) + static_cast<size_t>(args->rows) * searches;
 }
 
 VLMQ_CALL(vlmq_group_grid, args, stream) {
@@ -232,6 +376,12 @@ VLMQ_CALL(vlmq_group_grid, args, stream) {
           static_cast<long long>(start - args->first), static_cast<int>(args->blocks[b] - start));
       if (status != VLMQ_OK) return status;
     }
+  }
+  if (has_search(*args)) {
+    auto* const searches =
+        reinterpret_cast<Search*>(static_cast<char*>(args->workspace) + solved_bytes(*args));
+    return args->products ? search<true>(*args, solved, searches, stream)
+                          : search<false>(*args, solved, searches, stream);
   }
   const dim3 grid(static_cast<unsigned>(ceil_div(args->rows, kThreads / 32)));
   return VLMQ_LAUNCH(group_grid_kernel, grid, kThreads, 0, stream, *args, solved);

@@ -16,12 +16,14 @@
 #include "device/launch.cuh"
 #include "device/limits.cuh"
 #include "solve/grid.cuh"
+#include "solve/loss.cuh"
 #include "solve/tile.cuh"
+#include "solve/triangle.cuh"
 
 namespace vlmq {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kBlockThreads;
 constexpr unsigned kWarp = 0xffffffffu;
 
 /// What GPTAQ's later blocks are given.
@@ -31,79 +33,21 @@ enum class Cross { kNone, kCarried, kShift };
 /// a row's lanes all do (rounding) is a smaller share.
 constexpr long long kManyRows = 8192;
 
-template <int kLanes>
-struct Shape {
-  static constexpr int kPanel = 4 * kLanes;  // columns that a row's lanes hold side by side
-  static constexpr int kPanels = VLMQ_BLOCK / kPanel;  // float4 registers of a lane
-  static constexpr int kRows = kThreads / kLanes;
-  /// A row of the tile starts four banks after the last: rows of a warp never meet in a bank.
-  static constexpr int kTileStride = VLMQ_BLOCK + 4;
-  /// Rows of a triangle without the panels left of the diagonal.
-  static constexpr int kTriangle = kPanel * kPanel * kPanels * (kPanels + 1) / 2;
-  static constexpr int kFirstPanel = kPanel * VLMQ_BLOCK;  // of a triangle, and its largest
-  static_assert(VLMQ_BLOCK % kPanel == 0, "a block is cut into whole panels");
-  static_assert(32 % kPanel == 0, "panels make up the 32 columns by which row errors are summed");
-
-  /// Where the rows of a panel start in a triangle.
-  __device__ static int start(int panel) {
-    return kPanel * (panel * VLMQ_BLOCK - kPanel * panel * (panel - 1) / 2);
-  }
-
-  /// Where row k of a triangle would start, had it all its columns: element (k, c) is at
-  /// row(k / kPanel, k) + c.
-  __device__ static int row(int panel, int k) {
-    const int width = VLMQ_BLOCK - panel * kPanel;
-    return start(panel) + (k - panel * kPanel) * width - panel * kPanel;
-  }
-};
-
-/// Starts copying the panels `from` to `to` of a block's triangle, the first of them to `target`,
-/// zeros where the block is narrower than VLMQ_BLOCK.
-template <int kLanes>
-__device__ __forceinline__ void stage_panels(float* target, const float* source, long long stride,
-                                             int columns, int from, int to) {
-  using S = Shape<kLanes>;
-  const bool vectors = is_aligned(source, 16) && stride % 4 == 0;
-  constexpr int kQuads = VLMQ_BLOCK / 4;
-  const int before = S::start(from), end = to * S::kPanel * kQuads;
-  for (int i = from * S::kPanel * kQuads + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
-    const int k = i / kQuads, c = i % kQuads * 4, panel = k / S::kPanel;
-    if (c < panel * S::kPanel) continue;
-    const int valid = k < columns ? columns - c : 0;
-    stage4(target + S::row(panel, k) - before + c, source + k * stride + c, valid, source, vectors);
-  }
-}
-
 /// The weights of a row from a column on, in the tile.
 struct TileWeights {
   const float* row;
   __device__ float operator()(int i) const { return row[i]; }
 };
 
-__device__ __forceinline__ float element(const float4& v, int e) {
-  return e == 0 ? v.x : e == 1 ? v.y : e == 2 ? v.z : v.w;
-}
-
-__device__ __forceinline__ void set_element(float4& v, int e, float value) {
-  (e == 0 ? v.x : e == 1 ? v.y : e == 2 ? v.z : v.w) = value;
-}
-
-/// d -= e u, product and sum rounded apart.
-__device__ __forceinline__ void subtract(float4& d, float e, float4 u) {
-  d.x = __fsub_rn(d.x, __fmul_rn(e, u.x));
-  d.y = __fsub_rn(d.y, __fmul_rn(e, u.y));
-  d.z = __fsub_rn(d.z, __fmul_rn(e, u.z));
-  d.w = __fsub_rn(d.w, __fmul_rn(e, u.w));
-}
-
 /// Blocks that should fit a multiprocessor's registers: without GPTAQ two fit Hopper's shared
 /// memory.
-template <int kLanes, Cross kCross>
-constexpr int kBlocks = kLanes == 8 && kCross == Cross::kNone ? 2 : 1;
+template <int kLanes, Cross kCross, bool kLoss>
+constexpr int kBlocks = kLanes == 8 && kCross == Cross::kNone && !kLoss ? 2 : 1;
 
-/// kSmall: of `root` and `products` one panel at a time stands in shared memory.
-template <int kLanes, Cross kCross, bool kSmall>
-__global__ void __launch_bounds__(kThreads, kBlocks<kLanes, kCross>)
+/// kSmall: of `root` and `products` one panel at a time stands in shared memory. kLoss: groups take
+/// the grid of least loss.
+template <int kLanes, Cross kCross, bool kSmall, bool kLoss>
+__global__ void __launch_bounds__(kThreads, kBlocks<kLanes, kCross, kLoss>)
     quantize_block_kernel(vlmq_quantize_block_args args) {
   using S = Shape<kLanes>;
   constexpr int kPanel = S::kPanel, kPanels = S::kPanels;
@@ -200,7 +144,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kLanes, kCross>)
         }
       }
       __syncwarp();
-      grid = grid_of_group<kLanes>(TileWeights{tile_row + begin}, group, args.rule);
+      if constexpr (kLoss) {
+        const auto row_of = [&](int in, int i, int c) { return S::row(in, i) + c; };
+        grid = grid_of_least_loss<kLanes, kCross != Cross::kNone>(
+            range_of_group<kLanes>(TileWeights{tile_row + begin}, group),
+            [&](int c) { return load_vector<float4>(tile_row + c); },
+            [&](int in, int i, int c) { return load_vector<float4>(inverse + row_of(in, i, c)); },
+            [&](int in, int i, int c) {
+              if constexpr (!kSmall) return load_vector<float4>(products + row_of(in, i, c));
+              return load4(args.products + (args.first + i) * VLMQ_BLOCK + c, columns - c);
+            },
+            args.diagonal + args.first, begin, end, args.rule);
+      } else {
+        grid = grid_of_group<kLanes>(TileWeights{tile_row + begin}, group, args.rule);
+      }
       __syncwarp();  // the next group's weights take the place of these
       if (lane == 0 && is_row) {
         args.scales[row * groups + index] = grid.scale;
@@ -319,7 +276,9 @@ __global__ void __launch_bounds__(kThreads) round_block_kernel(vlmq_quantize_blo
     if (args.given_grid) {
       grid = {args.scales[row], static_cast<float>(args.zeros[row])};
     } else {
-      grid = grid_of_group<32>(RowWeights{residual + index * group}, group, args.rule);
+      const RowWeights weights{residual + index * group};
+      grid = args.rule.grid == VLMQ_LOSS ? grid_of_least_squares<32>(weights, group, args.rule)
+                                         : grid_of_group<32>(weights, group, args.rule);
       __syncwarp();  // all lanes have read what each now changes
       if (lane == 0) {
         args.scales[row * groups + index] = grid.scale;
@@ -350,29 +309,36 @@ constexpr size_t kShared = (Shape<kLanes>::kTriangle +
                             Shape<kLanes>::kRows * Shape<kLanes>::kTileStride) *
                            sizeof(float);
 
-template <int kLanes, Cross kCross, bool kSmall = false>
+template <int kLanes, Cross kCross, bool kSmall, bool kLoss>
 vlmq_status launch_block(const vlmq_quantize_block_args& args, vlmq_stream stream) {
   constexpr size_t kBytes = kShared<kLanes, kCross, kSmall>;
   static_assert(kBytes <= (kSmall ? kLeastShared : kAmpleShared), "a block's shared memory");
   const dim3 grid(static_cast<unsigned>(ceil_div(args.rows, Shape<kLanes>::kRows)));
-  return VLMQ_LAUNCH((quantize_block_kernel<kLanes, kCross, kSmall>), grid, kThreads, kBytes,
+  return VLMQ_LAUNCH((quantize_block_kernel<kLanes, kCross, kSmall, kLoss>), grid, kThreads, kBytes,
                      stream, args);
 }
 
-template <Cross kCross>
+template <Cross kCross, bool kLoss>
 vlmq_status launch_by_rows(const vlmq_quantize_block_args& args, vlmq_stream stream) {
   const size_t offered = shared_bytes_of_a_block();
-  // With four lanes a row, the sums for a shift no longer fit the registers.
-  if constexpr (kCross != Cross::kShift) {
+  // With four lanes a row, the sums for a shift no longer fit the registers, nor does a search.
+  if constexpr (kCross != Cross::kShift && !kLoss) {
     if (args.rows >= kManyRows && offered >= kShared<4, kCross>) {
-      return launch_block<4, kCross>(args, stream);
+      return launch_block<4, kCross, false, kLoss>(args, stream);
     }
   }
   // What fits everywhere needs no small variant.
   if constexpr (kShared<8, kCross> > kLeastShared) {
-    if (offered < kShared<8, kCross>) return launch_block<8, kCross, true>(args, stream);
+    if (offered < kShared<8, kCross>) return launch_block<8, kCross, true, kLoss>(args, stream);
   }
-  return launch_block<8, kCross>(args, stream);
+  return launch_block<8, kCross, false, kLoss>(args, stream);
+}
+
+template <Cross kCross>
+vlmq_status launch_by_grid(const vlmq_quantize_block_args& args, vlmq_stream stream) {
+  return args.rule.grid == VLMQ_LOSS && !args.given_grid
+             ? launch_by_rows<kCross, true>(args, stream)
+             : launch_by_rows<kCross, false>(args, stream);
 }
 
 bool valid(const vlmq_quantize_block_args& a) {
@@ -406,7 +372,7 @@ VLMQ_CALL(vlmq_quantize_block, args, stream) {
     const dim3 grid(static_cast<unsigned>(ceil_div(args->rows, kThreads / 32)));
     return VLMQ_LAUNCH(round_block_kernel, grid, kThreads, 0, stream, *args);
   }
-  if (!args->products) return launch_by_rows<Cross::kNone>(*args, stream);
-  return args->shift ? launch_by_rows<Cross::kShift>(*args, stream)
-                     : launch_by_rows<Cross::kCarried>(*args, stream);
+  if (!args->products) return launch_by_grid<Cross::kNone>(*args, stream);
+  return args->shift ? launch_by_grid<Cross::kShift>(*args, stream)
+                     : launch_by_grid<Cross::kCarried>(*args, stream);
 }

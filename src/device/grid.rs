@@ -13,7 +13,21 @@ pub enum Grid {
     Minmax,
     /// The shrunken range with the least `Σ|w − q|^2.4` out of 80.
     Mse,
+    /// Of 24 candidates (16 symmetric) the one that the group's own solve has the least loss with: the group's share of
+    /// `‖(W − Ŵ)·R‖²`, its columns' errors carried on inside the group and each weighed by R's diagonal, as the solver
+    /// weighs them. In a group wider than [`BLOCK`](super::BLOCK) errors are carried on inside blocks. Without
+    /// statistics the loss is `Σ|w − q|²`.
+    ///
+    /// First the range shrunk to `1 − k/20`, k = 0…15; then, where the zero is free, the best of them with the zero one
+    /// step up or down and the scale times 0.85, 1, 1.15 and 1.3. The first of equals.
+    Loss,
 }
+
+/// Candidates of [`Grid::Loss`] that shrink the range.
+pub const LOSS_SHRINKS: u32 = 16;
+
+/// Factors of the scale, of candidates of [`Grid::Loss`] that move the zero.
+pub const LOSS_STRETCHES: [f32; 4] = [0.85, 1.0, 1.15, 1.3];
 
 /// Storage type of scales; scales are rounded to it before they are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,6 +124,24 @@ impl GridRule {
         Error::new(ScaleMisfit { row, scale_type: self.scale_type })
     }
 
+    /// Share of the range that candidate `k` of [`Grid::Loss`] keeps.
+    pub fn loss_shrink(k: u32) -> f32 {
+        1.0 - k as f32 / 20.0
+    }
+
+    /// A grid with its scale stretched and its zero `step` further, as far as codes go.
+    pub fn shifted(&self, (scale, zero): (f32, f32), stretch: f32, step: f32) -> (f32, f32) {
+        (self.stored(scale * stretch), (zero + step).clamp(f32::from(self.smallest_zero), self.largest_code()))
+    }
+
+    /// `scale` in its storage type, and not 0.
+    fn stored(&self, scale: f32) -> f32 {
+        match self.scale_type.round(scale) {
+            0.0 => self.scale_type.smallest(),
+            scale => scale,
+        }
+    }
+
     /// Scale and zero for weights in `[lo, hi]`, `lo ≤ 0 ≤ hi`. A scale that the storage type cannot hold comes back
     /// infinite.
     pub fn scale_and_zero(&self, lo: f32, hi: f32) -> (f32, f32) {
@@ -117,10 +149,7 @@ impl GridRule {
             return (1.0, self.middle());
         }
         let range = if self.symmetric { 2.0 * hi.max(-lo) } else { hi - lo };
-        let mut scale = self.scale_type.round(range / self.largest_code());
-        if scale == 0.0 {
-            scale = self.scale_type.smallest();
-        }
+        let scale = self.stored(range / self.largest_code());
         let zero = if self.symmetric {
             self.middle()
         } else {

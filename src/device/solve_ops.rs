@@ -107,6 +107,24 @@ pub struct Block<'a, T> {
     pub cross: Option<&'a CrossFactor<T>>,
 }
 
+/// A group of columns whose grid is found before its blocks are quantized, because it is wider than one.
+#[derive(Debug)]
+pub struct Group<'a, T> {
+    /// The columns.
+    pub columns: Range<usize>,
+    /// The blocks that make it up.
+    pub blocks: &'a [Range<usize>],
+    /// How its range becomes its grid.
+    pub rule: GridRule,
+    /// What corrections and losses are made of; may be absent where neither is asked for.
+    pub factor: Option<&'a Factor<T>>,
+    /// GPTAQ.
+    pub cross: Option<&'a CrossFactor<T>>,
+    /// Whether the group is the current span, so that its weights are corrected by the state's `error` and `cross`;
+    /// otherwise they are the state's own.
+    pub is_span: bool,
+}
+
 /// Codes of one block of columns.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct BlockCodes {
@@ -187,17 +205,10 @@ pub trait SolveOps: Device {
     /// `‖x‖²_H = tr(x·H·xᵀ)`: x `[rows, in]`, `h` by its upper triangle.
     fn weighted_squared_norm(&self, x: &Self::Tensor, h: &Self::Tensor) -> Result<f64>;
 
-    /// Scales and zeros `[rows, 1]` of the one group `columns`, from its weights as they are before its first column is
-    /// quantized: `W + (error + cross)·R̄⁻¹` on the group, whose `blocks` make up the current span. Without a factor,
-    /// from the weights themselves. Errors where a scale does not fit its storage type.
-    fn group_grid(
-        &self,
-        state: &SolveState<Self::Tensor>,
-        columns: Range<usize>,
-        rule: GridRule,
-        factor: Option<&Factor<Self::Tensor>>,
-        blocks: &[Range<usize>],
-    ) -> Result<GroupGrid>;
+    /// Scales and zeros `[rows, 1]` of `group`, from its weights as they are before its first column is quantized:
+    /// `W + (error + cross)·R̄⁻¹` on the group where it is the current span. Errors where a scale does not fit its storage
+    /// type.
+    fn group_grid(&self, state: &SolveState<Self::Tensor>, group: &Group<'_, Self::Tensor>) -> Result<GroupGrid>;
 
     /// Quantizes the columns of a block one after the other (method section 3, steps 6 and 7), adds them to `codes` and
     /// updates `state`. A scale that does not fit its storage type is an error here or in

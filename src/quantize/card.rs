@@ -126,6 +126,7 @@ impl Card<'_> {
         let grid = match solver.grid {
             Grid::Minmax => "full range",
             Grid::Mse => "best of 80 ranges",
+            Grid::Loss => "range of least loss",
         };
         let order = match (solver.solver, solver.order) {
             (Solver::Rtn, _) | (_, Order::None) => "in their order",

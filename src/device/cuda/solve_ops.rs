@@ -11,7 +11,7 @@ use super::memory::Memory;
 use super::tensor::CudaTensor;
 use super::{Cuda, Precision};
 use crate::device::{
-    BLOCK, Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, Grid, GridRule, GroupGrid, PermuteSymmetric,
+    BLOCK, Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid, PermuteSymmetric,
     ProductRange, SolveOps, SolveState,
 };
 use anyhow::{Context, Result, ensure};
@@ -201,35 +201,36 @@ impl SolveOps for Cuda {
         self.norm_in(x, Some(h))
     }
 
-    fn group_grid(
-        &self,
-        state: &SolveState<CudaTensor>,
-        columns: Range<usize>,
-        rule: GridRule,
-        factor: Option<&Factor<CudaTensor>>,
-        blocks: &[Range<usize>],
-    ) -> Result<GroupGrid> {
+    fn group_grid(&self, state: &SolveState<CudaTensor>, group: &Group<'_, CudaTensor>) -> Result<GroupGrid> {
         let SolveState { residual, error, cross, .. } = state;
+        let (columns, rule) = (group.columns.clone(), group.rule);
         let (rows, features) = (residual.rows, residual.cols);
         ensure!(columns.start < columns.end && columns.end <= features, "group {columns:?} of {}", residual.describe());
+        // Without corrections and losses nothing but the weights is looked at.
+        let factor = group.factor.filter(|_| group.is_span || rule.grid == Grid::Loss);
+        let products = group.cross.filter(|_| factor.is_some() && rule.grid == Grid::Loss);
+        let corrections = [Some(error), cross.as_ref()].map(|part| part.filter(|_| group.is_span && factor.is_some()));
         if let Some(factor) = factor {
             check_factor(factor, features)?;
-            for part in [Some(error), cross.as_ref()].into_iter().flatten() {
+            for part in corrections.into_iter().flatten() {
                 shaped(part, rows, columns.len())?;
             }
         }
-        let ends = if factor.is_some() { ends(blocks, columns.clone())? } else { Vec::new() };
+        if let Some(products) = products {
+            shaped(&products.blocks, features, BLOCK)?;
+        }
+        let ends = if factor.is_some() { ends(group.blocks, columns.clone())? } else { Vec::new() };
         let mut outputs = Outputs::new(self, rows, &[BlockShape { columns: 0, groups: 1 }])?;
         let place = outputs.blocks[0];
+        let optional = |part: Option<&CudaTensor>| part.map_or(Ok(ptr::null()), |part| self.floats(part));
         let arguments = vlmq_group_grid_args {
             residual: self.floats(residual)?,
-            error: factor.map_or(Ok(ptr::null()), |_| self.floats(error))?,
-            cross: match (factor, cross) {
-                (Some(_), Some(cross)) => self.floats(cross)?,
-                _ => ptr::null(),
-            },
-            root: factor.map_or(Ok(ptr::null()), |factor| self.floats(&factor.root))?,
-            inverses: factor.map_or(Ok(ptr::null()), |factor| self.floats(&factor.inverses))?,
+            error: optional(corrections[0])?,
+            cross: optional(corrections[1])?,
+            root: optional(factor.map(|factor| &factor.root))?,
+            inverses: optional(factor.map(|factor| &factor.inverses))?,
+            diagonal: optional(factor.map(|factor| &factor.diagonal))?,
+            products: optional(products.map(|products| &products.blocks))?,
             blocks: if factor.is_some() { ends.as_ptr() } else { ptr::null() },
             block_count: ends.len() as i64,
             scales: outputs.memory.at_mut(place.scales),
@@ -380,6 +381,7 @@ fn rule_arguments(rule: &GridRule) -> vlmq_grid_rule {
         grid: match rule.grid {
             Grid::Minmax => vlmq_grid::VLMQ_MINMAX,
             Grid::Mse => vlmq_grid::VLMQ_MSE,
+            Grid::Loss => vlmq_grid::VLMQ_LOSS,
         },
         scale_type: Precision::from(rule.scale_type).dtype(),
         smallest_zero: rule.smallest_zero.into(),

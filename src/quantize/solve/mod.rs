@@ -11,7 +11,7 @@ pub use round::round_to_nearest;
 
 use super::QuantizedLinear;
 use super::settings::{CrossTerm, SolverSettings};
-use crate::device::{BLOCK, Block, BlockShape, CrossFactor, Factor, GridRule, ProductRange, SolveOps, SolveState};
+use crate::device::{BLOCK, Block, BlockShape, CrossFactor, Factor, GridRule, Group, ProductRange, SolveOps, SolveState};
 use crate::tensor::Matrix;
 use anyhow::{Result, bail, ensure};
 use assembly::Assembly;
@@ -102,8 +102,16 @@ fn enqueue_with<D: SolveOps>(
         .map(|block| BlockShape { columns: block.len(), groups: if group > BLOCK { 1 } else { block.len() / group } })
         .collect();
     let mut codes = device.room_for_codes(rows, &shapes)?;
+    let wide = |columns: &std::ops::Range<usize>, blocks, is_span| Group {
+        columns: columns.clone(),
+        blocks,
+        rule,
+        factor: Some(factor),
+        cross,
+        is_span,
+    };
     let whole_row = (group > BLOCK && group == features)
-        .then(|| device.group_grid(&state, 0..features, rule, None, &[]))
+        .then(|| device.group_grid(&state, &wide(&(0..features), &blocks, false)))
         .transpose()?;
     let terms = (factor, cross);
     for span in spans {
@@ -117,7 +125,7 @@ fn enqueue_with<D: SolveOps>(
         }
         carry(device, terms, &mut state, 0..span.start, span.start..span.end, 0)?;
         let own_grid = (group > BLOCK && group < features)
-            .then(|| device.group_grid(&state, span.start..span.end, rule, Some(factor), &span.blocks))
+            .then(|| device.group_grid(&state, &wide(&(span.start..span.end), &span.blocks, true)))
             .transpose()?;
         for block in &span.blocks {
             carry(device, terms, &mut state, span.start..block.start, block.clone(), block.start - span.start)?;

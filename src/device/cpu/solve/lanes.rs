@@ -2,7 +2,7 @@
 //!
 //! No product here is fused with a sum: the same codes come out on every CPU.
 
-use crate::device::{Grid, GridRule};
+use crate::device::GridRule;
 
 /// Rows that are quantized side by side.
 pub(super) const LANES: usize = 16;
@@ -34,12 +34,7 @@ pub(super) struct LaneGrid {
 pub(super) fn round(w: &Lane, grid: &LaneGrid, largest: f32) -> (Lane, Lane) {
     let (mut level, mut value) = ([0.0; LANES], [0.0; LANES]);
     for l in 0..LANES {
-        let (low, high) = (-grid.zero[l], largest - grid.zero[l]);
-        let x = w[l] / grid.scale[l];
-        // Both ends are integers, so clamping before rounding is clamping after it.
-        let x = if x < high { x } else { high };
-        let x = if x > low { x } else { low };
-        level[l] = (x + ROUND) - ROUND;
+        level[l] = self::level(w[l] / grid.scale[l], grid.zero[l], largest);
         value[l] = grid.scale[l] * level[l];
     }
     (level, value)
@@ -51,9 +46,19 @@ pub(super) fn codes(level: &Lane, grid: &LaneGrid) -> [u8; LANES] {
     std::array::from_fn(|l| (level[l] + grid.zero[l] + 8_388_608.0).to_bits() as u8)
 }
 
-/// Scale and zero of each row's group from the group's weights, one lane a column.
+/// `x`, a weight in units of the scale, as code − zero.
 #[inline(always)]
-pub(super) fn grid_of(group: &[Lane], rule: &GridRule) -> LaneGrid {
+pub(super) fn level(x: f32, zero: f32, largest: f32) -> f32 {
+    let (low, high) = (-zero, largest - zero);
+    // Both ends are integers, so clamping before rounding is clamping after it.
+    let x = if x < high { x } else { high };
+    let x = if x > low { x } else { low };
+    (x + ROUND) - ROUND
+}
+
+/// Least and largest weight of each row's group, one lane a column, and 0.
+#[inline(always)]
+pub(super) fn range_of(group: &[Lane]) -> (Lane, Lane) {
     let (mut lo, mut hi) = ([0.0f32; LANES], [0.0f32; LANES]);
     for w in group {
         for l in 0..LANES {
@@ -61,14 +66,11 @@ pub(super) fn grid_of(group: &[Lane], rule: &GridRule) -> LaneGrid {
             hi[l] = if w[l] > hi[l] { w[l] } else { hi[l] };
         }
     }
-    match rule.grid {
-        Grid::Minmax => candidate(&lo, &hi, 1.0, rule),
-        Grid::Mse => search(group, &lo, &hi, rule),
-    }
+    (lo, hi)
 }
 
 #[inline(always)]
-fn candidate(lo: &Lane, hi: &Lane, shrink: f32, rule: &GridRule) -> LaneGrid {
+pub(super) fn candidate(lo: &Lane, hi: &Lane, shrink: f32, rule: &GridRule) -> LaneGrid {
     let mut grid = LaneGrid { scale: [0.0; LANES], zero: [0.0; LANES] };
     for l in 0..LANES {
         (grid.scale[l], grid.zero[l]) = rule.scale_and_zero(lo[l] * shrink, hi[l] * shrink);
@@ -78,7 +80,7 @@ fn candidate(lo: &Lane, hi: &Lane, shrink: f32, rule: &GridRule) -> LaneGrid {
 
 /// The range `p·[lo, hi]`, p = 1 − k/100, k = 0…79, with the least `Σ|w − q|^2.4`; the widest of equals.
 #[inline(always)]
-fn search(group: &[Lane], lo: &Lane, hi: &Lane, rule: &GridRule) -> LaneGrid {
+pub(super) fn least_power(group: &[Lane], lo: &Lane, hi: &Lane, rule: &GridRule) -> LaneGrid {
     let largest = rule.largest_code();
     // Errors in units of the range: powers of tiny weights would underflow.
     let unit: Lane = std::array::from_fn(|l| 1.0 / hi[l].max(-lo[l]).max(f32::MIN_POSITIVE));

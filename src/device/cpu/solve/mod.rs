@@ -5,6 +5,7 @@ mod factor;
 mod lanes;
 mod product;
 mod quantize_block;
+mod search;
 mod statistics;
 mod tile;
 
@@ -12,7 +13,7 @@ pub(super) use statistics::{tile as statistics_tile, workspace as statistics_wor
 
 use super::Cpu;
 use crate::device::{
-    Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, GridRule, GroupGrid, PermuteSymmetric, ProductRange,
+    Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, GridRule, Group, GroupGrid, PermuteSymmetric, ProductRange,
     SolveOps, SolveState,
 };
 use crate::tensor::Matrix;
@@ -124,15 +125,8 @@ impl SolveOps for Cpu {
         Ok(product::weighted_squared_norm(x, h))
     }
 
-    fn group_grid(
-        &self,
-        state: &SolveState<Matrix>,
-        columns: Range<usize>,
-        rule: GridRule,
-        factor: Option<&Factor<Matrix>>,
-        blocks: &[Range<usize>],
-    ) -> Result<GroupGrid> {
-        quantize_block::group_grid(state, columns, rule, factor, blocks)
+    fn group_grid(&self, state: &SolveState<Matrix>, group: &Group<'_, Matrix>) -> Result<GroupGrid> {
+        quantize_block::group_grid(state, group)
     }
 
     fn quantize_block(

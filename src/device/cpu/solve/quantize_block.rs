@@ -3,10 +3,11 @@
 use super::SLAB;
 use super::lanes::{LANES, Lane};
 use super::product::{part, part_of, scaled_square_sum};
+use super::search::{LossTerms, Part};
 use super::tile::{GridOf, check, gather, groups_of, quantize_tile};
 use crate::device::cpu::gemm::{View, ViewMut, gemm};
 use crate::device::cpu::packed::Packed;
-use crate::device::{BLOCK, Block, BlockCodes, Factor, GridRule, GroupGrid, SolveState};
+use crate::device::{BLOCK, Block, BlockCodes, Factor, Group, GroupGrid, SolveState};
 use crate::tensor::Matrix;
 use anyhow::Result;
 use pulp::{Arch, Simd, WithSimd};
@@ -162,30 +163,29 @@ fn add(to: &mut [f32], more: &[f32]) {
 }
 
 /// See [`SolveOps::group_grid`](crate::device::SolveOps::group_grid).
-pub(super) fn group_grid(
-    state: &SolveState<Matrix>,
-    columns: Range<usize>,
-    rule: GridRule,
-    factor: Option<&Factor<Matrix>>,
-    blocks: &[Range<usize>],
-) -> Result<GroupGrid> {
+pub(super) fn group_grid(state: &SolveState<Matrix>, group: &Group<'_, Matrix>) -> Result<GroupGrid> {
+    let Group { columns, rule, .. } = group;
     let rows = state.residual.rows();
+    let parts: Vec<Part> =
+        group.blocks.iter().map(|block| Part { block: block.start, columns: block.clone() }).collect();
+    let terms = group.factor.map(|factor| LossTerms { factor, cross: group.cross, parts: &parts });
+    let corrections = group.factor.filter(|_| group.is_span);
     let (mut scales, mut zeros) = (vec![0.0f32; rows], vec![0u8; rows]);
     scales.par_chunks_mut(SLAB).zip(zeros.par_chunks_mut(SLAB)).enumerate().try_for_each(
         |(slab, (scales, zeros))| {
             let first = slab * SLAB;
-            let weights = match factor {
-                Some(factor) => corrected(state, first..first + scales.len(), &columns, factor, blocks),
+            let weights = match corrections {
+                Some(factor) => corrected(state, first..first + scales.len(), columns, factor, group.blocks),
                 None => (first..first + scales.len())
                     .flat_map(|row| state.residual.row(row)[columns.clone()].iter().copied())
                     .collect(),
             };
             for tile in (0..scales.len()).step_by(LANES) {
                 let rows = (scales.len() - tile).min(LANES);
-                let group = gather(&weights, columns.len(), columns.len(), tile, rows);
-                let group: Vec<Lane> = group.iter().map(|column| column.0).collect();
-                let grid = Arch::new().dispatch(GridOf { group: &group, rule: &rule });
-                check(&grid, rows, first + tile, &rule)?;
+                let weights = gather(&weights, columns.len(), columns.len(), tile, rows);
+                let weights: Vec<Lane> = weights.iter().map(|column| column.0).collect();
+                let grid = Arch::new().dispatch(GridOf { group: &weights, rule, terms: terms.as_ref() });
+                check(&grid, rows, first + tile, rule)?;
                 for l in 0..rows {
                     scales[tile + l] = grid.scale[l];
                     zeros[tile + l] = grid.zero[l] as u8;

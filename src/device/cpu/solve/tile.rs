@@ -2,10 +2,12 @@
 
 use super::lanes::{self, Column, LANES, Lane, LaneGrid};
 use super::quantize_block::Slab;
-use crate::device::{Block, GridRule, GroupGrid};
+use super::search::{LossTerms, Part, least_loss};
+use crate::device::{Block, Grid, GridRule, GroupGrid};
 use crate::tensor::Matrix;
 use anyhow::Result;
 use pulp::{Simd, WithSimd};
+use std::slice;
 
 /// The column loop on up to sixteen rows of a slab, from its row `first`. `current` `[rows, width]` brings the corrections
 /// of earlier blocks and comes back with each weight as it was just before rounding, `rounded` with the weight it became.
@@ -32,7 +34,12 @@ pub(super) fn quantize_tile<S: Simd>(
             let group = i..i + block.group;
             let now: Vec<Lane> =
                 w[group.clone()].iter().zip(&corrections[group]).map(|(w, d)| sum(&w.0, &d.0)).collect();
-            grid = lanes::grid_of(&now, &block.rule);
+            let part = Part {
+                block: block.columns.start,
+                columns: block.columns.start + i..block.columns.start + i + block.group,
+            };
+            let terms = block.factor.map(|factor| LossTerms { factor, cross: block.cross, parts: slice::from_ref(&part) });
+            grid = grid_of(simd, &now, &block.rule, terms.as_ref());
             check(&grid, rows, slab.first + first, &block.rule)?;
         }
         if i % block.group == 0 || i == 0 {
@@ -89,18 +96,30 @@ fn sum(a: &Lane, b: &Lane) -> Lane {
     std::array::from_fn(|l| a[l] + b[l])
 }
 
+/// Scale and zero of each row's group from the group's weights, one lane a column.
+#[inline(always)]
+fn grid_of<S: Simd>(simd: S, group: &[Lane], rule: &GridRule, terms: Option<&LossTerms<'_>>) -> LaneGrid {
+    let (lo, hi) = lanes::range_of(group);
+    match rule.grid {
+        Grid::Minmax => lanes::candidate(&lo, &hi, 1.0, rule),
+        Grid::Mse => lanes::least_power(group, &lo, &hi, rule),
+        Grid::Loss => least_loss(simd, group, (&lo, &hi), rule, terms),
+    }
+}
+
 /// The grid of one group, compiled for the widest vectors that the CPU has.
 pub(super) struct GridOf<'a> {
     pub(super) group: &'a [Lane],
     pub(super) rule: &'a GridRule,
+    pub(super) terms: Option<&'a LossTerms<'a>>,
 }
 
 impl WithSimd for GridOf<'_> {
     type Output = LaneGrid;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> LaneGrid {
-        lanes::grid_of(self.group, self.rule)
+    fn with_simd<S: Simd>(self, simd: S) -> LaneGrid {
+        grid_of(simd, self.group, self.rule, self.terms)
     }
 }
 
