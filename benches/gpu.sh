@@ -36,7 +36,7 @@ pack() {
       python3 -c 'import json, sys; [print(m["executable"]) for m in map(json.loads, sys.stdin) if m.get("executable")]'
   }
   # One by one: a failure inside a list would not end the script.
-  executables=$(built build --release --bin vlmq-run --example wide_checkpoint)
+  executables=$(built build --release --bin vlmq-run --example wide_checkpoint --example methods_table)
   executables+=$'\n'$(built test --release --no-run --test device_cuda --test memory_cuda)
   executables+=$'\n'$(built bench --no-run --bench kernels)
   for executable in $executables; do

@@ -73,7 +73,9 @@ def of_file(path):
 def fetch(folder, requirement, file):
     """The wheel in `folder`, which pip brings there where it is not yet."""
     if not (folder / file).exists():
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        # The wheel for any machine, where there are others for this one.
+        pure = ["--only-binary", ":all:", "--platform", "any", "--implementation", "py", "--abi", "none"]
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps", *pure]
         done = subprocess.run([*command, "--dest", folder, requirement])
         if done.returncode != 0 or not (folder / file).exists():
             raise Wrong(f"pip did not bring {requirement} as {file}; where it cannot, put that file into a folder and name it with --wheels")
