@@ -360,6 +360,7 @@ impl QuantizeArgs {
             reference: None,
             limit: None,
             preset: None,
+            decode: true,
             max_new_tokens: None,
             // --image-root belongs to the calibration data.
             image_root: None,
@@ -392,6 +393,7 @@ impl EvalArgs {
             reference: self.reference.clone(),
             limit: self.limit,
             preset: self.preset,
+            decode: true,
             max_new_tokens: self.max_new_tokens,
             image_root: self.images.image_root.clone(),
             image_options: self.images.options(),
