@@ -169,6 +169,13 @@ impl RunReport {
         (!self.layers.is_empty()).then(|| sum / self.layers.len() as f64)
     }
 
+    /// The layer whose statistics rest on the fewest effective tokens, compared with its inputs; `None` where no layer has
+    /// statistics.
+    pub fn fewest_tokens(&self) -> Option<(&LayerReport, f64)> {
+        let layers = self.layers.iter().filter_map(|layer| Some((layer, layer.solve.effective_tokens?)));
+        layers.min_by(|(a, m), (b, n)| (m / a.cols as f64).total_cmp(&(n / b.cols as f64)))
+    }
+
     /// Largest relative error and the layer that has it.
     pub fn worst_layer(&self) -> Option<&LayerReport> {
         self.layers.iter().max_by(|a, b| a.solve.relative_error.total_cmp(&b.solve.relative_error))
