@@ -1,8 +1,12 @@
-//! How many tokens of equal weight the statistics of a layer rest on.
+//! How many tokens of equal weight the statistics of a layer rest on, and what importance to a power makes of it.
+#![cfg(feature = "run")]
 
 mod support;
 
+use serde_json::Value;
+use std::fs;
 use support::noise;
+use support::program::{Bench, read_json, stderr, vlmq_run};
 use vlmq::device::{Device, cpu::Cpu};
 use vlmq::quantize::statistics::Statistics;
 use vlmq::tensor::Matrix;
@@ -100,4 +104,57 @@ fn nothing_is_said_of_what_is_unknown() {
     statistics.accumulate(&Cpu, &huge, None, None).unwrap();
     assert_eq!(statistics.effective_tokens(), None);
     assert!(Cpu.scaled_squares_rows(&huge, &[1.0; 7]).is_err());
+}
+
+/// The report of a run over plenty of text, and its model card.
+fn run(bench: &Bench, extra: &[&str]) -> (Value, String) {
+    let output = vlmq_run(&bench.quantize(extra));
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let out = bench.outputs().join("out");
+    let found = (read_json(out.join("report.json")), fs::read_to_string(out.join("README.md")).unwrap());
+    let config = read_json(out.join("config.json"));
+    assert_eq!(config["vlmq"]["settings"]["importance_power"], found.0["settings"]["importance_power"]);
+    fs::remove_dir_all(out).unwrap();
+    found
+}
+
+#[test]
+fn powers_through_the_program() {
+    let bench = Bench::new("flat-tied-bf16");
+    let line = |i: usize| {
+        let words: Vec<&str> =
+            (0..40).map(|j| ["red", "star", "blue", "of", "seven"][(i * i + 7 * j + i * j * j) % 5]).collect();
+        serde_json::json!({"text": words.join(" ")}).to_string()
+    };
+    let lines: Vec<String> = (0..12).map(line).collect();
+    bench.write_data(&lines.iter().map(String::as_str).collect::<Vec<_>>());
+    let q = |report: &Value| {
+        let layers = report["layers"].as_array().unwrap();
+        layers.iter().find(|layer| layer["name"] == "model.layers.1.self_attn.q_proj").unwrap().clone()
+    };
+    let of = |layer: &Value, what: &str| layer["importance"][what].as_f64().unwrap();
+    let (usual, card) = run(&bench, &[]);
+    assert_eq!(usual["settings"]["importance_power"], 1.0);
+    assert_eq!(of(&q(&usual), "power"), 1.0);
+    assert!(card.contains("VLMQ (arXiv 2508.03351) on GPTAQ"), "{card}");
+    let (half, card) = run(&bench, &["--importance-power", "0.5"]);
+    assert_eq!(of(&q(&half), "power"), 0.5);
+    assert!(of(&q(&half), "largest") < of(&q(&usual), "largest"));
+    let tokens = |layer: &Value| layer["effective_tokens"].as_f64().unwrap();
+    assert!(tokens(&q(&half)) > tokens(&q(&usual)) && tokens(&q(&half)) < q(&half)["tokens"].as_f64().unwrap());
+    assert!(card.contains("VLMQ (arXiv 2508.03351) with importance to the power 0.5 on GPTAQ"), "{card}");
+    let (auto, card) = run(&bench, &["--importance-power", "auto"]);
+    assert_eq!(auto["settings"]["importance_power"], "auto");
+    let power = of(&q(&auto), "power");
+    assert!(power > 0.0 && power <= 1.0, "{power}");
+    assert!(card.contains("importance to a power chosen by layer"), "{card}");
+    // Where all weigh alike there is nothing to raise.
+    let (none, _) = run(&bench, &["--importance", "none", "--importance-power", "0.5"]);
+    assert_eq!(none["settings"]["importance_power"], 1.0);
+    assert!(none["layers"].as_array().unwrap().iter().all(|layer| layer["importance"].is_null()));
+    for wrong in ["0", "1.5", "-1", "nan", "automatic"] {
+        let output = vlmq_run(&bench.quantize(&["--importance-power", wrong]));
+        assert_eq!(output.status.code(), Some(2), "{wrong}");
+        assert!(stderr(&output).contains("above 0 and at most 1"), "{}", stderr(&output));
+    }
 }

@@ -35,7 +35,7 @@ impl FindingKind {
     pub fn remedy(self) -> &'static str {
         match self {
             Self::DampingRaised => "raise --damp, or calibrate with more samples",
-            Self::FewTokens => "calibrate with more samples (--samples, --calib)",
+            Self::FewTokens => "calibrate with more samples (--samples, --calib), or lower --importance-power",
             Self::DeadInputs => "check the checkpoint's norms, and calibrate with more, or other, samples",
             Self::StatisticsUnusable => "check the checkpoint's weights and the calibration samples",
             Self::ImportanceUnusable => "check the checkpoint's weights, or use --importance none",

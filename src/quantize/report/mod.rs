@@ -30,7 +30,7 @@ pub trait RunObserver: Observer {
 
 impl RunObserver for () {}
 
-/// Spread of a layer's importance factors g over the calibration tokens, scaled so that the mean of g² is 1 (paper
+/// Spread of a layer's importance factors g, raised to their power, over the calibration tokens, scaled so that the mean of g² is 1 (paper
 /// section 4). All alike is 1 everywhere.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImportanceSpread {
@@ -40,6 +40,8 @@ pub struct ImportanceSpread {
     pub text_mean: f64,
     /// Largest g.
     pub largest: f64,
+    /// The power: 1 where g is what the gradient says.
+    pub power: f64,
 }
 
 /// One linear layer's quantization.

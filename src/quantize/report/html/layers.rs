@@ -157,6 +157,7 @@ fn all(layers: &[LayerReport]) -> String {
                 spread(&|spread| spread.text_mean),
                 spread(&|spread| spread.vision_mean),
                 spread(&|spread| spread.largest),
+                spread(&|spread| spread.power),
                 Cell::Number(human_seconds(solve.seconds)),
             ]
         })
@@ -175,6 +176,7 @@ fn all(layers: &[LayerReport]) -> String {
         "g text",
         "g vision",
         "g largest",
+        "g power",
         "time",
     ];
     table("Layers in the order in which they were quantized", &columns, &rows)
