@@ -91,7 +91,7 @@ fn a_whole_run_prints_scores_and_writes_a_checkpoint() {
                     importance_edges inputs layers loaders memory_plan model peak_device_bytes peak_memory_bytes quantized_bytes samples seconds \
                     settings stages vlmq_version";
     assert_eq!(keys(&report).join(" "), expected);
-    let layer = "bits block cols damp dead_inputs findings group_columns importance name relative_error rows seconds tokens weight_error";
+    let layer = "bits block cols damp dead_inputs effective_tokens findings group_columns importance name relative_error rows seconds tokens weight_error";
     assert_eq!(keys(&report["layers"][0]).join(" "), layer);
     assert_eq!(keys(&report["loaders"][0]), ["command", "name"]);
     assert_eq!(report["calibration"]["used"], 8);

@@ -10,7 +10,7 @@ use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::{self, Evaluation, EvaluationSettings};
 use vlmq::model::families::ImageOptions;
 use vlmq::quantize::pipeline::{self, CHUNK_TOKENS, PipelineSettings};
-use vlmq::quantize::settings::{CrossTerm, Grid, Importance, Order, Solver, SolverSettings};
+use vlmq::quantize::settings::{CrossTerm, Grid, Importance, ImportancePower, Order, Solver, SolverSettings};
 use vlmq::tensor::Matrix;
 
 pub(crate) const CHECKPOINTS: [&str; 2] = ["tiny-qwen2-vl", "tiny-qwen2-vl-narrow"];
@@ -95,6 +95,7 @@ fn runs(
                 format: Format::CompressedTensors,
                 solver: solver.clone(),
                 importance,
+                importance_power: ImportancePower::default(),
                 samples: SAMPLES,
                 seed,
                 max_tokens: 2048,
