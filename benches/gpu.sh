@@ -5,6 +5,8 @@
 #   benches/gpu.sh a DIR           there, in a copy of this tree with .gpu/: is it right, and how fast? within 300 s
 #   benches/gpu.sh b DIR [FILE]    there: proofs, and a whole 7B model, within 440 s; FILE: the probe.jsonl that times are
 #                                  compared with (default: the newest below benches/results)
+#   benches/gpu.sh pack-table      here: the table of methods alone, as .gpu/methods_table, which has the kernels in it
+#   benches/gpu.sh table BED ...   there: the same table as by cargo (benches/methods_table), of a test bed that was made elsewhere
 #   benches/gpu.sh rehearse DIR    here, without a GPU: both parts in small, on emulated kernels and the CPU, and what the script
 #                                  promises of sections that fail, hang and crash
 #
@@ -16,6 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # The tree and the bundle travel together.
 readonly LIMIT=$((60 << 20))
+readonly TABLE=.gpu/methods_table
 readonly BUNDLE=${GPU_BUNDLE:-.gpu/bundle.tar.xz}
 readonly MODEL=tests/data/tiny-qwen2-vl CALIB=tests/data/vqa/calib.jsonl QUESTIONS=tests/data/vqa/eval.jsonl
 
@@ -515,6 +518,19 @@ case ${1:-} in
     cargo build --locked --release --lib
     pack "$target/release/vlmq/libvlmq_kernels.so" -9e
     ;;
+  pack-table)
+    export VLMQ_CUDA=require VLMQ_ARCHS=${VLMQ_ARCHS:-90a}
+    cargo build --locked --release --example methods_table
+    mkdir -p "$(dirname "$TABLE")"
+    strip -o "$TABLE" "${CARGO_TARGET_DIR:-target}/release/examples/methods_table"
+    echo "$TABLE: $(($(stat -c %s "$TABLE") >> 10)) KiB"
+    ;;
+  table)
+    [[ $# -ge 2 ]] || fail "usage: benches/gpu.sh table BED [OPTION ...]"
+    [[ -x $TABLE ]] || fail "$TABLE is missing: benches/gpu.sh pack-table makes it where Rust and a CUDA toolkit are"
+    find_cublas
+    exec "$TABLE" testbed --device cuda "${@:2}"
+    ;;
   pack-rehearsal)
     pack "$VLMQ_EMULATED_KERNELS" -9
     ;;
@@ -537,6 +553,6 @@ case ${1:-} in
     part "$1" "${GPU_SECONDS:-$([[ $1 == a ]] && echo 300 || echo 440)}" "$2"
     ;;
   *)
-    fail "usage: benches/gpu.sh pack | a DIR | b DIR [FILE] | rehearse DIR"
+    fail "usage: benches/gpu.sh pack | a DIR | b DIR [FILE] | pack-table | table BED [OPTION ...] | rehearse DIR"
     ;;
 esac

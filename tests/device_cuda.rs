@@ -236,6 +236,12 @@ fn elementwise_operations_agree() {
         let means = Matrix::row_vector(cuda.mean_abs_rows(&a).unwrap());
         assert!(difference(&means, &Matrix::row_vector(Cpu.mean_abs_rows(&x).unwrap())) < 1e-6);
 
+        let scales: Vec<f32> = (0..130).map(|i| 0.5 + (i % 7) as f32).collect();
+        let squares = Matrix::row_vector(cuda.scaled_squares_rows(&a, &scales).unwrap());
+        let expected = Matrix::row_vector(Cpu.scaled_squares_rows(&x, &scales).unwrap());
+        assert!(difference(&squares, &expected) < 1e-6);
+        assert!(cuda.scaled_squares_rows(&a, &scales[1..]).is_err());
+
         let narrow = case.up(&numbers(17, 129, 1));
         assert!(cuda.add_assign(&mut sum, &narrow).is_err());
         assert!(cuda.gated(&a, &narrow, Activation::Silu).is_err());

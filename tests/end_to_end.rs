@@ -91,7 +91,7 @@ fn a_whole_run_prints_scores_and_writes_a_checkpoint() {
                     importance_edges inputs layers loaders memory_plan model peak_device_bytes peak_memory_bytes quantized_bytes samples seconds \
                     settings stages vlmq_version";
     assert_eq!(keys(&report).join(" "), expected);
-    let layer = "bits block cols damp dead_inputs findings group_columns importance name relative_error rows seconds tokens weight_error";
+    let layer = "bits block cols damp dead_inputs effective_tokens findings group_columns importance name relative_error rows seconds tokens weight_error";
     assert_eq!(keys(&report["layers"][0]).join(" "), layer);
     assert_eq!(keys(&report["loaders"][0]), ["command", "name"]);
     assert_eq!(report["calibration"]["used"], 8);
@@ -159,7 +159,7 @@ fn every_solver_and_format_can_be_evaluated() {
         let output = vlmq_run(&eval);
         assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()), "{run:?}");
         let scores = read_json(&json);
-        let expected = "answers groups kl max_pixels min_pixels n nll points preset score";
+        let expected = "agreement answers groups kl max_pixels min_pixels n nll points preset score tokens";
         assert_eq!(keys(&scores).join(" "), expected, "{run:?}");
         // The checkpoint's own limits, which no flag changed.
         assert!(
@@ -184,11 +184,11 @@ fn scores_of_a_model_against_itself() {
     let arguments = ["eval", &model, &text(data("vqa/eval.jsonl")), "--limit", "10", "--json", &json];
     let shown = succeed(&[&arguments[..], &["--reference", &model]].concat());
     let scores = read_json(&json);
-    assert_eq!((&scores["n"], &scores["kl"]), (&10.into(), &0.0.into()));
+    assert_eq!((&scores["n"], &scores["kl"], &scores["agreement"]), (&10.into(), &0.0.into(), &1.0.into()));
     assert_eq!(scores["answers"].as_array().unwrap().len(), 10);
     assert_eq!(scores["answers"][0]["id"], "eval-0000");
     let groups = scores["groups"].as_object().unwrap();
-    assert!(groups.values().all(|group| keys(group) == ["n", "score"]), "{scores}");
+    assert!(groups.values().all(|group| keys(group).join(" ") == "agreement kl n nll score tokens"), "{scores}");
     assert_eq!(groups.values().map(|group| group["n"].as_u64().unwrap()).sum::<u64>(), 10);
     assert!(groups.keys().all(|name| shown.contains(name.as_str())) && shown.contains("total"), "{shown}");
 
@@ -196,7 +196,7 @@ fn scores_of_a_model_against_itself() {
     let alone = ["eval", &model, &text(data("vqa/eval.jsonl")), "--limit", "10", "--json", &json];
     succeed(&alone);
     let again = read_json(&json);
-    assert!(again["kl"].is_null());
+    assert!(again["kl"].is_null() && again["agreement"].is_null());
     assert_eq!((&again["nll"], &again["answers"]), (&scores["nll"], &scores["answers"]));
 }
 

@@ -10,7 +10,7 @@ use vlmq::device::{ScaleType, SolveOps};
 use vlmq::quantize::plain::{QuantizedLayer, quantize_layer};
 use vlmq::quantize::settings::{Order, Solver, SolverSettings};
 use vlmq::quantize::solve::{prepare, round_to_nearest, solve, solve_layer};
-use vlmq::quantize::statistics::Statistics;
+use vlmq::quantize::statistics::{Shares, Statistics};
 use vlmq::quantize::{Finding, FindingKind, SolveReport};
 use vlmq::tensor::Matrix;
 
@@ -68,7 +68,7 @@ fn damping_is_raised_until_the_factor_exists() {
             let mut h = Matrix::zeros(64, 64);
             (0..64).for_each(|i| h.row_mut(i)[i] = 1.0);
             (0..64).step_by(2).for_each(|i| h.row_mut(i)[i + 1] = coupling);
-            Statistics { hessian: device.upload(h).unwrap(), cross: None, tokens: 500 }
+            Statistics { hessian: device.upload(h).unwrap(), cross: None, tokens: 500, shares: Shares::default() }
         };
         let made = statistics(1.05);
         let prepared = prepare(device, &made, &gptq()).unwrap();
@@ -98,14 +98,26 @@ fn damping_is_raised_until_the_factor_exists() {
 #[test]
 fn fewer_tokens_than_inputs() {
     let w = noise(20, 64, 3);
-    for (tokens, few) in [(20, true), (63, true), (64, false), (200, false)] {
-        let layer = quantize_layer(&Cpu, &w, &noise(tokens, 64, 1), None, None, &gptq()).unwrap();
+    // 64 of these weigh as much as 63 alike.
+    for (tokens, few) in [(20, true), (63, true), (64, true), (67, false), (200, false)] {
+        let layer = quantize_layer(&Cpu, &w, &noise(tokens as usize, 64, 1), None, None, &gptq()).unwrap();
         assert_eq!(!kinds(&layer.report).is_empty(), few, "{tokens} tokens");
         if few {
             let finding = only(&layer.report, FindingKind::FewTokens);
-            assert_eq!(finding.found, format!("{tokens} calibration tokens, fewer than the 64 inputs"));
+            let effective = layer.report.effective_tokens.unwrap();
+            assert!(effective < 64.0 && effective > 0.9 * f64::from(tokens), "{tokens}: {effective}");
+            let found = format!(
+                "{tokens} calibration tokens that weigh as much as {effective:.1} alike, fewer than the 64 inputs"
+            );
+            assert_eq!(finding.found, found);
         }
     }
+    // So few of many carry most weight.
+    let g: Vec<f32> = (0..400).map(|token| if token % 20 == 0 { 10.0 } else { 1.0 }).collect();
+    let layer = quantize_layer(&Cpu, &w, &noise(400, 64, 1), None, Some(&g), &gptq()).unwrap();
+    assert!(
+        only(&layer.report, FindingKind::FewTokens).found.starts_with("400 calibration tokens that weigh as much as 2")
+    );
     // Tokens that weigh nothing are none.
     let g: Vec<f32> = (0..100).map(|token| if token % 2 == 0 { 1.0 } else { 0.0 }).collect();
     let layer = quantize_layer(&Cpu, &w, &noise(100, 64, 1), None, Some(&g), &gptq()).unwrap();

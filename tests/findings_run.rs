@@ -15,7 +15,7 @@ use vlmq::model::families::{self, ModelConfig};
 use vlmq::progress::Stop;
 use vlmq::quantize::block::{BlockOutcome, BlockQuantizer, Chunk, SolvedLayer};
 use vlmq::quantize::plan::Activations;
-use vlmq::quantize::settings::{Importance, SolverSettings};
+use vlmq::quantize::settings::{Importance, ImportancePower, SolverSettings};
 use vlmq::quantize::{Finding, FindingKind};
 use vlmq::tensor::Matrix;
 
@@ -203,6 +203,7 @@ fn block(index: usize, chunk: Chunk<Matrix>) -> anyhow::Result<(BlockOutcome, Ve
         config: &config.decoder,
         settings: &SolverSettings { group_size: Some(32), ..SolverSettings::default() },
         importance: Importance::Vlmq,
+        importance_power: ImportancePower::default(),
         activations: Activations::Resident,
         stop: &Stop::default(),
         index,

@@ -9,7 +9,7 @@ use support::calls::{accepted, every_schedule, refused};
 use support::kernels::{Variant, pass_under_sanitizers};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
-use vlmq::device::{ModelOps, SolveOps};
+use vlmq::device::{Device, ModelOps, SolveOps};
 
 #[test]
 fn rows_by_index() {
@@ -103,6 +103,35 @@ fn mean_magnitudes() {
                     vec![means]
                 });
                 let expected = Cpu.mean_abs_rows(&matrix(rows, cols, &x)).unwrap();
+                let slack = if exact { 0.0 } else { 1e-6 };
+                assert_rounded_once(F32, &outputs[0].values(), &expected, slack, &format!("{dtype:?} {rows}x{cols}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn scaled_squares() {
+    for dtype in DTYPES {
+        for &cols in lengths() {
+            for (rows, shift, exact) in [(1, 0, true), (6, 0, false), (3, 1, true)] {
+                let x = if exact { integers(rows * cols, 3, 28) } else { noise(dtype, rows * cols, 17) };
+                let scales: Vec<f32> = (0..cols).map(|col| [1.0, 0.0, 2.0, 0.5][col % 4]).collect();
+                let (x_buffer, scale_buffer) = (Buffer::input(dtype, &x, shift), Buffer::input(F32, &scales, shift));
+                let outputs = every_schedule(|| {
+                    let mut sums = Buffer::output(F32, rows, 0);
+                    let args = vlmq_scaled_squares_rows_args {
+                        x: x_buffer.ptr(),
+                        scales: scale_buffer.ptr(),
+                        sums: sums.ptr_mut(),
+                        rows: rows as i64,
+                        cols: cols as i64,
+                        dtype,
+                    };
+                    accepted("vlmq_scaled_squares_rows", &args);
+                    vec![sums]
+                });
+                let expected = Cpu.scaled_squares_rows(&matrix(rows, cols, &x), &scales).unwrap();
                 let slack = if exact { 0.0 } else { 1e-6 };
                 assert_rounded_once(F32, &outputs[0].values(), &expected, slack, &format!("{dtype:?} {rows}x{cols}"));
             }
@@ -218,6 +247,16 @@ fn bad_arguments() {
         refused("vlmq_mean_abs_rows", &bad);
     }
 
+    let squares = vlmq_scaled_squares_rows_args { x, scales: x.cast(), sums: y.cast(), rows: 1, cols: 4, dtype };
+    for bad in [
+        vlmq_scaled_squares_rows_args { cols: -1, ..squares },
+        vlmq_scaled_squares_rows_args { dtype: unknown, ..squares },
+        vlmq_scaled_squares_rows_args { scales: std::ptr::null(), ..squares },
+        vlmq_scaled_squares_rows_args { sums: std::ptr::null_mut(), ..squares },
+    ] {
+        refused("vlmq_scaled_squares_rows", &bad);
+    }
+
     let mut row = 0;
     let finite = vlmq_first_non_finite_row_args { x, row: &mut row, rows: 1, cols: 4, dtype };
     for bad in [
@@ -242,7 +281,8 @@ fn bad_arguments() {
 #[test]
 fn clean_under_sanitizers() {
     if Variant::current() == Variant::Plain {
-        let tests = ["rows_by_index", "mean_magnitudes", "first_row_that_is_not_finite", "conversions"];
+        let tests =
+            ["rows_by_index", "mean_magnitudes", "scaled_squares", "first_row_that_is_not_finite", "conversions"];
         pass_under_sanitizers(&tests, &[("vlmq_kernels", "kernels")]);
     }
 }

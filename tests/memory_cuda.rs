@@ -20,7 +20,7 @@ use vlmq::progress::{Observer, Stage};
 use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::plan::{Activations, MemoryPlan};
 use vlmq::quantize::report::{RunObserver, RunReport};
-use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
+use vlmq::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
 use vlmq::tensor::Matrix;
 
 fn device() -> Cuda {
@@ -189,6 +189,7 @@ fn settings(out: &Path, solver: SolverSettings, importance: Importance) -> Pipel
         format: Format::CompressedTensors,
         solver,
         importance,
+        importance_power: ImportancePower::default(),
         samples: 5,
         seed: 0,
         max_tokens: 2048,

@@ -12,7 +12,7 @@ use vlmq::device::cpu::Cpu;
 use vlmq::model::families::ImageOptions;
 use vlmq::quantize::pipeline::{self, CHUNK_TOKENS, PipelineSettings};
 use vlmq::quantize::report::RunReport;
-use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
+use vlmq::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
 
 /// A checkpoint, how the files of its goldens begin, and what its decoder holds.
 struct Case {
@@ -35,6 +35,7 @@ fn settings(case: &Case, out: std::path::PathBuf, solver: Solver, importance: Im
         format: Format::CompressedTensors,
         solver: SolverSettings { solver, group_size: Some(32), ..SolverSettings::default() },
         importance,
+        importance_power: ImportancePower::default(),
         samples: 512,
         seed: 0,
         max_tokens: 2048,

@@ -213,6 +213,7 @@ fn given_the_same_statistics_the_codes_are_the_same() {
             hessian: device.download(&there.hessian).unwrap(),
             cross: there.cross.as_ref().map(|cross| device.download(cross).unwrap()),
             tokens: there.tokens,
+            shares: there.shares.clone(),
         };
         let on_device = &paths.blocks[0].linear(projection).weight;
         let weight = device.download(on_device).unwrap();

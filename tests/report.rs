@@ -69,7 +69,8 @@ fn check_alone(document: &Document<'_>) {
 }
 
 fn layer(name: &str, block: usize, relative_error: f64, findings: Vec<Finding>) -> LayerReport {
-    let solve = SolveReport { relative_error, damp: Some(0.01), dead_inputs: 0, tokens: 9, seconds: 0.1, findings };
+    let solve =
+        SolveReport { relative_error, damp: Some(0.01), tokens: 9, seconds: 0.1, findings, ..SolveReport::default() };
     LayerReport {
         name: format!("model.layers.{block}.{name}"),
         block,

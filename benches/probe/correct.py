@@ -880,6 +880,23 @@ def elementwise(probe):
             case,
             lambda out: [("means", relative(out["means"][0], a.double().abs().mean(1)), 1e-6)],
         )
+        scales = b[0].float().contiguous()
+        case = Case(
+            probe,
+            "scaled_squares_rows",
+            {"sums": Out(F32, 1, rows)},
+            x=a,
+            scales=scales,
+            rows=rows,
+            cols=cols,
+            dtype=dtype,
+        )
+        squares = (a.double() * scales.double()).square().sum(1)
+        probe.correct(
+            f"scaled_squares_rows {short(dtype)} {rows}x{cols}",
+            case,
+            lambda out: [("sums", relative(out["sums"][0], squares), 1e-6)],
+        )
         for bad, value in ((None, 0), (5, torch.nan), (3, -torch.inf)):
             holed = a.clone()
             if bad is not None:

@@ -431,6 +431,12 @@ def rows_and_elements(probe):
         call("mean_abs_rows", x=x, means=means, rows=rows, cols=cols, dtype="VLMQ_BF16"),
         bytes=2 * count,
     )
+    scales = torch.ones(cols, device=probe.device)
+    probe.timed(
+        f"scaled_squares_rows {what}",
+        call("scaled_squares_rows", x=x, scales=scales, sums=means, rows=rows, cols=cols, dtype="VLMQ_BF16"),
+        bytes=2 * count,
+    )
     row = torch.full((1,), 2**31 - 1, dtype=torch.int32, device=probe.device)
     probe.timed(
         f"first_non_finite_row {what}",

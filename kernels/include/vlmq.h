@@ -477,6 +477,18 @@ typedef struct vlmq_mean_abs_rows_args {
 
 vlmq_status vlmq_mean_abs_rows(const vlmq_mean_abs_rows_args* args, vlmq_stream stream);
 
+/* sums[r] = sum over columns of (x[r] * scales)^2, in a fixed order: what a token weighs where each channel has its own unit. */
+typedef struct vlmq_scaled_squares_rows_args {
+  const void* x;       /* [rows, cols] */
+  const float* scales; /* [cols] */
+  float* sums;         /* [rows] out */
+  int64_t rows;
+  int64_t cols;
+  vlmq_dtype dtype;
+} vlmq_scaled_squares_rows_args;
+
+vlmq_status vlmq_scaled_squares_rows(const vlmq_scaled_squares_rows_args* args, vlmq_stream stream);
+
 /* *row = min(*row, first row that holds a NaN or an infinity); the caller sets INT32_MAX before. */
 typedef struct vlmq_first_non_finite_row_args {
   const void* x; /* [rows, cols] */

@@ -115,6 +115,9 @@ pub trait Device: Send + Sync + 'static {
     /// Index of the first row that holds a NaN or an infinity, if any.
     fn first_non_finite_row(&self, tensor: &Self::Tensor) -> Result<Option<usize>>;
 
+    /// `Σ_c (scales_c · x_c)²` of each row of a tensor of any storage; scales `[cols]`.
+    fn scaled_squares_rows(&self, tensor: &Self::Tensor, scales: &[f32]) -> Result<Vec<f32>>;
+
     /// Says that a tensor is not needed for a while. A device may move it out of its memory, behind the work enqueued so far,
     /// and returns at once. Until it is fetched, any use but that and [`shape`](Self::shape) is an error there. A device
     /// whose memory is the host's does nothing.

@@ -33,6 +33,8 @@ pub struct ComparedScores {
     pub nll_quantized: Option<f64>,
     /// Mean divergence of the quantized model from the float one per answer token, in nats.
     pub kl: Option<f64>,
+    /// Share of answer tokens, 0 to 1, at which both models' likeliest token is the same.
+    pub agreement: Option<f64>,
 }
 
 /// One question and what both models answered.
@@ -57,10 +59,10 @@ pub struct ComparedAnswer {
 }
 
 impl ComparedScores {
-    /// Scores and likelihoods are the float model's, then the quantized one's.
-    fn new(n: usize, score: [f64; 2], nll: [Option<f64>; 2], kl: Option<f64>) -> Self {
+    /// Scores and likelihoods are the float model's, then the quantized one's; then how far the two are apart.
+    fn new(n: usize, score: [f64; 2], nll: [Option<f64>; 2], [kl, agreement]: [Option<f64>; 2]) -> Self {
         let ([score_float, score_quantized], [nll_float, nll_quantized]) = (score, nll);
-        Self { n, score_float, score_quantized, nll_float, nll_quantized, kl }
+        Self { n, score_float, score_quantized, nll_float, nll_quantized, kl, agreement }
     }
 }
 
@@ -70,7 +72,8 @@ impl Comparison {
         let groups = float.groups.iter().filter_map(|(name, float)| {
             let quantized = quantized.groups.get(name)?;
             let (score, nll) = ([float.score, quantized.score], [float.nll, quantized.nll]);
-            Some((name.clone(), ComparedScores::new(float.n, score, nll, quantized.kl)))
+            let apart = [quantized.kl, quantized.agreement];
+            Some((name.clone(), ComparedScores::new(float.n, score, nll, apart)))
         });
         let answers = float.answers.iter().zip(&quantized.answers).map(|(float, quantized)| ComparedAnswer {
             id: float.id.clone(),
@@ -87,7 +90,7 @@ impl Comparison {
                 float.n,
                 [float.score, quantized.score],
                 [float.nll, quantized.nll],
-                quantized.kl,
+                [quantized.kl, quantized.agreement],
             ),
             conditions: quantized.conditions,
             groups: groups.collect(),

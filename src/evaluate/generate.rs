@@ -57,18 +57,19 @@ pub fn greedy<D: ModelOps>(
     }
 }
 
-/// Index of each row's largest value, the first one among equals.
+/// [`argmax`] of each row.
 fn argmax_rows<D: ModelOps>(device: &D, logits: &D::Tensor) -> Result<Vec<u32>> {
     let logits = device.download(logits)?;
-    Ok((0..logits.rows())
-        .map(|row| {
-            let mut best = (0, f32::NEG_INFINITY);
-            for (token, &logit) in logits.row(row).iter().enumerate() {
-                if logit > best.1 {
-                    best = (token, logit);
-                }
-            }
-            best.0 as u32
-        })
-        .collect())
+    Ok((0..logits.rows()).map(|row| argmax(logits.row(row))).collect())
+}
+
+/// Index of the largest value, the first one among equals.
+pub(super) fn argmax(logits: &[f32]) -> u32 {
+    let mut best = (0, f32::NEG_INFINITY);
+    for (token, &logit) in logits.iter().enumerate() {
+        if logit > best.1 {
+            best = (token, logit);
+        }
+    }
+    best.0 as u32
 }

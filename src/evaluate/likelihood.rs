@@ -1,5 +1,7 @@
-//! Teacher-forced answers: log-likelihood of their tokens, and divergence from a reference model at each of them.
+//! Teacher-forced answers: log-likelihood of their tokens, and divergence from and agreement with a reference model at each of
+//! them.
 
+use super::generate::argmax;
 use crate::calibration::sequence::Sequence;
 use crate::device::ModelOps;
 use crate::model::families::Features;
@@ -57,6 +59,12 @@ pub fn divergence(reference: &Matrix, model: &Matrix) -> Result<f64> {
     Ok((0..model.rows()).map(row_divergence).sum())
 }
 
+/// Rows in which both have the same likeliest token.
+pub fn agreeing(reference: &Matrix, model: &Matrix) -> usize {
+    let rows = reference.rows().min(model.rows());
+    (0..rows).filter(|&row| argmax(reference.row(row)) == argmax(model.row(row))).count()
+}
+
 /// `ln Σ exp(logit)`.
 fn log_normaliser(logits: &[f32]) -> f64 {
     let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
@@ -76,5 +84,15 @@ mod tests {
         assert!((negative_log_likelihood(&p, &[1]) - 4f64.ln()).abs() < 1e-6);
         assert!((divergence(&p, &q).unwrap() - 0.25 * 2f64.ln()).abs() < 1e-6);
         assert_eq!(divergence(&p, &p).unwrap(), 0.0);
+    }
+
+    #[test]
+    fn the_likeliest_tokens_of_hand_made_rows() {
+        let rows = |data: [f32; 6]| Matrix::new(2, 3, data.to_vec()).unwrap();
+        let p = rows([0.0, 2.0, 1.0, 5.0, 5.0, 4.0]);
+        assert_eq!(agreeing(&p, &p), 2);
+        // Only the order counts; among equals, the first.
+        assert_eq!(agreeing(&p, &rows([-9.0, -1.0, -2.0, 0.0, 1.0, 0.0])), 1);
+        assert_eq!(agreeing(&p, &rows([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])), 1);
     }
 }

@@ -48,6 +48,9 @@ pub struct EvaluationSettings {
     pub limit: Option<usize>,
     /// Benchmark whose questions, limits and metrics the data gets where it says nothing itself.
     pub preset: Option<&'static Preset>,
+    /// Whether the model answers, which costs a pass over each question and one more a token. Without, answers are empty
+    /// and scores those of empty answers: what remains is what the model makes of the answers that are given.
+    pub decode: bool,
     /// Most tokens of an answer, where the sample says nothing; `None`: the preset's, or 64.
     pub max_new_tokens: Option<usize>,
     /// Overrides of the checkpoint's image sizes.
@@ -57,7 +60,7 @@ pub struct EvaluationSettings {
 }
 
 impl EvaluationSettings {
-    /// All samples, no reference, no preset, the checkpoint's own image sizes, answers of at most 64 tokens.
+    /// All samples, no reference, no preset, the checkpoint's own image sizes, decoded answers of at most 64 tokens.
     pub fn new(model: PathBuf, data: PathBuf) -> Self {
         Self {
             model,
@@ -66,6 +69,7 @@ impl EvaluationSettings {
             reference: None,
             limit: None,
             preset: None,
+            decode: true,
             max_new_tokens: None,
             image_options: ImageOptions::default(),
             chat_template: TemplateChoice::default(),
@@ -247,15 +251,18 @@ fn score_batch<D: ModelOps>(
 ) -> Result<Vec<SampleResult>> {
     let Evaluated { answers_stop, model, builder } = evaluated;
     let whole = evaluated.build(batch)?;
-    let prompts: Vec<Sequence> = batch.par_iter().map(|c| builder.prompt(c)).collect::<Result<_>>()?;
-    let prompts: Vec<&Sequence> = prompts.iter().collect();
-
     // A prompt has the images of its whole conversation: the vision tower runs once for both.
-    let features = model.embedder().image_features(device, &prompts)?;
-    let limits: Vec<usize> = batch.iter().map(|c| settings.max_new_tokens(c)).collect();
+    let features = model.embedder().image_features(device, &whole.iter().collect::<Vec<_>>())?;
     let which = || format!("samples {} to {}", batch[0].id, batch[batch.len() - 1].id);
-    let decoded = generate::greedy(device, model, &prompts, features.as_ref(), &limits, builder.end_tokens())
-        .with_context(which)?;
+    let decoded = if settings.decode {
+        let prompts: Vec<Sequence> = batch.par_iter().map(|c| builder.prompt(c)).collect::<Result<_>>()?;
+        let prompts: Vec<&Sequence> = prompts.iter().collect();
+        let limits: Vec<usize> = batch.iter().map(|c| settings.max_new_tokens(c)).collect();
+        generate::greedy(device, model, &prompts, features.as_ref(), &limits, builder.end_tokens())
+            .with_context(which)?
+    } else {
+        vec![Vec::new(); batch.len()]
+    };
     let logits = evaluated.answer_logits(device, &whole, features.as_ref()).with_context(which)?;
     let computed;
     let reference: Option<&[Matrix]> = match reference {
@@ -275,10 +282,13 @@ fn score_batch<D: ModelOps>(
         }
     };
 
+    // Each over the whole vocabulary, for every token of an answer.
     (0..batch.len())
+        .into_par_iter()
         .map(|i| {
             let (conversation, sequence, (metric, answers)) = (&batch[i], &whole[i], &rules[i]);
             let kl = reference.map(|reference| likelihood::divergence(&reference[i], &logits[i])).transpose()?;
+            let agreeing = reference.map(|reference| likelihood::agreeing(&reference[i], &logits[i]));
             let nll = likelihood::negative_log_likelihood(&logits[i], &sequence.tokens[sequence.answer.clone()]);
             let whole = builder.decode(&decoded[i])?;
             let answer =
@@ -293,6 +303,7 @@ fn score_batch<D: ModelOps>(
                 answer_tokens: sequence.answer.len(),
                 nll,
                 kl,
+                agreeing,
             })
         })
         .collect()

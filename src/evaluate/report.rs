@@ -25,6 +25,9 @@ pub struct SampleResult {
     pub nll: f64,
     /// Sum over those of the divergence `KL(reference ‖ model)`, in nats; `None` without a reference.
     pub kl: Option<f64>,
+    /// How many of those tokens are preceded by a place where the reference's likeliest token is the model's as well; `None`
+    /// without a reference.
+    pub agreeing: Option<usize>,
 }
 
 /// One answer in an [`Evaluation`].
@@ -54,12 +57,14 @@ pub struct GroupResult {
     pub n: usize,
     /// Mean score, 0 to 1.
     pub score: f64,
+    /// Answer tokens, which the means below are over.
+    pub tokens: usize,
     /// Mean negative log-likelihood per answer token, in nats; `None` without answer tokens.
-    #[serde(skip)]
     pub nll: Option<f64>,
     /// Mean divergence per answer token, in nats; `None` without reference or answer tokens.
-    #[serde(skip)]
     pub kl: Option<f64>,
+    /// See [`Evaluation::agreement`].
+    pub agreement: Option<f64>,
 }
 
 /// What the scores depend on besides model and data.
@@ -86,8 +91,8 @@ fn name<S: serde::Serializer>(preset: &Option<&'static Preset>, serializer: S) -
     preset.map(|preset| preset.name).serialize(serializer)
 }
 
-/// Scores of a whole data set; serialises to the keys `n`, `score`, `points`, `nll`, `kl`, `preset`, `min_pixels`,
-/// `max_pixels`, `groups`, `answers`.
+/// Scores of a whole data set; serialises to the keys `n`, `score`, `points`, `tokens`, `nll`, `kl`, `agreement`, `preset`,
+/// `min_pixels`, `max_pixels`, `groups`, `answers`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Evaluation {
     /// Samples.
@@ -96,10 +101,15 @@ pub struct Evaluation {
     pub score: f64,
     /// The benchmark's own figure where that is a sum of scores (OCRBench).
     pub points: Option<f64>,
+    /// Tokens of the right answers, which the means below are over.
+    pub tokens: usize,
     /// Mean negative log-likelihood per answer token, in nats; `None` without answer tokens.
     pub nll: Option<f64>,
     /// Mean divergence from the reference per answer token, in nats; `None` without reference or answer tokens.
     pub kl: Option<f64>,
+    /// Share of answer tokens, 0 to 1, at which the model's likeliest token is the reference's, all tokens of the right answer
+    /// before them given; `None` without reference or answer tokens.
+    pub agreement: Option<f64>,
     /// What the scores depend on.
     #[serde(flatten)]
     pub conditions: Conditions,
@@ -127,7 +137,7 @@ impl Evaluation {
             }
         }
         let groups = members.into_iter().map(|(name, members)| (name, means(&members))).collect();
-        let GroupResult { n, score, nll, kl } = means(&samples.iter().collect::<Vec<_>>());
+        let GroupResult { n, score, tokens, nll, kl, agreement } = means(&samples.iter().collect::<Vec<_>>());
         let points = conditions.preset.and_then(|preset| preset.points(samples.iter().map(|sample| sample.score)));
         let answers =
             samples.into_iter().map(|SampleResult { id, answer, score, group, question, expected, .. }| Answer {
@@ -138,7 +148,7 @@ impl Evaluation {
                 question,
                 expected,
             });
-        Self { n, score, points, nll, kl, conditions, groups, answers: answers.collect() }
+        Self { n, score, points, tokens, nll, kl, agreement, conditions, groups, answers: answers.collect() }
     }
 }
 
@@ -149,7 +159,9 @@ fn means(samples: &[&SampleResult]) -> GroupResult {
     let score = samples.iter().map(|sample| sample.score).sum::<f64>() / n.max(1) as f64;
     let nll = per_token(samples.iter().map(|sample| sample.nll).sum());
     let kl = samples.iter().map(|sample| sample.kl).sum::<Option<f64>>().and_then(per_token);
-    GroupResult { n, score, nll, kl }
+    let agreement = samples.iter().map(|sample| sample.agreeing).sum::<Option<usize>>();
+    let agreement = agreement.and_then(|tokens| per_token(tokens as f64));
+    GroupResult { n, score, tokens, nll, kl, agreement }
 }
 
 #[cfg(test)]
@@ -158,7 +170,10 @@ mod tests {
 
     fn sample(group: Option<&str>, score: f64, answer_tokens: usize, nll: f64, kl: Option<f64>) -> SampleResult {
         let (id, group) = ("s".to_owned(), group.map(str::to_owned));
-        SampleResult { id, group, answer: "yes".into(), score, answer_tokens, nll, kl, ..SampleResult::default() }
+        // The first token of each answer is the reference's likeliest.
+        let agreeing = kl.map(|_| answer_tokens.min(1));
+        let answer = "yes".into();
+        SampleResult { id, group, answer, score, answer_tokens, nll, kl, agreeing, ..SampleResult::default() }
     }
 
     #[test]
@@ -167,18 +182,20 @@ mod tests {
         let b = sample(Some("x"), 0.0, 3, 3.5, Some(0.75));
         let c = sample(None, 1.0, 4, 4.0, Some(3.0));
         let evaluation = Evaluation::new(vec![a, b, c]);
-        assert_eq!(evaluation.groups["x"], GroupResult { n: 2, score: 0.5, nll: Some(1.0), kl: Some(0.25) });
+        let (nll, kl, agreement) = (Some(1.0), Some(0.25), Some(0.5));
+        assert_eq!(evaluation.groups["x"], GroupResult { n: 2, score: 0.5, tokens: 4, nll, kl, agreement });
         assert_eq!((evaluation.n, evaluation.score), (3, 2.0 / 3.0));
-        assert_eq!((evaluation.nll, evaluation.kl), (Some(1.0), Some(0.5)));
+        assert_eq!((evaluation.tokens, evaluation.nll, evaluation.kl), (8, Some(1.0), Some(0.5)));
+        assert_eq!(evaluation.agreement, Some(3.0 / 8.0));
     }
 
     #[test]
     fn json_has_the_agreed_keys() {
         let value = serde_json::to_value(Evaluation::new(vec![sample(Some("x"), 1.0, 2, 1.0, None)])).unwrap();
         let expected = serde_json::json!({
-            "n": 1, "score": 1.0, "points": null, "nll": 0.5, "kl": null,
+            "n": 1, "score": 1.0, "points": null, "tokens": 2, "nll": 0.5, "kl": null, "agreement": null,
             "preset": null, "min_pixels": null, "max_pixels": null,
-            "groups": {"x": {"n": 1, "score": 1.0}},
+            "groups": {"x": {"n": 1, "score": 1.0, "tokens": 2, "nll": 0.5, "kl": null, "agreement": null}},
             "answers": [{"id": "s", "answer": "yes", "score": 1.0}],
         });
         assert_eq!(value, expected);
@@ -187,7 +204,7 @@ mod tests {
     #[test]
     fn no_answer_tokens_means_no_likelihood() {
         let evaluation = Evaluation::new(vec![sample(None, 1.0, 0, 0.0, Some(0.0))]);
-        assert_eq!((evaluation.nll, evaluation.kl), (None, None));
+        assert_eq!((evaluation.nll, evaluation.kl, evaluation.agreement), (None, None, None));
         assert!(evaluation.groups.is_empty());
     }
 }

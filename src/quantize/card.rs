@@ -5,7 +5,7 @@
 //! same run gives the same card.
 
 use super::report::RunReport;
-use super::settings::{Grid, Importance, Order, Solver, SolverSettings};
+use super::settings::{Grid, Importance, ImportancePower, Order, Solver, SolverSettings};
 use crate::checkpoint::formats::{Format, shell};
 use crate::checkpoint::sums::SUMS;
 use crate::input;
@@ -29,6 +29,8 @@ pub struct Card<'a> {
     pub solver: &'a SolverSettings,
     /// How tokens were weighted.
     pub importance: Importance,
+    /// The power of their factors.
+    pub importance_power: ImportancePower,
     /// What was written.
     pub format: Format,
     /// See [`Format::loaders`].
@@ -160,7 +162,14 @@ impl Card<'_> {
         let damp = self.solver.damp;
         match self.importance {
             Importance::None => format!("{solver}, damping {damp}"),
-            Importance::Vlmq => format!("VLMQ (arXiv 2508.03351) on {solver}, damping {damp}"),
+            Importance::Vlmq => {
+                let power = match self.importance_power {
+                    ImportancePower::Fixed(1.0) => String::new(),
+                    ImportancePower::Fixed(power) => format!(" with importance to the power {power}"),
+                    ImportancePower::Auto => " with importance to a power chosen by layer".to_owned(),
+                };
+                format!("VLMQ (arXiv 2508.03351){power} on {solver}, damping {damp}")
+            }
         }
     }
 
@@ -278,8 +287,9 @@ mod tests {
 
     fn card(model: &str, name: &str, format: Format, base: Option<(&str, &str)>) -> String {
         let report = report(model);
-        let solver = &SolverSettings::default();
-        Card { report: &report, solver, importance: Importance::Vlmq, format, must_dequantize: false }.text(name, base)
+        let (solver, importance_power) = (&SolverSettings::default(), ImportancePower::default());
+        let importance = Importance::Vlmq;
+        Card { report: &report, solver, importance, importance_power, format, must_dequantize: false }.text(name, base)
     }
 
     #[test]

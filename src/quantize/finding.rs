@@ -12,7 +12,8 @@ use std::fmt;
 pub enum FindingKind {
     /// The damped Hessian was not positive definite; the damping was raised.
     DampingRaised,
-    /// Fewer calibration tokens than inputs: their Hessian has no inverse, and the solve hangs on the damping.
+    /// The Hessian rests on fewer tokens than there are inputs: too few were given, or few of them carry all weight. It is
+    /// mostly noise, or has no inverse at all, and the solve hangs on the damping.
     FewTokens,
     /// No calibration token excites any input, or more than a tenth of the inputs are dead.
     DeadInputs,
@@ -34,7 +35,7 @@ impl FindingKind {
     pub fn remedy(self) -> &'static str {
         match self {
             Self::DampingRaised => "raise --damp, or calibrate with more samples",
-            Self::FewTokens => "calibrate with more samples (--samples, --calib)",
+            Self::FewTokens => "calibrate with more samples (--samples, --calib), or lower --importance-power",
             Self::DeadInputs => "check the checkpoint's norms, and calibrate with more, or other, samples",
             Self::StatisticsUnusable => "check the checkpoint's weights and the calibration samples",
             Self::ImportanceUnusable => "check the checkpoint's weights, or use --importance none",

@@ -6,10 +6,12 @@
 //! out: `∂L/∂Z_o = 2 (Attn(X_U) − Attn(X_F))`, then through o, the attention, the rotary embedding and, where the family
 //! has them, the norms of queries and keys.
 
+use super::settings::ImportancePower;
 use crate::device::ModelOps;
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::{Attended, Block, Layout, Projection};
 use anyhow::Result;
+use rayon::prelude::*;
 
 /// One importance factor a token, for each projection of the attention module; all `>= 0`.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -106,6 +108,71 @@ pub fn normalise(chunks: &mut [Factors]) -> [Option<Unusable>; 4] {
     })
 }
 
+/// Tokens of equal weight that H of a layer with so many inputs should rest on, an input, where
+/// [`ImportancePower::Auto`] decides.
+const TOKENS_PER_INPUT: f64 = 16.0;
+
+/// Raises each projection's normalised factors to a power and normalises them again: their order stays, their distances
+/// shrink. `inputs` are the projections' input features; the powers come back, both in the order q, k, v, o.
+///
+/// [`ImportancePower::Auto`] takes the largest power, at most 1, that leaves each input 16 effective tokens
+/// `(Σg²)² / Σg⁴`, or half of all tokens that count, where there are not twice as many: raising tokens together lowers the
+/// noise of H, but without bound it would undo the weighting. What it counts is known before the layers' inputs are, unlike
+/// [`Shares`](super::statistics::Shares), in which tokens of large inputs count for more. The power is a multiple of 1/1024,
+/// and 1/1024 at least.
+pub fn temper(chunks: &mut [Factors], power: ImportancePower, inputs: [usize; 4]) -> [f64; 4] {
+    std::array::from_fn(|projection| {
+        let power = match power {
+            ImportancePower::Fixed(power) => power,
+            ImportancePower::Auto => even_enough(chunks, projection, inputs[projection]),
+        };
+        if power < 1.0 {
+            let tokens: usize = chunks.iter().map(|chunk| chunk.projections[projection].len()).sum();
+            let raise = |g: f32| if g > 0.0 { f64::from(g).powf(power) } else { 0.0 };
+            let sum: f64 =
+                chunks.iter().flat_map(|chunk| &chunk.projections[projection]).map(|&g| raise(g).powi(2)).sum();
+            let scale = (tokens as f64 / sum).sqrt();
+            let factors = chunks.iter_mut().flat_map(|chunk| &mut chunk.projections[projection]);
+            factors.for_each(|g| *g = (raise(*g) * scale) as f32);
+        }
+        power
+    })
+}
+
+/// See [`ImportancePower::Auto`]: by bisection, as fewer tokens count the higher the power.
+fn even_enough(chunks: &[Factors], projection: usize, inputs: usize) -> f64 {
+    const STEPS: u32 = 1024;
+    // Chunk by chunk, so that threads do not change the order of a sum.
+    let logs = |factors: &Factors| -> Vec<f64> {
+        factors.projections[projection].iter().filter(|&&g| g > 0.0).map(|&g| f64::from(g).ln()).collect()
+    };
+    let logs: Vec<Vec<f64>> = chunks.par_iter().map(logs).collect();
+    let count: usize = logs.iter().map(Vec::len).sum();
+    let enough = (TOKENS_PER_INPUT * inputs as f64).min(count as f64 / 2.0);
+    let largest = logs.iter().flatten().copied().fold(f64::NEG_INFINITY, f64::max);
+    let is_even = |steps: u32| {
+        let power = f64::from(steps) / f64::from(STEPS);
+        let sums: Vec<(f64, f64)> = logs
+            .par_iter()
+            .map(|logs| {
+                let squares = logs.iter().map(|log| (2.0 * power * (log - largest)).exp());
+                squares.fold((0.0, 0.0), |(sum, fourth), square| (sum + square, fourth + square * square))
+            })
+            .collect();
+        let (sum, fourth) = sums.iter().fold((0.0, 0.0), |(a, b), (c, d)| (a + c, b + d));
+        sum * sum >= enough * fourth
+    };
+    let (mut low, mut high) = (0, STEPS);
+    if is_even(high) {
+        return 1.0;
+    }
+    while high - low > 1 {
+        let middle = (low + high) / 2;
+        if is_even(middle) { low = middle } else { high = middle }
+    }
+    f64::from(low.max(1)) / f64::from(STEPS)
+}
+
 fn not_finite(chunks: &[Factors], projection: usize) -> Option<Unusable> {
     let mut places = chunks.iter().enumerate().flat_map(|(chunk, factors)| {
         let factors = factors.projections[projection].iter().enumerate();
@@ -132,6 +199,55 @@ mod tests {
             assert!((squares / 3.0 - 1.0).abs() < 1e-6);
             assert!((chunks[1].projections[2][0] / chunks[0].projections[2][0] - 3.0).abs() < 1e-6);
         }
+    }
+
+    /// Tokens of which every tenth has a hundred times the others' factor, in two chunks of different length.
+    fn uneven(tokens: usize) -> [Factors; 2] {
+        let g: Vec<f32> = (0..tokens).map(|i| if i % 10 == 0 { 100.0 } else { 1.0 }).collect();
+        let mut chunks = [chunk(&g[..tokens / 3]), chunk(&g[tokens / 3..])];
+        assert_eq!(normalise(&mut chunks), [None; 4]);
+        chunks
+    }
+
+    fn effective(chunks: &[Factors], projection: usize) -> f64 {
+        let sum = |power| {
+            chunks.iter().flat_map(|c| &c.projections[projection]).map(|&g| f64::from(g).powi(power)).sum::<f64>()
+        };
+        sum(2).powi(2) / sum(4)
+    }
+
+    #[test]
+    fn powers_bring_factors_together() {
+        let before = uneven(1000);
+        let mut chunks = before.clone();
+        assert_eq!(temper(&mut chunks, ImportancePower::default(), [1; 4]), [1.0; 4]);
+        assert_eq!(chunks, before);
+        assert_eq!(temper(&mut chunks, ImportancePower::Fixed(0.5), [1; 4]), [0.5; 4]);
+        let g = |i: usize| chunks[0].projections[3][i];
+        assert!((g(0) / g(1) - 10.0).abs() < 1e-4, "{} {}", g(0), g(1));
+        let squares: f32 = chunks.iter().flat_map(|c| &c.projections[3]).map(|g| g * g).sum();
+        assert!((squares / 1000.0 - 1.0).abs() < 1e-5, "{squares}");
+        // Tokens that do not count never will.
+        let mut chunks = [chunk(&[0.0, 1.0, 3.0])];
+        normalise(&mut chunks);
+        temper(&mut chunks, ImportancePower::Fixed(0.25), [1; 4]);
+        assert_eq!(chunks[0].projections[1][0], 0.0);
+    }
+
+    #[test]
+    fn the_power_leaves_each_input_its_tokens() {
+        // 100 of 1000 tokens count as they are: enough for 6 inputs, and for all that ask no more.
+        let mut chunks = uneven(1000);
+        let powers = temper(&mut chunks, ImportancePower::Auto, [6, 16, 24, 10_000]);
+        assert_eq!(powers[0], 1.0);
+        assert!(powers.is_sorted_by(|a, b| a > b), "{powers:?}");
+        for (projection, enough) in [(1, 256.0), (2, 384.0), (3, 500.0)] {
+            let found = effective(&chunks, projection);
+            assert!((enough..1.01 * enough).contains(&found), "{projection}: {found} for {enough}");
+        }
+        let mut alike = [chunk(&[1.0; 7])];
+        assert_eq!(temper(&mut alike, ImportancePower::Auto, [10_000; 4]), [1.0; 4]);
+        assert_eq!(alike[0], chunk(&[1.0; 7]));
     }
 
     #[test]

@@ -88,6 +88,9 @@ pub struct SolveReport {
     pub dead_inputs: usize,
     /// Calibration tokens behind the statistics.
     pub tokens: usize,
+    /// How many tokens of equal weight the statistics rest on, by [`Shares`](super::statistics::Shares); `None` where there are
+    /// no statistics, or none that can be used.
+    pub effective_tokens: Option<f64>,
     /// Wall-clock seconds of the solve, factorization included where this layer caused it.
     pub seconds: f64,
     /// What a user should know.

@@ -3,7 +3,9 @@
 pub use crate::device::{Grid, ScaleType};
 
 use anyhow::{Result, bail, ensure};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
+use std::fmt;
+use std::str::FromStr;
 
 /// How codes are found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +27,52 @@ pub enum Importance {
     None,
     /// By the gradient of the local attention-block loss (arXiv 2508.03351, section 4).
     Vlmq,
+}
+
+/// The power that importance factors are raised to before they weigh tokens: below 1 it brings them closer together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum ImportancePower {
+    /// This one, above 0 and at most 1.
+    Fixed(f64),
+    /// For each layer the largest one with which H rests on enough tokens ([`temper`](super::importance::temper)).
+    Auto,
+}
+
+impl Default for ImportancePower {
+    /// The paper's rule: factors as they are.
+    fn default() -> Self {
+        Self::Fixed(1.0)
+    }
+}
+
+impl FromStr for ImportancePower {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text.parse::<f64>() {
+            _ if text == "auto" => Ok(Self::Auto),
+            Ok(power) if power > 0.0 && power <= 1.0 => Ok(Self::Fixed(power)),
+            _ => Err("must be above 0 and at most 1, or `auto`".into()),
+        }
+    }
+}
+
+impl fmt::Display for ImportancePower {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed(power) => power.fmt(f),
+            Self::Auto => f.pad("auto"),
+        }
+    }
+}
+
+impl Serialize for ImportancePower {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        match self {
+            Self::Fixed(power) => serializer.serialize_f64(*power),
+            Self::Auto => serializer.serialize_str("auto"),
+        }
+    }
 }
 
 /// In which order columns are quantized.

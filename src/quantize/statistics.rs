@@ -13,13 +13,71 @@ pub struct Statistics<T> {
     pub cross: Option<T>,
     /// Tokens added so far, those of importance 0 left out.
     pub tokens: usize,
+    /// How evenly they carry H.
+    pub shares: Shares,
+}
+
+/// How evenly the calibration tokens carry H.
+///
+/// A token's share is `w = g² Σ_c u_c² / H_cc`: its part of each input's second moment, summed over the inputs. They sum up
+/// to the number of live inputs, and `(Σw)² / Σw²` is how many tokens of equal share would leave as much noise in H: `Σw²` is
+/// the squared Frobenius norm of what the tokens' terms add to H once each input has its own unit. `‖u‖²` would not do: behind
+/// the MLP's nonlinearity the first token of each sample can be ten thousand times the others in a few inputs, and would
+/// count as all there is although every other input rests on all tokens. The share is the diagonal's part of the statistical
+/// leverage `g² uᵀH⁻¹u`; that itself would need a solve a token.
+///
+/// Tokens come in parts and each part is measured by the H that it completes; what was measured before shrinks as the mean
+/// input's second moment has grown. With one part that is exact, with many it is within some hundredths where parts are
+/// alike.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Shares {
+    sum: f64,
+    squares: f64,
+    /// H's diagonal behind the last part.
+    diagonal: Vec<f32>,
+}
+
+impl Shares {
+    /// How many tokens of equal share would carry H as well; `None` where nothing was added, or H is not finite.
+    pub fn effective_tokens(&self) -> Option<f64> {
+        Some(self.sum * self.sum / self.squares).filter(|tokens| tokens.is_finite() && *tokens > 0.0)
+    }
+
+    /// Adds a part: `u` `[tokens, in]` and its factors `g` `[tokens]`, which H, whose diagonal this is, has already.
+    fn add<D: Device>(&mut self, device: &D, u: &D::Tensor, g: Option<&[f32]>, diagonal: Vec<f32>) -> Result<()> {
+        let live = |h: f32| h > f32::MIN_POSITIVE;
+        // Before squaring: squares of inputs may leave float32's range, their ratios do not.
+        let scale = |h: f32| match h {
+            h if !h.is_finite() => f32::NAN,
+            h if live(h) => 1.0 / h.sqrt(),
+            _ => 0.0,
+        };
+        let scales: Vec<f32> = diagonal.iter().map(|&h| scale(h)).collect();
+        let grown = diagonal.iter().zip(&self.diagonal).filter(|(h, _)| live(**h));
+        let (sum, count) = grown
+            .fold((0.0, 0usize), |(sum, count), (&h, &before)| (sum + f64::from(before) / f64::from(h), count + 1));
+        let left = if count > 0 { sum / count as f64 } else { 0.0 };
+        self.sum *= left;
+        self.squares *= left * left;
+        for (token, share) in device.scaled_squares_rows(u, &scales)?.into_iter().enumerate() {
+            let g = g.map_or(1.0, |g| f64::from(g[token]));
+            // A token that does not count may hold anything.
+            if g > 0.0 {
+                let share = g * g * f64::from(share);
+                self.sum += share;
+                self.squares += share * share;
+            }
+        }
+        self.diagonal = diagonal;
+        Ok(())
+    }
 }
 
 impl<T: Send + Sync> Statistics<T> {
     /// Empty statistics of a layer with `in_features` inputs; `with_cross` for GPTAQ.
     pub fn new<D: Device<Tensor = T>>(device: &D, in_features: usize, with_cross: bool) -> Result<Self> {
         let zeros = || device.zeros(in_features, in_features);
-        Ok(Self { hessian: zeros()?, cross: with_cross.then(zeros).transpose()?, tokens: 0 })
+        Ok(Self { hessian: zeros()?, cross: with_cross.then(zeros).transpose()?, tokens: 0, shares: Shares::default() })
     }
 
     /// Adds tokens: inputs on the quantized path `u` and, where there is a cross term, on the float path `f`, both
@@ -57,7 +115,14 @@ impl<T: Send + Sync> Statistics<T> {
         }
         device.accumulate_statistics(&mut self.hessian, self.cross.as_mut(), u, f, g)?;
         self.tokens += live;
-        Ok(())
+        let diagonal = device.diagonal(&self.hessian)?;
+        self.shares.add(device, u, g, diagonal)
+    }
+
+    /// How many tokens of equal weight H rests on, by [`Shares`]; at most [`tokens`](Self::tokens). `None` where that cannot
+    /// be said.
+    pub fn effective_tokens(&self) -> Option<f64> {
+        self.shares.effective_tokens().map(|effective| effective.min(self.tokens as f64))
     }
 
     /// H with both triangles, on the host.

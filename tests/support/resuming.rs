@@ -12,7 +12,7 @@ use vlmq::model::families::ImageOptions;
 use vlmq::progress::{Observer, Stage, Stop};
 use vlmq::quantize::pipeline::{self, CHUNK_TOKENS, PipelineSettings};
 use vlmq::quantize::report::{LayerReport, RunObserver, RunReport};
-use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
+use vlmq::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
 
 /// Three blocks, images of several sizes.
 pub const PLAIN: &str = "rope-parameters-f32";
@@ -92,6 +92,7 @@ impl Place {
             format: Format::CompressedTensors,
             solver: SolverSettings { solver: Solver::Gptaq, group_size: Some(32), ..SolverSettings::default() },
             importance: Importance::Vlmq,
+            importance_power: ImportancePower::default(),
             samples: 512,
             seed: 0,
             max_tokens: 2048,

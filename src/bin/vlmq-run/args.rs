@@ -12,7 +12,7 @@ use vlmq::evaluate::EvaluationSettings;
 use vlmq::evaluate::presets::Preset;
 use vlmq::model::families::{ImageMode, ImageOptions};
 use vlmq::quantize::pipeline::{CHUNK_TOKENS, PipelineSettings};
-use vlmq::quantize::settings::{CrossTerm, Grid, Importance, Order, Solver, SolverSettings};
+use vlmq::quantize::settings::{CrossTerm, Grid, Importance, ImportancePower, Order, Solver, SolverSettings};
 
 /// Quantizes vision-language models after training (VLMQ, arXiv 2508.03351) and measures what that costs.
 #[derive(Debug, Parser)]
@@ -149,6 +149,10 @@ struct MethodArgs {
         ("vlmq", "by the gradient of the attention block's loss"),
     ]))]
     importance: Importance,
+    /// Power of the weights, above 0, at most 1: below 1 brings them closer together; `auto`: for each layer the largest that
+    /// leaves every input enough tokens
+    #[arg(long, default_value_t, value_name = "P|auto", allow_negative_numbers = true)]
+    importance_power: ImportancePower,
     /// Order in which columns are quantized.
     #[arg(long, default_value = "act-group", value_parser = named::<Order>(&[
         ("none", "left to right"),
@@ -339,6 +343,7 @@ impl QuantizeArgs {
             format: self.grid.format,
             solver: self.solver_settings(),
             importance: self.method.importance,
+            importance_power: self.method.importance_power,
             samples: self.data.samples,
             seed: self.data.seed,
             max_tokens: self.data.max_tokens,
@@ -360,6 +365,7 @@ impl QuantizeArgs {
             reference: None,
             limit: None,
             preset: None,
+            decode: true,
             max_new_tokens: None,
             // --image-root belongs to the calibration data.
             image_root: None,
@@ -392,6 +398,7 @@ impl EvalArgs {
             reference: self.reference.clone(),
             limit: self.limit,
             preset: self.preset,
+            decode: true,
             max_new_tokens: self.max_new_tokens,
             image_root: self.images.image_root.clone(),
             image_options: self.images.options(),
@@ -415,7 +422,7 @@ mod tests {
         let Command::Quantize(args) = cli.command else { panic!("not quantize") };
         let settings = args.settings();
         assert_eq!(settings.solver, SolverSettings::default());
-        assert_eq!(settings.importance, Importance::Vlmq);
+        assert_eq!((settings.importance, settings.importance_power), (Importance::Vlmq, ImportancePower::default()));
         assert_eq!(settings.samples, 512);
     }
 

@@ -245,6 +245,7 @@ mod tests {
                 damp,
                 dead_inputs,
                 tokens: 9,
+                effective_tokens: None,
                 seconds: 1.5,
                 findings: findings
                     .iter()

@@ -60,6 +60,13 @@ fn summary(settings: &PipelineSettings, report: &RunReport) -> Vec<String> {
         let worst_error = worst.solve.relative_error;
         say("rel. error", format!("mean {mean:.3e}, worst {worst_error:.3e} in {}", worst.name));
     }
+    if let Some((layer, tokens)) = report.fewest_tokens() {
+        let each = tokens / layer.cols as f64;
+        say(
+            "tokens",
+            format!("{each:.2} effective an input or more ({tokens:.1} for {} in {})", layer.cols, layer.name),
+        );
+    }
     if let Some(path_error) = report.blocks.last().and_then(|block| block.path_error) {
         say("path error", format!("{path_error:.3e} behind the last block"));
     }
@@ -154,6 +161,7 @@ mod tests {
             relative_error: 0.02,
             damp: Some(0.04),
             tokens: 9,
+            effective_tokens: Some(6.0),
             findings: [FindingKind::DampingRaised, FindingKind::FewTokens, FindingKind::DampingRaised]
                 .map(|kind| Finding { kind, found: "this".into(), done: "that".into() })
                 .into(),
@@ -184,6 +192,7 @@ mod tests {
 wrote o (gptq)
   size         2.00 MiB -> 1.00 MiB, 3.50 bits per quantized weight
   rel. error   mean 2.000e-2, worst 2.000e-2 in model.layers.0.mlp.down_proj
+  tokens       0.75 effective an input or more (6.0 for 8 in model.layers.0.mlp.down_proj)
   path error   5.000e-2 behind the last block
   findings     1 of 1 layers: damping raised in 1, few tokens in 1
   calibration  5 samples, 1 left out as too long; 320 vision and 80 text tokens

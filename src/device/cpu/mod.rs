@@ -9,7 +9,7 @@ mod workspace;
 
 use super::{Device, Work};
 use crate::tensor::Matrix;
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use rayon::prelude::*;
 
 /// The CPU. Threads come from the surrounding rayon pool.
@@ -42,6 +42,11 @@ impl Device for Cpu {
 
     fn first_non_finite_row(&self, tensor: &Matrix) -> Result<Option<usize>> {
         Ok(tensor.first_non_finite().map(|(row, _)| row))
+    }
+
+    fn scaled_squares_rows(&self, tensor: &Matrix, scales: &[f32]) -> Result<Vec<f32>> {
+        ensure!(tensor.cols() == scales.len(), "{} scales for {} columns", scales.len(), tensor.cols());
+        Ok(tensor.data().par_chunks(scales.len().max(1)).map(|row| vector::scaled_squares(row, scales)).collect())
     }
 
     fn workspace(&self, work: Work) -> u64 {

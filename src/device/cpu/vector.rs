@@ -47,6 +47,22 @@ pub(crate) fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     sums.iter().sum::<f32>() + tail
 }
 
+/// `Σ (scale·x)²` in [`LANES`] partial sums.
+#[inline(always)]
+pub(crate) fn scaled_squares(x: &[f32], scales: &[f32]) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let (chunks, scale_chunks) = (x.chunks_exact(LANES), scales.chunks_exact(LANES));
+    let tail = chunks.remainder().iter().zip(scale_chunks.remainder());
+    let tail: f32 = tail.map(|(x, scale)| (x * scale) * (x * scale)).sum();
+    for (x, scale) in chunks.zip(scale_chunks) {
+        for lane in 0..LANES {
+            let scaled = x[lane] * scale[lane];
+            sums[lane] += scaled * scaled;
+        }
+    }
+    sums.iter().sum::<f32>() + tail
+}
+
 /// `e^x` to about one unit in the last place; at least the smallest normal number, at most a finite one. NaN stays NaN.
 ///
 /// Argument reduction by ln 2 in two parts and the polynomial of Cephes' `expf` (S. Moshier).
@@ -137,6 +153,9 @@ mod tests {
             let x: Vec<f32> = (0..length).map(|i| i as f32).collect();
             assert_eq!(sum(&x, |x| x), (0..length).sum::<i32>() as f32);
             assert_eq!(dot(&x, &x), (0..length).map(|i| i * i).sum::<i32>() as f32);
+            let scales: Vec<f32> = (0..length).map(|i| (i % 3) as f32).collect();
+            let expected: i32 = (0..length).map(|i| (i * (i % 3)).pow(2)).sum();
+            assert_eq!(scaled_squares(&x, &scales), expected as f32);
         }
     }
 }

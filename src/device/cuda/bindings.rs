@@ -842,6 +842,33 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct vlmq_scaled_squares_rows_args {
+    pub x: *const ::core::ffi::c_void,
+    pub scales: *const f32,
+    pub sums: *mut f32,
+    pub rows: i64,
+    pub cols: i64,
+    pub dtype: vlmq_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of vlmq_scaled_squares_rows_args"][::core::mem::size_of::<vlmq_scaled_squares_rows_args>() - 48usize];
+    ["Alignment of vlmq_scaled_squares_rows_args"][::core::mem::align_of::<vlmq_scaled_squares_rows_args>() - 8usize];
+    ["Offset of field: vlmq_scaled_squares_rows_args::x"]
+        [::core::mem::offset_of!(vlmq_scaled_squares_rows_args, x) - 0usize];
+    ["Offset of field: vlmq_scaled_squares_rows_args::scales"]
+        [::core::mem::offset_of!(vlmq_scaled_squares_rows_args, scales) - 8usize];
+    ["Offset of field: vlmq_scaled_squares_rows_args::sums"]
+        [::core::mem::offset_of!(vlmq_scaled_squares_rows_args, sums) - 16usize];
+    ["Offset of field: vlmq_scaled_squares_rows_args::rows"]
+        [::core::mem::offset_of!(vlmq_scaled_squares_rows_args, rows) - 24usize];
+    ["Offset of field: vlmq_scaled_squares_rows_args::cols"]
+        [::core::mem::offset_of!(vlmq_scaled_squares_rows_args, cols) - 32usize];
+    ["Offset of field: vlmq_scaled_squares_rows_args::dtype"]
+        [::core::mem::offset_of!(vlmq_scaled_squares_rows_args, dtype) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct vlmq_first_non_finite_row_args {
     pub x: *const ::core::ffi::c_void,
     pub row: *mut i32,
@@ -914,6 +941,7 @@ unsafe extern "C" {
     pub fn vlmq_add(args: *const vlmq_add_args, stream: vlmq_stream) -> vlmq_status;
     pub fn vlmq_gather_rows(args: *const vlmq_gather_rows_args, stream: vlmq_stream) -> vlmq_status;
     pub fn vlmq_mean_abs_rows(args: *const vlmq_mean_abs_rows_args, stream: vlmq_stream) -> vlmq_status;
+    pub fn vlmq_scaled_squares_rows(args: *const vlmq_scaled_squares_rows_args, stream: vlmq_stream) -> vlmq_status;
     pub fn vlmq_first_non_finite_row(args: *const vlmq_first_non_finite_row_args, stream: vlmq_stream) -> vlmq_status;
     pub fn vlmq_convert(args: *const vlmq_convert_args, stream: vlmq_stream) -> vlmq_status;
 }

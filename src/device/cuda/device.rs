@@ -1,7 +1,7 @@
 //! The device itself: where it comes from, its tensors, and how kernels are called.
 #![allow(unsafe_code)]
 
-use super::bindings::{vlmq_add_args, vlmq_first_non_finite_row_args, vlmq_status};
+use super::bindings::{vlmq_add_args, vlmq_first_non_finite_row_args, vlmq_scaled_squares_rows_args, vlmq_status};
 use super::driver::Driver;
 use super::emulated::Emulated;
 use super::heap::Heap;
@@ -299,6 +299,21 @@ impl Device for Cuda {
         })?;
         let row = row.read::<i32>(0, 1)?[0];
         Ok((row != i32::MAX).then_some(row as usize))
+    }
+
+    fn scaled_squares_rows(&self, tensor: &CudaTensor, scales: &[f32]) -> Result<Vec<f32>> {
+        ensure!(tensor.cols == scales.len(), "{} scales for {} columns", scales.len(), tensor.cols);
+        let scales = Memory::of(&self.runtime, scales)?;
+        let mut sums = self.tensor(tensor.rows, 1, Precision::F32)?;
+        self.launch(&vlmq_scaled_squares_rows_args {
+            x: self.read(tensor)?,
+            scales: scales.at(0),
+            sums: self.floats_mut(&mut sums)?,
+            rows: tensor.rows as i64,
+            cols: tensor.cols as i64,
+            dtype: tensor.precision.dtype(),
+        })?;
+        sums.memory.read(0, tensor.rows)
     }
 
     fn park(&self, tensor: &mut CudaTensor) -> Result<()> {

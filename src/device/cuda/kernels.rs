@@ -110,6 +110,7 @@ kernels! {
     vlmq_add(vlmq_add_args);
     vlmq_gather_rows(vlmq_gather_rows_args);
     vlmq_mean_abs_rows(vlmq_mean_abs_rows_args);
+    vlmq_scaled_squares_rows(vlmq_scaled_squares_rows_args);
     vlmq_first_non_finite_row(vlmq_first_non_finite_row_args);
     vlmq_convert(vlmq_convert_args);
 }

@@ -7,11 +7,11 @@
 mod checks;
 
 use super::Finding;
-use super::importance::{Factors, attention_importance, normalise};
+use super::importance::{Factors, attention_importance, normalise, temper};
 use super::layer::{QuantizedLinear, SolveReport};
 use super::plan::Activations;
 use super::report::ImportanceSpread;
-use super::settings::{Importance, Solver, SolverSettings};
+use super::settings::{Importance, ImportancePower, Solver, SolverSettings};
 use super::solve;
 use super::statistics::Statistics;
 use crate::device::{Device, ModelOps, SolveOps};
@@ -181,6 +181,8 @@ pub struct BlockQuantizer<'a, D: ModelOps + SolveOps> {
     pub settings: &'a SolverSettings,
     /// How tokens are weighted.
     pub importance: Importance,
+    /// The power of their factors.
+    pub importance_power: ImportancePower,
     /// Where the chunks are between passes.
     pub activations: Activations,
     /// Ends the work between chunks and layers.
@@ -202,7 +204,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         progress: &mut dyn FnMut(&str),
         finished: &mut dyn FnMut(SolvedLayer) -> Result<()>,
     ) -> Result<BlockOutcome> {
-        let (all_factors, unusable) = self.factors(chunks, progress)?;
+        let (all_factors, powers, unusable) = self.factors(chunks, progress)?;
         let mut outcome = BlockOutcome::default();
         for set in LayerSet::ALL {
             // q, k and v weigh tokens differently: one pass and one pair of matrices each, one after the other.
@@ -211,7 +213,8 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             for projections in set.projections().chunks(at_once) {
                 progress(&format!("block {}: {}", self.index, projections[0].module()));
                 let prepared = self.prepare(set, projections[0], chunks, factors)?;
-                let solved = self.solve_layers(projections, prepared, factors, chunks)?;
+                let importance = factors.map(|factors| spread(factors, projections[0], powers, chunks));
+                let solved = self.solve_layers(projections, prepared, importance)?;
                 for mut layer in solved {
                     if let Some((_, finding)) = unusable.iter().find(|(of, _)| *of == layer.projection) {
                         layer.report.findings.insert(0, finding.clone());
@@ -236,16 +239,16 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         Pass { device: self.device, activations: self.activations, stop: self.stop, with_float, leaves }
     }
 
-    /// Normalised importance factors of all tokens, chunk by chunk, and the projections that have no use for theirs. In
-    /// block 0 the paths are equal, the loss vanishes and all tokens weigh alike.
+    /// Normalised importance factors of all tokens, chunk by chunk, raised to the powers that come with them, and the
+    /// projections that have no use for theirs. In block 0 the paths are equal, the loss vanishes and all tokens weigh alike.
     #[allow(clippy::type_complexity)]
     fn factors(
         &self,
         chunks: &mut [Chunk<D::Tensor>],
         progress: &mut dyn FnMut(&str),
-    ) -> Result<(Option<Vec<Factors>>, Vec<(Projection, Finding)>)> {
+    ) -> Result<(Option<Vec<Factors>>, [f64; 4], Vec<(Projection, Finding)>)> {
         if self.importance == Importance::None || self.index == 0 {
-            return Ok((None, Vec::new()));
+            return Ok((None, [1.0; 4], Vec::new()));
         }
         progress(&format!("block {}: importance", self.index));
         let mut factors = Vec::with_capacity(chunks.len());
@@ -256,9 +259,13 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             Ok(())
         })?;
         let unusable = normalise(&mut factors);
-        let weighted = [Projection::Q, Projection::K, Projection::V, Projection::O].into_iter().zip(unusable);
+        let weighed = [Projection::Q, Projection::K, Projection::V, Projection::O];
+        let inputs = weighed.map(|projection| projection.shape(self.config).1);
+        let powers = temper(&mut factors, self.importance_power, inputs);
+        let weighted = weighed.into_iter().zip(unusable);
         let findings = weighted.filter_map(|(projection, why)| Some((projection, without_importance(why?, chunks))));
-        Ok((Some(factors), findings.collect()))
+        let findings = findings.collect();
+        Ok((Some(factors), powers, findings))
     }
 
     /// Accumulates and factors the statistics of layers that read the same input with the same weights. On the last set
@@ -303,10 +310,8 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         &self,
         projections: &[Projection],
         shared: Shared<D::Tensor>,
-        factors: Option<&[Factors]>,
-        chunks: &[Chunk<D::Tensor>],
+        importance: Option<ImportanceSpread>,
     ) -> Result<Vec<SolvedLayer>> {
-        let importance = factors.map(|factors| spread(factors, projections[0], chunks));
         let mut shared_seconds = shared.seconds;
         projections
             .iter()
@@ -385,7 +390,7 @@ struct Shared<T> {
     seconds: f64,
 }
 
-fn spread<T>(factors: &[Factors], projection: Projection, chunks: &[Chunk<T>]) -> ImportanceSpread {
+fn spread<T>(factors: &[Factors], projection: Projection, powers: [f64; 4], chunks: &[Chunk<T>]) -> ImportanceSpread {
     let tokens = || {
         let weighted = factors.iter().zip(chunks);
         weighted.flat_map(|(factors, chunk)| factors.of(projection).into_iter().flatten().zip(&chunk.is_vision))
@@ -397,5 +402,7 @@ fn spread<T>(factors: &[Factors], projection: Projection, chunks: &[Chunk<T>]) -
         if count == 0 { 0.0 } else { sum / count as f64 }
     };
     let largest = tokens().map(|(&g, _)| f64::from(g)).fold(0.0, f64::max);
-    ImportanceSpread { vision_mean: mean(true), text_mean: mean(false), largest }
+    // Layers without factors of their own have power 1.
+    let power = powers.get(projection as usize).copied().unwrap_or(1.0);
+    ImportanceSpread { vision_mean: mean(true), text_mean: mean(false), largest, power }
 }

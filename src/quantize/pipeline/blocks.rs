@@ -72,6 +72,7 @@ impl Blocks {
                     config,
                     settings: solver,
                     importance,
+                    importance_power: input.importance_power,
                     activations,
                     stop,
                     index,

@@ -14,7 +14,7 @@ use crate::progress::{Observer, Stage, StageClock, StageTime};
 use crate::quantize::inspect::{DecoderShape, embedder_size};
 use crate::quantize::plan::{ChunkSize, Costs, DiskPlan, Job, MemoryPlan, Process};
 use crate::quantize::report::samples::{self, ReportSample};
-use crate::quantize::settings::{Importance, Solver, SolverSettings};
+use crate::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
 use anyhow::{Result, bail};
 use std::collections::HashSet;
 use std::path::Path;
@@ -28,6 +28,7 @@ pub(super) struct Input {
     pub(super) config: ModelConfig,
     pub(super) solver: SolverSettings,
     pub(super) importance: Importance,
+    pub(super) importance_power: ImportancePower,
     pub(super) format: Format,
     pub(super) linears: Vec<LinearSpec>,
     /// Whether no sample has an image, so that the vision tower is not needed.
@@ -54,6 +55,10 @@ impl Input {
         solver.smallest_zero = settings.format.smallest_zero();
         // Rounding to nearest weighs nothing, and the report should not say so.
         let importance = if solver.solver == Solver::Rtn { Importance::None } else { settings.importance };
+        let importance_power = match importance {
+            Importance::None => ImportancePower::default(),
+            Importance::Vlmq => settings.importance_power,
+        };
         let linears = linear_specs(&config);
         Writer::check(&checkpoint, &linears, settings.format, &solver)?;
         let (data, samples) = match solver.solver {
@@ -71,6 +76,7 @@ impl Input {
             config,
             solver,
             importance,
+            importance_power,
             format: settings.format,
             linears,
             text_only,

@@ -18,7 +18,7 @@ use super::plan::MemoryPlan;
 use super::provenance::{self, Provenance};
 use super::report::importance::bin_edges;
 use super::report::{RunObserver, RunReport};
-use super::settings::{Importance, Solver, SolverSettings};
+use super::settings::{Importance, ImportancePower, Solver, SolverSettings};
 use crate::calibration::template::TemplateChoice;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::{Format, LinearSpec};
@@ -54,6 +54,8 @@ pub struct PipelineSettings {
     pub solver: SolverSettings,
     /// How tokens are weighted.
     pub importance: Importance,
+    /// The power of their factors; the run takes 1 where all weigh alike.
+    pub importance_power: ImportancePower,
     /// Samples to draw from the calibration data; all, when it has fewer.
     pub samples: usize,
     /// Seed of the draw.
@@ -148,7 +150,12 @@ fn quantize<D: ModelOps + SolveOps>(
     let job = input.job::<D>(&data, settings.chunk_tokens)?;
     let mut plan = input.plan(device, &data, settings.chunk_tokens)?;
     plan.lines().iter().for_each(|line| log::info!("{line}"));
-    let used = PipelineSettings { solver: input.solver.clone(), importance: input.importance, ..settings.clone() };
+    let used = PipelineSettings {
+        solver: input.solver.clone(),
+        importance: input.importance,
+        importance_power: input.importance_power,
+        ..settings.clone()
+    };
     let clock = StageClock::start(Stage::Checksums, 1, observer);
     let provenance = Provenance::of(&used, &input.checkpoint, &data, &|| Ok(stop.check()?))?;
     stages.push(clock.finish(observer));
@@ -225,6 +232,7 @@ fn quantize<D: ModelOps + SolveOps>(
         report: &report,
         solver: &input.solver,
         importance: input.importance,
+        importance_power: input.importance_power,
         format: settings.format,
         must_dequantize: input.must_dequantize,
     };

@@ -30,7 +30,7 @@ pub trait RunObserver: Observer {
 
 impl RunObserver for () {}
 
-/// Spread of a layer's importance factors g over the calibration tokens, scaled so that the mean of g² is 1 (paper
+/// Spread of a layer's importance factors g, raised to their power, over the calibration tokens, scaled so that the mean of g² is 1 (paper
 /// section 4). All alike is 1 everywhere.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImportanceSpread {
@@ -40,6 +40,8 @@ pub struct ImportanceSpread {
     pub text_mean: f64,
     /// Largest g.
     pub largest: f64,
+    /// The power: 1 where g is what the gradient says.
+    pub power: f64,
 }
 
 /// One linear layer's quantization.
@@ -167,6 +169,13 @@ impl RunReport {
     pub fn mean_relative_error(&self) -> Option<f64> {
         let sum: f64 = self.layers.iter().map(|layer| layer.solve.relative_error).sum();
         (!self.layers.is_empty()).then(|| sum / self.layers.len() as f64)
+    }
+
+    /// The layer whose statistics rest on the fewest effective tokens, compared with its inputs; `None` where no layer has
+    /// statistics.
+    pub fn fewest_tokens(&self) -> Option<(&LayerReport, f64)> {
+        let layers = self.layers.iter().filter_map(|layer| Some((layer, layer.solve.effective_tokens?)));
+        layers.min_by(|(a, m), (b, n)| (m / a.cols as f64).total_cmp(&(n / b.cols as f64)))
     }
 
     /// Largest relative error and the layer that has it.

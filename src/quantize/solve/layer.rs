@@ -46,6 +46,7 @@ pub fn solve_layer<D: SolveOps>(
         damp: prepared.damp(),
         dead_inputs: prepared.dead.len(),
         tokens: prepared.tokens,
+        effective_tokens: prepared.effective_tokens,
         seconds: start.elapsed().as_secs_f64(),
         findings,
     };

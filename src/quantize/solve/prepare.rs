@@ -16,6 +16,7 @@ pub struct Prepared<T> {
     pub(super) order: Vec<u32>,
     pub(super) dead: Vec<usize>,
     pub(super) tokens: usize,
+    pub(super) effective_tokens: Option<f64>,
     pub(super) settings: SolverSettings,
     pub(super) findings: Vec<Finding>,
     system: Option<System<T>>,
@@ -70,7 +71,7 @@ impl<T> Prepared<T> {
 /// The damping starts at `settings.damp` and is doubled, up to 1, until the factorization succeeds. Statistics that hold
 /// a NaN or an infinity, or nothing but zeros, or that even damping 1 makes no positive definite matrix of, leave
 /// [`solve_layer`](super::solve_layer) nothing but rounding to nearest; broken cross statistics are left out. All of this,
-/// and fewer tokens than inputs, is among the [`findings`](Prepared::findings).
+/// and tokens that weigh as much as fewer than there are inputs, is among the [`findings`](Prepared::findings).
 ///
 /// Errors when GPTAQ finds no cross statistics, or when the group size does not divide the inputs.
 pub fn prepare<D: SolveOps>(
@@ -90,6 +91,7 @@ pub fn prepare<D: SolveOps>(
     let mut findings = Vec::new();
     let finite = device.first_non_finite_row(&statistics.hessian)?.is_none();
     let dead: Vec<usize> = (0..inputs).filter(|&i| diagonal[i] == 0.0).collect();
+    let effective_tokens = statistics.effective_tokens();
     let mut order = (0..inputs as u32).collect();
     let mut system = None;
     if !finite {
@@ -103,8 +105,10 @@ pub fn prepare<D: SolveOps>(
             let found = format!("no calibration token excites {} of the {inputs} inputs", dead.len());
             findings.push(Finding::new(FindingKind::DeadInputs, found, "their weights set to 0"));
         }
-        if statistics.tokens < inputs {
-            let found = format!("{} calibration tokens, fewer than the {inputs} inputs", statistics.tokens);
+        if effective_tokens.unwrap_or(statistics.tokens as f64) < inputs as f64 {
+            let tokens = statistics.tokens;
+            let weigh = effective_tokens.map_or_else(String::new, |n| format!(" that weigh as much as {n:.1} alike"));
+            let found = format!("{tokens} calibration tokens{weigh}, fewer than the {inputs} inputs");
             findings.push(Finding::new(FindingKind::FewTokens, found, "solved, resting on the damping"));
         }
         dead.iter().for_each(|&i| diagonal[i] = 1.0);
@@ -115,6 +119,7 @@ pub fn prepare<D: SolveOps>(
         order,
         dead,
         tokens: statistics.tokens,
+        effective_tokens,
         settings: settings.clone(),
         findings,
         system,

@@ -43,6 +43,7 @@ pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> Result<(Q
         damp: None,
         dead_inputs: 0,
         tokens: 0,
+        effective_tokens: None,
         seconds: start.elapsed().as_secs_f64(),
         findings: Vec::new(),
     };

@@ -15,7 +15,7 @@ pub(super) fn section(report: &RunReport) -> Result<Option<String>> {
     }
     let mut out = String::from(
         "<p>A token's importance g is the mean of its factors for q, k, v and o, each scaled to a mean square of 1 over all \
-         calibration tokens: 1 is a token as it would count without importance. Block 0 and the MLPs weigh tokens alike.</p>\n",
+         calibration tokens and raised to the layer's power: 1 is a token as it would count without importance. Block 0 and the MLPs weigh tokens alike.</p>\n",
     );
     out += &legend(&["text", "vision"]);
     out += "<h3>Mean of g by projection</h3>\n<div class=\"charts\">\n";

@@ -153,9 +153,11 @@ fn all(layers: &[LayerReport]) -> String {
                 Cell::Number(or_dash(solve.damp, |damp| damp.to_string())),
                 Cell::Number(solve.dead_inputs.to_string()),
                 Cell::Number(solve.tokens.to_string()),
+                Cell::Number(or_dash(solve.effective_tokens, |tokens| format!("{tokens:.1}"))),
                 spread(&|spread| spread.text_mean),
                 spread(&|spread| spread.vision_mean),
                 spread(&|spread| spread.largest),
+                spread(&|spread| spread.power),
                 Cell::Number(human_seconds(solve.seconds)),
             ]
         })
@@ -170,9 +172,11 @@ fn all(layers: &[LayerReport]) -> String {
         "damping",
         "dead inputs",
         "tokens",
+        "effective",
         "g text",
         "g vision",
         "g largest",
+        "g power",
         "time",
     ];
     table("Layers in the order in which they were quantized", &columns, &rows)

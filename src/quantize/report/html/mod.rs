@@ -85,6 +85,13 @@ fn key_figures(report: &RunReport) -> String {
         figures.push(("mean-error", "mean relative error", error(mean)));
         figures.push(("worst-error", "worst layer's", error(worst.solve.relative_error)));
     }
+    if let Some((layer, tokens)) = report.fewest_tokens() {
+        figures.push((
+            "fewest-tokens",
+            "effective tokens an input, at least",
+            format!("{:.2}", tokens / layer.cols as f64),
+        ));
+    }
     let found = report.layers.iter().filter(|layer| !layer.solve.findings.is_empty()).count();
     figures.push(("findings-count", "layers with findings", format!("{found} of {}", report.layers.len())));
     figures.push(("size", "size", format!("{} → {}", HumanBytes(report.bytes_before), HumanBytes(report.bytes_after))));

@@ -1,41 +1,26 @@
-//! The README's table of methods: every method at every width on both small checkpoints, over several calibration draws.
+//! Both small checkpoints of tests/data: every method at every width, over a few calibration draws.
 //!
-//! ```sh
-//! cargo run --release --example methods_table              # the table
-//! cargo run --release --example methods_table -- choices   # what the defaults were chosen by
-//! ```
-//!
-//! Prints Markdown: mean over the draws ± half the distance between the best and the worst. Round-to-nearest looks at no
-//! data, so it has no spread. All evaluation questions are asked; divergence is from the float checkpoint.
+//! Mean over the draws ± half the distance between the best and the worst. Round-to-nearest looks at no data, so it has no spread.
+//! All evaluation questions are asked; divergence is from the float checkpoint.
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use std::path::{Path, PathBuf};
 use vlmq::checkpoint::formats::Format;
 use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::{self, Evaluation, EvaluationSettings};
 use vlmq::model::families::ImageOptions;
 use vlmq::quantize::pipeline::{self, CHUNK_TOKENS, PipelineSettings};
-use vlmq::quantize::settings::{CrossTerm, Grid, Importance, Order, Solver, SolverSettings};
+use vlmq::quantize::settings::{CrossTerm, Grid, Importance, ImportancePower, Order, Solver, SolverSettings};
 use vlmq::tensor::Matrix;
 
-const CHECKPOINTS: [&str; 2] = ["tiny-qwen2-vl", "tiny-qwen2-vl-narrow"];
+pub(crate) const CHECKPOINTS: [&str; 2] = ["tiny-qwen2-vl", "tiny-qwen2-vl-narrow"];
 const SEEDS: [u64; 3] = [0, 1, 2];
 /// Half of the calibration set, so that draws differ.
 const SAMPLES: usize = 128;
 
 type Change = fn(&mut SolverSettings);
 
-fn main() -> Result<()> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
-        [] => methods(&CHECKPOINTS),
-        [name] if CHECKPOINTS.contains(name) => methods(&[name]),
-        ["choices"] => choices(),
-        other => bail!("unknown arguments {other:?}; none, one of {CHECKPOINTS:?}, or: choices"),
-    }
-}
-
-fn methods(checkpoints: &[&str]) -> Result<()> {
+pub(crate) fn methods(checkpoints: &[&str]) -> Result<()> {
     let methods: [(&str, Solver, Importance); 5] = [
         ("round to nearest", Solver::Rtn, Importance::None),
         ("GPTQ", Solver::Gptq, Importance::None),
@@ -58,7 +43,7 @@ fn methods(checkpoints: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn choices() -> Result<()> {
+pub(crate) fn choices() -> Result<()> {
     let choices: [(&str, Change); 9] = [
         ("default", |_| ()),
         ("cross term with rounded weights", |s| s.cross_term = CrossTerm::Quantized),
@@ -110,6 +95,7 @@ fn runs(
                 format: Format::CompressedTensors,
                 solver: solver.clone(),
                 importance,
+                importance_power: ImportancePower::default(),
                 samples: SAMPLES,
                 seed,
                 max_tokens: 2048,
