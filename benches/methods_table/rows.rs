@@ -1,8 +1,9 @@
 //! What a row of the table is: a method by its name, or the defaults with some settings changed.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
 use serde_json::{Map, Value, json};
-use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
+use std::str::FromStr;
+use vlmq::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
 
 /// One row's way to quantize.
 #[derive(Clone, Debug, PartialEq)]
@@ -11,6 +12,7 @@ pub(crate) struct Row {
     /// At whatever width and group size.
     pub(crate) solver: SolverSettings,
     pub(crate) importance: Importance,
+    pub(crate) importance_power: ImportancePower,
 }
 
 /// Methods by their names on the command line and in the table.
@@ -27,6 +29,9 @@ const DEFAULT: &str = "vlmq-gptaq";
 
 /// Settings that flags of their own give, or that the run itself chooses.
 const OTHERWISE: [&str; 4] = ["bits", "group_size", "scale_type", "smallest_zero"];
+
+/// The key of [`Row::importance_power`].
+const IMPORTANCE_POWER: &str = "importance_power";
 
 /// The rows in the table's order: methods, then variations of the default. `all`: changes of every row. No methods and no
 /// variations: all methods; variations alone are shown below the default.
@@ -58,7 +63,8 @@ fn method(name: &str) -> Result<Row> {
         bail!("no method `{name}`; there are {}", known.join(", "));
     };
     let solver = SolverSettings { solver: *solver, ..SolverSettings::default() };
-    Ok(Row { name: (*title).to_owned(), solver, importance: *importance })
+    let importance_power = ImportancePower::default();
+    Ok(Row { name: (*title).to_owned(), solver, importance: *importance, importance_power })
 }
 
 /// `row` with `changes` such as `grid=mse alpha=0.5`: settings as report.json names them, a `-` for a `_` allowed.
@@ -75,6 +81,9 @@ fn changed(row: &Row, changes: &str) -> Result<Row> {
             bail!("`{change}`: no setting `{key}`; there are {}", keys.cloned().collect::<Vec<_>>().join(", "));
         };
         *old = match old {
+            _ if key == IMPORTANCE_POWER => {
+                json!(ImportancePower::from_str(value).map_err(Error::msg).with_context(|| format!("`{change}`"))?)
+            }
             Value::String(_) => value.into(),
             _ => serde_json::from_str(value)
                 .with_context(|| format!("`{change}`: neither a number nor true or false"))?,
@@ -82,9 +91,12 @@ fn changed(row: &Row, changes: &str) -> Result<Row> {
     }
     let importance = serde_json::from_value(settings["importance"].take()).with_context(wrong)?;
     settings.remove("importance");
+    let power = settings.remove(IMPORTANCE_POWER).map(|power| power.to_string()).unwrap_or_default();
+    let importance_power =
+        ImportancePower::from_str(power.trim_matches('"')).map_err(Error::msg).with_context(wrong)?;
     let solver: SolverSettings = serde_json::from_value(Value::Object(settings)).with_context(wrong)?;
     solver.validate().with_context(wrong)?;
-    Ok(Row { name: row.name.clone(), solver, importance })
+    Ok(Row { name: row.name.clone(), solver, importance, importance_power })
 }
 
 /// All that decides what a row computes.
@@ -94,6 +106,7 @@ pub(crate) fn settings(row: &Row) -> Map<String, Value> {
         other => unreachable!("settings are an object, not {other}"),
     };
     settings.insert("importance".into(), json!(row.importance));
+    settings.insert(IMPORTANCE_POWER.into(), json!(row.importance_power));
     settings
 }
 

@@ -229,6 +229,7 @@ impl<'a, D: ModelOps + SolveOps> Table<'a, D> {
             format: Format::CompressedTensors,
             solver: self.solver(row, bits),
             importance: row.importance,
+            importance_power: row.importance_power,
             samples: self.arguments.samples,
             seed,
             max_tokens: 2048,

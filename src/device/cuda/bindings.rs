@@ -275,6 +275,7 @@ const _: () = {
 impl vlmq_grid {
     pub const VLMQ_MINMAX: vlmq_grid = vlmq_grid(0);
     pub const VLMQ_MSE: vlmq_grid = vlmq_grid(1);
+    pub const VLMQ_LOSS: vlmq_grid = vlmq_grid(2);
 }
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
@@ -385,6 +386,8 @@ pub struct vlmq_group_grid_args {
     pub cross: *const f32,
     pub root: *const f32,
     pub inverses: *const f32,
+    pub diagonal: *const f32,
+    pub products: *const f32,
     pub blocks: *const i32,
     pub block_count: i64,
     pub scales: *mut f32,
@@ -400,7 +403,7 @@ pub struct vlmq_group_grid_args {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of vlmq_group_grid_args"][::core::mem::size_of::<vlmq_group_grid_args>() - 152usize];
+    ["Size of vlmq_group_grid_args"][::core::mem::size_of::<vlmq_group_grid_args>() - 168usize];
     ["Alignment of vlmq_group_grid_args"][::core::mem::align_of::<vlmq_group_grid_args>() - 8usize];
     ["Offset of field: vlmq_group_grid_args::residual"]
         [::core::mem::offset_of!(vlmq_group_grid_args, residual) - 0usize];
@@ -409,23 +412,27 @@ const _: () = {
     ["Offset of field: vlmq_group_grid_args::root"][::core::mem::offset_of!(vlmq_group_grid_args, root) - 24usize];
     ["Offset of field: vlmq_group_grid_args::inverses"]
         [::core::mem::offset_of!(vlmq_group_grid_args, inverses) - 32usize];
-    ["Offset of field: vlmq_group_grid_args::blocks"][::core::mem::offset_of!(vlmq_group_grid_args, blocks) - 40usize];
+    ["Offset of field: vlmq_group_grid_args::diagonal"]
+        [::core::mem::offset_of!(vlmq_group_grid_args, diagonal) - 40usize];
+    ["Offset of field: vlmq_group_grid_args::products"]
+        [::core::mem::offset_of!(vlmq_group_grid_args, products) - 48usize];
+    ["Offset of field: vlmq_group_grid_args::blocks"][::core::mem::offset_of!(vlmq_group_grid_args, blocks) - 56usize];
     ["Offset of field: vlmq_group_grid_args::block_count"]
-        [::core::mem::offset_of!(vlmq_group_grid_args, block_count) - 48usize];
-    ["Offset of field: vlmq_group_grid_args::scales"][::core::mem::offset_of!(vlmq_group_grid_args, scales) - 56usize];
-    ["Offset of field: vlmq_group_grid_args::zeros"][::core::mem::offset_of!(vlmq_group_grid_args, zeros) - 64usize];
-    ["Offset of field: vlmq_group_grid_args::status"][::core::mem::offset_of!(vlmq_group_grid_args, status) - 72usize];
-    ["Offset of field: vlmq_group_grid_args::rows"][::core::mem::offset_of!(vlmq_group_grid_args, rows) - 80usize];
+        [::core::mem::offset_of!(vlmq_group_grid_args, block_count) - 64usize];
+    ["Offset of field: vlmq_group_grid_args::scales"][::core::mem::offset_of!(vlmq_group_grid_args, scales) - 72usize];
+    ["Offset of field: vlmq_group_grid_args::zeros"][::core::mem::offset_of!(vlmq_group_grid_args, zeros) - 80usize];
+    ["Offset of field: vlmq_group_grid_args::status"][::core::mem::offset_of!(vlmq_group_grid_args, status) - 88usize];
+    ["Offset of field: vlmq_group_grid_args::rows"][::core::mem::offset_of!(vlmq_group_grid_args, rows) - 96usize];
     ["Offset of field: vlmq_group_grid_args::features"]
-        [::core::mem::offset_of!(vlmq_group_grid_args, features) - 88usize];
-    ["Offset of field: vlmq_group_grid_args::first"][::core::mem::offset_of!(vlmq_group_grid_args, first) - 96usize];
+        [::core::mem::offset_of!(vlmq_group_grid_args, features) - 104usize];
+    ["Offset of field: vlmq_group_grid_args::first"][::core::mem::offset_of!(vlmq_group_grid_args, first) - 112usize];
     ["Offset of field: vlmq_group_grid_args::columns"]
-        [::core::mem::offset_of!(vlmq_group_grid_args, columns) - 104usize];
-    ["Offset of field: vlmq_group_grid_args::rule"][::core::mem::offset_of!(vlmq_group_grid_args, rule) - 112usize];
+        [::core::mem::offset_of!(vlmq_group_grid_args, columns) - 120usize];
+    ["Offset of field: vlmq_group_grid_args::rule"][::core::mem::offset_of!(vlmq_group_grid_args, rule) - 128usize];
     ["Offset of field: vlmq_group_grid_args::workspace"]
-        [::core::mem::offset_of!(vlmq_group_grid_args, workspace) - 136usize];
+        [::core::mem::offset_of!(vlmq_group_grid_args, workspace) - 152usize];
     ["Offset of field: vlmq_group_grid_args::workspace_bytes"]
-        [::core::mem::offset_of!(vlmq_group_grid_args, workspace_bytes) - 144usize];
+        [::core::mem::offset_of!(vlmq_group_grid_args, workspace_bytes) - 160usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

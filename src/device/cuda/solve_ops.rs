@@ -11,8 +11,8 @@ use super::memory::Memory;
 use super::tensor::CudaTensor;
 use super::{Cuda, Precision};
 use crate::device::{
-    BLOCK, Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid, PermuteSymmetric,
-    ProductRange, SolveOps, SolveState,
+    BLOCK, Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid,
+    PermuteSymmetric, ProductRange, SolveOps, SolveState,
 };
 use anyhow::{Context, Result, ensure};
 use std::ops::Range;

@@ -11,7 +11,9 @@ pub use round::round_to_nearest;
 
 use super::QuantizedLinear;
 use super::settings::{CrossTerm, SolverSettings};
-use crate::device::{BLOCK, Block, BlockShape, CrossFactor, Factor, GridRule, Group, ProductRange, SolveOps, SolveState};
+use crate::device::{
+    BLOCK, Block, BlockShape, CrossFactor, Factor, GridRule, Group, ProductRange, SolveOps, SolveState,
+};
 use crate::tensor::Matrix;
 use anyhow::{Result, bail, ensure};
 use assembly::Assembly;

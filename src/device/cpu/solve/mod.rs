@@ -13,8 +13,8 @@ pub(super) use statistics::{tile as statistics_tile, workspace as statistics_wor
 
 use super::Cpu;
 use crate::device::{
-    Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, GridRule, Group, GroupGrid, PermuteSymmetric, ProductRange,
-    SolveOps, SolveState,
+    Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, GridRule, Group, GroupGrid, PermuteSymmetric,
+    ProductRange, SolveOps, SolveState,
 };
 use crate::tensor::Matrix;
 use anyhow::Result;

@@ -121,10 +121,26 @@ fn loss<S: Simd>(
                 if let Some(cross) = terms.cross {
                     products[k] = &cross.blocks.row(place)[local.clone()];
                 }
-                carry(simd, &mut columns[i + 1..end], i + 1, &errors[k..=k], &settled[k..=k], &inverses[k..=k], terms.cross.map(|_| &products[k..=k]));
+                carry(
+                    simd,
+                    &mut columns[i + 1..end],
+                    i + 1,
+                    &errors[k..=k],
+                    &settled[k..=k],
+                    &inverses[k..=k],
+                    terms.cross.map(|_| &products[k..=k]),
+                );
             }
             let n = end - first;
-            carry(simd, &mut columns[end..], end, &errors[..n], &settled[..n], &inverses[..n], terms.cross.map(|_| &products[..n]));
+            carry(
+                simd,
+                &mut columns[end..],
+                end,
+                &errors[..n],
+                &settled[..n],
+                &inverses[..n],
+                terms.cross.map(|_| &products[..n]),
+            );
         }
     }
     total

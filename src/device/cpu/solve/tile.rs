@@ -38,7 +38,8 @@ pub(super) fn quantize_tile<S: Simd>(
                 block: block.columns.start,
                 columns: block.columns.start + i..block.columns.start + i + block.group,
             };
-            let terms = block.factor.map(|factor| LossTerms { factor, cross: block.cross, parts: slice::from_ref(&part) });
+            let terms =
+                block.factor.map(|factor| LossTerms { factor, cross: block.cross, parts: slice::from_ref(&part) });
             grid = grid_of(simd, &now, &block.rule, terms.as_ref());
             check(&grid, rows, slab.first + first, &block.rule)?;
         }
