@@ -16,6 +16,10 @@ use vlmq::model::language_model::LanguageModel;
 
 const TRAINED: [&str; 2] = ["tiny-qwen2-vl", "tiny-qwen2-vl-narrow"];
 
+/// Float32 here and there differ by up to 2.5e-6; the other kind of GELU in a tower or behind it is worth only 1e-4, and
+/// enough to change codes.
+const TOLERANCE: f64 = 1e-5;
+
 struct Case {
     golden: Golden,
     model: LanguageModel<Cpu>,
@@ -94,12 +98,12 @@ fn vision_features_equal_transformers() {
             let (shape, expected) = case.golden.get(&format!("{id}.vision_features"));
             let first = (features.tokens.rows() - shape[0]) * shape[1];
             let error = largest_error(&features.tokens.data()[first..], &expected);
-            assert!(error < 1e-4, "{name} {id}: {error:e}");
+            assert!(error < TOLERANCE, "{name} {id}: {error:e}");
             let levels = (0..).take_while(|level| case.golden.contains(&format!("{id}.deepstack.{level}"))).count();
             assert_eq!(features.deepstack.len(), levels, "{name} {id}");
             for (level, added) in features.deepstack.iter().enumerate() {
                 let error = largest_error(added.data(), &case.golden.values(&format!("{id}.deepstack.{level}")));
-                assert!(error < 1e-4, "{name} {id}, DeepStack {level}: {error:e}");
+                assert!(error < TOLERANCE, "{name} {id}, DeepStack {level}: {error:e}");
             }
         });
     }
@@ -117,7 +121,7 @@ fn logits_equal_transformers() {
             let rows: Vec<u32> = (tokens - shape[0] as u32..tokens).collect();
             let logits = case.model.logits(&Cpu, &hidden, &rows).unwrap();
             let (norm, worst) = (relative_error(logits.data(), &expected), largest_error(logits.data(), &expected));
-            assert!(norm < 1e-4 && worst < 1e-4, "{name} {id}: {norm:e} in norm, {worst:e} at worst");
+            assert!(norm < TOLERANCE && worst < TOLERANCE, "{name} {id}: {norm:e} in norm, {worst:e} at worst");
         });
     }
 }
@@ -134,7 +138,7 @@ fn packed_sequences_do_not_see_each_other() {
         let (shape, expected) = case.golden.get(&format!("{}.logits", sequence.id));
         let rows: Vec<u32> = (span.q.end as u32 - shape[0] as u32..span.q.end as u32).collect();
         let logits = case.model.logits(&Cpu, &hidden, &rows).unwrap();
-        assert!(largest_error(logits.data(), &expected) < 1e-4, "{}", sequence.id);
+        assert!(largest_error(logits.data(), &expected) < TOLERANCE, "{}", sequence.id);
     }
 }
 
