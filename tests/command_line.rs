@@ -101,7 +101,7 @@ fn absurd_settings_are_exit_code_2_and_touch_nothing() {
         (&["--solver", "awq"], "rtn, gptq, gptaq"),
         (&["--importance", "yes"], "none, vlmq"),
         (&["--order", "random"], "none, act-group, act"),
-        (&["--grid", "max"], "minmax, mse"),
+        (&["--grid", "max"], "loss, mse, minmax"),
         (&["--format", "gguf"], "compressed-tensors, gptq, dequantized"),
         (&["--device", "cuda:x"], "cuda:N"),
         (&["--max-gpu-memory", "lots"], "8GiB"),

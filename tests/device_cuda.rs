@@ -505,10 +505,13 @@ fn layers_get_the_same_codes() {
     let gptq = SolverSettings { solver: Solver::Gptq, ..base.clone() };
     for settings in [
         base.clone(),
+        SolverSettings { grid: Grid::Minmax, ..base.clone() },
         SolverSettings { cross_term: CrossTerm::Quantized, group_size: Some(32), ..base.clone() },
         SolverSettings { order: Order::Act, grid: Grid::Mse, bits: 2, ..base.clone() },
-        SolverSettings { group_size: Some(320), symmetric: true, bits: 4, ..base },
-        SolverSettings { group_size: None, bits: 8, scale_type: ScaleType::F32, ..gptq.clone() },
+        SolverSettings { group_size: Some(320), symmetric: true, bits: 4, grid: Grid::Minmax, ..base.clone() },
+        SolverSettings { group_size: Some(320), bits: 2, ..base.clone() },
+        SolverSettings { group_size: None, ..base },
+        SolverSettings { group_size: None, bits: 8, scale_type: ScaleType::F32, grid: Grid::Minmax, ..gptq.clone() },
         SolverSettings { group_size: Some(64), smallest_zero: 1, bits: 4, scale_type: ScaleType::F16, ..gptq },
     ] {
         same_codes(&cuda, &w, [&u, &f], &g, &settings);

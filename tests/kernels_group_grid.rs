@@ -9,7 +9,7 @@ use support::kernels::{Variant, pass_under_sanitizers, workspace_bytes};
 use support::solving::*;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
-use vlmq::device::{BLOCK, Factor, Grid, GridRule, ScaleType, SolveOps, SolveState};
+use vlmq::device::{BLOCK, Factor, Grid, GridRule, Group, ScaleType, SolveOps, SolveState};
 use vlmq::tensor::Matrix;
 
 #[test]
@@ -29,7 +29,13 @@ fn grids_of_wide_groups() {
     let mut tally = Tally::default();
     for (number, rows) in [1, 17, 33, 129].into_iter().take(if plain { 4 } else { 2 }).enumerate() {
         for (turn, span) in [blocks[1].start..features, 0..blocks[2].end].into_iter().enumerate() {
-            for (mode, grid) in [(Mode::Gptq, Grid::Minmax), (Mode::Carried, Grid::Minmax), (Mode::Gptq, Grid::Mse)] {
+            for (mode, grid) in [
+                (Mode::Gptq, Grid::Minmax),
+                (Mode::Carried, Grid::Minmax),
+                (Mode::Gptq, Grid::Mse),
+                (Mode::Gptq, Grid::Loss),
+                (Mode::Carried, Grid::Loss),
+            ] {
                 let mut state = prepared.state(&matrix(rows, features, 90 + number as u64), mode, span.len());
                 state.error = matrix(rows, span.len(), 91);
                 state.error.data_mut().iter_mut().for_each(|x| *x *= 0.3);
@@ -37,17 +43,27 @@ fn grids_of_wide_groups() {
                 let rule = GridRule { bits: 4, symmetric: turn == 1, grid, scale_type: ScaleType::F32, ..RULE };
                 let inside: Vec<_> =
                     blocks.iter().filter(|b| span.start <= b.start && b.end <= span.end).cloned().collect();
-                let ends: Vec<i32> = inside.iter().map(|block| block.end as i32).collect();
                 let what = format!("{rows} rows, {span:?}, {mode:?}, {rule:?}");
+                let group = |factor, is_span| Group {
+                    columns: span.clone(),
+                    blocks: &inside,
+                    rule,
+                    factor,
+                    cross: (mode != Mode::Gptq).then_some(&prepared.cross),
+                    is_span,
+                };
 
-                let cpu = Cpu.group_grid(&state, span.clone(), rule, None, &[]).unwrap();
-                let (ours, status) = group_grid(&state, span.clone(), rule, None, &[]);
-                assert_eq!(ours.bits(), cpu.bits(), "{what}");
-                assert_eq!(status, i32::MAX);
+                // Of the weights as they are all devices know the same bits.
+                for factor in [None, Some(&prepared.factor)] {
+                    let cpu = Cpu.group_grid(&state, &group(factor, false)).unwrap();
+                    let (ours, status) = group_grid(&state, &group(factor, false));
+                    assert_eq!(ours.bits(), cpu.bits(), "{what}");
+                    assert_eq!(status, i32::MAX);
+                }
 
-                let factor = Some(&prepared.factor);
-                let cpu = Cpu.group_grid(&state, span.clone(), rule, factor, &inside).unwrap();
-                let (ours, status) = group_grid(&state, span.clone(), rule, factor, &ends);
+                let corrected_group = group(Some(&prepared.factor), true);
+                let cpu = Cpu.group_grid(&state, &corrected_group).unwrap();
+                let (ours, status) = group_grid(&state, &corrected_group);
                 assert_eq!(status, i32::MAX);
                 let exact = corrected(&state, span.clone(), &prepared.factor);
                 for (row, exact) in exact.iter().enumerate() {
@@ -65,7 +81,7 @@ fn grids_of_wide_groups() {
                     }
                 }
                 if number == 1 {
-                    let again = schedules(5..7, || group_grid(&state, span.clone(), rule, factor, &ends).0.bits());
+                    let again = schedules(5..7, || group_grid(&state, &corrected_group).0.bits());
                     assert!(again == ours.bits(), "{what}");
                 }
             }
@@ -99,8 +115,13 @@ fn a_scale_that_does_not_fit_is_told() {
     w.row_mut(47)[3] = f32::NAN;
     w.row_mut(47)[4] = f32::INFINITY;
     let state = prepared.state(&w, Mode::Gptq, 40);
-    assert_eq!(group_grid(&state, 0..40, RULE, None, &[]).1, 33);
-    assert_eq!(group_grid(&state, 0..40, RULE, Some(&prepared.factor), &[40]).1, 33);
+    for grid in [Grid::Minmax, Grid::Mse, Grid::Loss] {
+        for factor in [None, Some(&prepared.factor)] {
+            let rule = GridRule { grid, ..RULE };
+            let group = Group { columns: 0..40, blocks: &[0..40], rule, factor, cross: None, is_span: true };
+            assert_eq!(group_grid(&state, &group).1, 33, "{grid:?}");
+        }
+    }
 }
 
 #[test]
@@ -118,6 +139,8 @@ fn bad_arguments_are_refused() {
         cross: input.as_ptr(),
         root: prepared.factor.root.data().as_ptr(),
         inverses: prepared.factor.inverses.data().as_ptr(),
+        diagonal: prepared.factor.diagonal.data().as_ptr(),
+        products: prepared.cross.blocks.data().as_ptr(),
         blocks: ends.as_ptr(),
         block_count: 2,
         scales: scales.ptr_mut(),
@@ -132,7 +155,7 @@ fn bad_arguments_are_refused() {
         workspace_bytes: 3 * 32 * 4,
     };
     assert_eq!(workspace_bytes("vlmq_group_grid", &good), good.workspace_bytes);
-    let bad: [fn(&mut vlmq_group_grid_args); 17] = [
+    let bad: [fn(&mut vlmq_group_grid_args); 19] = [
         |a| a.residual = std::ptr::null(),
         |a| a.error = std::ptr::null(),
         |a| a.root = std::ptr::null(),
@@ -146,10 +169,15 @@ fn bad_arguments_are_refused() {
         |a| a.rows = -3,
         |a| a.first = 16,
         |a| a.columns = 31,
-        |a| a.rule.grid = vlmq_grid(2),
+        |a| a.rule.grid = vlmq_grid(3),
         |a| a.workspace = std::ptr::null_mut(),
         |a| a.workspace = a.workspace.wrapping_byte_add(16),
         |a| a.workspace_bytes -= 1,
+        |a| {
+            a.rule.grid = vlmq_grid::VLMQ_LOSS;
+            a.diagonal = std::ptr::null();
+        },
+        |a| a.rule.grid = vlmq_grid::VLMQ_LOSS, // which takes more work space
     ];
     refused_each("vlmq_group_grid", &good, &bad);
     accepted("vlmq_group_grid", &vlmq_group_grid_args { rows: 0, ..good });

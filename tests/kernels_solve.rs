@@ -79,6 +79,10 @@ fn blocks_follow_the_cpu() {
                     let rule = GridRule { bits, scale_type, symmetric: index % 2 == 1, ..RULE };
                     let group = [Some(16), Some(8), Some(128), None][(index + number) % 4];
                     follow(&prepared, blocks, &w, Job { mode, rule, group }, &mut tally);
+                    if group.is_some() {
+                        let rule = GridRule { grid: Grid::Loss, ..rule };
+                        follow(&prepared, blocks, &w, Job { mode, rule, group }, &mut tally);
+                    }
                 }
             }
         }
@@ -93,7 +97,7 @@ fn rules(smallest_zero: u8) -> Vec<GridRule> {
         for symmetric in [false, true] {
             for scale_type in [ScaleType::F16, ScaleType::Bf16, ScaleType::F32] {
                 let rule = |grid| GridRule { bits, symmetric, grid, scale_type, smallest_zero };
-                rules.extend([rule(Grid::Minmax), rule(Grid::Mse)]);
+                rules.extend([rule(Grid::Minmax), rule(Grid::Mse), rule(Grid::Loss)]);
             }
         }
     }
@@ -157,7 +161,7 @@ fn round_to_nearest_is_exact() {
     for &(rows, columns, group) in shapes {
         let w = matrix(rows, columns + 5, 41);
         for (turn, bits) in [2, 3, 4, 8].into_iter().enumerate() {
-            for grid in [Grid::Minmax, Grid::Mse] {
+            for grid in [Grid::Minmax, Grid::Mse, Grid::Loss] {
                 let scale_type = [ScaleType::F16, ScaleType::Bf16, ScaleType::F32][turn % 3];
                 let rule = GridRule { bits, symmetric: turn % 2 == 0, grid, scale_type, smallest_zero: turn as u8 % 2 };
                 let given = GroupGrid { scales: vec![0.125; rows], zeros: vec![1; rows] };

@@ -12,7 +12,7 @@ use vlmq::device::cpu::Cpu;
 use vlmq::model::families::ImageOptions;
 use vlmq::quantize::pipeline::{self, CHUNK_TOKENS, PipelineSettings};
 use vlmq::quantize::report::RunReport;
-use vlmq::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
+use vlmq::quantize::settings::{Grid, Importance, ImportancePower, Solver, SolverSettings};
 
 /// A checkpoint, how the files of its goldens begin, and what its decoder holds.
 struct Case {
@@ -33,7 +33,7 @@ fn settings(case: &Case, out: std::path::PathBuf, solver: Solver, importance: Im
         image_root: None,
         out,
         format: Format::CompressedTensors,
-        solver: SolverSettings { solver, group_size: Some(32), ..SolverSettings::default() },
+        solver: SolverSettings { solver, group_size: Some(32), grid: Grid::Minmax, ..SolverSettings::default() },
         importance,
         importance_power: ImportancePower::default(),
         samples: 512,

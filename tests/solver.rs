@@ -81,6 +81,7 @@ fn each_code_is_the_nearest() {
     let gptaq = SolverSettings { group_size: Some(32), ..SolverSettings::default() };
     for settings in [
         gptq(Some(160)),
+        SolverSettings { grid: Grid::Minmax, ..gptq(Some(160)) },
         SolverSettings { bits: 8, ..gptq(None) },
         SolverSettings { cross_term: CrossTerm::Quantized, ..gptaq.clone() },
         SolverSettings { order: Order::Act, group_size: Some(160), ..gptaq.clone() },

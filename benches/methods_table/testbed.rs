@@ -37,9 +37,12 @@ pub(crate) struct Arguments {
     /// Columns that share a scale, or `none`. 128, the usual default, does not divide the bed's 576.
     #[arg(long, default_value = "64")]
     group_size: String,
-    /// Calibration draws, with the seeds 0, 1, and on.
+    /// Calibration draws, with consecutive seeds.
     #[arg(long, default_value_t = 10)]
     draws: u64,
+    /// Seed of the first draw, so that several programs can share a table's draws.
+    #[arg(long, default_value_t = 0)]
+    first_draw: u64,
     /// Samples of a draw, out of 600.
     #[arg(long, default_value_t = 128)]
     samples: usize,
@@ -154,7 +157,7 @@ impl<'a, D: ModelOps + SolveOps> Table<'a, D> {
         let float = self.float()?;
         for bits in self.arguments.bits.clone() {
             // Draw by draw, so that what an interrupted table has can be compared.
-            for seed in 0..self.arguments.draws {
+            for seed in self.seeds() {
                 for row in self.rows.clone() {
                     self.quantized(&row, bits, seed)?;
                 }
@@ -173,8 +176,8 @@ impl<'a, D: ModelOps + SolveOps> Table<'a, D> {
                 set.name()
             );
             let keys = |row: &Row| -> Vec<Map<String, Value>> {
-                let seeds = if row.solver.solver == Solver::Rtn { 1 } else { *draws };
-                (0..seeds).map(|seed| self.key(row, bits, seed)).collect()
+                let draws = if row.solver.solver == Solver::Rtn { 1 } else { usize::MAX };
+                self.seeds().take(draws).map(|seed| self.key(row, bits, seed)).collect()
             };
             let entry = |row: &'_ Row| -> Result<Vec<&Run>> {
                 keys(row).iter().map(|key| self.record.find(key).context("a run is missing")).collect()
@@ -184,6 +187,10 @@ impl<'a, D: ModelOps + SolveOps> Table<'a, D> {
             print!("{}", table(&entries.collect::<Vec<_>>()));
         }
         Ok(())
+    }
+
+    fn seeds(&self) -> std::ops::Range<u64> {
+        self.arguments.first_draw..self.arguments.first_draw.saturating_add(self.arguments.draws)
     }
 
     fn solver(&self, row: &Row, bits: u32) -> SolverSettings {

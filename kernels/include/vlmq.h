@@ -185,11 +185,11 @@ vlmq_status vlmq_permute_columns(const vlmq_permute_columns_args* args, vlmq_str
 typedef enum vlmq_grid {
   VLMQ_MINMAX = 0, /* the full range of the group's weights */
   VLMQ_MSE = 1,    /* the shrunken range p * [lo, hi], p = 1 - k/100, k = 0..79, with the least sum |w - q|^2.4 */
-  VLMQ_LOSS = 2    /* the candidate that the group's own solve has the least loss with: sum (e_j R_jj)^2, e_j the error of
-                    * column j, carried on inside the group (in one wider than a block, inside its blocks); without a
-                    * factor sum (w - q)^2. Candidates: the range p * [lo, hi], p = 1 - k/20, k = 0..15; then, unless
-                    * symmetric, the best of these with its zero one step down or up and its scale times .85, 1, 1.15
-                    * and 1.3. The first of equals */
+  VLMQ_LOSS = 2 /* the candidate that the group's own solve has the least loss with: sum (e_j R_jj)^2, e_j the error of
+                 * column j, carried on inside the group (in one wider than a block, inside its blocks); without a
+                 * factor sum (w - q)^2. Candidates: the range p * [lo, hi], p = 1 - 3k/64, k = 0..15; then,
+                 * unless symmetric, the best of these with its zero one step down or up and its scale times 7/8, 1,
+                 * 9/8 and 5/4. The first of equals */
 } vlmq_grid;
 
 /* How the range of a group becomes a scale, a zero and codes: with lo = min(0, min w), hi = max(0, max w), m = 2^bits -
@@ -238,9 +238,10 @@ vlmq_status vlmq_quantize_block(const vlmq_quantize_block_args* args, vlmq_strea
  * quantized: W + (error + cross) root^-1 on the group, without corrections W itself. */
 typedef struct vlmq_group_grid_args {
   const float* residual;
-  const float* error;    /* [rows, columns], or NULL: W is as it is */
-  const float* cross;    /* [rows, columns], or NULL */
-  const float* root;     /* as vlmq_quantize_block's, up to `products`; NULL where neither error nor VLMQ_LOSS asks for it */
+  const float* error; /* [rows, columns], or NULL: W is as it is */
+  const float* cross; /* [rows, columns], or NULL */
+  const float*
+      root; /* as vlmq_quantize_block's, up to `products`; NULL where neither error nor VLMQ_LOSS asks for it */
   const float* inverses;
   const float* diagonal; /* read for VLMQ_LOSS */
   const float* products; /* read for VLMQ_LOSS, or NULL: GPTQ */
@@ -477,7 +478,8 @@ typedef struct vlmq_mean_abs_rows_args {
 
 vlmq_status vlmq_mean_abs_rows(const vlmq_mean_abs_rows_args* args, vlmq_stream stream);
 
-/* sums[r] = sum over columns of (x[r] * scales)^2, in a fixed order: what a token weighs where each channel has its own unit. */
+/* sums[r] = sum over columns of (x[r] * scales)^2, in a fixed order: what a token weighs where each channel has its own
+ * unit. */
 typedef struct vlmq_scaled_squares_rows_args {
   const void* x;       /* [rows, cols] */
   const float* scales; /* [cols] */

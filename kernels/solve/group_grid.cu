@@ -325,8 +325,7 @@ vlmq_status search(const vlmq_group_grid_args& args, const float* solved, Search
 /// Bytes of the corrected weights in the work space.
 size_t solved_bytes(const vlmq_group_grid_args& args) {
   if (!args.error) return 0;
-  const size_t bytes = static_cast<size_t>(args.rows) * solved_stride(args.columns) * sizeof(float);
-  return (bytes + 255) / 256 * 256;
+  return static_cast<size_t>(args.rows) * solved_stride(args.columns) * sizeof(float);
 }
 
 bool has_search(const vlmq_group_grid_args& args) {

@@ -17,11 +17,11 @@ static_assert(kShrinks % kTogether == 0 && kShifts % kTogether == 0, "batches ar
 __device__ __forceinline__ Grid loss_candidate(int k, Range range, Grid from,
                                                const vlmq_grid_rule& rule) {
   if (k < kShrinks) {
-    const float shrink = __fsub_rn(1.0f, __fdiv_rn(__int2float_rn(k), 20.0f));
+    const float shrink = __fsub_rn(1.0f, __fmul_rn(__int2float_rn(k), 0.046875f));
     return grid_of_range(__fmul_rn(range.lo, shrink), __fmul_rn(range.hi, shrink), rule);
   }
   const int pair = (k - kShrinks) / 2;
-  const float stretch = pair == 0 ? 0.85f : pair == 1 ? 1.0f : pair == 2 ? 1.15f : 1.3f;
+  const float stretch = 0.875f + 0.125f * __int2float_rn(pair);
   const float zero = __fadd_rn(from.zero, k % 2 == 0 ? -1.0f : 1.0f);
   return {round_scale(__fmul_rn(from.scale, stretch), rule.scale_type),
           fminf(fmaxf(zero, static_cast<float>(rule.smallest_zero)), largest_code(rule.bits))};
@@ -122,9 +122,12 @@ struct Least {
   }
 };
 
-/// Before any candidate: the full range.
+/// Before any candidate: the full range. Weights that the storage type cannot hold are an error,
+/// not clipped until it can.
 __device__ __forceinline__ Least least_before(Range range, const vlmq_grid_rule& rule) {
-  return {__int_as_float(0x7f800000), grid_of_range(range.lo, range.hi, rule)};
+  const float infinity = __int_as_float(0x7f800000);
+  const Grid full = grid_of_range(range.lo, range.hi, rule);
+  return {fabsf(full.scale) < infinity ? infinity : -infinity, full};
 }
 
 /// The grid of the columns `begin` to `end` of a block, see add_losses.

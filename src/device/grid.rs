@@ -18,8 +18,9 @@ pub enum Grid {
     /// weighs them. In a group wider than [`BLOCK`](super::BLOCK) errors are carried on inside blocks. Without
     /// statistics the loss is `Σ|w − q|²`.
     ///
-    /// First the range shrunk to `1 − k/20`, k = 0…15; then, where the zero is free, the best of them with the zero one
-    /// step up or down and the scale times 0.85, 1, 1.15 and 1.3. The first of equals.
+    /// First the range shrunk to `1 − 3k/64`, k = 0…15; then, where the zero is free, the best of them with the zero one
+    /// step up or down and the scale times 7/8, 1, 9/8 and 5/4, all exact in float32. The first of
+    /// equals. Where the full range's scale does not fit its storage type, none is tried.
     Loss,
 }
 
@@ -27,7 +28,7 @@ pub enum Grid {
 pub const LOSS_SHRINKS: u32 = 16;
 
 /// Factors of the scale, of candidates of [`Grid::Loss`] that move the zero.
-pub const LOSS_STRETCHES: [f32; 4] = [0.85, 1.0, 1.15, 1.3];
+pub const LOSS_STRETCHES: [f32; 4] = [0.875, 1.0, 1.125, 1.25];
 
 /// Storage type of scales; scales are rounded to it before they are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -126,7 +127,7 @@ impl GridRule {
 
     /// Share of the range that candidate `k` of [`Grid::Loss`] keeps.
     pub fn loss_shrink(k: u32) -> f32 {
-        1.0 - k as f32 / 20.0
+        1.0 - 3.0 * k as f32 / 64.0
     }
 
     /// A grid with its scale stretched and its zero `step` further, as far as codes go.

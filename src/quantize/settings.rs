@@ -134,7 +134,7 @@ impl Default for SolverSettings {
             bits: 3,
             group_size: Some(128),
             symmetric: false,
-            grid: Grid::Minmax,
+            grid: Grid::Loss,
             order: Order::ActGroup,
             damp: 0.01,
             alpha: 0.25,

@@ -210,7 +210,7 @@ int main(int count, char** arguments) {
   quantize.span = FEATURES;
   quantize.group = GROUP;
   quantize.rule.bits = BITS;
-  quantize.rule.grid = VLMQ_MINMAX;
+  quantize.rule.grid = VLMQ_LOSS;
   quantize.rule.scale_type = VLMQ_BF16;
 
   memset(&carry, 0, sizeof carry);

@@ -45,8 +45,51 @@ def to_storage(s, kind):
     return bits.astype(np.uint32).view(np.float32).astype(np.float64)
 
 
+def candidates(lo, hi, empty, case, best):
+    """Scales and zeros [rows] that the loss is found of; those that move the zero start from `best`, told when they come."""
+    top, mid = 2 ** case["bits"] - 1, 2 ** (case["bits"] - 1)
+    for k in range(16):
+        p = 1 - 3 * k / 64
+        r = 2 * np.maximum(p * hi, -p * lo) if case["symmetric"] else p * hi - p * lo
+        s = np.where(empty, 1.0, to_storage(r / top, case["scale_type"]))
+        z = np.full(len(lo), float(mid))
+        if not case["symmetric"]:
+            z = np.where(empty, mid, np.clip(np.round(-p * lo / s), case["smallest_zero"], top))
+        yield s, z
+    if not case["symmetric"]:
+        s, z = best()
+        for stretch, step in itertools.product([0.875, 1.0, 1.125, 1.25], [-1, 1]):
+            yield to_storage(s * stretch, case["scale_type"]), np.clip(z + step, case["smallest_zero"], top)
+
+
+def loss_of(w, s, z, upper, p, case):
+    """What each row's columns lose on a grid: their errors, carried on among them, in units of H's inverse factor."""
+    w, total = w.copy(), np.zeros(len(w))
+    for i in range(w.shape[1]):
+        column = w[:, i].copy()
+        e = (column - s * (np.clip(np.round(column / s) + z, 0, 2 ** case["bits"] - 1) - z)) / upper[i, i]
+        total += e * e
+        w[:, i + 1 :] -= np.outer(e, upper[i, i + 1 :]) - np.outer(column, p[i, i + 1 :])
+    return total
+
+
+def grid_of_least_loss(w, upper, p, case):
+    """Of a group that is wider than a block, errors are carried on inside its blocks."""
+    lo, hi = np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
+    least, best = np.full(len(w), np.inf), None
+    for s, z in candidates(lo, hi, (lo == 0) & (hi == 0), case, lambda: best):
+        parts = [slice(b, b + BLOCK) for b in range(0, w.shape[1], BLOCK)]
+        loss = sum(loss_of(w[:, b], s, z, upper[b, b], p[b, b], case) for b in parts)
+        if best is None:
+            best = s, z
+        better = loss < least
+        best = np.where(better, s, best[0]), np.where(better, z, best[1])
+        least = np.where(better, loss, least)
+    return best
+
+
 def grid(w, case):
-    """Scale and zero of each row of w [rows, group]."""
+    """Scale and zero of each row of w [rows, group], by the weights alone."""
     top, mid = 2 ** case["bits"] - 1, 2 ** (case["bits"] - 1)
     lo, hi = np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
     empty = (lo == 0) & (hi == 0)
@@ -110,7 +153,11 @@ def solve(weight, h0, c0, case):
         for i in range(b0, b1):
             if i % group == 0:
                 now = w[:, i : i + group].copy()
-                s, z = grid(now, case)
+                if case["grid"] == "loss":
+                    inside = slice(i, i + group)
+                    s, z = grid_of_least_loss(now, upper[inside, inside], p[inside, inside], case)
+                else:
+                    s, z = grid(now, case)
                 scales.append(s)
                 zeros.append(z)
             col = w[:, i].copy()
@@ -159,6 +206,15 @@ def cases():
         add("gptaq", "unquantized", order, grid_name, 3, group, False, True)
     for order, group in itertools.product(["none", "act-group", "act"], [128, 256, 384]):
         add("gptaq", "quantized", order, "minmax", 3, group, False, True)
+    # The grid of least loss, without every order.
+    for x in itertools.product(widths, [32, None], both):
+        add("rtn", "unquantized", "none", "loss", *x, False)
+    for solver in ["gptq", "gptaq"]:
+        for x in itertools.product(widths, groups, both):
+            add(solver, "unquantized", "act-group", "loss", *x, False)
+    for order, groups in [("act-group", [128, 256, 384]), ("act", [96, 192, 256, 384, None])]:
+        for group in groups:
+            add("gptaq", ["quantized", "unquantized"][order == "act"], order, "loss", 3, group, False, True)
     return out
 
 

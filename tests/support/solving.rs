@@ -8,7 +8,7 @@ use std::ops::Range;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
 use vlmq::device::{
-    Block, BlockCodes, CrossFactor, Factor, Factored, Grid, GridRule, GroupGrid, ScaleType, SolveOps, SolveState,
+    Block, BlockCodes, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid, ScaleType, SolveOps, SolveState,
 };
 use vlmq::tensor::Matrix;
 
@@ -27,6 +27,7 @@ pub fn c_rule(rule: &GridRule) -> vlmq_grid_rule {
         grid: match rule.grid {
             Grid::Minmax => vlmq_grid::VLMQ_MINMAX,
             Grid::Mse => vlmq_grid::VLMQ_MSE,
+            Grid::Loss => vlmq_grid::VLMQ_LOSS,
         },
         scale_type: match rule.scale_type {
             ScaleType::F32 => vlmq_dtype::VLMQ_F32,
@@ -305,26 +306,21 @@ pub fn check_row_errors(outcome: &Outcome, block: &Block<'_, Matrix>, factor: &F
 }
 
 /// Runs `vlmq_group_grid` and hands back the status too.
-pub fn group_grid(
-    state: &SolveState<Matrix>,
-    columns: Range<usize>,
-    rule: GridRule,
-    factor: Option<&Factor<Matrix>>,
-    ends: &[i32],
-) -> (GroupGrid, i32) {
+pub fn group_grid(state: &SolveState<Matrix>, group: &Group<'_, Matrix>) -> (GroupGrid, i32) {
     let rows = state.residual.rows();
     let (mut scales, mut zeros) = (Buffer::output(F32, rows, 0), Buffer::output(U8, rows, 0));
     let mut status = Buffer::in_out(I32, &[i32::MAX], 0);
-    let factor_matrix = |x: fn(&Factor<Matrix>) -> &Matrix| factor.map_or(std::ptr::null(), |f| x(f).data().as_ptr());
+    let pointer = |x: Option<&Matrix>| x.map_or(std::ptr::null(), |x| x.data().as_ptr());
+    let (factor, corrected) = (group.factor, group.factor.is_some() && group.is_span);
+    let ends: Vec<i32> = group.blocks.iter().map(|block| block.end as i32).collect();
     let mut args = vlmq_group_grid_args {
         residual: state.residual.data().as_ptr(),
-        error: if factor.is_some() { state.error.data().as_ptr() } else { std::ptr::null() },
-        cross: match (&state.cross, factor) {
-            (Some(cross), Some(_)) => cross.data().as_ptr(),
-            _ => std::ptr::null(),
-        },
-        root: factor_matrix(|f| &f.root),
-        inverses: factor_matrix(|f| &f.inverses),
+        error: pointer(Some(&state.error).filter(|_| corrected)),
+        cross: pointer(state.cross.as_ref().filter(|_| corrected)),
+        root: pointer(factor.map(|f| &f.root)),
+        inverses: pointer(factor.map(|f| &f.inverses)),
+        diagonal: pointer(factor.map(|f| &f.diagonal)),
+        products: pointer(group.cross.filter(|_| factor.is_some()).map(|cross| &cross.blocks)),
         blocks: ends.as_ptr(),
         block_count: ends.len() as i64,
         scales: scales.ptr_mut(),
@@ -332,14 +328,14 @@ pub fn group_grid(
         status: status.ptr_mut(),
         rows: rows as i64,
         features: state.residual.cols() as i64,
-        first: columns.start as i64,
-        columns: columns.len() as i64,
-        rule: c_rule(&rule),
+        first: group.columns.start as i64,
+        columns: group.columns.len() as i64,
+        rule: c_rule(&group.rule),
         workspace: std::ptr::null_mut(),
         workspace_bytes: 0,
     };
     let bytes = workspace_bytes("vlmq_group_grid", &args);
-    assert_eq!(bytes == 0, factor.is_none());
+    assert_eq!(bytes == 0, factor.is_none() || !corrected && group.rule.grid != Grid::Loss);
     let mut workspace = Buffer::workspace(bytes);
     (args.workspace, args.workspace_bytes) = (workspace.ptr_mut(), bytes);
     accepted("vlmq_group_grid", &args);

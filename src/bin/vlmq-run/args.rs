@@ -188,9 +188,10 @@ struct GridArgs {
     #[arg(long)]
     symmetric: bool,
     /// How a group's range becomes its grid.
-    #[arg(long, default_value = "minmax", value_parser = named::<Grid>(&[
+    #[arg(long, default_value = "loss", value_parser = named::<Grid>(&[
+        ("loss", "the range whose codes do the layer's outputs the least harm"),
+        ("mse", "the range whose codes are nearest the weights, of 80 shrunken ones"),
         ("minmax", "the full range"),
-        ("mse", "the best of 80 shrunken ranges"),
     ]))]
     grid: Grid,
     /// What to write.
@@ -430,7 +431,7 @@ mod tests {
     fn every_name_reads_back() {
         for solver in ["rtn", "gptq", "gptaq"] {
             for order in ["none", "act-group", "act"] {
-                for grid in ["minmax", "mse"] {
+                for grid in ["loss", "minmax", "mse"] {
                     let flags = ["--solver", solver, "--order", order, "--grid", grid, "--group-size", "none"];
                     let base = ["vlmq-run", "quantize", "m", "--calib", "c", "--out", "o", "--cross-term", "quantized"];
                     let cli = Cli::try_parse_from(base.iter().chain(&flags)).unwrap();

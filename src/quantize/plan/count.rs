@@ -7,7 +7,7 @@ use crate::model::decoder::Projection;
 use crate::model::families::VisionLoad;
 use crate::quantize::block::needs_float_path;
 use crate::quantize::order::{Span, spans};
-use crate::quantize::settings::{CrossTerm, Importance, Solver};
+use crate::quantize::settings::{CrossTerm, Grid, Importance, Solver};
 
 /// A step and what it holds.
 pub(super) type Step = (String, Vec<Entry>);
@@ -199,8 +199,14 @@ impl<'a> Counter<'a> {
         let shift = self.cross && solver.cross_term == CrossTerm::Quantized;
         let whole = 1 + u64::from(self.cross) + u64::from(shift);
         let of_span = first * (1 + u64::from(self.cross)) + narrower;
-        // A group of its own span is brought up to date once more, for its grid.
-        let grid = if group > BLOCK && (group as u64) < inputs { first } else { 0 };
+        // A group wider than a block is brought up to date once more, for its grid, where it is a span; the search for the
+        // least loss keeps a range, a grid and 24 losses a row.
+        let search = if solver.grid == Grid::Loss { 2 + 2 + 24 } else { 0 };
+        let grid = match group > BLOCK {
+            true if (group as u64) < inputs => first + search,
+            true => search,
+            false => 0,
+        };
         // A row's codes, a scale and a zero a group, an error a block, each beginning at a multiple of 256 bytes.
         let blocks: usize = spans.iter().map(|span| span.blocks.len()).sum();
         let groups = blocks.max(inputs as usize / group) as u64;

@@ -41,7 +41,9 @@ pub(super) fn least_loss<S: Simd>(
     let unit: Lane = std::array::from_fn(|l| 1.0 / hi[l].max(-lo[l]).max(f32::MIN_POSITIVE));
     let mut columns = vec![Column([0.0; LANES]); now.len()];
     let mut best = lanes::candidate(lo, hi, 1.0, rule);
-    let mut least = [f32::INFINITY; LANES];
+    // Weights that the storage type cannot hold are an error, not clipped until it can.
+    let mut least: Lane =
+        std::array::from_fn(|l| if best.scale[l].is_finite() { f32::INFINITY } else { f32::NEG_INFINITY });
     let mut attempt = |grid: &LaneGrid, best: &mut LaneGrid| {
         columns.iter_mut().zip(now).for_each(|(column, now)| column.0 = *now);
         let loss = loss(simd, &mut columns, grid, &unit, rule.largest_code(), terms);
