@@ -87,7 +87,7 @@ fn a_whole_run_prints_scores_and_writes_a_checkpoint() {
     }
 
     let report = read_json(out.join("report.json"));
-    let expected = "blocks bytes_after bytes_before calibration commit device device_pool evaluation family format \
+    let expected = "blocks bytes_after bytes_before calibration check commit device device_pool evaluation family format \
                     importance_edges inputs layers loaders memory_plan model peak_device_bytes peak_memory_bytes quantized_bytes samples seconds \
                     settings stages vlmq_version";
     assert_eq!(keys(&report).join(" "), expected);

@@ -203,11 +203,12 @@ fn settings(out: &Path, solver: SolverSettings, importance: Importance) -> Pipel
     }
 }
 
-/// Long chunks of plain text through a model so narrow that a pass over them is the worst step of all.
-fn long_chunks(settings: PipelineSettings, calib: PathBuf) -> PipelineSettings {
+/// Chunks of plain text through a model so narrow that they are the worst of all: the predictions at the end, or with chunks
+/// some `times` as long a pass over them.
+fn long_chunks(settings: PipelineSettings, calib: PathBuf, times: usize) -> PipelineSettings {
     let words = ["a red ring", "two blue squares", "what is the pink digit?", "describe the image."];
     let line = |i: usize| {
-        let text: Vec<&str> = (0..25 + i).map(|j| words[(i + j * j) % 4]).collect();
+        let text: Vec<&str> = (0..times * (25 + i)).map(|j| words[(i + j * j) % 4]).collect();
         serde_json::json!({"text": text.join(" ")}).to_string()
     };
     std::fs::write(&calib, (0..8).map(line).collect::<Vec<_>>().join("\n")).unwrap();
@@ -215,7 +216,7 @@ fn long_chunks(settings: PipelineSettings, calib: PathBuf) -> PipelineSettings {
         model: golden("model/rope-parameters-f32"),
         calib: Some(calib),
         samples: 8,
-        chunk_tokens: 400,
+        chunk_tokens: times * 400,
         solver: SolverSettings { group_size: Some(32), ..settings.solver },
         ..settings
     }
@@ -243,11 +244,20 @@ fn streamed_runs_write_the_same_bytes_within_their_plan() {
     let gptaq = SolverSettings::default();
     let gptq = SolverSettings { solver: Solver::Gptq, group_size: Some(32), ..SolverSettings::default() };
     let (none, vlmq, narrow) = (Importance::None, Importance::Vlmq, SolverSettings::default());
-    let cases = [("narrow", narrow, vlmq), ("gptaq", gptaq, vlmq), ("gptq", gptq, none)];
-    for (name, solver, importance) in cases {
+    let cases = [
+        ("narrow", narrow.clone(), vlmq, "comparing the paths"),
+        ("long", narrow, vlmq, "importance"),
+        ("gptaq", gptaq, vlmq, "solving mlp.down_proj"),
+        ("gptq", gptq, none, "solving mlp.down_proj"),
+    ];
+    for (name, solver, importance, step) in cases {
         let settings = |out: &Path| {
             let settings = settings(out, solver.clone(), importance);
-            if name == "narrow" { long_chunks(settings, work.path().join("calib.jsonl")) } else { settings }
+            match name {
+                "narrow" => long_chunks(settings, work.path().join("calib.jsonl"), 1),
+                "long" => long_chunks(settings, work.path().join("calib.jsonl"), 4),
+                _ => settings,
+            }
         };
         let run = |limit: Option<u64>, expected: Activations| {
             let device = limited(limit);
@@ -255,7 +265,6 @@ fn streamed_runs_write_the_same_bytes_within_their_plan() {
             let settings = settings(&out);
             let plan = pipeline::plan(&device, &settings).unwrap();
             assert_eq!(plan.activations, expected);
-            let step = if name == "narrow" { "importance" } else { "solving mlp.down_proj" };
             assert_eq!(plan.stages[1].step, step);
             check_plan(&pipeline::run(&device, &settings, &mut ()).unwrap(), &plan);
             std::fs::read(out.join("model.safetensors")).unwrap()

@@ -7,6 +7,7 @@ mod support;
 mod wide_checkpoint;
 
 use clap::Parser;
+use std::fs;
 use std::path::Path;
 use support::program::{emulated_run, read_json, stderr, succeed, text};
 use support::{data, golden};
@@ -81,19 +82,34 @@ fn runs_of_every_family_hold_what_was_planned() {
     }
 }
 
-/// The emulator takes some 10 MB for itself, which no plan knows: what a wider model takes more is looked at.
+/// The emulator takes some 10 MB for itself, which no plan knows, and more with more images: what a wider model takes more is
+/// looked at, with two samples in all.
 #[test]
 fn a_wider_model_takes_on_emulated_kernels_what_was_planned() {
     let work = tempfile::tempdir().unwrap();
     let (wide, narrow, calib) =
-        (text(work.path().join("wide")), text(work.path().join("narrow")), text(data("vqa/calib.jsonl")));
+        (text(work.path().join("wide")), text(work.path().join("narrow")), text(work.path().join("calib.jsonl")));
+    let lines = fs::read_to_string(data("vqa/calib.jsonl")).unwrap();
+    fs::write(&calib, lines.lines().take(2).collect::<Vec<_>>().join("\n")).unwrap();
+    let images = text(data("vqa"));
     let sizes = ["--hidden", "256", "--heads", "4", "--kv-heads", "2", "--blocks", "1", "--intermediate"];
     write_wide(&wide, &[&sizes[..], &["2048"]].concat());
     write_wide(&narrow, &[&sizes[..], &["256"]].concat());
     let [wide, narrow] = [&wide, &narrow].map(|model| {
         let out = format!("{model}-out");
-        let line =
-            ["quantize", model, "--calib", &calib, "--out", &out, "--samples", "2", "--device", "cuda", "--quiet"];
+        let line = [
+            "quantize",
+            model,
+            "--calib",
+            &calib,
+            "--image-root",
+            &images,
+            "--out",
+            &out,
+            "--device",
+            "cuda",
+            "--quiet",
+        ];
         let output = emulated_run(&line);
         assert!(output.status.success(), "{}", stderr(&output));
         peak(model, Path::new(&out))

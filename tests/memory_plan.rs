@@ -8,7 +8,7 @@ use support::message;
 use vlmq::model::families::VisionLoad;
 use vlmq::progress::Stage;
 use vlmq::quantize::inspect::DecoderShape;
-use vlmq::quantize::plan::{Activations, ChunkSize, Costs, EmbedderSize, Job, MemoryPlan, StagePlan};
+use vlmq::quantize::plan::{Activations, CheckSize, ChunkSize, Costs, EmbedderSize, Job, MemoryPlan, StagePlan};
 use vlmq::quantize::settings::{Importance, Order, Solver, SolverSettings};
 
 const SHAPE: DecoderShape =
@@ -36,7 +36,15 @@ fn settings(solver: Solver) -> SolverSettings {
 
 fn job(solver: &SolverSettings, importance: Importance) -> Job<'_> {
     let chunk = ChunkSize { tokens: CHUNK as usize, ..ChunkSize::default() };
-    Job { shape: SHAPE, solver, importance, chunks: vec![chunk; 128], deepstack: 0, embedder: None }
+    Job {
+        shape: SHAPE,
+        solver,
+        importance,
+        chunks: vec![chunk; 128],
+        deepstack: 0,
+        embedder: None,
+        check: CheckSize::default(),
+    }
 }
 
 fn fit(job: &Job<'_>, limit: Option<u64>) -> MemoryPlan {
@@ -105,7 +113,15 @@ fn wide_layers_of_small_inputs_are_seen_too() {
     let shape = DecoderShape { blocks: 2, hidden: 64, intermediate: 64, heads: 2, kv_heads: 1, head_dim: 32 };
     let solver = SolverSettings { group_size: Some(32), ..settings(Solver::Gptq) };
     let chunks = [300, 2048, 700].map(|tokens| ChunkSize { tokens, ..ChunkSize::default() }).to_vec();
-    let job = Job { shape, solver: &solver, importance: Importance::Vlmq, chunks, deepstack: 0, embedder: None };
+    let job = Job {
+        shape,
+        solver: &solver,
+        importance: Importance::Vlmq,
+        chunks,
+        deepstack: 0,
+        embedder: None,
+        check: CheckSize::default(),
+    };
     let plan = fit(&job, None);
     let stage = &plan.stages[0];
     assert_eq!(stage.step, "importance");
@@ -158,6 +174,31 @@ fn the_vision_stage_holds_the_tower_and_what_went_before() {
     let job = Job { chunks: vec![chunk; 128], embedder: Some(embedder), ..job };
     let stage = &fit(&job, None).stages[0];
     assert_eq!((stage.step.as_str(), bytes_of(stage, "streams so far")), ("embedding", 128 * 2048 * 7680));
+}
+
+/// Of a small model with a large vocabulary nothing takes as much as the predictions behind its last block.
+#[test]
+fn the_output_head_comes_part_by_part() {
+    let shape = DecoderShape { blocks: 2, hidden: 64, intermediate: 64, heads: 2, kv_heads: 1, head_dim: 32 };
+    let solver = SolverSettings { group_size: Some(32), ..settings(Solver::Gptq) };
+    let mut chunks = vec![ChunkSize { tokens: 300, ..ChunkSize::default() }; 5];
+    chunks[4].checked = true;
+    let check = CheckSize { tokens: 512, vocab: 150_000 };
+    let job = Job { shape, solver: &solver, importance: Importance::None, chunks, deepstack: 0, embedder: None, check };
+    let plan = fit(&job, None);
+    let stage = &plan.stages[0];
+    assert_eq!(stage.step, "comparing the paths");
+    // The last chunk has both streams.
+    assert_eq!(bytes_of(stage, "residual streams of all samples"), 300 * (6 * 2 * 64 + 5 * 4 * 32));
+    assert_eq!(bytes_of(stage, "tokens that are predicted"), 2 * 512 * 2 * 64 + 4096 + 16 * 512);
+    assert_eq!(bytes_of(stage, "rows of the output head"), 2048 * 2 * 64);
+    assert_eq!(bytes_of(stage, "logits"), 512 * 2048 * 2);
+    // No stream is there while logits are.
+    let streamed = fit(&job, Some(plan.device_bytes - 1));
+    assert_eq!(streamed.device_bytes, plan.device_bytes - bytes_of(stage, "residual streams"));
+    // Nothing is asked where no sample has text.
+    let job = Job { check: CheckSize::default(), ..job };
+    assert!(fit(&job, None).stages[0].step != "comparing the paths");
 }
 
 #[test]

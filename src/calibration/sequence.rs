@@ -344,7 +344,7 @@ fn end_tokens(folder: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
 }
 
 /// Sequences of a calibration set.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Collected {
     /// Those short enough, in the order of their conversations.
     pub sequences: Vec<Sequence>,

@@ -12,6 +12,8 @@ use anyhow::{Context, Result, bail, ensure};
 use safetensors::Dtype;
 use serde_json::Value;
 use std::collections::HashMap;
+#[cfg(feature = "run")]
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// Most tensors of a checkpoint, over all its files: the largest published have some 200,000.
@@ -133,6 +135,22 @@ impl Checkpoint {
     /// `[E, 1176]`). Errors when it is absent, of another shape, not f16, bf16 or f32, or holds a NaN or an infinity.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
         self.floats(name, self.shaped(name, rows, cols)?, rows, cols)
+    }
+
+    /// Some rows of [`matrix`](Self::matrix), without reading the others. Errors as it does; of numbers that are not finite it
+    /// sees those rows only.
+    #[cfg(feature = "run")]
+    pub(crate) fn matrix_rows(&self, name: &str, rows: usize, cols: usize, some: Range<usize>) -> Result<Matrix> {
+        let tensor = self.shaped(name, rows, cols)?;
+        let float = self.float_type_of(name, tensor.dtype)?;
+        let row_bytes = tensor.bytes.len() / rows;
+        let bytes = &tensor.bytes[some.start * row_bytes..some.end * row_bytes];
+        if first_non_finite(float, bytes).is_some() {
+            self.check_finite(name)?;
+        }
+        let values = floats_from_bytes(float, bytes);
+        self.release(name);
+        Matrix::new(some.len(), cols, values)
     }
 
     /// The tensor `name` as the file holds it. Errors where it is absent or not of the shape that [`matrix`](Self::matrix) asks.

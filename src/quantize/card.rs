@@ -79,6 +79,9 @@ impl Card<'_> {
         for (key, value) in self.facts() {
             say(format!("| {key} | {value} |"));
         }
+        for finding in report_findings(self.report) {
+            say(format!("\n**Do not use it: {finding}.**"));
+        }
         say("\n`report.json` has the settings, and the figures of every layer.".to_owned());
         self.loading(name, &mut text);
         let last = model.rsplit('/').next().unwrap_or(&model);
@@ -149,6 +152,9 @@ impl Card<'_> {
         let findings: usize = report.layers.iter().map(|layer| layer.solve.findings.len()).sum();
         let findings = if findings == 0 { "none".to_owned() } else { format!("{findings}, listed in `report.json`") };
         facts.push(("numerical findings", findings));
+        if let Some(check) = &report.check {
+            facts.push(("predictions", check.line()));
+        }
         facts.push(("made by", format!("vlmq {}, commit {}", provenance.vlmq_version, plain(&provenance.commit))));
         facts
     }
@@ -203,6 +209,11 @@ impl Card<'_> {
             };
         }
     }
+}
+
+/// What was found of the model as a whole.
+fn report_findings(report: &RunReport) -> impl Iterator<Item = &str> {
+    report.check.iter().flat_map(|check| &check.findings).map(|finding| finding.found.as_str())
 }
 
 /// A whole program around a line of Python that loads the model in `folder`; `None` for shell commands.

@@ -1,6 +1,6 @@
-//! What went wrong with the numbers of a layer, and what was done about it.
+//! What went wrong with the numbers of a layer, or of the whole model, and what was done about it.
 //!
-//! A finding costs its own layer some accuracy, at most down to that of rounding to nearest. What would spoil all layers
+//! A layer's finding costs its own layer some accuracy, at most down to that of rounding to nearest. What would spoil all layers
 //! behind it is an error instead, which names the sample or the weight: weights and activations that are not finite.
 
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,8 @@ pub enum FindingKind {
     ImportanceUnusable,
     /// The solve came out far worse than rounding to nearest, or half of the layer's output is lost.
     ErrorExploded,
+    /// Of the whole model: the quantized path no longer predicts what the float path does.
+    ModelDestroyed,
 }
 
 /// Share of a layer's inputs that may be dead without a finding. A norm with some zero weights makes a few inputs dead for
@@ -42,6 +44,9 @@ impl FindingKind {
             Self::ErrorExploded => {
                 "raise --damp or --bits, lower --alpha or --group-size, or calibrate with more samples"
             }
+            Self::ModelDestroyed => {
+                "raise --bits, try another --grid, lower --group-size, or calibrate with more, or other, samples"
+            }
         }
     }
 }
@@ -55,11 +60,12 @@ impl fmt::Display for FindingKind {
             Self::StatisticsUnusable => "statistics unusable",
             Self::ImportanceUnusable => "importance unusable",
             Self::ErrorExploded => "error exploded",
+            Self::ModelDestroyed => "model destroyed",
         })
     }
 }
 
-/// Something that a user should know of a layer's numbers.
+/// Something that a user should know of a layer's numbers, or of the model's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Finding {
     /// Which kind.

@@ -1,7 +1,7 @@
 //! What a checkpoint holds, what would be quantized, and what that would cost.
 
 use super::pipeline::CHUNK_TOKENS;
-use super::plan::{ChunkSize, Costs, EmbedderSize, Job, MemoryPlan, Rates, block_work};
+use super::plan::{CheckSize, ChunkSize, Costs, EmbedderSize, Job, MemoryPlan, Rates, block_work};
 use super::settings::{Importance, Solver, SolverSettings};
 use crate::checkpoint::Checkpoint;
 use crate::device::{ModelOps, SolveOps};
@@ -131,7 +131,8 @@ pub fn estimate(
     };
     let chunks = vec![chunk; workload.samples.div_ceil(per_chunk)];
     let importance = workload.importance;
-    let job = Job { shape: *shape, solver: &solver, importance, chunks, deepstack: 0, embedder: None };
+    let (embedder, check) = (None, CheckSize::default());
+    let job = Job { shape: *shape, solver: &solver, importance, chunks, deepstack: 0, embedder, check };
     let (work, rates) = (block_work(&job), rates(&job)?);
     Ok(Estimate {
         workload: *workload,

@@ -14,6 +14,8 @@ pub mod block;
 #[cfg(feature = "run")]
 pub mod card;
 #[cfg(feature = "run")]
+pub mod check;
+#[cfg(feature = "run")]
 pub mod importance;
 #[cfg(feature = "run")]
 pub mod inspect;

@@ -47,6 +47,9 @@ pub struct Inputs {
     /// The samples drawn from it as the model takes them: token ids, positions, resized images. Whatever of template,
     /// tokenizer, image files or settings changes them changes this.
     pub samples: Option<String>,
+    /// The samples held out of them, see [`check`](super::check), likewise; they decide no weight, and `None` is left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<String>,
 }
 
 impl Provenance {
@@ -55,6 +58,7 @@ impl Provenance {
         settings: &PipelineSettings,
         checkpoint: &Checkpoint,
         data: &Collected,
+        held_out: &[Sequence],
         check: checksum::Check<'_>,
     ) -> Result<Self> {
         let folder = checkpoint.folder();
@@ -72,6 +76,7 @@ impl Provenance {
                 model: checksum::of_files_until(folder, &files, check)?,
                 calibration,
                 samples: calibrated.then(|| of_samples(&data.sequences)),
+                held_out: (!held_out.is_empty()).then(|| of_samples(held_out)),
             },
         })
     }
@@ -166,6 +171,7 @@ mod tests {
                 model: model_sums.into_iter().collect(),
                 calibration: Some("3".repeat(64)),
                 samples: Some("4".repeat(64)),
+                held_out: None,
             },
         }
     }

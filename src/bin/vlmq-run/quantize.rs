@@ -13,6 +13,7 @@ use vlmq::progress::Stop;
 use vlmq::quantize::FindingKind;
 use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::report::{LayerReport, RunReport};
+use vlmq::quantize::settings::Solver;
 
 pub(crate) fn run<D: ModelOps + SolveOps>(
     device: &D,
@@ -69,6 +70,19 @@ fn summary(settings: &PipelineSettings, report: &RunReport) -> Vec<String> {
     }
     if let Some(path_error) = report.blocks.last().and_then(|block| block.path_error) {
         say("path error", format!("{path_error:.3e} behind the last block"));
+    }
+    match &report.check {
+        Some(check) => {
+            say("predictions", check.line());
+            check
+                .findings
+                .iter()
+                .for_each(|finding| say("DESTROYED", format!("{}; {}", finding.found, finding.kind.remedy())));
+        }
+        None if settings.solver.solver == Solver::Rtn => {
+            say("predictions", "not compared: rounding to nearest runs no samples; `vlmq-run eval` does".into());
+        }
+        None => say("predictions", "not compared: no sample has text".into()),
     }
     if let Some(findings) = findings(&report.layers) {
         say("findings", findings);
@@ -143,6 +157,7 @@ mod tests {
     use vlmq::device::PoolPeak;
     use vlmq::evaluate::{Evaluation, SampleResult};
     use vlmq::progress::{Stage, StageTime};
+    use vlmq::quantize::check::ModelCheck;
     use vlmq::quantize::plan::MemoryPlan;
     use vlmq::quantize::report::{BlockReport, CalibrationCounts};
     use vlmq::quantize::{Finding, SolveReport};
@@ -169,12 +184,24 @@ mod tests {
         };
         let name = "model.layers.0.mlp.down_proj".into();
         let layer = LayerReport { name, rows: 10, cols: 8, bits: 3, solve, ..LayerReport::default() };
+        let found = Finding { kind: FindingKind::ModelDestroyed, found: "this".into(), done: "that".into() };
+        let check = ModelCheck {
+            tokens: 80,
+            held_out: 16,
+            nll_float: 2.0,
+            nll_quantized: 9.5,
+            kl: 7.0,
+            agreement: 0.125,
+            findings: vec![found],
+            ..ModelCheck::default()
+        };
         let report = RunReport {
             family: "a_family".into(),
             format: "gptq".into(),
             device: "cpu".into(),
             calibration: CalibrationCounts { used: 5, too_long: 1, vision_tokens: 320, text_tokens: 80 },
             layers: vec![layer],
+            check: Some(check),
             blocks: vec![BlockReport { block: 0, seconds: 1.0, path_error: Some(0.05), importance: None }],
             stages: vec![StageTime { stage: Stage::Blocks, seconds: 1.0 }],
             seconds: 2.0,
@@ -194,6 +221,8 @@ wrote o (gptq)
   rel. error   mean 2.000e-2, worst 2.000e-2 in model.layers.0.mlp.down_proj
   tokens       0.75 effective an input or more (6.0 for 8 in model.layers.0.mlp.down_proj)
   path error   5.000e-2 behind the last block
+  predictions  nll 2.0000 float, 9.5000 quantized; KL 7.0000; 12.5% of first choices kept (80 tokens of 16 samples held out)
+  DESTROYED    this; raise --bits, try another --grid, lower --group-size, or calibrate with more, or other, samples
   findings     1 of 1 layers: damping raised in 1, few tokens in 1
   calibration  5 samples, 1 left out as too long; 320 vision and 80 text tokens
   time         2.00 s (quantizing 1.00 s)
@@ -203,6 +232,8 @@ loads with
   vLLM
     vllm serve o";
         assert_eq!(summary(&settings(), &report).join("\n"), expected);
+        let without = summary(&settings(), &RunReport { check: None, ..report });
+        assert!(without.join("\n").contains("predictions  not compared: no sample has text"), "{without:?}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What is looked at while a block is quantized: that numbers stay finite, and how far the paths are apart.
 
-use super::{BlockQuantizer, Chunk, LayerSet};
+use super::{BlockQuantizer, Chunk, LayerSet, calibrated};
 use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Layout, Projection};
 use crate::quantize::importance::Unusable;
@@ -16,7 +16,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         projection: Projection,
         chunks: &mut [Chunk<D::Tensor>],
     ) -> Result<()> {
-        self.pass(false, None).run(chunks, |_, chunk| {
+        self.pass(false, None).run(calibrated(chunks), |_, chunk| {
             let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
             let Some(row) = self.device.first_non_finite_row(&u)? else { return Ok(()) };
             bail!(

@@ -29,8 +29,10 @@ pub struct Chunk<T> {
     pub layout: Layout<T>,
     /// Residual stream of the quantized path, `[tokens, hidden]`.
     pub x_quantized: T,
-    /// Residual stream of the float path; `None` where no setting needs it.
+    /// Residual stream of the float path; `None` where neither a setting nor [`check`](super::check) needs it.
     pub x_float: Option<T>,
+    /// Whether its tokens go into no statistics; such chunks stand behind all others.
+    pub held_out: bool,
     /// Which tokens stand for image patches.
     pub is_vision: Vec<bool>,
     /// Ids of the samples, in the order of the spans.
@@ -59,7 +61,13 @@ impl<T> Chunk<T> {
     }
 }
 
-/// One pass over all chunks, in order. Streamed ones are parked before and after; the next is fetched while one is worked on.
+/// The chunks that go into statistics.
+fn calibrated<T>(chunks: &mut [Chunk<T>]) -> &mut [Chunk<T>] {
+    let count = chunks.iter().take_while(|chunk| !chunk.held_out).count();
+    &mut chunks[..count]
+}
+
+/// One pass over chunks, in order. Streamed ones are parked before and after; the next is fetched while one is worked on.
 struct Pass<'a, D> {
     device: &'a D,
     activations: Activations,
@@ -164,8 +172,9 @@ pub struct SolvedLayer {
 /// What a block has to say beside its layers.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct BlockOutcome {
-    /// How far the quantized path's residual stream is from the float path's behind the block: the mean over tokens of
-    /// `Σ|x_quantized − x_float| / Σ|x_float|`. `None` where there is no float path, or where it overflows.
+    /// How far the quantized path's residual stream is from the float path's behind the block: the mean over calibration tokens of
+    /// `Σ|x_quantized − x_float| / Σ|x_float|`, those without a float path left out. `None` where there is none, or where it
+    /// overflows.
     pub path_error: Option<f64>,
     /// Normalised importance factors of all tokens, chunk by chunk; `None` where all counted alike.
     pub factors: Option<Vec<Factors>>,
@@ -252,7 +261,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         }
         progress(&format!("block {}: importance", self.index));
         let mut factors = Vec::with_capacity(chunks.len());
-        self.pass(true, None).run(chunks, |_, chunk| {
+        self.pass(true, None).run(calibrated(chunks), |_, chunk| {
             let Some(x_float) = &chunk.x_float else { bail!("importance needs the float path") };
             let (x_quantized, layout) = (&chunk.x_quantized, &chunk.layout);
             factors.push(attention_importance(self.device, self.config, &self.float, x_float, x_quantized, layout)?);
@@ -282,14 +291,17 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         let (_, in_features) = projection.shape(self.config);
         let mut statistics = Statistics::new(self.device, in_features, with_cross)?;
         let with_float = with_cross || set.residual().is_some();
-        self.pass(with_float, set.residual()).run(chunks, |i, chunk| {
-            let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
+        let visited = if set.residual().is_some() { &mut *chunks } else { calibrated(chunks) };
+        self.pass(with_float, set.residual()).run(visited, |i, chunk| {
             let f = match &chunk.x_float {
                 Some(x) if with_float => Some(set.input(self.device, self.config, &self.float, x, &chunk.layout)?),
                 _ => None,
             };
-            let g = factors.and_then(|factors| factors[i].of(projection));
-            statistics.accumulate(self.device, &u, f.as_ref().filter(|_| with_cross), g)?;
+            if !chunk.held_out {
+                let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
+                let g = factors.and_then(|factors| factors[i].of(projection));
+                statistics.accumulate(self.device, &u, f.as_ref().filter(|_| with_cross), g)?;
+            }
             if let (Some(residual), Some(f), Some(x_float)) = (set.residual(), &f, &mut chunk.x_float) {
                 self.float.add_output(self.device, x_float, residual, f)?;
                 self.leave(&chunk.layout, x_float, residual)?;
@@ -338,7 +350,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             self.quantized.add_output(self.device, &mut chunk.x_quantized, residual, &u)?;
             self.leave(&chunk.layout, &mut chunk.x_quantized, residual)?;
             self.check_finite(&chunk.x_quantized, &chunk.layout, &chunk.samples, residual, "quantized")?;
-            if let Some(x_float) = chunk.x_float.as_ref().filter(|_| ends) {
+            if let Some(x_float) = chunk.x_float.as_ref().filter(|_| ends && !chunk.held_out) {
                 distance.add(self.device, &chunk.x_quantized, x_float)?;
             }
             Ok(())

@@ -1,5 +1,6 @@
 //! A run up to where the first weight would be read: every input checked, memory, disk and time counted.
 
+use super::encode;
 use super::input::Input;
 use super::{PipelineSettings, Sizes};
 use crate::device::{ModelOps, SolveOps};
@@ -53,13 +54,6 @@ pub fn dry_run<D: ModelOps + SolveOps>(
         time.seconds += seconds;
         time.stages.insert(0, StageEstimate { stage, seconds, load: Default::default() });
     }
-    let vision_tokens = job.chunks.iter().map(|chunk| chunk.image_tokens).sum();
-    let tokens: usize = job.chunks.iter().map(|chunk| chunk.tokens).sum();
-    let calibration = CalibrationCounts {
-        used: data.sequences.len(),
-        too_long: data.too_long,
-        vision_tokens,
-        text_tokens: tokens - vision_tokens,
-    };
+    let calibration = encode::counts(&data.calibration, input.config.image_token);
     Ok(DryRun { family: input.family.into(), device: device.name(), calibration, memory, disk, time })
 }

@@ -1,7 +1,7 @@
 //! Samples to the decoder's input: embedding, vision tower, positions, packed into chunks.
 
 use super::PipelineSettings;
-use super::input::{Input, pack};
+use super::input::{Data, Input};
 use crate::calibration::sequence::{Collected, Sequence};
 use crate::device::ModelOps;
 use crate::heap;
@@ -17,23 +17,26 @@ use anyhow::Result;
 pub(super) fn encode<D: ModelOps>(
     device: &D,
     input: &Input,
-    data: &Collected,
+    data: &Data,
     settings: &PipelineSettings,
     plan: &MemoryPlan,
     stages: &mut Vec<StageTime>,
     observer: &mut dyn RunObserver,
 ) -> Result<Vec<Chunk<D::Tensor>>> {
-    let packed = pack(&data.sequences, settings.chunk_tokens);
-    let mut chunks = Vec::with_capacity(packed.len());
-    if packed.is_empty() {
+    let packed = data.packed(settings.chunk_tokens);
+    let mut chunks = Vec::with_capacity(packed.chunks.len());
+    if packed.chunks.is_empty() {
         return Ok(chunks);
     }
     let embedder = Embedder::load(device, &input.checkpoint, &input.config, input.text_only)?;
-    let clock = StageClock::start(Stage::Vision, data.sequences.len() as u64, observer);
+    let clock = StageClock::start(Stage::Vision, data.all().count() as u64, observer);
     let (mut done, stop) = (0, observer.stop());
-    for sequences in &packed {
+    let all = needs_float_path(&settings.solver, settings.importance);
+    for (i, sequences) in packed.chunks.iter().enumerate() {
         stop.check()?;
-        let mut chunk = embed(device, &embedder, sequences, input.config.image_token, settings)?;
+        let with_float = all || packed.is_checked(i);
+        let mut chunk = embed(device, &embedder, sequences, input.config.image_token, with_float)?;
+        chunk.held_out = packed.is_held_out(i);
         if plan.activations == Activations::Streamed {
             chunk.park(device)?;
         }
@@ -59,19 +62,19 @@ fn embed<D: ModelOps>(
     embedder: &Embedder<D>,
     sequences: &[&Sequence],
     image_token: u32,
-    settings: &PipelineSettings,
+    with_float: bool,
 ) -> Result<Chunk<D::Tensor>> {
     let features = embedder.image_features(device, sequences)?;
     let (x_quantized, layout) = embedder.embed(device, sequences, features.as_ref())?;
     let (tokens, _) = device.shape(&x_quantized);
-    let x_float = match needs_float_path(&settings.solver, settings.importance) {
+    let x_float = match with_float {
         true => Some(device.slice_rows(&x_quantized, 0..tokens)?),
         false => None,
     };
     Ok(chunk(sequences, image_token, layout, x_quantized, x_float))
 }
 
-/// Packed samples with their residual streams.
+/// Packed calibration samples with their residual streams.
 pub(super) fn chunk<T>(
     sequences: &[&Sequence],
     image_token: u32,
@@ -81,5 +84,5 @@ pub(super) fn chunk<T>(
 ) -> Chunk<T> {
     let is_vision = sequences.iter().flat_map(|s| &s.tokens).map(|&token| token == image_token).collect();
     let samples = sequences.iter().map(|s| s.id.clone()).collect();
-    Chunk { layout, x_quantized, x_float, is_vision, samples }
+    Chunk { layout, x_quantized, x_float, held_out: false, is_vision, samples }
 }

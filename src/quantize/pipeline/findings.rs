@@ -1,6 +1,7 @@
-//! Findings of a layer on their way into the log, or the end of a strict run.
+//! Findings of a layer, or of the model, on their way into the log, or the end of a strict run.
 
 use crate::quantize::FindingKind;
+use crate::quantize::check::ModelCheck;
 use crate::quantize::report::LayerReport;
 use anyhow::{Result, bail};
 
@@ -29,4 +30,36 @@ pub(super) fn tell(layer: &LayerReport, earlier: &[LayerReport], strict: bool) -
         }
     }
     Ok(())
+}
+
+/// The same of the model as a whole.
+pub(super) fn tell_of_model(check: &ModelCheck, strict: bool) -> Result<()> {
+    for finding in &check.findings {
+        if strict {
+            bail!(
+                "{}, and --strict is given; {}, or go on without --strict: {}",
+                finding.found,
+                finding.kind.remedy(),
+                finding.done
+            );
+        }
+        log::warn!("{finding}; {}", finding.kind.remedy());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quantize::Finding;
+
+    #[test]
+    fn strict_runs_end_with_a_destroyed_model() {
+        let finding = Finding::new(FindingKind::ModelDestroyed, "it is gone", "written as it is");
+        let check = ModelCheck { findings: vec![finding], ..ModelCheck::default() };
+        let error = tell_of_model(&check, true).unwrap_err().to_string();
+        assert!(error.starts_with("it is gone, and --strict is given; raise --bits"), "{error}");
+        assert!(tell_of_model(&check, false).is_ok());
+        assert!(tell_of_model(&ModelCheck::default(), true).is_ok());
+    }
 }

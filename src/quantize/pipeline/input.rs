@@ -11,13 +11,39 @@ use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Projection, module_name};
 use crate::model::families::{self, ModelConfig, VisionLoad};
 use crate::progress::{Observer, Stage, StageClock, StageTime};
+use crate::quantize::check::{self, HELD_OUT, Packed};
 use crate::quantize::inspect::{DecoderShape, embedder_size};
-use crate::quantize::plan::{ChunkSize, Costs, DiskPlan, Job, MemoryPlan, Process};
+use crate::quantize::plan::{CheckSize, ChunkSize, Costs, DiskPlan, Job, MemoryPlan, Process};
 use crate::quantize::report::samples::{self, ReportSample};
 use crate::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
 use anyhow::{Result, bail};
+use rayon::prelude::*;
 use std::collections::HashSet;
 use std::path::Path;
+
+/// The samples of a run.
+#[derive(Default)]
+pub(super) struct Data {
+    /// Those that the model is calibrated with, and how many were too long for it.
+    pub(super) calibration: Collected,
+    /// Those that tell what came of it.
+    pub(super) held_out: Vec<Sequence>,
+}
+
+impl Data {
+    /// All of them, in order.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Sequence> {
+        self.calibration.sequences.iter().chain(&self.held_out)
+    }
+
+    /// Cuts both kinds into chunks of at most so many tokens.
+    pub(super) fn packed(&self, chunk_tokens: usize) -> Packed<'_> {
+        let mut chunks = pack(&self.calibration.sequences, chunk_tokens);
+        let calibrated = chunks.len();
+        chunks.extend(pack(&self.held_out, chunk_tokens));
+        Packed { chunks, calibrated }
+    }
+}
 
 /// A checkpoint and what is to be done with it, read and checked.
 pub(super) struct Input {
@@ -44,7 +70,7 @@ impl Input {
         settings: &PipelineSettings,
         stages: &mut Vec<StageTime>,
         observer: &mut dyn Observer,
-    ) -> Result<(Self, Collected)> {
+    ) -> Result<(Self, Data)> {
         let checkpoint = Checkpoint::open(&settings.model)?;
         checkpoint.refuse_quantized()?;
         let family = families::of::<D>(&checkpoint)?;
@@ -62,13 +88,13 @@ impl Input {
         let linears = linear_specs(&config);
         Writer::check(&checkpoint, &linears, settings.format, &solver)?;
         let (data, samples) = match solver.solver {
-            Solver::Rtn => (Collected { sequences: Vec::new(), too_long: 0 }, Vec::new()),
+            Solver::Rtn => (Data::default(), Vec::new()),
             Solver::Gptq | Solver::Gptaq => {
                 let vision = family.vision_input(&checkpoint, settings.image_options)?;
                 read_data(settings, &checkpoint, vision, stages, observer)?
             }
         };
-        let text_only = data.sequences.iter().all(|sequence| sequence.images.is_empty());
+        let text_only = data.all().all(|sequence| sequence.images.is_empty());
         let input = Self {
             checkpoint,
             family: family.model_type(),
@@ -87,12 +113,13 @@ impl Input {
     }
 
     /// What is to be done, in sizes.
-    pub(super) fn job<D: ModelOps + SolveOps>(&self, data: &Collected, chunk_tokens: usize) -> Result<Job<'_>> {
+    pub(super) fn job<D: ModelOps + SolveOps>(&self, data: &Data, chunk_tokens: usize) -> Result<Job<'_>> {
         let load = match self.text_only {
             true => VisionLoad::default(),
             false => families::of::<D>(&self.checkpoint)?.vision_load(&self.checkpoint)?,
         };
-        let size = |sequences: &Vec<&Sequence>| {
+        let packed = data.packed(chunk_tokens);
+        let size = |(i, sequences): (usize, &Vec<&Sequence>)| {
             let crops = || {
                 let images = sequences.iter().flat_map(|s| &s.images);
                 images.flat_map(|image| image.crops().iter().map(|_| image.grid_height * image.grid_width))
@@ -115,9 +142,11 @@ impl Input {
                     .filter(|&&token| token == self.config.image_token)
                     .count(),
                 patches: crops().take(together).sum(),
+                checked: packed.is_checked(i),
             }
         };
-        let chunks: Vec<ChunkSize> = pack(&data.sequences, chunk_tokens).iter().map(size).collect();
+        let chunks: Vec<ChunkSize> = packed.chunks.iter().enumerate().map(size).collect();
+        let asked = check::places(&packed, self.config.image_token).iter().map(|places| places.rows.len()).sum();
         let size = || embedder_size(&self.checkpoint, &self.config, load, self.text_only);
         let embedder = (!chunks.is_empty()).then(size).transpose()?;
         let shape = DecoderShape::of(&self.config.decoder);
@@ -128,6 +157,7 @@ impl Input {
             chunks,
             deepstack: load.deepstack,
             embedder,
+            check: CheckSize { tokens: asked, vocab: self.config.decoder.vocab },
         })
     }
 
@@ -135,12 +165,13 @@ impl Input {
     pub(super) fn plan<D: ModelOps + SolveOps>(
         &self,
         device: &D,
-        data: &Collected,
+        data: &Data,
         chunk_tokens: usize,
     ) -> Result<MemoryPlan> {
         let (job, costs) = (self.job::<D>(data, chunk_tokens)?, Costs::of(device));
         let replaced: HashSet<String> = self.linears.iter().map(|linear| format!("{}.weight", linear.module)).collect();
-        let mut process = Process::now(&self.checkpoint, &data.sequences, |name| !replaced.contains(name))?;
+        let mut process =
+            Process::now(&self.checkpoint, &data.all().collect::<Vec<_>>(), |name| !replaced.contains(name))?;
         if job.embedder.is_some() {
             let table = self.checkpoint.tensor(&format!("{}embed_tokens.weight", self.config.names.prefix))?;
             process.largest_embedding = table.bytes.len() as u64;
@@ -169,30 +200,35 @@ pub fn linear_specs(config: &ModelConfig) -> Vec<LinearSpec> {
         .collect()
 }
 
-/// Reads the calibration data, images included, and what the report shows of it.
+/// Reads the calibration data, images included, and what the report shows of it. Samples to hold out are those that would be
+/// drawn next; what is wrong with one costs nothing but the sample.
 fn read_data(
     settings: &PipelineSettings,
     checkpoint: &Checkpoint,
     vision: Box<dyn VisionInput>,
     stages: &mut Vec<StageTime>,
     observer: &mut dyn Observer,
-) -> Result<(Collected, Vec<ReportSample>)> {
+) -> Result<(Data, Vec<ReportSample>)> {
     let Some(calib) = &settings.calib else {
         bail!("--solver gptq and gptaq need calibration data: give a file with --calib");
     };
     let conversations = dataset::read(calib, settings.image_root.as_deref())?;
-    let conversations = dataset::select(conversations, Some(settings.samples), settings.seed);
+    let mut conversations =
+        dataset::select(conversations, Some(settings.samples.saturating_add(HELD_OUT)), settings.seed);
+    let others = conversations.split_off(settings.samples.min(conversations.len()));
     let builder = SequenceBuilder::with_template(checkpoint.folder(), vision, &settings.chat_template)?;
     let clock = StageClock::start(Stage::Data, conversations.len() as u64, observer);
     let stop = observer.stop();
     let collected = collect(&builder, &conversations, settings.max_tokens, || Ok(stop.check()?))?;
     let samples = samples::choose(&builder, &collected.sequences)?;
+    let built = others.par_iter().filter_map(|conversation| builder.build(conversation).ok());
+    let held_out = built.filter(|sequence| sequence.tokens.len() <= settings.max_tokens).collect();
     stages.push(clock.finish(observer));
-    Ok((collected, samples))
+    Ok((Data { calibration: collected, held_out }, samples))
 }
 
 /// Cuts the samples, in order, into chunks of at most `most` tokens.
-pub(super) fn pack(sequences: &[Sequence], most: usize) -> Vec<Vec<&Sequence>> {
+fn pack(sequences: &[Sequence], most: usize) -> Vec<Vec<&Sequence>> {
     let mut chunks: Vec<Vec<&Sequence>> = Vec::new();
     let mut tokens = usize::MAX;
     for sequence in sequences {

@@ -14,6 +14,7 @@ pub use input::linear_specs;
 pub use resume::{StateBytes, Unfinished};
 
 use super::card::Card;
+use super::check;
 use super::plan::MemoryPlan;
 use super::provenance::{self, Provenance};
 use super::report::importance::bin_edges;
@@ -157,10 +158,11 @@ fn quantize<D: ModelOps + SolveOps>(
         ..settings.clone()
     };
     let clock = StageClock::start(Stage::Checksums, 1, observer);
-    let provenance = Provenance::of(&used, &input.checkpoint, &data, &|| Ok(stop.check()?))?;
+    let provenance =
+        Provenance::of(&used, &input.checkpoint, &data.calibration, &data.held_out, &|| Ok(stop.check()?))?;
     stages.push(clock.finish(observer));
     let identity = resume::identity(&provenance, &device.name(), device.libraries())?;
-    let calibration = encode::counts(&data, input.config.image_token);
+    let calibration = encode::counts(&data.calibration, input.config.image_token);
     let sizes = Sizes::new(&input.checkpoint, &input.linears, settings.format, &input.solver)?;
 
     let blocks = input.config.decoder.layers;
@@ -176,6 +178,8 @@ fn quantize<D: ModelOps + SolveOps>(
         }
     };
     let Started { mut state, mut writer, mut chunks } = started;
+    let packed = data.packed(settings.chunk_tokens);
+    let (places, held_out) = (check::places(&packed, input.config.image_token), packed.held_out());
     *saved = unfinished(work, state.finished());
     let session = start.session(work, &plan);
     let grown = Checkpoint::open(&work.checkpoint())?;
@@ -189,6 +193,12 @@ fn quantize<D: ModelOps + SolveOps>(
         state.done.quantize(device, &input, session.activations, &stop, index, &mut chunks, &mut writer, observer)?;
         writer.sync()?;
         state.add_checksums(index, &writer, &grown)?;
+        if index + 1 == blocks {
+            observer.stage_advanced(Stage::Blocks, blocks as u64, "comparing the paths");
+            let (from, config) = (&input.checkpoint, &input.config);
+            state.check =
+                check::compare(device, from, config, &mut chunks, (&places, held_out), session.activations, &stop)?;
+        }
         plan.measured(Stage::Blocks, device.peak_bytes());
         state.measured = plan.measurements();
         state.spent = before.and(time, stages.iter().cloned().chain([clock.time()]));
@@ -202,6 +212,8 @@ fn quantize<D: ModelOps + SolveOps>(
     }
     stages.push(clock.finish(observer));
     drop(chunks);
+    // Behind the last save: without --strict the same command writes what is there.
+    state.check.iter().try_for_each(|check| findings::tell_of_model(check, settings.strict))?;
 
     let spent = before.and(time, stages);
     plan.host.measured_bytes = spent.peak_memory_bytes;
@@ -213,6 +225,7 @@ fn quantize<D: ModelOps + SolveOps>(
         calibration,
         layers: state.done.layers,
         blocks: state.done.blocks,
+        check: state.check,
         importance_edges: bin_edges(),
         samples: input.samples,
         stages: spent.stages,

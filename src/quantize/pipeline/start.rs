@@ -3,14 +3,14 @@
 use super::PipelineSettings;
 use super::encode;
 use super::findings;
-use super::input::{Input, pack};
+use super::input::{Data, Input};
 use super::resume::{self, Found, Session, Spent, State, StateBytes};
-use crate::calibration::sequence::Collected;
 use crate::checkpoint::work::WorkFolder;
 use crate::checkpoint::write::Writer;
 use crate::device::{ModelOps, SolveOps};
 use crate::progress::{Stage, StageClock, StageTime, Stop};
 use crate::quantize::block::Chunk;
+use crate::quantize::check::Packed;
 use crate::quantize::plan::{Job, MemoryPlan};
 use crate::quantize::report::RunObserver;
 use anyhow::Result;
@@ -23,7 +23,7 @@ pub(super) struct Start<'a, 'd, D> {
     pub(super) input: &'a Input,
     /// As they take effect.
     pub(super) settings: &'a PipelineSettings,
-    pub(super) data: &'d Collected,
+    pub(super) data: &'d Data,
     pub(super) job: &'a Job<'a>,
     pub(super) stop: &'a Stop,
     pub(super) time: Instant,
@@ -81,11 +81,12 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
         let state = found.state.clone();
         if settings.strict {
             state.done.layers.iter().try_for_each(|layer| findings::tell(layer, &[], true))?;
+            state.check.iter().try_for_each(|check| findings::tell_of_model(check, true))?;
         }
         let writer = resume::reopen(work, input, settings.format, &state, stop)?;
         let packed = match state.finished() < input.config.decoder.layers {
-            true => pack(&data.sequences, settings.chunk_tokens),
-            false => Vec::new(),
+            true => data.packed(settings.chunk_tokens),
+            false => Packed::default(),
         };
         let chunks = self.session(work, plan).restore(found, &packed, stop)?;
         state.measured.iter().for_each(|&(stage, bytes)| plan.measured(stage, bytes));

@@ -6,6 +6,7 @@ use crate::device::{AttentionShape, BLOCK, Work};
 use crate::model::decoder::Projection;
 use crate::model::families::VisionLoad;
 use crate::quantize::block::needs_float_path;
+use crate::quantize::check::HEAD_ROWS;
 use crate::quantize::order::{Span, spans};
 use crate::quantize::settings::{CrossTerm, Grid, Importance, Solver};
 
@@ -62,7 +63,7 @@ impl<'a> Counter<'a> {
 
     /// Bytes of a chunk's residual streams and rotary tables.
     fn streams(&self, chunk: &ChunkSize) -> u64 {
-        let paths = if self.both_paths { 2 } else { 1 };
+        let paths = if self.both_paths || chunk.checked { 2 } else { 1 };
         chunk.tokens as u64 * (self.stored(paths * self.hidden) + F32 * self.job.shape.head_dim as u64)
     }
 
@@ -135,8 +136,10 @@ impl<'a> Counter<'a> {
             steps.push(("importance".to_owned(), self.pass(false, |chunk| self.importance(chunk)).to_vec()));
         }
         for (projection, inputs, _, computed, advances) in sets {
-            let float = self.both_paths && (self.cross || advances);
-            let temporary = |chunk: &ChunkSize| self.accumulation(chunk, inputs, computed, float, advances);
+            let temporary = |chunk: &ChunkSize| {
+                let float = (self.both_paths || chunk.checked) && (self.cross || advances);
+                self.accumulation(chunk, inputs, computed, float, advances)
+            };
             let [held, temporaries] = self.pass(projection == Projection::Down, temporary);
             let (statistics, _) = self.statistics(inputs);
             steps.push((format!("statistics of {}", projection.module()), vec![held, temporaries, statistics]));
@@ -157,9 +160,37 @@ impl<'a> Counter<'a> {
             let entries = vec![self.between_passes(), hessian, factors, state];
             steps.push((format!("solving {module}"), entries));
         }
-        let worst = steps.into_iter().max_by_key(|(_, entries)| entries.iter().map(|e| e.bytes).sum::<u64>());
-        let (step, entries) = worst.unwrap_or_default();
-        (step, [weights].into_iter().chain(entries).collect())
+        let bytes = |(_, entries): &Step| entries.iter().map(|e| e.bytes).sum::<u64>();
+        let (step, entries) = steps.into_iter().max_by_key(bytes).unwrap_or_default();
+        let in_a_block = (step, [weights].into_iter().chain(entries).collect());
+        [in_a_block, self.comparison()].into_iter().max_by_key(bytes).unwrap_or_default()
+    }
+
+    /// [`compare`](crate::quantize::check::compare), behind the last block: what is left of it is in the residual streams.
+    fn comparison(&self) -> Step {
+        let tokens = self.job.check.tokens as u64;
+        let rows = |copies: u64| {
+            let bytes = copies * self.stored(tokens * self.hidden);
+            entry("tokens that are predicted, on both paths", bytes + Self::tables(tokens))
+        };
+        // While a path's rows grow or are normalised, they are there once more.
+        let one = self.job.chunks.iter().map(|chunk| self.streams(chunk)).max().unwrap_or(0);
+        let gathering = vec![self.held(if self.streamed { one } else { self.all_chunks() }), rows(3)];
+        let part = self.head_part();
+        let head = entry("rows of the output head", self.stored(part * self.hidden));
+        let logits = tokens * part * if self.costs.host { 3 * F32 } else { self.costs.element_bytes };
+        let workspace = if tokens > 0 { self.workspace(Work::Linear { inner: self.job.shape.hidden }) } else { 0 };
+        let predicting = vec![self.between_passes(), rows(2), head, entry("their logits", logits + workspace)];
+        let bytes = |entries: &Vec<Entry>| entries.iter().map(|entry| entry.bytes).sum::<u64>();
+        ("comparing the paths".into(), [gathering, predicting].into_iter().max_by_key(bytes).unwrap_or_default())
+    }
+
+    /// Rows of the output head that are looked at together.
+    pub(super) fn head_part(&self) -> u64 {
+        match self.job.check.tokens {
+            0 => 0,
+            _ => self.job.check.vocab.min(HEAD_ROWS) as u64,
+        }
     }
 
     /// H with C, where there is one, and H alone.

@@ -31,13 +31,13 @@ pub struct Process {
 
 impl Process {
     /// This one. 0 is held where the system does not tell.
-    pub fn now(checkpoint: &Checkpoint, sequences: &[Sequence], kept: impl Fn(&str) -> bool) -> Result<Self> {
+    pub fn now(checkpoint: &Checkpoint, sequences: &[&Sequence], kept: impl Fn(&str) -> bool) -> Result<Self> {
         // What reading the data left free would count as held.
         heap::trim();
         let mut process = Self {
             held: held(!sequences.is_empty()),
             peak: status_bytes("VmHWM").unwrap_or(0),
-            data: sequences.iter().map(data_bytes).sum(),
+            data: sequences.iter().map(|sequence| data_bytes(sequence)).sum(),
             ..Self::default()
         };
         for name in checkpoint.names().filter(|name| kept(name)) {
@@ -223,6 +223,12 @@ impl Host<'_> {
             Solver::Gptq | Solver::Gptaq => entry("codes of a layer", 3 * hidden * inner),
         };
         let step = |name: &str, own| (name.to_owned(), self.with(self.after_data(), Stage::Blocks, vec![own]));
-        Self::worst(vec![step("loading a block", loading), step("solving mlp.down_proj", solving)])
+        // Of both paths, as the device has them and in float32.
+        let (tokens, part) = (self.job.check.tokens as u64, self.counter.head_part());
+        let logits = tokens * part * (2 * F32 + self.costs.element_bytes) + self.loading(part * hidden);
+        let comparing = entry("rows of the output head on their way, logits", logits);
+        let steps =
+            [("loading a block", loading), ("solving mlp.down_proj", solving), ("comparing the paths", comparing)];
+        Self::worst(steps.into_iter().map(|(name, own)| step(name, own)).collect())
     }
 }

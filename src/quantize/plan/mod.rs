@@ -120,6 +120,8 @@ pub struct ChunkSize {
     pub reducing: usize,
     /// Products of the numbers of patches of images, or crops, by themselves, summed.
     pub patch_pairs: usize,
+    /// Whether both paths are run for it whatever the method, see [`Packed::is_checked`](super::check::Packed::is_checked).
+    pub checked: bool,
 }
 
 /// What embeds samples. Counts are of values, not of bytes.
@@ -131,6 +133,15 @@ pub struct EmbedderSize {
     pub tower: usize,
     /// Sizes of the tower.
     pub load: VisionLoad,
+}
+
+/// What is asked of the model behind its last block, see [`check`](super::check).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CheckSize {
+    /// Tokens that are predicted; 0 where nothing is asked.
+    pub tokens: usize,
+    /// Size of the vocabulary.
+    pub vocab: usize,
 }
 
 /// What the plan is for.
@@ -148,6 +159,8 @@ pub struct Job<'a> {
     pub deepstack: usize,
     /// `None` where the vision stage is left out.
     pub embedder: Option<EmbedderSize>,
+    /// What follows the last block.
+    pub check: CheckSize,
 }
 
 /// What numbers take on a device.
@@ -282,7 +295,7 @@ fn cheaper(job: &Job<'_>, costs: &Costs<'_>, plan: &MemoryPlan) -> String {
         let mut job = Job { solver: &solver, importance, ..job.clone() };
         if kind == Solver::Rtn {
             // It reads no data.
-            (job.chunks, job.embedder) = (Vec::new(), None);
+            (job.chunks, job.embedder, job.check) = (Vec::new(), None, CheckSize::default());
         }
         let bytes = MemoryPlan::new(&job, costs, None, Activations::Streamed).device_bytes;
         (bytes < plan.device_bytes).then(|| format!("; {name} would take {}", HumanBytes(bytes)))

@@ -129,13 +129,20 @@ fn vision(job: &Job<'_>) -> Load {
     }
 }
 
-/// All decoder blocks. In the first one all tokens weigh alike.
+/// All decoder blocks, in the first of which all tokens weigh alike, and what is asked behind the last.
 pub(crate) fn blocks(job: &Job<'_>) -> Load {
     let blocks = job.shape.blocks;
     match blocks {
         0 => Load::default(),
-        _ => block(job, Importance::None) + block(job, job.importance) * (blocks - 1) as f64,
+        _ => block(job, Importance::None) + block(job, job.importance) * (blocks - 1) as f64 + check(job),
     }
+}
+
+/// Two products by the output head, and exponentials.
+fn check(job: &Job<'_>) -> Load {
+    let (tokens, vocab) = (job.check.tokens as f64, job.check.vocab as f64);
+    let hidden = if tokens > 0.0 { job.shape.hidden as f64 } else { 0.0 };
+    Load { products: 4.0 * tokens * vocab * hidden, values: 8.0 * tokens * vocab + vocab * hidden, ..Load::default() }
 }
 
 /// The passes of [`BlockQuantizer`](crate::quantize::block), the statistics and the solves of one block.
@@ -153,7 +160,9 @@ fn block(job: &Job<'_>, importance: Importance) -> Load {
     let gptaq = if job.solver.solver == Solver::Gptaq { 1.0 } else { 0.0 };
     let weighted = if importance == Importance::Vlmq { 1.0 } else { 0.0 };
     // Paths: the quantized one, and the float one where something looks at it.
-    let paths = if needs_float_path(job.solver, job.importance) { 2.0 } else { 1.0 };
+    let all = needs_float_path(job.solver, job.importance);
+    let float = job.chunks.iter().filter(|chunk| all || chunk.checked).map(|chunk| chunk.tokens as f64);
+    let paths = 1.0 + float.sum::<f64>() / tokens.max(1.0);
 
     // Per token.
     let (projected, output, mlp, down) =

@@ -5,6 +5,7 @@ pub mod importance;
 pub mod samples;
 
 use super::SolveReport;
+use super::check::ModelCheck;
 use super::plan::MemoryPlan;
 use super::plan::system::status_bytes;
 use super::provenance::Provenance;
@@ -76,7 +77,7 @@ pub struct BlockReport {
     /// Wall-clock seconds.
     pub seconds: f64,
     /// How far the quantized path is from the float path behind the block, relative, mean over tokens
-    /// ([`BlockOutcome`](super::block::BlockOutcome)); `None` where there is no float path.
+    /// ([`BlockOutcome`](super::block::BlockOutcome)), where the float path runs; `None` where it runs nowhere.
     pub path_error: Option<f64>,
     /// Importance of the tokens; `None` where all counted alike.
     pub importance: Option<BlockImportance>,
@@ -113,6 +114,9 @@ pub struct RunReport {
     pub layers: Vec<LayerReport>,
     /// Decoder blocks, in order.
     pub blocks: Vec<BlockReport>,
+    /// How likely the finished model holds some calibration tokens; `None` where no sample went through it, as rounding to
+    /// nearest runs none.
+    pub check: Option<ModelCheck>,
     /// Where the bins of the blocks' importance meet.
     pub importance_edges: Vec<f64>,
     /// Calibration samples whose importance some blocks hold token by token.

@@ -49,6 +49,7 @@ fn describe(name: &str, then: Option<&Value>, now: Option<&Value>) -> String {
     if let Some(input) = name.strip_prefix("inputs.") {
         let (what, verb) = match input {
             "calibration" => ("the calibration file".to_owned(), "has"),
+            "held_out" => ("the samples held out".to_owned(), "have"),
             "samples" => ("the samples as the model takes them".to_owned(), "have"),
             file => (format!("{} of the model", file.strip_prefix("model.").unwrap_or(file)), "has"),
         };

@@ -26,6 +26,7 @@ use crate::checkpoint::sealed::{self, Sealed};
 use crate::checkpoint::work::{RUN, WorkFolder, reserve};
 use crate::progress::{Stage, StageTime};
 use crate::quantize::block::needs_float_path;
+use crate::quantize::check::ModelCheck;
 use crate::quantize::plan::{Job, state_bytes};
 use crate::quantize::provenance::Provenance;
 use crate::quantize::report::peak_memory_bytes;
@@ -39,7 +40,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 /// Version of all this.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Image features for later blocks.
 const LEVELS: &str = "levels";
@@ -64,6 +65,8 @@ pub(super) struct State {
     pub(super) measured: Vec<(Stage, Option<u64>)>,
     /// SHA-256 of the finished layers' tensors.
     pub(super) checksums: BTreeMap<String, String>,
+    /// What came of the model as a whole, once all blocks are done.
+    pub(super) check: Option<ModelCheck>,
 }
 
 impl State {
@@ -138,9 +141,11 @@ impl StateBytes {
     pub fn of(job: &Job<'_>, element_bytes: usize) -> Self {
         let tokens = job.chunks.iter().map(|chunk| chunk.tokens as u64).sum::<u64>();
         let image_tokens = job.chunks.iter().map(|chunk| chunk.image_tokens as u64).sum::<u64>();
-        let both = needs_float_path(job.solver, job.importance);
+        let all = needs_float_path(job.solver, job.importance);
+        let float = job.chunks.iter().filter(|chunk| all || chunk.checked);
+        let float_tokens = float.map(|chunk| chunk.tokens as u64).sum::<u64>();
         let (hidden, chunks, levels) = (job.shape.hidden, job.chunks.len() as u64, job.deepstack as u64);
-        let streams = state_bytes(tokens, hidden, element_bytes, both);
+        let streams = state_bytes(tokens + float_tokens, hidden, element_bytes, false);
         let reports = REPORT_BYTES * (job.shape.blocks as u64 + 1);
         Self {
             state: sealed::length(2 * chunks + 1, streams) + reports,

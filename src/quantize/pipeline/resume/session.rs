@@ -1,7 +1,6 @@
 //! Saving and restoring while a run lives.
 
 use super::{Found, LEVELS, REPORTS, State, Unusable, recycle_all_but, spares, state_path};
-use crate::calibration::sequence::Sequence;
 use crate::checkpoint::checksum::{of_range, of_range_until};
 use crate::checkpoint::sealed::{self, Sealed};
 use crate::checkpoint::work::{WorkFolder, sync_folder};
@@ -12,6 +11,7 @@ use crate::model::decoder::DeepStack;
 use crate::model::language_model::{Positions, image_rows};
 use crate::progress::Stop;
 use crate::quantize::block::{Chunk, needs_float_path};
+use crate::quantize::check::Packed;
 use crate::quantize::pipeline::encode::chunk;
 use crate::quantize::pipeline::input::Input;
 use crate::quantize::plan::Activations;
@@ -108,7 +108,7 @@ impl<D: ModelOps> Session<'_, D> {
     pub(in crate::quantize::pipeline) fn restore(
         &self,
         found: Found,
-        packed: &[Vec<&Sequence>],
+        packed: &Packed<'_>,
         stop: &Stop,
     ) -> Result<Vec<Chunk<D::Tensor>>> {
         let (device, config, input) = (self.device, &self.input.config, self.input);
@@ -116,9 +116,9 @@ impl<D: ModelOps> Session<'_, D> {
         let levels = (self.deepstack > 0).then(|| Sealed::open(levels)).transpose().context(Unusable)?;
         let positions = Positions::new(&config.decoder);
         let float = device.element_type();
-        let both = needs_float_path(&input.solver, input.importance);
-        let mut chunks = Vec::with_capacity(packed.len());
-        for (i, sequences) in packed.iter().enumerate() {
+        let all = needs_float_path(&input.solver, input.importance);
+        let mut chunks = Vec::with_capacity(packed.chunks.len());
+        for (i, sequences) in packed.chunks.iter().enumerate() {
             stop.check()?;
             let mut layout = positions.layout(device, sequences)?;
             let rows = image_rows(sequences, config.image_token);
@@ -131,8 +131,9 @@ impl<D: ModelOps> Session<'_, D> {
             }
             let shape = (sequences.iter().map(|s| s.tokens.len()).sum(), config.decoder.hidden);
             let read = |way: Way| device.upload_model(found.file.matrix(&way.name(i), float, shape).context(Unusable)?);
-            let x_float = both.then(|| read(Way::Float)).transpose()?;
+            let x_float = (all || packed.is_checked(i)).then(|| read(Way::Float)).transpose()?;
             let mut chunk = chunk(sequences, config.image_token, layout, read(Way::Quantized)?, x_float);
+            chunk.held_out = packed.is_held_out(i);
             if self.activations == Activations::Streamed {
                 chunk.park(device)?;
             }

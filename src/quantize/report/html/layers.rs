@@ -9,13 +9,17 @@ use std::collections::BTreeMap;
 
 /// What was found, layer by layer.
 pub(super) fn findings(report: &RunReport) -> Option<String> {
-    let rows: Vec<Vec<Cell>> = report
+    let model = report.check.iter().flat_map(|check| &check.findings);
+    let model = model.map(|finding| (Cell::Text("the whole model".into()), finding));
+    let layers = report
         .layers
         .iter()
-        .flat_map(|layer| layer.solve.findings.iter().map(move |finding| (layer, finding)))
-        .map(|(layer, finding)| {
+        .flat_map(|layer| layer.solve.findings.iter().map(move |finding| (Cell::Code(layer.name.clone()), finding)));
+    let rows: Vec<Vec<Cell>> = model
+        .chain(layers)
+        .map(|(what, finding)| {
             vec![
-                Cell::Code(layer.name.clone()),
+                what,
                 Cell::Text(finding.kind.to_string()),
                 Cell::Text(finding.found.clone()),
                 Cell::Text(finding.done.clone()),
@@ -25,7 +29,7 @@ pub(super) fn findings(report: &RunReport) -> Option<String> {
         .collect();
     Some(match rows.is_empty() {
         true => "<p>None: the numbers of all layers are sound.</p>\n".into(),
-        false => table("Findings", &["layer", "kind", "found", "done about it", "against it"], &rows),
+        false => table("Findings", &["of", "kind", "found", "done about it", "against it"], &rows),
     })
 }
 

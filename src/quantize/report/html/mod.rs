@@ -4,6 +4,7 @@
 //! [`RunReport`] alone, so that report.json has every figure of it.
 
 mod charts;
+mod check;
 mod evaluation;
 mod importance;
 mod layers;
@@ -26,6 +27,7 @@ pub(super) fn page(report: &RunReport) -> Result<String> {
     let title = format!("{}: quantization report", report.provenance.base_model());
     let parts: Vec<(&str, &str, String)> = [
         ("findings", "Findings", layers::findings(report)),
+        ("predictions", "Predictions of the finished model", check::section(report)),
         ("layers", "Error and damping by layer", layers::charts(report)?),
         ("resources", "Time and memory", resources::section(report)?),
         ("importance", "Importance of text and vision tokens", importance::section(report)?),
@@ -84,6 +86,10 @@ fn key_figures(report: &RunReport) -> String {
     if let (Some(mean), Some(worst)) = (report.mean_relative_error(), report.worst_layer()) {
         figures.push(("mean-error", "mean relative error", error(mean)));
         figures.push(("worst-error", "worst layer's", error(worst.solve.relative_error)));
+    }
+    if let Some(check) = &report.check {
+        figures.push(("kl", "KL from the float model", format!("{:.4}", check.kl)));
+        figures.push(("kept", "first choices kept", evaluation::percent(check.agreement)));
     }
     if let Some((layer, tokens)) = report.fewest_tokens() {
         figures.push((
