@@ -118,7 +118,8 @@ fn a_scale_that_does_not_fit_is_told() {
     for grid in [Grid::Minmax, Grid::Mse, Grid::Loss] {
         for factor in [None, Some(&prepared.factor)] {
             let rule = GridRule { grid, ..RULE };
-            let group = Group { columns: 0..40, blocks: &[0..40], rule, factor, cross: None, is_span: true };
+            let blocks = std::slice::from_ref(&(0..40));
+            let group = Group { columns: 0..40, blocks, rule, factor, cross: None, is_span: true };
             assert_eq!(group_grid(&state, &group).1, 33, "{grid:?}");
         }
     }

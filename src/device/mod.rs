@@ -13,8 +13,8 @@ mod solve_ops;
 pub use grid::{Grid, GridRule, LOSS_SHRINKS, LOSS_STRETCHES, ScaleMisfit, ScaleType};
 pub use model_ops::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
 pub use solve_ops::{
-    BLOCK, Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, Group, GroupGrid, PermuteSymmetric, ProductRange,
-    SolveOps, SolveState,
+    BLOCK, Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, Group, GroupGrid, PermuteSymmetric,
+    ProductRange, SolveOps, SolveState,
 };
 
 use crate::tensor::Matrix;

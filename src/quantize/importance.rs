@@ -220,7 +220,7 @@ mod tests {
     fn powers_bring_factors_together() {
         let before = uneven(1000);
         let mut chunks = before.clone();
-        assert_eq!(temper(&mut chunks, ImportancePower::default(), [1; 4]), [1.0; 4]);
+        assert_eq!(temper(&mut chunks, ImportancePower::PAPER, [1; 4]), [1.0; 4]);
         assert_eq!(chunks, before);
         assert_eq!(temper(&mut chunks, ImportancePower::Fixed(0.5), [1; 4]), [0.5; 4]);
         let g = |i: usize| chunks[0].projections[3][i];

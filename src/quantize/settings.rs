@@ -38,10 +38,15 @@ pub enum ImportancePower {
     Auto,
 }
 
-impl Default for ImportancePower {
+impl ImportancePower {
     /// The paper's rule: factors as they are.
+    pub const PAPER: Self = Self::Fixed(1.0);
+}
+
+impl Default for ImportancePower {
+    /// What did best on the test bed (benches/testbed/RESULTS.md).
     fn default() -> Self {
-        Self::Fixed(1.0)
+        Self::Fixed(0.5)
     }
 }
 

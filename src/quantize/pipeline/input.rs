@@ -82,7 +82,7 @@ impl Input {
         // Rounding to nearest weighs nothing, and the report should not say so.
         let importance = if solver.solver == Solver::Rtn { Importance::None } else { settings.importance };
         let importance_power = match importance {
-            Importance::None => ImportancePower::default(),
+            Importance::None => ImportancePower::PAPER,
             Importance::Vlmq => settings.importance_power,
         };
         let linears = linear_specs(&config);
