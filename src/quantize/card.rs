@@ -324,8 +324,8 @@ mod tests {
         let text = card("/x/secret/Some-VL", "w3", Format::CompressedTensors, None);
         for fact in [
             "integer codes of 3 bits",
-            "VLMQ (arXiv 2508.03351) on GPTAQ (arXiv 2504.02692), α 0.25, damping 0.01",
-            "| grid | 3 bits, groups of 128, asymmetric, full range; columns most active first inside groups |",
+            "VLMQ (arXiv 2508.03351) with importance to the power 0.5 on GPTAQ (arXiv 2504.02692), α 0.25, damping 0.01",
+            "| grid | 3 bits, groups of 128, asymmetric, range of least loss; columns most active first inside groups |",
             "| calibration | 5 samples of `c_.jsonl` (seed 7), 1 more left out as too long; 320 vision and 80 text tokens; SHA-256 3",
             "| size | 2.00 MiB → 1.00 MiB |",
             "| made by | vlmq 1.2.3, commit unknown |",
