@@ -9,7 +9,7 @@ use vlmq::model::families::VisionLoad;
 use vlmq::progress::Stage;
 use vlmq::quantize::inspect::DecoderShape;
 use vlmq::quantize::plan::{Activations, CheckSize, ChunkSize, Costs, EmbedderSize, Job, MemoryPlan, StagePlan};
-use vlmq::quantize::settings::{Importance, Order, Solver, SolverSettings};
+use vlmq::quantize::settings::{Grid, Importance, Order, Solver, SolverSettings};
 
 const SHAPE: DecoderShape =
     DecoderShape { blocks: 28, hidden: 3584, intermediate: 18944, heads: 28, kv_heads: 4, head_dim: 128 };
@@ -226,10 +226,15 @@ fn the_solvers_settings_count() {
     let usual = state(SolverSettings::default());
     assert_eq!(state(SolverSettings { order: Order::Act, ..SolverSettings::default() }), usual);
     // One group a row: one scale a block, spans as before.
-    assert_eq!(state(SolverSettings { group_size: None, ..SolverSettings::default() }), usual);
+    let minmax = |group_size| SolverSettings { group_size, grid: Grid::Minmax, ..SolverSettings::default() };
+    assert_eq!(state(minmax(None)), usual);
     // A group of two blocks is a span, and is brought up to date once more for its grid.
-    let wide = state(SolverSettings { group_size: Some(256), ..SolverSettings::default() });
-    assert_eq!(wide, 3584 * (18944 + 256 + 256) * 4 + CODES);
+    assert_eq!(state(minmax(Some(256))), 3584 * (18944 + 256 + 256) * 4 + CODES);
+    // Groups wider than a block: a range, a grid and 24 losses a row.
+    for group_size in [None, Some(256)] {
+        let loss = state(SolverSettings { grid: Grid::Loss, ..minmax(group_size) });
+        assert_eq!(loss, state(minmax(group_size)) + 3584 * 28 * 4);
+    }
     // Small groups bring more scales.
     let small = state(SolverSettings { group_size: Some(32), ..SolverSettings::default() });
     assert_eq!(small, usual + 3584 * 3 * 148 * 5);

@@ -122,6 +122,14 @@ impl VisionLoad {
         };
         (patch + 2 * width).max(5 * width).max(mlp).max((width + projected).max(2 * projected))
     }
+
+    /// Most values of a patch that are there while a product gets its bias: the stream, the norm's result, and what comes of
+    /// it; the projector's.
+    pub fn per_biased_patch(&self) -> usize {
+        let Self { width, inner, projected, .. } = *self;
+        let mlp = 2 * width + if self.gated { 2 * inner } else { inner };
+        mlp.max(5 * width).max((width + projected).max(2 * projected))
+    }
 }
 
 /// What a checkpoint's config.json and tensor names say, before any weight is read.

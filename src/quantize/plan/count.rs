@@ -288,8 +288,8 @@ impl<'a> Counter<'a> {
         self.workspace(Work::Bias { rows, outputs: outputs as usize })
     }
 
-    /// Of the tower's attention and of its widest product.
-    fn tower_workspace(&self, chunk: &ChunkSize, load: &VisionLoad) -> u64 {
+    /// What the tower holds of a chunk at once, with the work space of attention or of the widest product, or a bias on its way.
+    fn tower(&self, chunk: &ChunkSize, load: &VisionLoad) -> u64 {
         let head_dim = load.rotary.max(1);
         let heads = load.width / head_dim;
         let shape = AttentionShape { heads, kv_heads: heads, head_dim, causal: false };
@@ -297,7 +297,9 @@ impl<'a> Counter<'a> {
         let attention = Work::Attention { tokens: chunk.patches, longest, shape };
         let outputs = load.inner.max(load.width).max(load.projected) as u64;
         let product = self.workspace(Work::Linear { inner: load.inner.max(4 * load.width) });
-        self.workspace(attention).max(product).max(self.bias(chunk.patches, outputs))
+        let held = |values: usize| self.stored((chunk.patches * values) as u64);
+        let computing = held(load.per_patch()) + self.workspace(attention).max(product);
+        computing.max(held(load.per_biased_patch()) + self.bias(chunk.patches, outputs))
     }
 
     /// Embedding table and tower throughout; chunk by chunk the tower's activations, then the features and their stream.
@@ -309,11 +311,10 @@ impl<'a> Counter<'a> {
             let load = &embedder.load;
             let features = self.features(chunk, 1 + self.job.deepstack);
             let rotary = F32 * patches * load.rotary as u64;
-            let encoding = self.stored(patches * load.per_patch() as u64) + rotary + Self::tables(patches);
-            let workspace = self.tower_workspace(chunk, load);
+            let encoding = self.tower(chunk, load) + rotary + Self::tables(patches);
             // Tiles that are reduced: beside the crops of them, and once more behind the tower, with its last output.
             let rows = |rows: usize| self.stored((rows * load.projected) as u64);
-            let encoding = rows(chunk.joined) + encoding + workspace;
+            let encoding = rows(chunk.joined) + encoding;
             let encoding = features + encoding.max(rows(chunk.reducing + chunk.patches));
             let features = features + Self::tables(tokens);
             let own = self.chunk(chunk);
