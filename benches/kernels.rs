@@ -19,7 +19,7 @@ use vlmq::device::{
     Activation, AttentionShape, BLOCK, Device, ModelOps, PermuteSymmetric, ProductRange, QuantizedWeight, Rotary,
     SolveOps, Span,
 };
-use vlmq::quantize::settings::{Solver, SolverSettings};
+use vlmq::quantize::settings::{Grid, Solver, SolverSettings};
 use vlmq::quantize::solve::{enqueue, prepare, solve};
 use vlmq::quantize::statistics::Statistics;
 use vlmq::tensor::Matrix;
@@ -165,7 +165,8 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
         self.line(&wanted[1], 3.0 * t * d * d, t * d * 4.0 + d * d * 12.0, || {
             statistics.accumulate(device, &u, Some(&f), Some(&g))
         })?;
-        let settings = SolverSettings::default();
+        // As measured before there was a search for the least loss.
+        let settings = SolverSettings { grid: Grid::Minmax, ..SolverSettings::default() };
         self.line(&wanted[2], 2.0 * d.powi(3) / 3.0, d * d * 16.0, || {
             prepare(device, &statistics, &settings).map(drop)
         })?;

@@ -34,7 +34,8 @@ fn benches(c: &mut Criterion) {
     let mut statistics = Statistics::new(&Cpu, FEATURES, true).unwrap();
     statistics.accumulate(&Cpu, &u, Some(&f), None).unwrap();
 
-    let settings = SolverSettings::default();
+    // The grid of the loop that it is compared with.
+    let settings = SolverSettings { grid: Grid::Minmax, ..SolverSettings::default() };
     group.bench_function("gptaq_w3g128_4096", |b| {
         b.iter(|| {
             let prepared = prepare(&Cpu, &statistics, &settings).unwrap();

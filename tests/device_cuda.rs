@@ -469,6 +469,7 @@ fn a_narrow_layer_gets_the_same_codes() {
         SolverSettings { grid: Grid::Mse, solver: Solver::Gptq, ..base.clone() },
         // Groups of more than a block, the second of them behind columns that have their codes.
         SolverSettings { group_size: Some(160), ..base.clone() },
+        SolverSettings { group_size: Some(160), grid: Grid::Minmax, ..base.clone() },
         base,
     ] {
         same_codes(&cuda, &w, [&u, &f], &g, &settings);
