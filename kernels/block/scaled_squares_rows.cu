@@ -1,4 +1,5 @@
-// What a token weighs in the statistics: its row's squares, each channel in its own unit, a block a row.
+// What a token weighs in the statistics: its row's squares, each channel in its own unit, a block a
+// row.
 
 #include "block/vectors.cuh"
 #include "device/reduce.cuh"

@@ -258,7 +258,9 @@ struct RowWeights {
   __device__ float operator()(int i) const { return row[i]; }
 };
 
-/// Round to nearest: a warp a row, groups of any width.
+/// Round to nearest: a warp a row, groups of any width. kLoss: groups take the grid of least
+/// squares.
+template <bool kLoss>
 __global__ void __launch_bounds__(kThreads) round_block_kernel(vlmq_quantize_block_args args) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const long long row =
@@ -277,8 +279,8 @@ __global__ void __launch_bounds__(kThreads) round_block_kernel(vlmq_quantize_blo
       grid = {args.scales[row], static_cast<float>(args.zeros[row])};
     } else {
       const RowWeights weights{residual + index * group};
-      grid = args.rule.grid == VLMQ_LOSS ? grid_of_least_squares<32>(weights, group, args.rule)
-                                         : grid_of_group<32>(weights, group, args.rule);
+      grid = kLoss ? grid_of_least_squares<32>(weights, group, args.rule)
+                   : grid_of_group<32>(weights, group, args.rule);
       __syncwarp();  // all lanes have read what each now changes
       if (lane == 0) {
         args.scales[row * groups + index] = grid.scale;
@@ -370,7 +372,9 @@ VLMQ_CALL(vlmq_quantize_block, args, stream) {
   if (args->rows == 0 || args->columns == 0) return VLMQ_OK;
   if (!args->root) {
     const dim3 grid(static_cast<unsigned>(ceil_div(args->rows, kThreads / 32)));
-    return VLMQ_LAUNCH(round_block_kernel, grid, kThreads, 0, stream, *args);
+    return args->rule.grid == VLMQ_LOSS
+               ? VLMQ_LAUNCH(round_block_kernel<true>, grid, kThreads, 0, stream, *args)
+               : VLMQ_LAUNCH(round_block_kernel<false>, grid, kThreads, 0, stream, *args);
   }
   if (!args->products) return launch_by_grid<Cross::kNone>(*args, stream);
   return args->shift ? launch_by_grid<Cross::kShift>(*args, stream)
