@@ -25,7 +25,7 @@ pub enum Grid {
 }
 
 /// Candidates of [`Grid::Loss`] that shrink the range.
-pub const LOSS_SHRINKS: u32 = 16;
+pub const LOSS_SHRINKS: usize = 16;
 
 /// Factors of the scale, of candidates of [`Grid::Loss`] that move the zero.
 pub const LOSS_STRETCHES: [f32; 4] = [0.875, 1.0, 1.125, 1.25];
@@ -126,7 +126,7 @@ impl GridRule {
     }
 
     /// Share of the range that candidate `k` of [`Grid::Loss`] keeps.
-    pub fn loss_shrink(k: u32) -> f32 {
+    pub fn loss_shrink(k: usize) -> f32 {
         1.0 - 3.0 * k as f32 / 64.0
     }
 

@@ -2,7 +2,7 @@
 //! [`importance`](crate::quantize::importance), allocation by allocation.
 
 use super::{Activations, ChunkSize, Costs, EmbedderSize, Entry, Job};
-use crate::device::{AttentionShape, BLOCK, Work};
+use crate::device::{AttentionShape, BLOCK, LOSS_SHRINKS, LOSS_STRETCHES, Work};
 use crate::model::decoder::Projection;
 use crate::model::families::VisionLoad;
 use crate::quantize::block::needs_float_path;
@@ -231,8 +231,9 @@ impl<'a> Counter<'a> {
         let whole = 1 + u64::from(self.cross) + u64::from(shift);
         let of_span = first * (1 + u64::from(self.cross)) + narrower;
         // A group wider than a block is brought up to date once more, for its grid, where it is a span; the search for the
-        // least loss keeps a range, a grid and 24 losses a row.
-        let search = if solver.grid == Grid::Loss { 2 + 2 + 24 } else { 0 };
+        // least loss keeps a range, a grid and its candidates' losses a row.
+        let losses = (LOSS_SHRINKS + 2 * LOSS_STRETCHES.len()) as u64;
+        let search = if solver.grid == Grid::Loss { 2 + 2 + losses } else { 0 };
         let grid = match group > BLOCK {
             true if (group as u64) < inputs => first + search,
             true => search,

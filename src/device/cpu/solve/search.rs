@@ -11,9 +11,6 @@ use std::ops::Range;
 /// them. Any number gives the same bits.
 const PANEL: usize = 8;
 
-/// Candidates that are solved with side by side: a column waits for the one before it, and others' fill the time.
-const TOGETHER: usize = 4;
-
 /// What the loss of a group's solve is made of.
 pub(super) struct LossTerms<'a> {
     pub(super) factor: &'a Factor<Matrix>,
@@ -50,113 +47,115 @@ pub(super) fn least_loss<S: Simd>(
     let (lo, hi) = range;
     // Errors in units of the range: squares of tiny weights would underflow.
     let unit: Lane = array::from_fn(|l| 1.0 / hi[l].max(-lo[l]).max(f32::MIN_POSITIVE));
-    let mut columns: [Vec<Column>; TOGETHER] = array::from_fn(|_| vec![Column([0.0; LANES]); now.len()]);
+    let mut columns = vec![Column([0.0; LANES]); now.len()];
     let mut best = lanes::candidate(lo, hi, 1.0, rule);
     // Weights that the storage type cannot hold are an error, not clipped until it can.
     let mut least: Lane = array::from_fn(|l| if best.scale[l].is_finite() { f32::INFINITY } else { f32::NEG_INFINITY });
-    let mut attempt = |grids: &[LaneGrid; TOGETHER], best: &mut LaneGrid| {
-        for columns in &mut columns {
-            columns.iter_mut().zip(now).for_each(|(column, now)| column.0 = *now);
+    let mut from = best;
+    let shifts = if rule.symmetric { 0 } else { 2 * LOSS_STRETCHES.len() };
+    for k in 0..LOSS_SHRINKS + shifts {
+        if k == LOSS_SHRINKS {
+            from = best;
         }
-        let losses = losses(simd, &mut columns, grids, &unit, rule.largest_code(), terms);
-        for (loss, grid) in losses.iter().zip(grids) {
-            for l in 0..LANES {
-                if loss[l] < least[l] {
-                    least[l] = loss[l];
-                    best.scale[l] = grid.scale[l];
-                    best.zero[l] = grid.zero[l];
-                }
+        let grid = candidate(k, range, &from, rule);
+        for (column, now) in columns.iter_mut().zip(now) {
+            column.0 = *now;
+        }
+        let loss = loss(simd, &mut columns, &grid, &unit, rule.largest_code(), terms);
+        for l in 0..LANES {
+            if loss[l] < least[l] {
+                least[l] = loss[l];
+                best.scale[l] = grid.scale[l];
+                best.zero[l] = grid.zero[l];
             }
-        }
-    };
-    for k in (0..LOSS_SHRINKS).step_by(TOGETHER) {
-        let grids = array::from_fn(|c| lanes::candidate(lo, hi, GridRule::loss_shrink(k + c as u32), rule));
-        attempt(&grids, &mut best);
-    }
-    if !rule.symmetric {
-        let from = best;
-        for stretches in LOSS_STRETCHES.chunks(TOGETHER / 2) {
-            let grids = array::from_fn(|c| {
-                let (stretch, step) = (stretches[c / 2], if c % 2 == 0 { -1.0 } else { 1.0 });
-                let mut grid = from;
-                for l in 0..LANES {
-                    (grid.scale[l], grid.zero[l]) = rule.shifted((from.scale[l], from.zero[l]), stretch, step);
-                }
-                grid
-            });
-            attempt(&grids, &mut best);
         }
     }
     best
 }
 
-/// The losses of some grids a row. `columns` are the weights, once for each, and spoiled.
+/// Candidate `k`; from [`LOSS_SHRINKS`] on, `from` is the best of those before.
 #[inline(always)]
-fn losses<S: Simd>(
+fn candidate(k: usize, (lo, hi): (&Lane, &Lane), from: &LaneGrid, rule: &GridRule) -> LaneGrid {
+    let Some(shift) = k.checked_sub(LOSS_SHRINKS) else {
+        return lanes::candidate(lo, hi, GridRule::loss_shrink(k), rule);
+    };
+    let (stretch, step) = (LOSS_STRETCHES[shift / 2], if shift % 2 == 0 { -1.0 } else { 1.0 });
+    let mut grid = *from;
+    for l in 0..LANES {
+        (grid.scale[l], grid.zero[l]) = rule.shifted((from.scale[l], from.zero[l]), stretch, step);
+    }
+    grid
+}
+
+/// The loss of one grid a row. `columns` are the weights, and spoiled.
+///
+/// Nothing here is a closure: one that the compiler does not inline has none of the vectors that its caller was compiled for.
+#[inline(always)]
+fn loss<S: Simd>(
     simd: S,
-    columns: &mut [Vec<Column>; TOGETHER],
-    grids: &[LaneGrid; TOGETHER],
+    columns: &mut [Column],
+    grid: &LaneGrid,
     unit: &Lane,
     largest: f32,
     terms: Option<&LossTerms<'_>>,
-) -> [Lane; TOGETHER] {
+) -> Lane {
     // A quotient a weight and candidate would cost more than all else.
-    let inverses: [Lane; TOGETHER] = array::from_fn(|c| array::from_fn(|l| 1.0 / grids[c].scale[l]));
-    let mut totals = [[0.0f32; LANES]; TOGETHER];
-    let mut settle = |c: usize, column: &Lane, weight: f32| -> Lane {
-        let (grid, inverse, total) = (&grids[c], &inverses[c], &mut totals[c]);
-        let mut error = [0.0; LANES];
-        for l in 0..LANES {
-            let level = lanes::level(column[l] * inverse[l], grid.zero[l], largest);
-            error[l] = column[l] - grid.scale[l] * level;
-            let e = error[l] * unit[l];
-            total[l] += e * e * weight;
-        }
-        error
-    };
+    let inverse: Lane = array::from_fn(|l| 1.0 / grid.scale[l]);
+    let mut total = [0.0f32; LANES];
     let Some(terms) = terms else {
-        for (c, columns) in columns.iter().enumerate() {
-            columns.iter().for_each(|column| {
-                settle(c, &column.0, 1.0);
-            });
+        for column in columns.iter() {
+            settle(&column.0, grid, &inverse, unit, largest, 1.0, &mut total);
         }
-        return totals;
+        return total;
     };
     let diagonal = terms.factor.diagonal.data();
     let mut start = 0;
     for part in terms.parts {
-        let stop = start + part.columns.len();
-        for first in (start..stop).step_by(PANEL) {
-            let end = (first + PANEL).min(stop);
-            let mut errors = [[Column([0.0; LANES]); PANEL]; TOGETHER];
-            let mut settled = errors;
+        let width = part.columns.len();
+        let columns = &mut columns[start..start + width];
+        start += width;
+        for first in (0..width).step_by(PANEL) {
+            let end = (first + PANEL).min(width);
+            let (mut errors, mut settled) = ([Column([0.0; LANES]); PANEL], [Column([0.0; LANES]); PANEL]);
             for i in first..end {
-                let (k, own, d) = (i - first, i - start, diagonal[part.columns.start + i - start]);
-                let inverse = [&part.row(&terms.factor.inverses, own)[own + 1..end - start]];
-                let product = terms.cross.map(|cross| [&part.row(&cross.blocks, own)[own + 1..end - start]]);
-                for c in 0..TOGETHER {
-                    settled[c][k] = columns[c][i];
-                    errors[c][k].0 = settle(c, &columns[c][i].0, d * d);
-                    // What is not carried on as a panel has no column behind it.
-                    let later = &mut columns[c][i + 1..end];
-                    carry(simd, later, &[errors[c][k]], &[settled[c][k]], &inverse, product.as_ref());
-                }
+                let (k, d) = (i - first, diagonal[part.columns.start + i]);
+                settled[k] = columns[i];
+                errors[k].0 = settle(&columns[i].0, grid, &inverse, unit, largest, d * d, &mut total);
+                // What is not carried on as a panel has no column behind it.
+                let inverses = [&part.row(&terms.factor.inverses, i)[i + 1..end]];
+                let products = terms.cross.map(|cross| [&part.row(&cross.blocks, i)[i + 1..end]]);
+                carry(simd, &mut columns[i + 1..end], &[errors[k]], &[settled[k]], &inverses, products.as_ref());
             }
             if end == first + PANEL {
-                let behind = end - start;
-                let row = |blocks, k| &part.row(blocks, first - start + k)[behind..];
-                let inverses: [&[f32]; PANEL] = array::from_fn(|k| row(&terms.factor.inverses, k));
+                let inverses: [&[f32]; PANEL] = array::from_fn(|k| &part.row(&terms.factor.inverses, first + k)[end..]);
                 let products: Option<[&[f32]; PANEL]> =
-                    terms.cross.map(|cross| array::from_fn(|k| row(&cross.blocks, k)));
-                for c in 0..TOGETHER {
-                    let later = &mut columns[c][end..stop];
-                    carry(simd, later, &errors[c], &settled[c], &inverses, products.as_ref());
-                }
+                    terms.cross.map(|cross| array::from_fn(|k| &part.row(&cross.blocks, first + k)[end..]));
+                carry(simd, &mut columns[end..], &errors, &settled, &inverses, products.as_ref());
             }
         }
-        start = stop;
     }
-    totals
+    total
+}
+
+/// The errors of a column on the grid; their weighted squares are added to `total`.
+#[inline(always)]
+fn settle(
+    column: &Lane,
+    grid: &LaneGrid,
+    inverse: &Lane,
+    unit: &Lane,
+    largest: f32,
+    weight: f32,
+    total: &mut Lane,
+) -> Lane {
+    let mut error = [0.0; LANES];
+    for l in 0..LANES {
+        let level = lanes::level(column[l] * inverse[l], grid.zero[l], largest);
+        error[l] = column[l] - grid.scale[l] * level;
+        let e = error[l] * unit[l];
+        total[l] += e * e * weight;
+    }
+    error
 }
 
 /// Brings `later` columns up to date with `N` that have their codes, whose rows of the triangles begin with those columns.
@@ -169,24 +168,16 @@ fn carry<S: Simd, const N: usize>(
     inverses: &[&[f32]; N],
     products: Option<&[&[f32]; N]>,
 ) {
-    for v in 0..S::as_simd_f32s(&errors[0].0).0.len() {
-        let error: [S::f32s; N] = array::from_fn(|k| S::as_simd_f32s(&errors[k].0).0[v]);
-        let Some(products) = products else {
-            for (j, column) in later.iter_mut().enumerate() {
-                let value = &mut S::as_mut_simd_f32s(&mut column.0).0[v];
-                for k in 0..N {
-                    *value = simd.sub_f32s(*value, simd.mul_f32s(error[k], simd.splat_f32s(inverses[k][j])));
-                }
-            }
-            continue;
-        };
-        let weight: [S::f32s; N] = array::from_fn(|k| S::as_simd_f32s(&settled[k].0).0[v]);
-        for (j, column) in later.iter_mut().enumerate() {
-            let value = &mut S::as_mut_simd_f32s(&mut column.0).0[v];
+    for (j, column) in later.iter_mut().enumerate() {
+        for (v, value) in S::as_mut_simd_f32s(&mut column.0).0.iter_mut().enumerate() {
             let mut sum = *value;
             for k in 0..N {
-                sum = simd.sub_f32s(sum, simd.mul_f32s(error[k], simd.splat_f32s(inverses[k][j])));
-                sum = simd.add_f32s(sum, simd.mul_f32s(weight[k], simd.splat_f32s(products[k][j])));
+                let error = S::as_simd_f32s(&errors[k].0).0[v];
+                sum = simd.sub_f32s(sum, simd.mul_f32s(error, simd.splat_f32s(inverses[k][j])));
+                if let Some(products) = products {
+                    let weight = S::as_simd_f32s(&settled[k].0).0[v];
+                    sum = simd.add_f32s(sum, simd.mul_f32s(weight, simd.splat_f32s(products[k][j])));
+                }
             }
             *value = sum;
         }
