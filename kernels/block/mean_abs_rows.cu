@@ -1,27 +1,14 @@
-// Importance of tokens: the mean magnitude of a row, a block a row.
+// Importance of tokens: the mean magnitude of a row.
 
-#include "block/vectors.cuh"
-#include "device/reduce.cuh"
+#include "block/row_sums.cuh"
 
 namespace vlmq {
 namespace {
 
-template <int W, class T>
-__global__ void __launch_bounds__(256)
-    mean_abs_rows_kernel(const T* x, float* means, int64_t rows, int64_t cols) {
-  float* scratch = reinterpret_cast<float*>(dynamic_shared());
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    float sum = 0.0f;
-    for (int64_t col = int64_t{threadIdx.x} * W; col < cols; col += int64_t{blockDim.x} * W) {
-      float values[W];
-      load<W>(x + row * cols + col, values);
-#pragma unroll
-      for (int i = 0; i < W; ++i) sum += fabsf(values[i]);
-    }
-    sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) means[row] = sum / static_cast<float>(cols);
-  }
-}
+struct Magnitude {
+  __device__ float operator()(float value, int64_t) const { return fabsf(value); }
+  __device__ float finish(float sum, int64_t cols) const { return sum / static_cast<float>(cols); }
+};
 
 }  // namespace
 }  // namespace vlmq
@@ -32,14 +19,5 @@ VLMQ_CALL(vlmq_mean_abs_rows, args, stream) {
     return VLMQ_BAD_ARGUMENT;
   if (args->rows == 0 || args->cols == 0) return VLMQ_OK;
   if (args->x == nullptr || args->means == nullptr) return VLMQ_BAD_ARGUMENT;
-  return with_dtype(args->dtype, [&](auto tag) {
-    using T = decltype(tag);
-    const bool wide = args->cols % kWide == 0 && is_aligned(args->x, 16);
-    const auto run = [&](auto* kernel, int width) {
-      return VLMQ_LAUNCH(kernel, blocks_of(args->rows, 1), threads_of_row(args->cols / width),
-                         32 * sizeof(float), stream, static_cast<const T*>(args->x), args->means,
-                         args->rows, args->cols);
-    };
-    return wide ? run(mean_abs_rows_kernel<kWide, T>, kWide) : run(mean_abs_rows_kernel<1, T>, 1);
-  });
+  return row_sums(args->x, args->dtype, Magnitude{}, args->means, args->rows, args->cols, stream);
 }

@@ -45,21 +45,25 @@ def to_storage(s, kind):
     return bits.astype(np.uint32).view(np.float32).astype(np.float64)
 
 
+def on_range(lo, hi, empty, p, case):
+    """Scale and zero of each row's range, shrunk to the share p."""
+    top, mid = 2 ** case["bits"] - 1, 2 ** (case["bits"] - 1)
+    r = 2 * np.maximum(p * hi, -p * lo) if case["symmetric"] else p * hi - p * lo
+    s = np.where(empty, 1.0, to_storage(r / top, case["scale_type"]))
+    z = np.full(len(lo), float(mid))
+    if not case["symmetric"]:
+        z = np.where(empty, mid, np.clip(np.round(-p * lo / s), case["smallest_zero"], top))
+    return s, z
+
+
 def candidates(lo, hi, empty, case, best):
     """Scales and zeros [rows] that the loss is found of; those that move the zero start from `best`, told when they come."""
-    top, mid = 2 ** case["bits"] - 1, 2 ** (case["bits"] - 1)
     for k in range(16):
-        p = 1 - 3 * k / 64
-        r = 2 * np.maximum(p * hi, -p * lo) if case["symmetric"] else p * hi - p * lo
-        s = np.where(empty, 1.0, to_storage(r / top, case["scale_type"]))
-        z = np.full(len(lo), float(mid))
-        if not case["symmetric"]:
-            z = np.where(empty, mid, np.clip(np.round(-p * lo / s), case["smallest_zero"], top))
-        yield s, z
+        yield on_range(lo, hi, empty, 1 - 3 * k / 64, case)
     if not case["symmetric"]:
         s, z = best()
         for stretch, step in itertools.product([0.875, 1.0, 1.125, 1.25], [-1, 1]):
-            yield to_storage(s * stretch, case["scale_type"]), np.clip(z + step, case["smallest_zero"], top)
+            yield to_storage(s * stretch, case["scale_type"]), np.clip(z + step, case["smallest_zero"], 2 ** case["bits"] - 1)
 
 
 def loss_of(w, s, z, upper, p, case):
@@ -90,17 +94,12 @@ def grid_of_least_loss(w, upper, p, case):
 
 def grid(w, case):
     """Scale and zero of each row of w [rows, group], by the weights alone."""
-    top, mid = 2 ** case["bits"] - 1, 2 ** (case["bits"] - 1)
+    top = 2 ** case["bits"] - 1
     lo, hi = np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
     empty = (lo == 0) & (hi == 0)
     best, out = np.full(len(w), np.inf), None
     for k in range(80 if case["grid"] == "mse" else 1):
-        p = 1 - k / 100
-        r = 2 * np.maximum(p * hi, -p * lo) if case["symmetric"] else p * hi - p * lo
-        s = np.where(empty, 1.0, to_storage(r / top, case["scale_type"]))
-        z = np.full(len(w), float(mid))
-        if not case["symmetric"]:
-            z = np.where(empty, mid, np.clip(np.round(-p * lo / s), case["smallest_zero"], top))
+        s, z = on_range(lo, hi, empty, 1 - k / 100, case)
         q = s[:, None] * (np.clip(np.round(w / s[:, None]) + z[:, None], 0, top) - z[:, None])
         loss = (np.abs(w - q) ** 2.4).sum(1)
         if out is None:

@@ -1,8 +1,8 @@
 //! Findings of a layer, or of the model, on their way into the log, or the end of a strict run.
 
-use crate::quantize::FindingKind;
 use crate::quantize::check::ModelCheck;
 use crate::quantize::report::LayerReport;
+use crate::quantize::{Finding, FindingKind};
 use anyhow::{Result, bail};
 
 /// Logs what was found of `layer`; in a strict run it is an error, before the layer is written.
@@ -13,12 +13,7 @@ pub(super) fn tell(layer: &LayerReport, earlier: &[LayerReport], strict: bool) -
     for finding in &layer.solve.findings {
         let (name, kind) = (&layer.name, finding.kind);
         if strict {
-            bail!(
-                "{name}: {}, and --strict is given; {}, or go on without --strict: {}",
-                finding.found,
-                kind.remedy(),
-                finding.done
-            );
+            bail!("{name}: {}", ends(finding));
         }
         let told = |other: &LayerReport| {
             other.cols == layer.cols && other.solve.findings.iter().any(|finding| finding.kind == kind)
@@ -32,16 +27,17 @@ pub(super) fn tell(layer: &LayerReport, earlier: &[LayerReport], strict: bool) -
     Ok(())
 }
 
+/// What ends a strict run, in words.
+fn ends(finding: &Finding) -> String {
+    let Finding { kind, found, done } = finding;
+    format!("{found}, and --strict is given; {}, or go on without --strict: {done}", kind.remedy())
+}
+
 /// The same of the model as a whole.
 pub(super) fn tell_of_model(check: &ModelCheck, strict: bool) -> Result<()> {
     for finding in &check.findings {
         if strict {
-            bail!(
-                "{}, and --strict is given; {}, or go on without --strict: {}",
-                finding.found,
-                finding.kind.remedy(),
-                finding.done
-            );
+            bail!("{}", ends(finding));
         }
         log::warn!("{finding}; {}", finding.kind.remedy());
     }
@@ -51,7 +47,6 @@ pub(super) fn tell_of_model(check: &ModelCheck, strict: bool) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quantize::Finding;
 
     #[test]
     fn strict_runs_end_with_a_destroyed_model() {
