@@ -1,7 +1,7 @@
 //! Tables of methods: KL, agreement and likelihood of every method at every width, over several calibration draws.
 //!
 //! ```sh
-//! cargo run --release --example methods_table                        # the README's table, on the small checkpoints
+//! cargo run --release --example methods_table                        # the small checkpoints, as a quick check
 //! cargo run --release --example methods_table -- choices             # variations of the defaults on one of them
 //! cargo run --release --example methods_table -- testbed BED --help  # a real small language model, see benches/testbed
 //! ```

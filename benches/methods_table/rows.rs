@@ -2,7 +2,11 @@
 
 use anyhow::{Context, Error, Result, bail, ensure};
 use serde_json::{Map, Value, json};
+use std::path::PathBuf;
 use std::str::FromStr;
+use vlmq::checkpoint::formats::Format;
+use vlmq::model::families::ImageOptions;
+use vlmq::quantize::pipeline::{CHUNK_TOKENS, PipelineSettings};
 use vlmq::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
 
 /// One row's way to quantize.
@@ -13,6 +17,39 @@ pub(crate) struct Row {
     pub(crate) solver: SolverSettings,
     pub(crate) importance: Importance,
     pub(crate) importance_power: ImportancePower,
+}
+
+impl Row {
+    /// A run its way, of `samples` out of `calib`.
+    pub(crate) fn run(
+        &self,
+        model: PathBuf,
+        calib: PathBuf,
+        out: PathBuf,
+        samples: usize,
+        seed: u64,
+    ) -> PipelineSettings {
+        PipelineSettings {
+            model,
+            calib: Some(calib),
+            image_root: None,
+            out,
+            format: Format::CompressedTensors,
+            solver: self.solver.clone(),
+            importance: self.importance,
+            importance_power: self.importance_power,
+            samples,
+            seed,
+            max_tokens: 2048,
+            chunk_tokens: CHUNK_TOKENS,
+            image_options: ImageOptions::default(),
+            chat_template: Default::default(),
+            strict: false,
+            restart: false,
+            // A run is too short to be gone on with.
+            save_every: u64::MAX,
+        }
+    }
 }
 
 /// Methods by their names on the command line and in the table.
@@ -44,7 +81,7 @@ pub(crate) fn rows(methods: &[String], variations: &[String], all: &[String]) ->
     };
     let mut rows = methods.iter().map(|name| method(name)).collect::<Result<Vec<_>>>()?;
     for changes in variations {
-        rows.push(Row { name: changes.clone(), ..changed(&method(DEFAULT)?, changes)? });
+        rows.push(Row { name: changes.clone(), ..changed(&default()?, changes)? });
     }
     for row in &mut rows {
         for changes in all {
@@ -55,6 +92,11 @@ pub(crate) fn rows(methods: &[String], variations: &[String], all: &[String]) ->
         ensure!(rows[..i].iter().all(|other| other.name != row.name), "the row `{}` is asked for twice", row.name);
     }
     Ok(rows)
+}
+
+/// The default method.
+pub(crate) fn default() -> Result<Row> {
+    method(DEFAULT)
 }
 
 fn method(name: &str) -> Result<Row> {

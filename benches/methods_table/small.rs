@@ -3,14 +3,13 @@
 //! Mean over the draws ± half the distance between the best and the worst. Round-to-nearest looks at no data, so it has no spread.
 //! All evaluation questions are asked; divergence is from the float checkpoint.
 
+use super::rows::{self, Row};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
-use vlmq::checkpoint::formats::Format;
 use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::{self, Evaluation, EvaluationSettings};
-use vlmq::model::families::ImageOptions;
-use vlmq::quantize::pipeline::{self, CHUNK_TOKENS, PipelineSettings};
-use vlmq::quantize::settings::{CrossTerm, Grid, Importance, ImportancePower, Order, Solver, SolverSettings};
+use vlmq::quantize::pipeline;
+use vlmq::quantize::settings::{CrossTerm, Grid, Order, Solver, SolverSettings};
 use vlmq::tensor::Matrix;
 
 pub(crate) const CHECKPOINTS: [&str; 2] = ["tiny-qwen2-vl", "tiny-qwen2-vl-narrow"];
@@ -21,22 +20,17 @@ const SAMPLES: usize = 128;
 type Change = fn(&mut SolverSettings);
 
 pub(crate) fn methods(checkpoints: &[&str]) -> Result<()> {
-    let methods: [(&str, Solver, Importance); 5] = [
-        ("round to nearest", Solver::Rtn, Importance::None),
-        ("GPTQ", Solver::Gptq, Importance::None),
-        ("GPTAQ", Solver::Gptaq, Importance::None),
-        ("VLMQ on GPTQ", Solver::Gptq, Importance::Vlmq),
-        ("VLMQ on GPTAQ", Solver::Gptaq, Importance::Vlmq),
-    ];
+    let methods = rows::rows(&[], &[], &[])?;
     header();
     for &checkpoint in checkpoints {
         let reference = evaluate::answer_logits(&Cpu, &evaluation(data(checkpoint)))?;
         let float = evaluate::run(&Cpu, &evaluation(data(checkpoint)), &mut ())?;
         row(checkpoint, "float", "", &[float]);
         for bits in [4, 3, 2] {
-            for (name, solver, importance) in methods {
-                let settings = SolverSettings { solver, bits, ..SolverSettings::default() };
-                row(checkpoint, &format!("W{bits} g128"), name, &runs(checkpoint, &reference, &settings, importance)?);
+            for method in &methods {
+                let solver = SolverSettings { bits, ..method.solver.clone() };
+                let found = runs(checkpoint, &reference, &Row { solver, ..method.clone() })?;
+                row(checkpoint, &format!("W{bits} g128"), &method.name, &found);
             }
         }
     }
@@ -58,54 +52,28 @@ pub(crate) fn choices() -> Result<()> {
     header();
     // The checkpoint that low bits hurt.
     let checkpoint = CHECKPOINTS[1];
+    let default = rows::default()?;
     let reference = evaluate::answer_logits(&Cpu, &evaluation(data(checkpoint)))?;
     for bits in [3, 2] {
         for (name, change) in choices {
-            let mut settings = SolverSettings { bits, ..SolverSettings::default() };
-            change(&mut settings);
-            row(
-                checkpoint,
-                &format!("W{bits} g128"),
-                name,
-                &runs(checkpoint, &reference, &settings, Importance::Vlmq)?,
-            );
+            let mut changed = default.clone();
+            changed.solver.bits = bits;
+            change(&mut changed.solver);
+            row(checkpoint, &format!("W{bits} g128"), name, &runs(checkpoint, &reference, &changed)?);
         }
     }
     Ok(())
 }
 
 /// Quantizes and evaluates once for every seed.
-fn runs(
-    checkpoint: &str,
-    reference: &[Matrix],
-    solver: &SolverSettings,
-    importance: Importance,
-) -> Result<Vec<Evaluation>> {
-    let seeds = if solver.solver == Solver::Rtn { &SEEDS[..1] } else { &SEEDS };
+fn runs(checkpoint: &str, reference: &[Matrix], row: &Row) -> Result<Vec<Evaluation>> {
+    let seeds = if row.solver.solver == Solver::Rtn { &SEEDS[..1] } else { &SEEDS };
     let work = tempfile::tempdir()?;
     seeds
         .iter()
         .map(|&seed| {
             let out = work.path().join(format!("seed-{seed}"));
-            let settings = PipelineSettings {
-                model: data(checkpoint),
-                calib: Some(data("vqa/calib.jsonl")),
-                image_root: None,
-                out: out.clone(),
-                format: Format::CompressedTensors,
-                solver: solver.clone(),
-                importance,
-                importance_power: ImportancePower::default(),
-                samples: SAMPLES,
-                seed,
-                max_tokens: 2048,
-                chunk_tokens: CHUNK_TOKENS,
-                image_options: ImageOptions::default(),
-                chat_template: Default::default(),
-                strict: false,
-                restart: false,
-                save_every: 0,
-            };
+            let settings = row.run(data(checkpoint), data("vqa/calib.jsonl"), out.clone(), SAMPLES, seed);
             pipeline::run(&Cpu, &settings, &mut ())?;
             evaluate::run_against(&Cpu, &evaluation(out), reference, &mut ())
         })

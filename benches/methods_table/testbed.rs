@@ -4,22 +4,24 @@
 //! all tokens of the right answer before it given: nothing is decoded. All rows see the same calibration draws, so that each is
 //! compared with the first row draw by draw: draws differ by more than methods do.
 
-use super::record::{Record, Run, figures};
+use super::record::{Figures, Record, Run, figures};
 use super::rows::{self, Row};
 use super::summary::{Entry, table};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
 use serde_json::{Map, Value, json};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use vlmq::checkpoint::Checkpoint;
 use vlmq::checkpoint::checksum;
-use vlmq::checkpoint::formats::Format;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{Cuda, Precision};
 use vlmq::device::{ModelOps, SolveOps};
 use vlmq::evaluate::{self, EvaluationSettings};
-use vlmq::model::families::{self, ImageOptions};
+use vlmq::model::families;
 use vlmq::quantize::pipeline::{self, CHUNK_TOKENS, PipelineSettings};
 use vlmq::quantize::provenance::COMMIT;
 use vlmq::quantize::settings::{Solver, SolverSettings};
@@ -65,6 +67,13 @@ pub(crate) struct Arguments {
     /// Where to compute.
     #[arg(long, value_enum, default_value = "cpu")]
     device: Where,
+    /// Runs at once. On a GPU each has a stream of its own, and one leaves most of it idle; on a CPU they share the cores.
+    #[arg(long, default_value = "1")]
+    jobs: NonZeroUsize,
+    /// Tokens that are added to the statistics at once: other sizes cut the float32 sums elsewhere, which shows how far rounding
+    /// alone moves the figures.
+    #[arg(long, default_value_t = CHUNK_TOKENS)]
+    chunk_tokens: usize,
     /// Raw results, one line a run, added to what the file has. Runs of the same program, bed and settings that it has already are
     /// taken from there.
     #[arg(long)]
@@ -94,34 +103,48 @@ impl Set {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     match arguments.device {
-        Where::Cpu => Table::new(&Cpu, &Cpu, arguments)?.print(),
+        Where::Cpu => Table::new(&|| Ok(Devices { quantizing: Cpu, evaluating: Cpu }), arguments)?.print(),
         Where::Cuda => {
             // Models are quantized in their own precision, as users do. What they then say is compared in float32: a bfloat16 pass
             // rounds by as much as 4 bits change.
-            let exact = Cuda::open(0, Precision::F32)?;
-            let model = Checkpoint::open(&arguments.bed.join("model"))?;
-            let own = exact.with_precision(families::float_type(&model)?.into());
-            Table::new(&own, &exact, arguments)?.print()
+            let precision = families::float_type(&Checkpoint::open(&arguments.bed.join("model"))?)?.into();
+            let open = || {
+                let evaluating = Cuda::open(0, Precision::F32)?;
+                Ok(Devices { quantizing: evaluating.with_precision(precision), evaluating })
+            };
+            Table::new(&open, arguments)?.print()
         }
     }
 }
 
+/// Where models are quantized, and where they are evaluated.
+struct Devices<D> {
+    quantizing: D,
+    evaluating: D,
+}
+
 struct Table<'a, D> {
-    /// Where models are quantized, and where they are evaluated.
-    devices: [&'a D; 2],
+    /// Of the job that asks.
+    open: &'a (dyn Fn() -> Result<Devices<D>> + Sync),
     arguments: &'a Arguments,
     rows: Vec<Row>,
     group_size: Option<usize>,
-    record: Record,
+    record: Mutex<Record>,
     /// What every run has in common of what decides its figures.
     common: Map<String, Value>,
-    /// The float model's logits, once a run needs them.
-    reference: Option<Vec<Matrix>>,
+}
+
+/// A run that the table needs.
+struct Job<'a> {
+    key: Map<String, Value>,
+    row: &'a Row,
+    bits: u32,
+    seed: u64,
 }
 
 impl<'a, D: ModelOps + SolveOps> Table<'a, D> {
     /// Refuses what can be refused before anything is computed.
-    fn new(quantizing: &'a D, evaluating: &'a D, arguments: &'a Arguments) -> Result<Self> {
+    fn new(open: &'a (dyn Fn() -> Result<Devices<D>> + Sync), arguments: &'a Arguments) -> Result<Self> {
         ensure!(arguments.draws > 0, "a table of no draws");
         let rows = rows::rows(&arguments.methods, &arguments.vary, &arguments.all)?;
         let group_size = match arguments.group_size.as_str() {
@@ -143,34 +166,28 @@ impl<'a, D: ModelOps + SolveOps> Table<'a, D> {
         let common = json!({
             "program": format!("{}+{COMMIT}", env!("CARGO_PKG_VERSION")),
             "bed": bed,
-            "device": quantizing.name(),
+            "device": open()?.quantizing.name(),
             "set": arguments.set.name(),
             "limit": arguments.limit,
+            "chunk_tokens": arguments.chunk_tokens,
         });
         let Value::Object(common) = common else { bail!("a key is an object") };
-        let record = Record::open(arguments.json.as_deref())?;
-        Ok(Self { devices: [quantizing, evaluating], arguments, rows, group_size, record, common, reference: None })
+        let record = Mutex::new(Record::open(arguments.json.as_deref())?);
+        Ok(Self { open, arguments, rows, group_size, record, common })
     }
 
     /// Runs what is not yet found, and prints it all.
-    fn print(mut self) -> Result<()> {
-        let float = self.float()?;
-        for bits in self.arguments.bits.clone() {
-            // Draw by draw, so that what an interrupted table has can be compared.
-            for seed in self.seeds() {
-                for row in self.rows.clone() {
-                    self.quantized(&row, bits, seed)?;
-                }
-            }
-        }
+    fn print(self) -> Result<()> {
+        let float = self.run_all()?;
         let Arguments { draws, samples, set, group_size, bits, .. } = self.arguments;
-        let nll = |(name, found): (&String, &super::record::Figures)| {
+        let nll = |(name, found): (&String, &Figures)| {
             let nll = found.nll.map_or("–".into(), |nll| format!("{nll:.4}"));
             format!("{name} {nll} ({} questions, {} tokens)", found.n, found.tokens)
         };
         let nll: Vec<String> = float.groups.iter().map(nll).collect();
         println!("The float model's negative log-likelihood per token: {}.", nll.join(", "));
         for &bits in bits {
+            let record = self.record();
             println!(
                 "\nW{bits} g{group_size}, {}; draws of {samples} samples: {draws}; mean ± standard error\n",
                 set.name()
@@ -180,7 +197,7 @@ impl<'a, D: ModelOps + SolveOps> Table<'a, D> {
                 self.seeds().take(draws).map(|seed| self.key(row, bits, seed)).collect()
             };
             let entry = |row: &'_ Row| -> Result<Vec<&Run>> {
-                keys(row).iter().map(|key| self.record.find(key).context("a run is missing")).collect()
+                keys(row).iter().map(|key| record.find(key).context("a run is missing")).collect()
             };
             let runs: Vec<Vec<&Run>> = self.rows.iter().map(entry).collect::<Result<_>>()?;
             let entries = self.rows.iter().zip(runs).map(|(row, runs)| Entry { name: &row.name, runs });
@@ -193,15 +210,15 @@ impl<'a, D: ModelOps + SolveOps> Table<'a, D> {
         self.arguments.first_draw..self.arguments.first_draw.saturating_add(self.arguments.draws)
     }
 
-    fn solver(&self, row: &Row, bits: u32) -> SolverSettings {
-        SolverSettings { bits, group_size: self.group_size, ..row.solver.clone() }
+    /// The row at a width, and at the table's group size.
+    fn whole(&self, row: &Row, bits: u32) -> Row {
+        Row { solver: SolverSettings { bits, group_size: self.group_size, ..row.solver.clone() }, ..row.clone() }
     }
 
     /// All that decides a run's figures. Round-to-nearest looks at no data: one run serves all draws.
     fn key(&self, row: &Row, bits: u32, seed: u64) -> Map<String, Value> {
         let mut key = self.common.clone();
-        let whole = Row { solver: self.solver(row, bits), ..row.clone() };
-        key.insert("settings".into(), Value::Object(rows::settings(&whole)));
+        key.insert("settings".into(), Value::Object(rows::settings(&self.whole(row, bits))));
         if row.solver.solver != Solver::Rtn {
             key.insert("samples".into(), self.arguments.samples.into());
             key.insert("seed".into(), seed.into());
@@ -209,51 +226,86 @@ impl<'a, D: ModelOps + SolveOps> Table<'a, D> {
         key
     }
 
-    /// The float model on the questions.
-    fn float(&mut self) -> Result<Run> {
-        let mut key = self.common.clone();
-        key.insert("settings".into(), "float".into());
-        if let Some(found) = self.record.find(&key) {
-            return Ok(found.clone());
-        }
-        let start = Instant::now();
-        let groups = self.evaluate(&self.arguments.bed.join("model"))?;
-        let seconds = [0.0, start.elapsed().as_secs_f64()];
-        self.add(Run { key, row: "float".into(), groups, path_error: None, findings: 0, seconds }, "float")
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn quantized(&mut self, row: &Row, bits: u32, seed: u64) -> Result<()> {
-        let key = self.key(row, bits, seed);
-        if self.record.find(&key).is_some() {
-            return Ok(());
+    /// The jobs that are not yet done, draw by draw, so that what an interrupted table has can be compared.
+    fn jobs(&self) -> Vec<Job<'_>> {
+        let (mut jobs, record) = (Vec::<Job>::new(), self.record());
+        for &bits in &self.arguments.bits {
+            for seed in self.seeds() {
+                for row in &self.rows {
+                    let key = self.key(row, bits, seed);
+                    if record.find(&key).is_none() && jobs.iter().all(|job| job.key != key) {
+                        jobs.push(Job { key, row, bits, seed });
+                    }
+                }
+            }
         }
+        jobs
+    }
+
+    /// Does all jobs, so many at once as asked for; the float model's run comes back. The first error ends the table: no
+    /// further job is begun.
+    fn run_all(&self) -> Result<Run> {
+        let mut key = self.common.clone();
+        key.insert("settings".into(), "float".into());
+        let found = self.record().find(&key).cloned();
+        let jobs = self.jobs();
+        if let (Some(float), true) = (&found, jobs.is_empty()) {
+            return Ok(float.clone());
+        }
+        let device = (self.open)()?.evaluating;
+        let start = Instant::now();
+        let model = self.arguments.bed.join("model");
+        let reference = evaluate::answer_logits(&device, &self.evaluation(model.clone()))?;
+        let bytes: usize = reference.iter().map(|rows| size_of_val(rows.data())).sum();
+        eprintln!("the float model's logits take {} MiB", bytes >> 20);
+        let float = match found {
+            Some(float) => float,
+            None => {
+                let groups = self.evaluate(&device, model, &reference)?;
+                let seconds = [0.0, start.elapsed().as_secs_f64()];
+                self.add(Run { key, row: "float".into(), groups, path_error: None, findings: 0, seconds }, "float")?
+            }
+        };
+        drop(device);
+        let queue = Mutex::new(jobs.into_iter());
+        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let work = || -> Result<()> {
+            let devices = (self.open)()?;
+            while let Some(job) = next() {
+                if let Err(error) = self.quantized(&devices, &job, &reference) {
+                    while next().is_some() {}
+                    return Err(error);
+                }
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..self.arguments.jobs.get()).map(|_| scope.spawn(work)).collect();
+            let ended = workers.into_iter().map(|worker| worker.join().unwrap_or_else(|_| bail!("a job panicked")));
+            // All of them, whatever the first says.
+            ended.collect::<Vec<_>>().into_iter().collect::<Result<()>>()
+        })?;
+        Ok(float)
+    }
+
+    fn quantized(&self, devices: &Devices<D>, job: &Job, reference: &[Matrix]) -> Result<()> {
+        let Job { row, bits, seed, .. } = *job;
         let work = tempfile::tempdir()?;
+        let (bed, out) = (&self.arguments.bed, work.path().join("quantized"));
         let settings = PipelineSettings {
-            model: self.arguments.bed.join("model"),
-            calib: Some(self.arguments.bed.join(CALIB)),
-            image_root: None,
-            out: work.path().join("quantized"),
-            format: Format::CompressedTensors,
-            solver: self.solver(row, bits),
-            importance: row.importance,
-            importance_power: row.importance_power,
-            samples: self.arguments.samples,
-            seed,
-            max_tokens: 2048,
-            chunk_tokens: CHUNK_TOKENS,
-            image_options: ImageOptions::default(),
-            chat_template: Default::default(),
-            strict: false,
-            restart: false,
-            // A run is too short to be gone on with.
-            save_every: u64::MAX,
+            chunk_tokens: self.arguments.chunk_tokens,
+            ..self.whole(row, bits).run(bed.join("model"), bed.join(CALIB), out, self.arguments.samples, seed)
         };
         let start = Instant::now();
-        let report = pipeline::run(self.devices[0], &settings, &mut ())?;
+        let report = pipeline::run(&devices.quantizing, &settings, &mut ())?;
         let quantizing = start.elapsed().as_secs_f64();
-        let groups = self.evaluate(&settings.out)?;
+        let groups = self.evaluate(&devices.evaluating, settings.out, reference)?;
         let run = Run {
-            key,
+            key: job.key.clone(),
             row: row.name.clone(),
             groups,
             path_error: report.blocks.last().and_then(|block| block.path_error),
@@ -263,38 +315,22 @@ impl<'a, D: ModelOps + SolveOps> Table<'a, D> {
         self.add(run, &format!("W{bits}, draw {seed}")).map(drop)
     }
 
-    fn add(&mut self, run: Run, what: &str) -> Result<Run> {
-        let kl = |(name, found): (&String, &super::record::Figures)| {
-            found.kl.map_or(String::new(), |kl| format!(" {name} {kl:.4}"))
-        };
+    fn add(&self, run: Run, what: &str) -> Result<Run> {
+        let kl = |(name, found): (&String, &Figures)| found.kl.map_or(String::new(), |kl| format!(" {name} {kl:.4}"));
         let kl: String = run.groups.iter().map(kl).collect();
         let [quantizing, evaluating] = run.seconds;
         eprintln!("{what}, {}: KL{kl}; {quantizing:.0} and {evaluating:.0} s", run.row);
-        self.record.add(run.clone())?;
+        self.record().add(run.clone())?;
         Ok(run)
     }
 
-    fn evaluate(&mut self, model: &Path) -> Result<std::collections::BTreeMap<String, super::record::Figures>> {
+    fn evaluation(&self, model: PathBuf) -> EvaluationSettings {
         let data = self.arguments.bed.join(questions(self.arguments));
-        let settings = EvaluationSettings {
-            limit: self.arguments.limit,
-            decode: false,
-            ..EvaluationSettings::new(model.to_owned(), data)
-        };
-        let reference = match self.reference.take() {
-            Some(reference) => reference,
-            None => {
-                let model = self.arguments.bed.join("model");
-                let float = EvaluationSettings { model, ..settings.clone() };
-                let logits = evaluate::answer_logits(self.devices[1], &float)?;
-                let bytes: usize = logits.iter().map(|rows| size_of_val(rows.data())).sum();
-                eprintln!("the float model's logits take {} MiB", bytes >> 20);
-                logits
-            }
-        };
-        let found = evaluate::run_against(self.devices[1], &settings, &reference, &mut ());
-        self.reference = Some(reference);
-        Ok(figures(&found?))
+        EvaluationSettings { limit: self.arguments.limit, decode: false, ..EvaluationSettings::new(model, data) }
+    }
+
+    fn evaluate(&self, device: &D, model: PathBuf, reference: &[Matrix]) -> Result<BTreeMap<String, Figures>> {
+        Ok(figures(&evaluate::run_against(device, &self.evaluation(model), reference, &mut ())?))
     }
 }
 
