@@ -134,7 +134,7 @@ part_a() {
   section tests 10 45
   section probe 20 100
   section ncu 20 75
-  section blocks-2 25 75
+  section blocks-2 40 90
   planted
   section memcheck 20 120
 }
@@ -266,27 +266,29 @@ section_ncu() {
   ls -l "$report"
 }
 
-# model BLOCKS SAMPLES: a checkpoint of a 7B model's width with random weights, quantized, the GPU's memory watched.
+# model BLOCKS SAMPLES [OPTION...]: a checkpoint of a 7B model's width with random weights, quantized, the GPU's memory watched. Its
+# report and what was watched are kept where the options are the program's own.
 model() {
-  local blocks=$1 samples=$2 wide=$scratch/wide-$1 sizes=(--hidden 3584 --intermediate 18944 --heads 28 --kv-heads 4) pixels=(470 520)
+  local blocks=$1 samples=$2 wide=$scratch/wide-$1 kept=$out sizes=(--hidden 3584 --intermediate 18944 --heads 28 --kv-heads 4) pixels=(470 520)
   if [[ -n ${GPU_REHEARSAL:-} ]]; then
     sizes=(--hidden 128 --intermediate 256 --heads 8 --kv-heads 2)
     blocks=2 samples=2 pixels=(4 9)
   fi
+  (($# == 2)) || kept=$scratch
   "$scratch/wide_checkpoint" "$wide" "${sizes[@]}" --blocks "$blocks" --small $MODEL
   cat $CALIB $QUESTIONS > "$scratch/samples.txt"
   head -n "$samples" "$scratch/samples.txt" > "$scratch/samples.jsonl"
-  nvidia-smi --query-gpu=timestamp,memory.used,utilization.gpu,clocks.sm,power.draw --format=csv,nounits -lms 200 > "$out/gpu.csv" &
+  nvidia-smi --query-gpu=timestamp,memory.used,utilization.gpu,clocks.sm,power.draw --format=csv,nounits -lms 200 > "$kept/gpu.csv" &
   local watch=$! code=0
   # The small images, enlarged to 470 tokens or a few more.
   "$scratch/vlmq-run" quantize "$wide" --calib "$scratch/samples.jsonl" --image-root "$(dirname $CALIB)" --samples "$samples" \
     --min-pixels $((pixels[0] * 28 * 28)) --max-pixels $((pixels[1] * 28 * 28)) --save-every 120 --max-gpu-memory 24GiB \
-    --device cuda --log-level info --out "$wide-w3" || code=$?
+    --device cuda --log-level info --out "$wide-w3" "${@:3}" || code=$?
   kill $watch 2> /dev/null || true
   ((code == 0)) || return $code
-  sed "s|$scratch|SCRATCH|g" "$wide-w3/report.json" > "$out/report.json"
-  rm -rf "$wide"
-  python3 - "$out/report.json" "$out/gpu.csv" << 'PYTHON'
+  sed "s|$scratch|SCRATCH|g" "$wide-w3/report.json" > "$kept/report.json"
+  rm -rf "$wide" "$wide-w3"
+  python3 - "$kept/report.json" "$kept/gpu.csv" << 'PYTHON'
 import csv, json, sys
 report = json.load(open(sys.argv[1]))
 counts = report["calibration"]
@@ -301,7 +303,10 @@ print(
 PYTHON
 }
 
+# Without the search for the least loss first, for what it takes.
 section_blocks-2() {
+  model 2 128 --grid minmax
+  echo "above with --grid minmax, below with the search:"
   model 2 128
 }
 
