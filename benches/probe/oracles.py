@@ -1,5 +1,7 @@
 """What the calls must compute, in float64, from the documentation of vlmq.h and the published method: none of our code."""
 
+import typing
+
 import torch
 
 F64 = torch.float64
@@ -116,22 +118,90 @@ def loss_of(w, scale, zero, bits):
     return (w - q).abs().pow(2.4).sum(-1, keepdim=True)
 
 
-def grid_of(w, rule, dtype):
-    """Scale and zero [rows, 1] of a group [rows, columns], and the loss of the range search."""
+class Terms(typing.NamedTuple):
+    """What the loss of a group's solve is made of: the factor on the group's columns."""
+
+    root: torch.Tensor  # [columns, columns]
+    cross: torch.Tensor | None  # M [columns, columns], or None: GPTQ
+    diagonal: torch.Tensor  # [columns] of R
+
+
+def terms_of(root, m, diagonal, group, ends):
+    """Of a group, a slice of columns in a layer whose blocks end at `ends`: from block to block nothing is carried."""
+    columns = torch.arange(group.start, group.stop, device=root.device)
+    block = torch.bucketize(columns, torch.tensor(ends, device=root.device), right=True)
+    same = block.unsqueeze(1) == block.unsqueeze(0)
+    return Terms(root[group, group] * same, None if m is None else m[group, group] * same, diagonal[group])
+
+
+def solve_loss(w, scale, zero, bits, terms):
+    """sum (e_j R_jj)^2 of groups [..., columns] that are solved on grids [..., 1]; without terms sum (w - q)^2.
+
+    No error is carried on here: what a column is before it is rounded follows from the residuals and the columns before it, in the
+    factor's coordinates, x = w + (W - W_hat) (root - I) + x M."""
+    if terms is None:
+        return (w - scale * (codes_of(w, scale, zero, bits) - zero)).square().sum(-1, keepdim=True)
+    w = w.expand(*scale.shape[:-1], w.shape[-1])
+    before, residual = torch.zeros_like(w), torch.zeros_like(w)
+    loss, scale, zero = 0, scale[..., 0], zero[..., 0]
+    for j in range(w.shape[-1]):
+        x = w[..., j] + residual[..., :j] @ terms.root[:j, j]
+        if terms.cross is not None:
+            x = x + before[..., :j] @ terms.cross[:j, j]
+        rounded = scale * (codes_of(x, scale, zero, bits) - zero)
+        before[..., j], residual[..., j] = x, w[..., j] - rounded
+        loss = loss + ((x - rounded) * terms.diagonal[j]).square()
+    return loss.unsqueeze(-1)
+
+
+def least_of(candidates, best=None):
+    """The (scale, zero, loss) of least loss, the first of equals; `best` stands before all of them."""
+    for candidate in candidates:
+        if best is None:
+            best = candidate
+        else:
+            better = candidate[2] < best[2]
+            best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best))
+    return best
+
+
+def grid_of_least_loss(w, low, high, rule, dtype, terms):
+    """VLMQ_LOSS, as grid_of: the ranges first, then what the best of them becomes with another zero."""
+
+    def solved(grids):
+        """All side by side, in a dimension before the others."""
+        scales, zeros = (torch.stack(of) for of in zip(*grids))
+        return zip(scales, zeros, solve_loss(w, scales, zeros, rule["bits"], terms))
+
+    # The ends of a shrunken range are float32, too.
+    low, high = low.float(), high.float()
+    shrinks = [1 - 3 * k / 64 for k in range(16)]
+    best = least_of(solved([grid_of_range((low * p).to(F64), (high * p).to(F64), rule, dtype) for p in shrinks]))
+    if rule["symmetric"]:
+        return best
+    scale, zero, _ = best
+    moved = [
+        (rounded_scale(scale * stretch, dtype), (zero + step).clamp(rule["smallest_zero"], 2 ** rule["bits"] - 1))
+        for stretch in (7 / 8, 1, 9 / 8, 5 / 4)
+        for step in (-1, 1)
+    ]
+    return least_of(solved(moved), best)
+
+
+def grid_of(w, rule, dtype, terms=None):
+    """Scale and zero [rows, 1] of a group [rows, columns], and the loss of the search; `terms`: what VLMQ_LOSS solves it with."""
     low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
     if rule["grid"] == "VLMQ_MINMAX":
         return (*grid_of_range(low, high, rule, dtype), None)
-    best = None
-    for k in range(80):
-        shrink = 1 - k / 100
-        scale, zero = grid_of_range(low * shrink, high * shrink, rule, dtype)
-        loss = loss_of(w, scale, zero, rule["bits"])
-        if best is None:
-            best = [scale, zero, loss]
-        else:
-            better = loss < best[2]
-            best = [torch.where(better, new, old) for new, old in zip((scale, zero, loss), best)]
-    return tuple(best)
+    if rule["grid"] == "VLMQ_LOSS":
+        return grid_of_least_loss(w, low, high, rule, dtype, terms)
+
+    def shrunken():
+        for k in range(80):
+            scale, zero = grid_of_range(low * (1 - k / 100), high * (1 - k / 100), rule, dtype)
+            yield scale, zero, loss_of(w, scale, zero, rule["bits"])
+
+    return least_of(shrunken())
 
 
 def column_loop(w, h, c, alpha, rule, dtype, group, block, quantized_cross=False):
@@ -143,11 +213,16 @@ def column_loop(w, h, c, alpha, rule, dtype, group, block, quantized_cross=False
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     p = None if c is None else alpha * (c @ upper.T).triu(1) @ upper
     original = w.clone()
+    # The same factor as R: H^-1 = U^T U with U = R^-1.
+    r = inverse_of_upper(upper)
+    diagonal, ends = r.diagonal(), list(range(block, n + block, block))
+    root, m = r / diagonal, None if c is None else alpha * (c @ upper.T).triu(1) / diagonal
     codes, scales, zeros = torch.zeros_like(w), [], []
     q = torch.zeros_like(w)
     for i in range(n):
         if i % group == 0:
-            scale, zero, _ = grid_of(w[:, i : i + group], rule, dtype)
+            terms = terms_of(root, m, diagonal, slice(i, min(i + group, n)), ends)
+            scale, zero, _ = grid_of(w[:, i : i + group], rule, dtype, terms)
             scales.append(scale)
             zeros.append(zero)
         column = w[:, i].clone()

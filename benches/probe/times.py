@@ -173,14 +173,14 @@ def inverse(probe, n):
 
 
 def solve(probe, rows, n):
-    """A whole layer from the factor on, GPTQ and GPTAQ, both grids: W3 in groups of 128."""
+    """A whole layer from the factor on, GPTQ and GPTAQ, all grids: W3 in groups of 128."""
     h, c = well_conditioned(probe, n), probe.noise(n, n, seed=5) * 0.05
     weight, order = probe.noise(rows, n, seed=6, dtype=BF16), torch.arange(n, dtype=torch.int32, device=probe.device)
     for gptaq in (True, False):
         system = Factored(probe, n, 128, gptaq)
         system.permuted(h, c if gptaq else None, order, h.diagonal().contiguous())
         system.run()
-        for grid in ("VLMQ_MINMAX", "VLMQ_MSE"):
+        for grid in ("VLMQ_MINMAX", "VLMQ_LOSS", "VLMQ_MSE"):
             layer = Layer(probe, system, rows, 128, RULE | {"grid": grid})
             flop = rows * n * n * (GPTAQ_TERMS if gptaq else 1)
             moved = rows * n * (2 + 4 + 4 + 1) + 4 * n * n * (GPTAQ_TERMS if gptaq else 1) // 2
@@ -544,8 +544,8 @@ def items(probe):
         (f"weighted_hessian H+C {tokens[0]}x{narrow}", lambda p: statistics(p, tokens[0], narrow, True), 0.7),
         (f"factor and cross_factor {narrow}", lambda p: factors(p, narrow), 1.5),
         (f"factor and cross_factor {wide}", lambda p: factors(p, wide), 3),
-        (f"solve {probe.pick(18944, 40)}x{narrow}", lambda p: solve(p, p.pick(18944, 40), narrow), 4),
-        (f"solve {narrow}x{wide}", lambda p: solve(p, narrow, wide), 6),
+        (f"solve {probe.pick(18944, 40)}x{narrow}", lambda p: solve(p, p.pick(18944, 40), narrow), 5),
+        (f"solve {narrow}x{wide}", lambda p: solve(p, narrow, wide), 8),
         (f"weighted_hessian H {tokens[2]}x{narrow}", lambda p: statistics(p, tokens[2], narrow, False), 1),
         (f"weighted_hessian H {tokens[2]}x{wide}", lambda p: statistics(p, tokens[2], wide, False), 3),
         (f"weighted_hessian H+C {tokens[1]}x{wide}", lambda p: statistics(p, tokens[1], wide, True), 1.5),
