@@ -119,7 +119,9 @@ def environment(probe, args, when):
             try:
                 command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "-i", "0"]
                 asked = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-                fields |= dict(zip(query.split(","), (value.strip() for value in asked.stdout.split(","))))
+                # A line has a name of its own.
+                keys = ["gpu" if key == "name" else key for key in query.split(",")]
+                fields |= dict(zip(keys, (value.strip() for value in asked.stdout.split(","))))
             except Exception as error:
                 fields["nvidia-smi"] = f"{type(error).__name__}: {error}"
         of = torch.cuda.get_device_properties(0)
