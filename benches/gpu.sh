@@ -266,8 +266,8 @@ section_ncu() {
   ls -l "$report"
 }
 
-# model BLOCKS SAMPLES [OPTION...]: a checkpoint of a 7B model's width with random weights, quantized, the GPU's memory watched. Its
-# report and what was watched are kept where the options are the program's own.
+# model BLOCKS SAMPLES [OPTION...]: a checkpoint of a 7B model's width with random weights, made unless it is there, quantized, the
+# GPU's memory watched. Its report and what was watched are kept where the options are the program's own.
 model() {
   local blocks=$1 samples=$2 wide=$scratch/wide-$1 kept=$out sizes=(--hidden 3584 --intermediate 18944 --heads 28 --kv-heads 4) pixels=(470 520)
   if [[ -n ${GPU_REHEARSAL:-} ]]; then
@@ -275,7 +275,7 @@ model() {
     blocks=2 samples=2 pixels=(4 9)
   fi
   (($# == 2)) || kept=$scratch
-  "$scratch/wide_checkpoint" "$wide" "${sizes[@]}" --blocks "$blocks" --small $MODEL
+  [[ -d $wide ]] || "$scratch/wide_checkpoint" "$wide" "${sizes[@]}" --blocks "$blocks" --small $MODEL
   cat $CALIB $QUESTIONS > "$scratch/samples.txt"
   head -n "$samples" "$scratch/samples.txt" > "$scratch/samples.jsonl"
   nvidia-smi --query-gpu=timestamp,memory.used,utilization.gpu,clocks.sm,power.draw --format=csv,nounits -lms 200 > "$kept/gpu.csv" &
@@ -287,7 +287,7 @@ model() {
   kill $watch 2> /dev/null || true
   ((code == 0)) || return $code
   sed "s|$scratch|SCRATCH|g" "$wide-w3/report.json" > "$kept/report.json"
-  rm -rf "$wide" "$wide-w3"
+  rm -rf "$wide-w3"
   python3 - "$kept/report.json" "$kept/gpu.csv" << 'PYTHON'
 import csv, json, sys
 report = json.load(open(sys.argv[1]))
@@ -308,10 +308,12 @@ section_blocks-2() {
   model 2 128 --grid minmax
   echo "above with --grid minmax, below with the search:"
   model 2 128
+  rm -rf "$scratch/wide-2"
 }
 
 section_blocks-28() {
   model 28 512
+  rm -rf "$scratch/wide-28"
 }
 
 # The small checkpoint from its images on: what the GPU writes is as good as what the CPU writes. Two draws are a look, no proof.

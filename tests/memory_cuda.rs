@@ -10,8 +10,6 @@ use support::devices::{self, on_gpu, whole};
 use support::kernels::{Variant, build};
 use support::program::{names_in, stderr, text};
 use support::{data, golden, message};
-use vlmq::calibration::template::TemplateChoice;
-use vlmq::checkpoint::formats::Format;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{Cuda, Precision};
 use vlmq::device::{Device, ModelOps, SolveOps};
@@ -20,7 +18,7 @@ use vlmq::progress::{Observer, Stage};
 use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::plan::{Activations, MemoryPlan};
 use vlmq::quantize::report::{RunObserver, RunReport};
-use vlmq::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
+use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
 use vlmq::tensor::Matrix;
 
 fn device() -> Cuda {
@@ -183,23 +181,11 @@ fn the_cpu_parks_nothing() {
 /// A few samples in several chunks. Twice as wide as anything else in it, the MLP makes the solve the worst step.
 fn settings(out: &Path, solver: SolverSettings, importance: Importance) -> PipelineSettings {
     PipelineSettings {
-        model: data("tiny-qwen2-vl-narrow"),
-        calib: Some(data("vqa/calib.jsonl")),
-        out: out.to_owned(),
-        format: Format::CompressedTensors,
         solver,
         importance,
-        importance_power: ImportancePower::default(),
         samples: 5,
-        seed: 0,
-        max_tokens: 2048,
         chunk_tokens: 64,
-        image_root: None,
-        image_options: ImageOptions::default(),
-        chat_template: TemplateChoice::default(),
-        strict: false,
-        restart: false,
-        save_every: 0,
+        ..PipelineSettings::new(data("tiny-qwen2-vl-narrow"), Some(data("vqa/calib.jsonl")), out.to_owned())
     }
 }
 

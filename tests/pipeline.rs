@@ -7,10 +7,8 @@ use support::golden;
 use support::golden::{Golden, relative_error};
 use support::program::lasting_files_of;
 use vlmq::checkpoint::Checkpoint;
-use vlmq::checkpoint::formats::Format;
 use vlmq::device::cpu::Cpu;
-use vlmq::model::families::ImageOptions;
-use vlmq::quantize::pipeline::{self, CHUNK_TOKENS, PipelineSettings};
+use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::report::RunReport;
 use vlmq::quantize::settings::{Grid, Importance, ImportancePower, Solver, SolverSettings};
 
@@ -27,24 +25,12 @@ const QWEN2: Case = Case { model: "rope-parameters-f32", files: "pipeline", laye
 const QWEN3: Case = Case { model: "qwen3_vl-f32", files: "qwen3_vl-pipeline", layers: 14, codes: 69_632 };
 
 fn settings(case: &Case, out: std::path::PathBuf, solver: Solver, importance: Importance) -> PipelineSettings {
+    let (model, calib) = (golden("model").join(case.model), golden("model").join(format!("{}.jsonl", case.files)));
     PipelineSettings {
-        model: golden("model").join(case.model),
-        calib: Some(golden("model").join(format!("{}.jsonl", case.files))),
-        image_root: None,
-        out,
-        format: Format::CompressedTensors,
         solver: SolverSettings { solver, group_size: Some(32), grid: Grid::Minmax, ..SolverSettings::default() },
         importance,
         importance_power: ImportancePower::PAPER,
-        samples: 512,
-        seed: 0,
-        max_tokens: 2048,
-        chunk_tokens: CHUNK_TOKENS,
-        image_options: ImageOptions::default(),
-        chat_template: Default::default(),
-        strict: false,
-        restart: false,
-        save_every: 0,
+        ..PipelineSettings::new(model, Some(calib), out)
     }
 }
 

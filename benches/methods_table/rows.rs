@@ -4,9 +4,7 @@ use anyhow::{Context, Error, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 use std::str::FromStr;
-use vlmq::checkpoint::formats::Format;
-use vlmq::model::families::ImageOptions;
-use vlmq::quantize::pipeline::{CHUNK_TOKENS, PipelineSettings};
+use vlmq::quantize::pipeline::PipelineSettings;
 use vlmq::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
 
 /// One row's way to quantize.
@@ -30,24 +28,14 @@ impl Row {
         seed: u64,
     ) -> PipelineSettings {
         PipelineSettings {
-            model,
-            calib: Some(calib),
-            image_root: None,
-            out,
-            format: Format::CompressedTensors,
             solver: self.solver.clone(),
             importance: self.importance,
             importance_power: self.importance_power,
             samples,
             seed,
-            max_tokens: 2048,
-            chunk_tokens: CHUNK_TOKENS,
-            image_options: ImageOptions::default(),
-            chat_template: Default::default(),
-            strict: false,
-            restart: false,
             // A run is too short to be gone on with.
             save_every: u64::MAX,
+            ..PipelineSettings::new(model, Some(calib), out)
         }
     }
 }

@@ -213,15 +213,17 @@ def column_loop(w, h, c, alpha, rule, dtype, group, block, quantized_cross=False
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     p = None if c is None else alpha * (c @ upper.T).triu(1) @ upper
     original = w.clone()
-    # The same factor as R: H^-1 = U^T U with U = R^-1.
-    r = inverse_of_upper(upper)
-    diagonal, ends = r.diagonal(), list(range(block, n + block, block))
-    root, m = r / diagonal, None if c is None else alpha * (c @ upper.T).triu(1) / diagonal
-    codes, scales, zeros = torch.zeros_like(w), [], []
+    if rule["grid"] == "VLMQ_LOSS":
+        # The same factor as R: H^-1 = U^T U with U = R^-1.
+        r = inverse_of_upper(upper)
+        diagonal, ends = r.diagonal(), list(range(block, n + block, block))
+        root, m = r / diagonal, None if c is None else alpha * (c @ upper.T).triu(1) / diagonal
+    terms, codes, scales, zeros = None, torch.zeros_like(w), [], []
     q = torch.zeros_like(w)
     for i in range(n):
         if i % group == 0:
-            terms = terms_of(root, m, diagonal, slice(i, min(i + group, n)), ends)
+            if rule["grid"] == "VLMQ_LOSS":
+                terms = terms_of(root, m, diagonal, slice(i, min(i + group, n)), ends)
             scale, zero, _ = grid_of(w[:, i : i + group], rule, dtype, terms)
             scales.append(scale)
             zeros.append(zero)

@@ -5,14 +5,11 @@ use super::{data, golden};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use vlmq::calibration::template::TemplateChoice;
-use vlmq::checkpoint::Format;
 use vlmq::device::{ModelOps, SolveOps};
-use vlmq::model::families::ImageOptions;
 use vlmq::progress::{Observer, Stage, Stop};
-use vlmq::quantize::pipeline::{self, CHUNK_TOKENS, PipelineSettings};
+use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::report::{LayerReport, RunObserver, RunReport};
-use vlmq::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
+use vlmq::quantize::settings::SolverSettings;
 
 /// Three blocks, images of several sizes.
 pub const PLAIN: &str = "rope-parameters-f32";
@@ -85,23 +82,9 @@ impl Place {
     /// Settings that equal those of [`arguments`](Self::arguments) without further flags.
     pub fn settings(&self) -> PipelineSettings {
         PipelineSettings {
-            model: self.model.clone(),
-            calib: Some(self.data.clone()),
             image_root: Some(self.images.clone()),
-            out: self.out(),
-            format: Format::CompressedTensors,
-            solver: SolverSettings { solver: Solver::Gptaq, group_size: Some(32), ..SolverSettings::default() },
-            importance: Importance::Vlmq,
-            importance_power: ImportancePower::default(),
-            samples: 512,
-            seed: 0,
-            max_tokens: 2048,
-            chunk_tokens: CHUNK_TOKENS,
-            image_options: ImageOptions::default(),
-            chat_template: TemplateChoice::default(),
-            strict: false,
-            restart: false,
-            save_every: 0,
+            solver: SolverSettings { group_size: Some(32), ..SolverSettings::default() },
+            ..PipelineSettings::new(self.model.clone(), Some(self.data.clone()), self.out())
         }
     }
 

@@ -11,7 +11,7 @@ use vlmq::checkpoint::formats::Format;
 use vlmq::evaluate::EvaluationSettings;
 use vlmq::evaluate::presets::Preset;
 use vlmq::model::families::{ImageMode, ImageOptions};
-use vlmq::quantize::pipeline::{CHUNK_TOKENS, PipelineSettings};
+use vlmq::quantize::pipeline::PipelineSettings;
 use vlmq::quantize::settings::{CrossTerm, Grid, Importance, ImportancePower, Order, Solver, SolverSettings};
 
 /// Quantizes vision-language models after training (VLMQ, arXiv 2508.03351) and measures what that costs.
@@ -338,9 +338,6 @@ impl QuantizeArgs {
 
     pub(crate) fn settings(&self) -> PipelineSettings {
         PipelineSettings {
-            model: self.model.clone(),
-            calib: self.calib.clone(),
-            out: self.out.clone(),
             format: self.grid.format,
             solver: self.solver_settings(),
             importance: self.method.importance,
@@ -348,13 +345,13 @@ impl QuantizeArgs {
             samples: self.data.samples,
             seed: self.data.seed,
             max_tokens: self.data.max_tokens,
-            chunk_tokens: CHUNK_TOKENS,
             image_root: self.images.image_root.clone(),
             image_options: self.images.options(),
             chat_template: self.images.chat_template.clone(),
             strict: self.strict,
             restart: self.restart,
             save_every: self.save_every,
+            ..PipelineSettings::new(self.model.clone(), self.calib.clone(), self.out.clone())
         }
     }
 
@@ -421,10 +418,7 @@ mod tests {
     fn defaults_are_the_librarys() {
         let cli = Cli::try_parse_from(["vlmq-run", "quantize", "m", "--calib", "c", "--out", "o"]).unwrap();
         let Command::Quantize(args) = cli.command else { panic!("not quantize") };
-        let settings = args.settings();
-        assert_eq!(settings.solver, SolverSettings::default());
-        assert_eq!((settings.importance, settings.importance_power), (Importance::Vlmq, ImportancePower::default()));
-        assert_eq!(settings.samples, 512);
+        assert_eq!(args.settings(), PipelineSettings::new("m".into(), Some("c".into()), "o".into()));
     }
 
     #[test]

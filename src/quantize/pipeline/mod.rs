@@ -84,6 +84,30 @@ pub struct PipelineSettings {
 }
 
 impl PipelineSettings {
+    /// The command's defaults: compressed-tensors, [`SolverSettings::default`], 512 samples of at most 2048 tokens by seed 0,
+    /// weighted by VLMQ; the checkpoint's own image sizes and template; saved behind every block.
+    pub fn new(model: PathBuf, calib: Option<PathBuf>, out: PathBuf) -> Self {
+        Self {
+            model,
+            calib,
+            out,
+            format: Format::CompressedTensors,
+            solver: SolverSettings::default(),
+            importance: Importance::Vlmq,
+            importance_power: ImportancePower::default(),
+            samples: 512,
+            seed: 0,
+            max_tokens: 2048,
+            chunk_tokens: CHUNK_TOKENS,
+            image_root: None,
+            image_options: ImageOptions::default(),
+            chat_template: TemplateChoice::default(),
+            strict: false,
+            restart: false,
+            save_every: 0,
+        }
+    }
+
     /// Refuses what can be refused without reading a file: wrong values, a missing checkpoint, an output that exists or
     /// could not be created.
     pub fn check(&self) -> Result<()> {
