@@ -81,7 +81,7 @@ pub(crate) fn check_link(path: &Path, folder: &Path) -> Result<()> {
     let target = path.canonicalize().with_context(|| cannot_read(path))?;
     let home = folder.canonicalize().with_context(|| cannot_read(folder))?;
     ensure!(
-        target.starts_with(&home) || is_blob(&target),
+        target.starts_with(&home) || is_blob(&target) || is_blob_beside(&target, &home),
         "{} is a link to {}, outside the checkpoint's folder; put a copy of that file in its place",
         path.display(),
         target.display()
@@ -95,9 +95,27 @@ fn is_blob(path: &Path) -> bool {
     names.next() == Some("blobs") && names.next().is_some_and(|name| name.starts_with("models--"))
 }
 
+/// Whether a path is `ANY/blobs/HASH` and the folder `ANY/snapshots/REVISION`: such a cache that was given another name.
+fn is_blob_beside(path: &Path, folder: &Path) -> bool {
+    let mut names = folder.ancestors().skip(1);
+    let snapshots = names.next().and_then(Path::file_name);
+    snapshots.is_some_and(|name| name == "snapshots")
+        && names.next().map(|cache| cache.join("blobs")).as_deref() == path.parent()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cache_may_have_any_name() {
+        let folder = Path::new("/c/mine/snapshots/0123");
+        assert!(is_blob_beside(Path::new("/c/mine/blobs/ab"), folder));
+        for other in ["/c/other/blobs/ab", "/c/mine/blobs/x/ab", "/c/mine/ab", "/blobs/ab"] {
+            assert!(!is_blob_beside(Path::new(other), folder), "{other}");
+        }
+        assert!(!is_blob_beside(Path::new("/c/blobs/ab"), Path::new("/c/models/0123")));
+    }
 
     #[test]
     fn blobs_are_those_of_a_download_cache() {

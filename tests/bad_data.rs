@@ -85,8 +85,8 @@ fn images() {
     let cases = [
         ("missing.png".to_owned(), vec!["missing.png", "cannot be read", "--image-root"]),
         (at("cut.png", &png[..png.len() / 2]), vec!["cut.png", "broken"]),
-        (at("text.png", b"words"), vec!["text.png", "neither PNG nor JPEG"]),
-        (at("empty.png", b""), vec!["empty.png", "neither PNG nor JPEG"]),
+        (at("text.png", b"words"), vec!["text.png", "neither PNG, JPEG"]),
+        (at("empty.png", b""), vec!["empty.png", "neither PNG, JPEG"]),
         (at("cut.jpg", &[0xff, 0xd8, 0xff, 0xe0]), vec!["cut.jpg", "broken"]),
         (at("bomb.png", &bomb), vec!["bomb.png", "60000x60000", "limit is 89478485 pixels"]),
         (".".to_owned(), vec!["is not a file"]),
@@ -94,7 +94,7 @@ fn images() {
         ("file://server/a.png".to_owned(), vec!["machine"]),
         ("data:image/png;base64,@@@".to_owned(), vec!["data: URI", "base64"]),
         ("data:image/png".to_owned(), vec!["data: URI", "comma"]),
-        ("data:image/png;base64,aGVsbG8=".to_owned(), vec!["data: URI", "neither PNG nor JPEG"]),
+        ("data:image/png;base64,aGVsbG8=".to_owned(), vec!["data: URI", "neither PNG, JPEG"]),
     ];
     for (image, mut says) in cases {
         bench.write_data(&[r#"{"text": "fine"}"#, &question(&image)]);

@@ -18,7 +18,7 @@ const MAX_MEMORY_KB: u64 = 512 << 10;
 
 fn messages() -> Vec<Message> {
     let text = |text: &str| Part::Text(text.into());
-    vec![Message { role: "user".into(), content: vec![text("what is  red?\n\n")] }]
+    vec![Message { role: "user".into(), content: vec![text("what is  red?\n\n")], plain: false }]
 }
 
 /// What a template gives, or what is said of it.

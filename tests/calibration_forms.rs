@@ -45,7 +45,12 @@ fn image(path: &str) -> Part {
 }
 
 fn turn(role: &str, content: Vec<Part>) -> Message {
-    Message { role: role.into(), content }
+    Message { role: role.into(), content, plain: false }
+}
+
+/// A turn that is one string.
+fn plain(role: &str, content: &str) -> Message {
+    Message { role: role.into(), content: vec![text(content)], plain: true }
 }
 
 #[test]
@@ -55,7 +60,7 @@ fn messages_in_every_spelling() {
         r#"{"id":7,"metric":"anls","max_new_tokens":5,"answers":["a","b"],"surplus":{},"group":null,"messages":[{"role":"user","content":[{"type":"image","image":"a.png"},{"type":"image","path":"$/b.png"},{"type":"image","url":"file://$/c%20d.png"},{"type":"image_url","image_url":{"url":"data:;base64,aGk="}},{"type":"text","text":"q"}]},{"role":"assistant","content":"answer"}]}"#,
     ))
     .unwrap();
-    assert_eq!(all[0].messages, [turn("system", vec![text("s")]), turn("user", vec![text("plain")])]);
+    assert_eq!(all[0].messages, [plain("system", "s"), plain("user", "plain")]);
     assert_eq!((all[0].id.as_str(), all[0].answer()), ("data.jsonl:1", None));
     let two = &all[1];
     let bytes = Part::Image(ImageSource::Bytes(b"hi".into()));
@@ -88,9 +93,9 @@ fn sharegpt_lists_and_lines() {
         assert_eq!(all[0].answer().unwrap(), "Yes.");
         assert_eq!(all[1].question(), [turn("user", vec![image("1.jpg"), text("What?")])]);
         let mixed = vec![text("first"), image("1.jpg"), text("second"), image("2.jpg"), text("end")];
-        assert_eq!(all[2].question(), [turn("system", vec![text("s")]), turn("user", mixed)]);
+        assert_eq!(all[2].question(), [plain("system", "s"), turn("user", mixed)]);
         assert_eq!(all[3].question(), [turn("user", vec![image("1.jpg"), text("What?")])]);
-        assert_eq!(all[4].question(), [turn("user", vec![text("Hi\n")])]);
+        assert_eq!(all[4].question(), [plain("user", "Hi\n")]);
     }
 }
 
@@ -192,8 +197,12 @@ fn bad_images_are_refused() {
     let jpeg = fs::read(images.join("exif-6.jpg")).unwrap();
     let progressive = fs::read(images.join("progressive.jpg")).unwrap();
     for (bytes, wanted) in [
-        (Vec::new(), "neither PNG nor JPEG"),
-        (b"GIF89a\x01\0\x01\0".to_vec(), "neither PNG nor JPEG"),
+        (Vec::new(), "neither PNG, JPEG"),
+        (b"%PDF-1.7\n".to_vec(), "neither PNG, JPEG"),
+        (b"GIF89a\x01\0\x01\0".to_vec(), "is broken"),
+        (b"RIFF\x10\0\0\0WEBPVP8 ".to_vec(), "is broken"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic".to_vec(), "HEIC or AVIF"),
+        (b"\0\0\0\x20ftypavif\0\0\0\0".to_vec(), "HEIC or AVIF"),
         (png[..png.len() / 2].to_vec(), "is broken"),
         (png[..20].to_vec(), "is broken"),
         (jpeg[..jpeg.len() - 40].to_vec(), "is broken"),
@@ -356,7 +365,7 @@ fn texts_and_templates_that_disagree_about_images_are_refused() {
         let path = folder.path().join("data.jsonl");
         fs::write(&path, line).unwrap();
         let conversation = dataset::read(&path, Some(images)).unwrap().remove(0);
-        builder(folder.path()).unwrap().build(&conversation).map_err(|error| format!("{error:#}"))
+        builder(folder.path()).unwrap().build_answered(&conversation).map_err(|error| format!("{error:#}"))
     };
     let build = |source: &str, line: &str| build_below(source, line, &root());
     let fine = build(SIMPLE, &with_image).unwrap();
@@ -371,6 +380,16 @@ fn texts_and_templates_that_disagree_about_images_are_refused() {
         let error = build(source, line).unwrap_err();
         assert!(error.contains(wanted) && error.contains("data.jsonl:1"), "{source} {line}: {error}");
     }
+    // What only calibrates needs no boundary.
+    let unclear = checkpoint(&[(
+        "chat_template.jinja",
+        "{{ messages | length }}{{ messages[0].content[-1].text }}<|image_pad|>",
+    )]);
+    let path = unclear.path().join("data.jsonl");
+    fs::write(&path, &with_image).unwrap();
+    let conversation = dataset::read(&path, Some(&root())).unwrap().remove(0);
+    let calibrated = builder(unclear.path()).unwrap().build(&conversation).unwrap();
+    assert_eq!((calibrated.vision_tokens, calibrated.answer), (6, 0..0));
     let long = image::RgbImage::new(2, 402);
     let folder = folder();
     long.save(folder.path().join("long.png")).unwrap();

@@ -44,7 +44,7 @@ fn numbers(value: &Value) -> Vec<usize> {
 #[test]
 fn decoding_equals_pillow() {
     let mut exact = 0;
-    for case in list(&cases(), "images", 30).iter().filter(|case| case["decoded"] == true) {
+    for case in list(&cases(), "images", 52).iter().filter(|case| case["decoded"] == true) {
         let name = case["file"].as_str().unwrap();
         let ours = open(golden("calibration").join("images").join(name));
         let theirs =
@@ -83,7 +83,7 @@ fn sizes_equal_transformers() {
 #[test]
 fn patches_equal_torchvision() {
     let settings = settings();
-    for case in list(&cases(), "images", 30).iter().filter(|case| case["resized"] == true) {
+    for case in list(&cases(), "images", 52).iter().filter(|case| case["resized"] == true) {
         let name = case["file"].as_str().unwrap();
         let ours = settings.prepare(&open(golden("calibration").join("images").join(name))).unwrap();
         let theirs = image::open(golden("calibration").join("resized").join(name)).unwrap().into_rgb8();
@@ -115,6 +115,7 @@ fn messages(value: &Value) -> Vec<Message> {
     let message = |message: &Value| Message {
         role: message["role"].as_str().unwrap().into(),
         content: message["content"].as_array().unwrap().iter().map(part).collect(),
+        plain: false,
     };
     value.as_array().unwrap().iter().map(message).collect()
 }
@@ -197,14 +198,14 @@ fn the_data_of_the_project_collects_whole_and_in_order() {
     let builder = builder();
     let lengths: Vec<_> = some.iter().map(|one| builder.build(one).unwrap().tokens.len()).collect();
     let limit = *lengths.iter().min().unwrap() + 3;
-    let collected = collect(&builder, &some, limit, || Ok(())).unwrap();
+    let collected = collect(&builder, &some, limit, false, || Ok(())).unwrap();
     let kept: Vec<_> =
         some.iter().zip(&lengths).filter(|(_, length)| **length <= limit).map(|(one, _)| &one.id).collect();
     assert_eq!(collected.sequences.iter().map(|one| &one.id).collect::<Vec<_>>(), kept);
     assert_eq!(collected.too_long, 24 - kept.len());
     assert!(collected.too_long > 0);
 
-    let error = collect(&builder, &some, 10, || Ok(())).unwrap_err().to_string();
+    let error = collect(&builder, &some, 10, false, || Ok(())).unwrap_err().to_string();
     assert!(
         error.contains("all 24") && error.contains(&(limit - 3).to_string()) && error.contains("--max-tokens"),
         "{error}"
@@ -212,7 +213,7 @@ fn the_data_of_the_project_collects_whole_and_in_order() {
 
     let on = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let sequences = pool.install(|| collect(&builder, &some, 4096, || Ok(())).unwrap().sequences);
+        let sequences = pool.install(|| collect(&builder, &some, 4096, false, || Ok(())).unwrap().sequences);
         let plain = sequences.into_iter().map(|one| {
             let patches: Vec<_> = one.images.iter().map(|image| image.patches()).collect();
             (one.id, one.tokens, one.positions, one.answer, patches)

@@ -221,7 +221,7 @@ fn quantizations_that_are_not_read_are_named_when_weights_are_asked_for() {
         (r#"{"quant_method":"gptq","bits":5,"group_size":128}"#.to_owned(), "weights of 5 bits"),
         (r#"{"quant_method":"gptq","bits":4}"#.to_owned(), "group_size null"),
         (r#"{"quant_method":"gptq","bits":4,"group_size":0}"#.to_owned(), "group_size 0"),
-        (r#"{"quant_method":"gptq","bits":4,"group_size":128,"checkpoint_format":"gptq_v2"}"#.to_owned(), "gptq_v2"),
+        (r#"{"quant_method":"gptq","bits":4,"group_size":128,"checkpoint_format":"marlin"}"#.to_owned(), "marlin"),
         (
             r#"{"quant_method":"gptq","bits":4,"group_size":128,"dynamic":{"+:.*mlp.*":{"bits":8}}}"#.to_owned(),
             "settings per layer",

@@ -7,10 +7,10 @@ use std::fs;
 use std::path::Path;
 use support::checkpoint::*;
 use support::{data, message};
-use vlmq::checkpoint::{Checkpoint, Format, LinearSpec, WorkFolder, Writer};
+use vlmq::checkpoint::{Checkpoint, Format, GptqVersion, LinearSpec, WorkFolder, Writer};
 use vlmq::quantize::settings::Order;
 
-const FORMATS: [Format; 3] = [Format::CompressedTensors, Format::Gptq, Format::Dequantized];
+const GPTQ: Format = Format::Gptq(GptqVersion::V1);
 
 fn tiny() -> Checkpoint {
     Checkpoint::open(&data("tiny-qwen2-vl")).unwrap()
@@ -24,7 +24,7 @@ fn names_in(folder: &Path) -> BTreeSet<String> {
 fn what_is_written_is_read_back() {
     let source = tiny();
     let parent = tempfile::tempdir().unwrap();
-    for format in [Format::CompressedTensors, Format::Gptq] {
+    for format in Format::ALL.into_iter().filter(|&format| format != Format::Dequantized) {
         for (bits, group, symmetric, order) in [
             (2, Some(32), false, Order::ActGroup),
             (3, Some(128), false, Order::None),
@@ -65,7 +65,7 @@ fn plain_weights_are_the_dequantized_ones_in_the_dtype_of_the_checkpoint() {
 }
 
 #[test]
-fn everything_else_is_copied_to_the_byte() {
+fn all_else_that_belongs_to_a_model_is_copied_to_the_byte() {
     let scratch = tempfile::tempdir().unwrap();
     let source_folder = scratch.path().join("source");
     fs::create_dir_all(source_folder.join("additional_chat_templates")).unwrap();
@@ -74,23 +74,52 @@ fn everything_else_is_copied_to_the_byte() {
         let entry = entry.unwrap();
         fs::copy(entry.path(), source_folder.join(entry.file_name())).unwrap();
     }
-    for name in ["README.md", "modeling.py", "additional_chat_templates/tools.jinja"] {
+    let kept = [
+        "README.md",
+        "LICENSE",
+        "Notice.txt",
+        "modeling.py",
+        "added_tokens.json",
+        "tokenizer.model",
+        "video_preprocessor_config.json",
+        "additional_chat_templates/tools.jinja",
+    ];
+    for name in kept {
         fs::write(source_folder.join(name), format!("{name}\r\n\u{0}")).unwrap();
     }
-    for name in [".gitattributes", "quantize_config.json", "pytorch_model.bin", "onnx/model.onnx"] {
+    // Code is the model's where a configuration names some.
+    let code = br#"{"auto_map": {"AutoProcessor": "modeling.Own"}}"#;
+    fs::write(source_folder.join("processor_config.json"), code).unwrap();
+    let left = [
+        ".gitattributes",
+        "quantize_config.json",
+        "pytorch_model.bin",
+        "onnx/model.onnx",
+        // What trainers leave.
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state_0.pth",
+        "training_args.bin",
+        "trainer_state.json",
+        "model.gguf",
+        "tf_model.h5",
+        "adapter_config.json",
+        "adapter_model.bin",
+    ];
+    for name in left {
         fs::write(source_folder.join(name), "stale").unwrap();
     }
     let source = Checkpoint::open(&source_folder).unwrap();
-    for format in FORMATS {
+    for format in Format::ALL {
         let settings = settings(format, 4, Some(64), true, Order::None);
         let target = scratch.path().join(format.name());
         let written = write_rounded(&source, &target, format, &settings).unwrap();
 
         let mut expected = names_in(&source_folder);
-        for left in [".gitattributes", "quantize_config.json", "pytorch_model.bin", "onnx"] {
-            expected.remove(left);
+        for name in left {
+            expected.remove(name.split('/').next().unwrap());
         }
-        if format == Format::Gptq {
+        if matches!(format, Format::Gptq(_)) {
             expected.insert("quantize_config.json".to_owned());
         }
         assert_eq!(names_in(&target), expected);
@@ -120,7 +149,7 @@ fn config_keeps_every_byte_and_gains_one_key() {
     let source = tiny();
     let scratch = tempfile::tempdir().unwrap();
     let old = fs::read_to_string(data("tiny-qwen2-vl/config.json")).unwrap();
-    for format in [Format::CompressedTensors, Format::Gptq] {
+    for format in Format::ALL.into_iter().filter(|&format| format != Format::Dequantized) {
         let settings = settings(format, 3, Some(128), false, Order::ActGroup);
         let target = scratch.path().join(format.name());
         write_rounded(&source, &target, format, &settings).unwrap();
@@ -129,8 +158,12 @@ fn config_keeps_every_byte_and_gains_one_key() {
         let mut value: serde_json::Value = serde_json::from_str(&new).unwrap();
         let added = value.as_object_mut().unwrap().shift_remove("quantization_config").unwrap();
         assert_eq!(value, *source.config());
-        assert_eq!(added["quant_method"], format.name());
-        if format == Format::Gptq {
+        let (method, layout) = match format {
+            Format::Gptq(version) => ("gptq", version.name().into()),
+            _ => ("compressed-tensors", serde_json::Value::Null),
+        };
+        assert_eq!((&added["quant_method"], &added["checkpoint_format"]), (&method.into(), &layout));
+        if matches!(format, Format::Gptq(_)) {
             let beside = fs::read(target.join("quantize_config.json")).unwrap();
             assert_eq!(serde_json::from_slice::<serde_json::Value>(&beside).unwrap(), added);
         }
@@ -193,9 +226,9 @@ fn shards_hold_no_more_than_the_limit_and_read_as_one() {
 fn the_same_input_gives_the_same_bytes() {
     let source = tiny();
     let scratch = tempfile::tempdir().unwrap();
-    let settings = settings(Format::Gptq, 3, Some(32), false, Order::Act);
+    let settings = settings(GPTQ, 3, Some(32), false, Order::Act);
     for name in ["one", "two"] {
-        write_rounded(&source, &scratch.path().join(name), Format::Gptq, &settings).unwrap();
+        write_rounded(&source, &scratch.path().join(name), GPTQ, &settings).unwrap();
     }
     for name in names_in(&scratch.path().join("one")) {
         let read = |run: &str| fs::read(scratch.path().join(run).join(&name)).unwrap();
@@ -220,7 +253,7 @@ fn loaders_leave_alone_what_is_not_quantized() {
     let expected =
         serde_json::json!([r"re:(.*\.)?lm_head$", r"re:(.*\.)?layers\.3\.mlp\.down_proj$", r"re:(.*\.)?visual\..*"]);
     assert_eq!(config["ignore"], expected);
-    let config = Format::Gptq.quantization_config(&some, &others, &settings).unwrap();
+    let config = GPTQ.quantization_config(&some, &others, &settings).unwrap();
     let rules: Vec<&String> = config["dynamic"].as_object().unwrap().keys().collect();
     assert_eq!(rules, [r"-:(.*\.)?lm_head$", r"-:(.*\.)?layers\.3\.mlp\.down_proj$", r"-:(.*\.)?visual\..*"]);
     assert_eq!(
@@ -259,11 +292,11 @@ fn refusals_come_before_anything_is_created() {
     let error = create(&target, &source, &wrong, Format::CompressedTensors, &good);
     assert!(error.contains("announced twice"), "{error}");
 
-    let error = create(&target, &source, &linears, Format::Gptq, &good);
+    let error = create(&target, &source, &linears, GPTQ, &good);
     assert!(error.contains("gptq files start at 1"), "{error}");
-    let mut half = settings(Format::Gptq, 3, Some(128), false, Order::None);
+    let mut half = settings(GPTQ, 3, Some(128), false, Order::None);
     half.scale_type = vlmq::quantize::settings::ScaleType::Bf16;
-    let error = create(&target, &source, &linears, Format::Gptq, &half);
+    let error = create(&target, &source, &linears, GPTQ, &half);
     assert!(error.contains("scales of type F16"), "{error}");
 
     let error = create(
@@ -280,7 +313,7 @@ fn refusals_come_before_anything_is_created() {
     let files = folder(&[("config.json", b"{}".to_vec()), ("model.safetensors", safetensors(&[odd]))]);
     let odd = Checkpoint::open(files.path()).unwrap();
     let spec = LinearSpec { module: "model.layers.0.mlp.up_proj".to_owned(), out_features: 40, in_features: 16 };
-    let error = create(&target, &odd, &[spec], Format::Gptq, &settings(Format::Gptq, 3, Some(16), false, Order::None));
+    let error = create(&target, &odd, &[spec], GPTQ, &settings(GPTQ, 3, Some(16), false, Order::None));
     assert!(error.contains("multiples of 32") && error.contains("up_proj (40 x 16)"), "{error}");
 
     let done = scratch.path().join("done");

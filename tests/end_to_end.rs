@@ -88,8 +88,8 @@ fn a_whole_run_prints_scores_and_writes_a_checkpoint() {
 
     let report = read_json(out.join("report.json"));
     let expected = "blocks bytes_after bytes_before calibration check commit device device_pool evaluation family format \
-                    importance_edges inputs layers loaders memory_plan model peak_device_bytes peak_memory_bytes quantized_bytes samples seconds \
-                    settings stages vlmq_version";
+                    importance_edges inputs largest_split layers loaders memory_plan model peak_device_bytes peak_memory_bytes quantized_bytes samples seconds \
+                    settings shut_out stages vlmq_version";
     assert_eq!(keys(&report).join(" "), expected);
     let layer = "bits block cols damp dead_inputs effective_tokens findings group_columns importance name relative_error rows seconds tokens weight_error";
     assert_eq!(keys(&report["layers"][0]).join(" "), layer);
@@ -258,7 +258,7 @@ fn written_report(bench: &Bench, extra: &[&str]) -> Value {
 #[test]
 fn inspection_as_json() {
     let value: Value = serde_json::from_str(&succeed(&["inspect", &text(data("tiny-qwen2-vl")), "--json"])).unwrap();
-    assert_eq!(keys(&value).join(" "), "bytes decoder estimate family model parts quantizable quantization");
+    assert_eq!(keys(&value).join(" "), "bytes decoder estimate family model parts quantizable quantization splits");
     assert_eq!((&value["family"], &value["quantization"]), (&"qwen2_vl".into(), &Value::Null));
     assert_eq!(value["quantizable"].as_array().unwrap().len(), 7);
     let weights = fs::metadata(data("tiny-qwen2-vl/model.safetensors")).unwrap().len();

@@ -175,7 +175,7 @@ fn modes_and_templates_reach_the_run_and_its_report() {
 fn chatml_is_qwens_and_what_the_converter_of_the_weights_was_tried_with() {
     let text = |text: &str| Part::Text(text.into());
     let image = || Part::Image(ImageSource::Bytes(Vec::new()));
-    let turn = |role: &str, content: Vec<Part>| Message { role: role.into(), content };
+    let turn = |role: &str, content: Vec<Part>| Message { role: role.into(), content, plain: false };
     let conversations = [
         vec![turn("user", vec![image(), text("What is shown in this image?")])],
         vec![turn("system", vec![text("Be brief.")]), turn("user", vec![text("one "), image(), text(" two"), image()])],

@@ -6,10 +6,13 @@ use safetensors::SafeTensors;
 use std::fs;
 use support::checkpoint::*;
 use support::{golden, message};
-use vlmq::checkpoint::{Checkpoint, Format, LinearSpec};
+use vlmq::checkpoint::{Checkpoint, Format, GptqVersion, LinearSpec};
 use vlmq::quantize::QuantizedLinear;
 use vlmq::quantize::pack::{pack, packed_words, unpack};
 use vlmq::quantize::settings::{Order, SolverSettings};
+
+const GPTQ: Format = Format::Gptq(GptqVersion::V1);
+const GPTQ_2: Format = Format::Gptq(GptqVersion::V2);
 
 /// Bit `n` of the stream is bit `n % bits` of code `n / bits`.
 fn bit_by_bit(codes: &[u8], bits: u32) -> Vec<u32> {
@@ -160,7 +163,8 @@ fn compressed_tensors_files_are_those_of_the_package() {
 #[test]
 fn gptq_files_are_those_of_a_layout_written_bit_by_bit() {
     let key = |key: &str| if key == "scales" { "scales16".to_owned() } else { key.to_owned() };
-    check_layout("gptq.safetensors", Format::Gptq, key, 16);
+    check_layout("gptq.safetensors", GPTQ, key, 16);
+    check_layout("gptq_v2.safetensors", GPTQ_2, key, 16);
 }
 
 #[test]
@@ -168,8 +172,8 @@ fn symmetric_zeros_are_the_words_that_gptq_loaders_know() {
     for (bits, word) in [(2, 0x5555_5555u32), (4, 0x7777_7777), (8, 0x7f7f_7f7f)] {
         let bytes = fs::read(golden("formats/gptq.safetensors")).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
-        let (linear, settings, quantized) = case(&file, &format!("w{bits}-sym-none"), Format::Gptq);
-        let tensors = Format::Gptq.encode(&linear, &settings, &quantized).unwrap();
+        let (linear, settings, quantized) = case(&file, &format!("w{bits}-sym-none"), GPTQ);
+        let tensors = GPTQ.encode(&linear, &settings, &quantized).unwrap();
         assert!(tensors[1].chunks_exact(4).all(|b| b == word.to_le_bytes()), "{bits} bits");
     }
 }
@@ -178,10 +182,68 @@ fn symmetric_zeros_are_the_words_that_gptq_loaders_know() {
 fn a_zero_that_gptq_cannot_hold_is_refused_in_and_out() {
     let bytes = fs::read(golden("formats/gptq.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
-    let (linear, settings, mut quantized) = case(&file, "w3-asym-none", Format::Gptq);
+    let (linear, settings, mut quantized) = case(&file, "w3-asym-none", GPTQ);
     quantized.zeros[7] = 0;
-    let error = message(Format::Gptq.encode(&linear, &settings, &quantized));
+    let error = message(GPTQ.encode(&linear, &settings, &quantized));
     assert!(error.contains("m has a zero of 0"), "{error}");
+}
+
+#[test]
+fn a_symmetric_gptq_file_tells_its_version_whatever_it_is_called() {
+    for (made, called) in [(GPTQ, GPTQ), (GPTQ, GPTQ_2), (GPTQ_2, GPTQ), (GPTQ_2, GPTQ_2)] {
+        for symmetric in [true, false] {
+            let settings = settings(made, 4, Some(32), symmetric, Order::None);
+            let linear = LinearSpec { module: "m".to_owned(), out_features: 32, in_features: 64 };
+            let zeros: Vec<u8> = (0..64).map(|i| if symmetric { 8 } else { 3 + i % 5 }).collect();
+            let quantized = QuantizedLinear {
+                out_features: 32,
+                in_features: 64,
+                bits: 4,
+                group_columns: 32,
+                symmetric,
+                codes: codes(32 * 64, 4),
+                scales: vec![0.5; 64],
+                zeros: zeros.clone(),
+                group_index: None,
+            };
+            let tensors = made.encode(&linear, &settings, &quantized).unwrap();
+            let names = ["m.qweight", "m.qzeros", "m.scales", "m.g_idx"];
+            let stored: Vec<Made> = made
+                .specs(&linear, &settings)
+                .into_iter()
+                .zip(names)
+                .zip(&tensors)
+                .map(|((spec, name), bytes)| {
+                    let dtype = if name == "m.scales" { "F16" } else { "I32" };
+                    Made { name, dtype, shape: spec.shape, bytes: bytes.clone() }
+                })
+                .collect();
+            let config = called.quantization_config(std::slice::from_ref(&linear), &[], &settings).unwrap();
+            let config = serde_json::json!({"quantization_config": config}).to_string().into_bytes();
+            let write = |stored: &[Made]| {
+                folder(&[("config.json", config.clone()), ("model.safetensors", safetensors(stored))])
+            };
+            let files = write(&stored);
+            let read = Checkpoint::open(files.path()).unwrap().packed("m", 32, 64).unwrap();
+            assert_eq!(
+                read.zeros == zeros,
+                symmetric || made == called,
+                "{made:?} called {called:?}, symmetric: {symmetric}"
+            );
+
+            // One field of another value is neither version.
+            if symmetric {
+                let mut odd: Vec<Made> = stored.iter().map(copy).collect();
+                odd[1].bytes[5] ^= 1;
+                let files = write(&odd);
+                let error = message(Checkpoint::open(files.path()).unwrap().packed("m", 32, 64));
+                assert!(
+                    error.contains("m.qzeros in") && error.contains("not all 7 (GPTQ version 1) or all 8"),
+                    "{error}"
+                );
+            }
+        }
+    }
 }
 
 #[test]
@@ -215,10 +277,10 @@ fn packed_tensors_of_wrong_shape_dtype_or_content_are_named() {
     let packed = |dtype| made("m.weight_packed", dtype, &[32, 8], 4, 1);
     let scale = || made("m.weight_scale", "BF16", &[32, 2], 2, 1);
     let cases = [
-        (Format::Gptq, gptq(&[8, 31], 1, 0), "m.qweight in"),
-        (Format::Gptq, gptq(&[8, 32], 0xff, 0), "wrapped around"),
-        (Format::Gptq, gptq(&[8, 32], 1, 0xff), "column 0 into group -1, but there are 2"),
-        (Format::Gptq, gptq(&[8, 32], 1, 0)[..3].iter().map(copy).collect(), "no tensor m.g_idx"),
+        (GPTQ, gptq(&[8, 31], 1, 0), "m.qweight in"),
+        (GPTQ, gptq(&[8, 32], 0xff, 0), "wrapped around"),
+        (GPTQ, gptq(&[8, 32], 1, 0xff), "column 0 into group -1, but there are 2"),
+        (GPTQ, gptq(&[8, 32], 1, 0)[..3].iter().map(copy).collect(), "no tensor m.g_idx"),
         (Format::CompressedTensors, vec![packed("F32"), shape([32, 64]), scale()], "m.weight_packed in"),
         (Format::CompressedTensors, vec![packed("I32"), shape([64, 32]), scale()], "is not [32, 64]"),
         (Format::CompressedTensors, vec![packed("I32"), shape([32, 64]), scale()], "no tensor m.weight_zero_point"),

@@ -49,7 +49,7 @@ fn stopped_at_any_layer_a_run_gives_the_same_bytes() {
         (PLAIN, Solver::Gptaq, Format::CompressedTensors),
         (PLAIN, Solver::Gptq, Format::Dequantized),
         (PLAIN, Solver::Rtn, Format::CompressedTensors),
-        (DEEPSTACK, Solver::Gptaq, Format::Gptq),
+        (DEEPSTACK, Solver::Gptaq, Format::gptq(false)),
     ] {
         let settings = |place: &Place| {
             let mut settings = place.settings();
@@ -274,9 +274,9 @@ fn another_run_is_refused_with_the_differences() {
         |bytes| bytes.push(b' '),
         &["generation_config.json of the model has"],
     );
-    fs::write(model.join("more.txt"), "more").unwrap();
-    refused(&[], &["more.txt of the model was not there then"]);
-    fs::remove_file(model.join("more.txt")).unwrap();
+    fs::write(model.join("more.md"), "more").unwrap();
+    refused(&[], &["more.md of the model was not there then"]);
+    fs::remove_file(model.join("more.md")).unwrap();
 
     // What changes no byte may change, and so may the place of things.
     fs::create_dir(folder.path().join("elsewhere")).unwrap();

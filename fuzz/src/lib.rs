@@ -213,8 +213,8 @@ fn talk() -> Conversation {
         vec![Part::Image(ImageSource::Bytes(image.expect("a committed image"))), text("what's  red? 12\n\né")];
     Conversation {
         messages: vec![
-            Message { role: "user".into(), content },
-            Message { role: "assistant".into(), content: vec![text("a b c")] },
+            Message { role: "user".into(), content, plain: false },
+            Message { role: "assistant".into(), content: vec![text("a b c")], plain: true },
         ],
         ..plain()
     }

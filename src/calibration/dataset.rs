@@ -4,6 +4,7 @@ use super::forms;
 pub use super::source::ImageSource;
 use crate::input;
 use anyhow::{Context, Result, bail, ensure};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
@@ -39,6 +40,8 @@ pub struct Message {
     pub role: String,
     /// What the turn says and shows, in order.
     pub content: Vec<Part>,
+    /// Whether the line has it as one string, not as a list of parts.
+    pub plain: bool,
 }
 
 /// One piece of a turn.
@@ -50,15 +53,21 @@ pub enum Part {
     Image(ImageSource),
 }
 
+impl Part {
+    /// The text, where it is one.
+    pub fn text(&self) -> Option<&str> {
+        match self {
+            Self::Text(text) => Some(text),
+            Self::Image(_) => None,
+        }
+    }
+}
+
 impl Conversation {
     /// Text of the last turn where it is the assistant's: what the model should answer.
     pub fn answer(&self) -> Option<String> {
         let last = self.messages.last().filter(|message| message.role == "assistant")?;
-        let texts = last.content.iter().filter_map(|part| match part {
-            Part::Text(text) => Some(text.as_str()),
-            Part::Image(_) => None,
-        });
-        Some(texts.collect())
+        Some(last.content.iter().filter_map(Part::text).collect())
     }
 
     /// The turns before the answer.
@@ -99,8 +108,7 @@ pub fn read_with(
     };
     let mut conversations = Vec::new();
     if text.trim_start().starts_with('[') {
-        let rows: Vec<Value> =
-            serde_json::from_str(text).with_context(|| format!("{} is not a JSON list", path.display()))?;
+        let rows: Vec<Value> = parse(text).with_context(|| format!("{} is not a JSON list", path.display()))?;
         for (index, row) in rows.into_iter().enumerate() {
             let entry = index + 1;
             conversations.push(one(row, format!("{}, entry {entry}", path.display()), format!("{name}:{entry}"))?);
@@ -109,7 +117,7 @@ pub fn read_with(
         for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let number = index + 1;
             let origin = format!("{}:{number}", path.display());
-            let value: Value = serde_json::from_str(line).with_context(|| {
+            let value: Value = parse(line).with_context(|| {
                 format!("{origin}: not a JSON object; a data file has one on each line, or is one JSON list")
             })?;
             conversations.push(one(value, origin, format!("{name}:{number}"))?);
@@ -119,6 +127,42 @@ pub fn read_with(
         bail!("{} holds no conversations", path.display());
     }
     Ok(conversations)
+}
+
+/// Reads JSON, and what Python writes for numbers that JSON does not have (`NaN`, `Infinity`) as null.
+fn parse<T: DeserializeOwned>(text: &str) -> serde_json::Result<T> {
+    serde_json::from_str(text).or_else(|error| match without_non_numbers(text) {
+        Some(text) => serde_json::from_str(&text),
+        None => Err(error),
+    })
+}
+
+/// `text` with such numbers outside of strings as null; `None` where it has none.
+fn without_non_numbers(text: &str) -> Option<String> {
+    const WORDS: [&str; 3] = ["NaN", "-Infinity", "Infinity"];
+    let (mut out, mut rest, mut found) = (String::with_capacity(text.len()), text, false);
+    let mut quoted = false;
+    while let Some(first) = rest.chars().next() {
+        let word = WORDS.iter().find(|word| !quoted && rest.starts_with(**word));
+        let length = match (word, first) {
+            (Some(word), _) => {
+                found = true;
+                out.push_str("null");
+                rest = &rest[word.len()..];
+                continue;
+            }
+            // What is escaped ends no string.
+            (None, '\\') => first.len_utf8() + rest[1..].chars().next().map_or(0, char::len_utf8),
+            (None, '"') => {
+                quoted = !quoted;
+                1
+            }
+            (None, other) => other.len_utf8(),
+        };
+        out.push_str(&rest[..length]);
+        rest = &rest[length..];
+    }
+    found.then_some(out)
 }
 
 /// The first `samples` conversations (all when `None` or when there are fewer) in a shuffled order that depends on

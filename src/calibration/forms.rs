@@ -2,7 +2,7 @@
 //! `question` with `answers`, plain `text`.
 
 use super::dataset::{Conversation, METRICS, Message, Part};
-use super::source::ImageSource;
+use super::source::{ImageSource, shown};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -31,7 +31,8 @@ pub(super) fn conversation(value: &Value, root: &Arc<Path>, origin: &str, id: St
     }
     let metric = string(row, "metric")?;
     if let Some(metric) = &metric {
-        ensure!(METRICS.contains(&metric.as_str()), "unknown `metric` {metric:?}; known: {}", METRICS.join(", "));
+        let known = METRICS.join(", ");
+        ensure!(METRICS.contains(&metric.as_str()), "unknown `metric` {}; known: {known}", shown(metric));
     }
     let max_new_tokens = present(row, "max_new_tokens").map(|value| {
         let count = value.as_u64().filter(|count| (1..=MAX_NEW_TOKENS).contains(count));
@@ -40,7 +41,7 @@ pub(super) fn conversation(value: &Value, root: &Arc<Path>, origin: &str, id: St
     });
     let answers = answers(row)?;
     let mut text = None;
-    let messages = if let Some(messages) = present(row, "messages") {
+    let mut messages = if let Some(messages) = present(row, "messages") {
         chat(messages, root, row)?
     } else if let Some(turns) = present(row, "conversations") {
         sharegpt(turns, images(row, root)?)?
@@ -55,6 +56,17 @@ pub(super) fn conversation(value: &Value, root: &Arc<Path>, origin: &str, id: St
         let keys: Vec<_> = row.keys().map(String::as_str).collect();
         bail!("none of `messages`, `conversations`, `question`, `text` among the keys: {}", keys.join(", "));
     };
+    if let Some(system) = string(row, "system")?.filter(|system| !system.is_empty()) {
+        ensure!(text.is_none(), "plain `text` takes no `system`; write `messages`");
+        match messages.first().filter(|message| message.role == "system") {
+            None => messages.insert(0, plain_turn("system", system)),
+            Some(first) => ensure!(
+                *first == plain_turn("system", system),
+                "there are both a `system` column and another turn of the system; keep one"
+            ),
+        }
+    }
+    refuse_unseen(row, &messages)?;
     Ok(Conversation {
         id,
         group: string(row, "group")?,
@@ -67,7 +79,53 @@ pub(super) fn conversation(value: &Value, root: &Arc<Path>, origin: &str, id: St
     })
 }
 
-/// `{"messages": [{"role": .., "content": "text" or [parts]}]}`.
+/// A turn that is one string.
+fn plain_turn(role: &str, text: String) -> Message {
+    Message { role: role.to_owned(), content: vec![Part::Text(text)], plain: true }
+}
+
+/// Refuses a line that means to show an image in a way that is not known: it would calibrate without, and nobody would notice.
+fn refuse_unseen(row: &Object, messages: &[Message]) -> Result<()> {
+    let mut parts = messages.iter().flat_map(|message| &message.content);
+    let texts = parts.clone().filter_map(Part::text);
+    for text in texts.clone() {
+        if let Some((_, rest)) = text.split_once("<img>") {
+            let named = rest.split_once("</img>").map(|(name, _)| name);
+            ensure!(
+                named.is_none(),
+                "a text names an image as <img>{}</img>; write it as an image part",
+                shown(named.unwrap_or(""))
+            );
+        }
+    }
+    if messages.is_empty() || parts.any(|part| matches!(part, Part::Image(_))) {
+        return Ok(());
+    }
+    ensure!(
+        texts.clone().all(|text| !text.contains(MARKER)),
+        "a text has the marker {MARKER}, but the line has no image; give it as `image` or `images`, or take the marker out"
+    );
+    let of_images = |value: &Value| match value {
+        Value::String(text) => names_image(text),
+        Value::Array(all) => !all.is_empty() && all.iter().all(|one| one.as_str().is_some_and(names_image)),
+        _ => false,
+    };
+    if let Some((key, _)) = row.iter().find(|(_, value)| of_images(value)) {
+        bail!(
+            "`{key}` names an image, but nothing shows it; images are taken from `image` or `images`, or from parts of `messages`"
+        );
+    }
+    Ok(())
+}
+
+/// Whether a string looks like an image's path or URI.
+fn names_image(text: &str) -> bool {
+    const ENDINGS: [&str; 10] = ["png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "heic", "avif"];
+    let ending = text.rsplit_once('.').map_or("", |(_, ending)| ending).to_ascii_lowercase();
+    !text.contains(char::is_whitespace) && ENDINGS.contains(&ending.as_str()) || text.starts_with("data:image/")
+}
+
+/// `{"messages": [{"role": .., "content": "text" or [parts]}]}`, or with `images` of the line that `<image>` in the texts stands for.
 fn chat(messages: &Value, root: &Arc<Path>, row: &Object) -> Result<Vec<Message>> {
     let turns = list(messages, "messages")?;
     ensure!(!turns.is_empty(), "`messages` is empty");
@@ -77,7 +135,8 @@ fn chat(messages: &Value, root: &Arc<Path>, row: &Object) -> Result<Vec<Message>
         let role = string(turn, "role")?.context("a message has no `role`")?;
         ensure!(
             matches!(role.as_str(), "system" | "user" | "assistant"),
-            "unknown `role` {role:?}; known: system, user, assistant"
+            "unknown `role` {}; known: system, user, assistant",
+            shown(&role)
         );
         let content = match present(turn, "content") {
             Some(Value::String(text)) => vec![Part::Text(text.clone())],
@@ -85,15 +144,30 @@ fn chat(messages: &Value, root: &Arc<Path>, row: &Object) -> Result<Vec<Message>
             Some(other) => bail!("`content` must be a string or a list of parts, not {}", kind(other)),
             None => bail!("a message of role {role:?} has no `content`"),
         };
-        read.push(Message { role, content });
+        let plain = turn["content"].is_string();
+        read.push(Message { role, content, plain });
     }
+    let parts = || read.iter().flat_map(|message| &message.content);
+    if parts().any(|part| matches!(part, Part::Image(_))) {
+        return Ok(read);
+    }
+    let images = images(row, root)?;
+    if images.is_empty() {
+        return Ok(read);
+    }
+    let markers: usize = parts().filter_map(Part::text).map(|text| text.matches(MARKER).count()).sum();
     // Such a line would otherwise calibrate without its image, and nobody would notice.
-    let shown = read.iter().flat_map(|message| &message.content).any(|part| matches!(part, Part::Image(_)));
-    for key in ["image", "images"] {
-        ensure!(
-            shown || present(row, key).is_none(),
-            "`{key}` stands beside `messages` that have no image part; put {{\"type\": \"image\", \"image\": ..}} in a message"
-        );
+    ensure!(
+        markers == images.len(),
+        "{} images stand beside `messages` that have no image part and {markers} {MARKER} markers; put {{\"type\": \"image\", \
+         \"image\": ..}} in a message, or a marker for each image",
+        images.len()
+    );
+    let mut images = images.into_iter();
+    for message in &mut read {
+        let texts = std::mem::take(&mut message.content);
+        message.content = texts.iter().filter_map(Part::text).flat_map(|text| place(text, &mut images)).collect();
+        message.plain &= message.content.iter().all(|part| part.text().is_some());
     }
     Ok(read)
 }
@@ -121,7 +195,7 @@ fn part(value: &Value, root: &Arc<Path>) -> Result<Part> {
             source(url, "url", root)
         }
         "video" | "video_url" => bail!("a part of `type` {name:?}: {NO_VIDEO}"),
-        other => bail!("unknown part `type` {other:?}; known: text, image, image_url"),
+        other => bail!("unknown part `type` {}; known: text, image, image_url", shown(other)),
     }
 }
 
@@ -157,7 +231,7 @@ fn sharegpt(turns: &Value, images: Vec<Part>) -> Result<Vec<Message>> {
             "human" | "user" => "user",
             "gpt" | "assistant" => "assistant",
             "system" => "system",
-            other => bail!("unknown `from` {other:?}; known: human, user, gpt, assistant, system"),
+            other => bail!("unknown `from` {}; known: human, user, gpt, assistant, system", shown(other)),
         };
         read.push((role, string(turn, "value")?.context("a turn has no `value`")?));
     }
@@ -177,7 +251,8 @@ fn sharegpt(turns: &Value, images: Vec<Part>) -> Result<Vec<Message>> {
             unmarked = false;
         }
         content.extend(place(&text, &mut images));
-        messages.push(Message { role: role.to_string(), content });
+        let plain = content.iter().all(|part| matches!(part, Part::Text(_)));
+        messages.push(Message { role: role.to_string(), content, plain });
     }
     ensure!(images.next().is_none(), "an image is given but there is no turn of the user to show it in");
     Ok(messages)
@@ -215,9 +290,9 @@ fn question(row: &Object, images: Vec<Part>, answers: &[String]) -> Result<Vec<M
     let asked = string(row, "question")?.context("no `question`")?;
     let mut content = images;
     content.push(Part::Text(asked));
-    let mut messages = vec![Message { role: "user".into(), content }];
+    let mut messages = vec![Message { role: "user".into(), plain: content.len() == 1, content }];
     if let Some(answer) = answers.first() {
-        messages.push(Message { role: "assistant".into(), content: vec![Part::Text(answer.clone())] });
+        messages.push(Message { role: "assistant".into(), content: vec![Part::Text(answer.clone())], plain: true });
     }
     Ok(messages)
 }

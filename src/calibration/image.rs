@@ -1,7 +1,8 @@
-//! Images: reading PNG and JPEG as Pillow does, and the patches a vision tower takes.
+//! Images: reading them as Pillow does, and the patches a vision tower takes.
 
 use super::anyres::Tiles;
 use super::jpeg;
+use super::orientation::orientation;
 use super::patches::PatchSettings;
 use super::paths::real_path_inside;
 use super::source::ImageSource;
@@ -10,6 +11,7 @@ use crate::tensor::Matrix;
 use anyhow::{Context, Result, bail, ensure};
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, Luma, Rgb, RgbImage};
 use std::borrow::Cow;
+use std::fmt;
 use std::fs;
 use std::io::Cursor;
 use std::path::Path;
@@ -100,13 +102,23 @@ pub fn stacked_patches<'a>(crops: impl Iterator<Item = (&'a ImagePatches, usize)
     Matrix::new(rows, cols, values).expect("every patch of a crop, and of one size")
 }
 
+/// In front of an error of one image: that what is wrong is the image, and which it is.
+#[derive(Debug)]
+pub struct BadImage(pub(super) String);
+
+impl fmt::Display for BadImage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 /// Reads an image to RGB, upright.
 ///
-/// PNG and JPEG, told apart by content. EXIF orientation is applied; alpha is dropped, not blended; grey and palettes are
-/// expanded; of 16-bit samples the high byte is kept. All as Pillow's `exif_transpose` and `convert("RGB")`, apart from
-/// 16-bit grey, which Pillow clips to white.
+/// PNG, JPEG, WebP, GIF, BMP and TIFF, told apart by content; of several pictures in a file the first. The orientation is applied;
+/// alpha is dropped, not blended; grey and palettes are expanded; of 16-bit samples the high byte is kept. All as Pillow's
+/// `exif_transpose` and `convert("RGB")`, apart from 16-bit grey, which Pillow clips to white.
 ///
-/// Errors, naming the file and `origin` (where the image is asked for), when the file is missing, broken, of another
+/// Errors, naming the file and `origin` (where the image is asked for) in a [`BadImage`], when the file is missing, broken, of another
 /// kind, a link out of its folder, or above [`MAX_FILE_BYTES`] or [`MAX_PIXELS`]; the latter is found before any pixel is decoded.
 pub fn decode(source: &ImageSource, origin: &str) -> Result<RgbImage> {
     let (name, bytes) = match source {
@@ -116,7 +128,7 @@ pub fn decode(source: &ImageSource, origin: &str) -> Result<RgbImage> {
         }
         ImageSource::Bytes(bytes) => ("an image in a data: URI".to_string(), Ok(Cow::Borrowed(bytes.as_slice()))),
     };
-    bytes.and_then(|bytes| decode_bytes(&bytes)).with_context(|| format!("{origin}: {name}"))
+    bytes.and_then(|bytes| decode_bytes(&bytes)).with_context(|| BadImage(format!("{origin}: {name}")))
 }
 
 fn read_file(path: &Path, root: Option<&Path>) -> Result<Vec<u8>> {
@@ -129,10 +141,11 @@ fn read_file(path: &Path, root: Option<&Path>) -> Result<Vec<u8>> {
 
 fn decode_bytes(bytes: &[u8]) -> Result<RgbImage> {
     let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
-    let format = reader.format();
-    if !matches!(format, Some(ImageFormat::Png | ImageFormat::Jpeg)) {
-        bail!("is neither PNG nor JPEG; convert it to one of these");
-    }
+    use ImageFormat::{Bmp, Gif, Jpeg, Png, Tiff, WebP};
+    let Some(format @ (Png | Jpeg | WebP | Gif | Bmp | Tiff)) = reader.format() else {
+        ensure!(!is_heif(bytes), "is HEIC or AVIF, as telephones take them; convert it to JPEG or PNG");
+        bail!("is neither PNG, JPEG, WebP, GIF, BMP nor TIFF; convert it to one of these");
+    };
     let mut limits = Limits::default();
     // 16-bit RGBA, and once more for the decoder's own buffers.
     limits.max_alloc = Some(MAX_PIXELS * 16);
@@ -142,11 +155,17 @@ fn decode_bytes(bytes: &[u8]) -> Result<RgbImage> {
     ensure!(width > 0 && height > 0, "has no pixels");
     let pixels = u64::from(width) * u64::from(height);
     ensure!(pixels <= MAX_PIXELS, "is {width}x{height}; the limit is {MAX_PIXELS} pixels, scale it down");
-    ensure!(format != Some(ImageFormat::Jpeg) || jpeg::is_complete(bytes), "is broken: it ends before its end marker");
-    let orientation = decoder.orientation().context("has broken EXIF data")?;
+    ensure!(format != Jpeg || jpeg::is_complete(bytes), "is broken: it ends before its end marker");
+    let orientation = orientation(&mut decoder, format, bytes);
     let mut decoded = DynamicImage::from_decoder(decoder).context("is broken")?;
     decoded.apply_orientation(orientation);
     Ok(to_rgb(decoded))
+}
+
+/// Whether it is a HEIF container (ISO/IEC 23008-12), which no decoder here reads.
+fn is_heif(bytes: &[u8]) -> bool {
+    const BRANDS: [&[u8]; 8] = [b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif"];
+    bytes.get(4..8) == Some(b"ftyp") && bytes.get(8..12).is_some_and(|brand| BRANDS.contains(&brand))
 }
 
 /// Keeps the high byte of 16-bit samples, where the image crate's own conversion would round.

@@ -13,6 +13,7 @@ mod jpeg;
 mod json;
 mod methods;
 pub mod native_resolution;
+mod orientation;
 pub mod patches;
 mod paths;
 pub mod positions;

@@ -2,7 +2,7 @@
 
 use super::dataset::{Conversation, Message, Part};
 use super::forms::NO_VIDEO;
-use super::image::{ImagePatches, MAX_PIXELS, decode};
+use super::image::{BadImage, ImagePatches, MAX_PIXELS, decode};
 use super::patches::read_json;
 use super::template::{ChatTemplate, MAX_BYTES, TemplateChoice};
 use super::tokenizer::Tokenizer;
@@ -154,13 +154,27 @@ impl SequenceBuilder {
         token == self.vision.image_token_id()
     }
 
-    /// The whole conversation, answer included, with no prompt for a further turn.
+    /// The whole conversation, answer included, with no prompt for a further turn. Where the template does not let the answer be told
+    /// from the prompt, the sequence has none.
     ///
     /// Errors name the conversation's line: an image missing or broken, the image token written in a text, a template
     /// that fails or does not show every image once.
     pub fn build(&self, conversation: &Conversation) -> Result<Sequence> {
+        self.built(conversation, |_| Ok(None))
+    }
+
+    /// As [`build`](Self::build), for what is asked of the answer. Errors where it cannot be told from the prompt.
+    pub fn build_answered(&self, conversation: &Conversation) -> Result<Sequence> {
+        self.built(conversation, Err)
+    }
+
+    fn built(
+        &self,
+        conversation: &Conversation,
+        unclear: impl Fn(anyhow::Error) -> Result<Option<usize>>,
+    ) -> Result<Sequence> {
         let images = self.images(&conversation.messages, conversation)?;
-        self.whole(conversation, images).with_context(|| conversation.origin.clone())
+        self.whole(conversation, images, unclear).with_context(|| conversation.origin.clone())
     }
 
     /// The conversation up to the answer, with the beginning of the assistant's turn. Errors as [`Self::build`].
@@ -181,7 +195,7 @@ impl SequenceBuilder {
         let images = sources.iter().enumerate().map(|(index, source)| {
             let image = decode(source, &conversation.origin)?;
             let at = || format!("{}: image {}", conversation.origin, index + 1);
-            let image = self.vision.prepare(&image, sources.len()).with_context(at)?;
+            let image = self.vision.prepare(&image, sources.len()).with_context(|| BadImage(at()))?;
             tokens += self.vision.image_tokens(&image);
             pixels += image.crops().iter().map(|crop| crop.as_raw().len() as u64 / 3).sum::<u64>();
             ensure!(
@@ -195,7 +209,13 @@ impl SequenceBuilder {
         images.collect()
     }
 
-    fn whole(&self, conversation: &Conversation, images: Vec<ImagePatches>) -> Result<Sequence> {
+    /// `unclear` is given why an answer cannot be told from the prompt, and says what is then done.
+    fn whole(
+        &self,
+        conversation: &Conversation,
+        images: Vec<ImagePatches>,
+        unclear: impl Fn(anyhow::Error) -> Result<Option<usize>>,
+    ) -> Result<Sequence> {
         if let Some(text) = &conversation.text {
             return self.sequence(conversation, text, images, None);
         }
@@ -207,7 +227,7 @@ impl SequenceBuilder {
                 let shown = question.iter().flat_map(|message| &message.content);
                 let count = shown.filter(|part| matches!(part, Part::Image(_))).count();
                 let prompt = self.text(question, true, &images[..count])?;
-                Some(answer_start(&text, &prompt)?)
+                answer_start(&text, &prompt).map(Some).or_else(unclear)?
             }
         };
         self.sequence(conversation, &text, images, from)
@@ -350,16 +370,20 @@ pub struct Collected {
     pub sequences: Vec<Sequence>,
     /// How many conversations were longer than the limit and left out.
     pub too_long: usize,
+    /// How many were left out for an image that cannot be read.
+    pub bad_images: usize,
 }
 
-/// Builds every conversation, in parallel. One longer than `max_tokens` is left out whole, never cut.
+/// Builds every conversation, in parallel. One longer than `max_tokens` is left out whole, never cut; with `skip_bad_images` so is one
+/// with an image that cannot be read, and named in a warning.
 ///
-/// Errors as [`SequenceBuilder::build`] (of several the first in order), when no conversation is short enough, and as `check`
+/// Errors as [`SequenceBuilder::build`] (of several the first in order), when no conversation is left, and as `check`
 /// does, which is asked before each.
 pub fn collect(
     builder: &SequenceBuilder,
     conversations: &[Conversation],
     max_tokens: usize,
+    skip_bad_images: bool,
     check: impl Fn() -> Result<()> + Sync,
 ) -> Result<Collected> {
     ensure!(!conversations.is_empty(), "there are no conversations");
@@ -375,9 +399,17 @@ pub fn collect(
         .collect();
     let mut sequences = Vec::with_capacity(built.len());
     let mut shortest = usize::MAX;
-    let mut too_long = 0;
+    let (mut too_long, mut bad_images) = (0, 0);
     for sequence in built {
-        match sequence? {
+        let sequence = match sequence {
+            Err(error) if skip_bad_images && error.is::<BadImage>() => {
+                bad_images += 1;
+                log::warn!("left out: {error:#}");
+                continue;
+            }
+            other => other?,
+        };
+        match sequence {
             Ok(sequence) => sequences.push(sequence),
             Err(length) => {
                 shortest = shortest.min(length);
@@ -385,6 +417,10 @@ pub fn collect(
             }
         }
     }
+    ensure!(
+        too_long > 0 || bad_images < conversations.len(),
+        "all {bad_images} conversations have an image that cannot be read; the warnings before say why"
+    );
     ensure!(
         !sequences.is_empty(),
         "all {too_long} conversations are longer than {max_tokens} tokens, the shortest has {shortest}; \
@@ -396,5 +432,5 @@ pub fn collect(
             conversations.len()
         );
     }
-    Ok(Collected { sequences, too_long })
+    Ok(Collected { sequences, too_long, bad_images })
 }

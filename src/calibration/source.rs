@@ -11,7 +11,7 @@ use std::sync::Arc;
 /// An image not yet read.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ImageSource {
-    /// A PNG or JPEG file, wherever it is: named by a program or a user.
+    /// An image file, wherever it is: named by a program or a user.
     File(PathBuf),
     /// Such a file as a data file names it: it must lie below a folder, and so must what links on the way lead to.
     Below {
@@ -40,22 +40,54 @@ impl ImageSource {
         if let Some(rest) = strip_scheme(written, "data:") {
             return Ok(Self::Bytes(data_uri(rest)?));
         }
+        if let Some(bytes) = bare_base64(written) {
+            return Ok(Self::Bytes(bytes));
+        }
         if let Some(rest) = strip_scheme(written, "file://") {
-            return Self::below(root, written, &file_url(rest).with_context(|| format!("image {written:?}"))?);
+            return Self::below(root, written, &file_url(rest).with_context(|| format!("image {}", shown(written)))?);
         }
         if let Some((scheme, _)) = written.split_once("://") {
             let hint = "download the image and give its path";
-            bail!("image {written:?}: {scheme} URLs are not fetched (no network access); {hint}");
+            bail!("image {}: {} URLs are not fetched (no network access); {hint}", shown(written), shown(scheme));
         }
         Self::below(root, written, Path::new(written))
     }
 
     fn below(root: &Arc<Path>, written: &str, path: &Path) -> Result<Self> {
         let path = path_inside(path, root).with_context(|| {
-            format!("image {written:?} must lie in the data file's folder; where all images lie in another, give --image-root DIR")
+            format!(
+                "image {} must lie in the data file's folder; where all images lie in another, give --image-root DIR",
+                shown(written)
+            )
         })?;
         Ok(Self::Below { root: Arc::clone(root), path })
     }
+}
+
+/// A string of a data file in quotes, as messages show it: a long one is cut.
+pub(super) fn shown(text: &str) -> String {
+    const MOST: usize = 100;
+    match text.char_indices().nth(MOST) {
+        None => format!("{text:?}"),
+        Some((end, _)) => format!("{:?}… ({} bytes)", &text[..end], text.len()),
+    }
+}
+
+/// The bytes of an image that stands there in base64 without a `data:` before it: told from a path by how encoded PNG, JPEG, GIF,
+/// WebP, BMP and TIFF files begin, and by its letters.
+fn bare_base64(written: &str) -> Option<Vec<u8>> {
+    const BEGINNINGS: [&str; 8] = ["iVBORw0KGgo", "/9j/", "R0lGODdh", "R0lGODlh", "UklGR", "Qk", "SUkqA", "TU0AK"];
+    // Shorter than the smallest image.
+    const LEAST: usize = 64;
+    let begins = BEGINNINGS.iter().any(|beginning| written.starts_with(beginning));
+    if !begins
+        || written.len() < LEAST
+        || !written.bytes().all(|b| b.is_ascii_alphanumeric() || b"+/=\r\n".contains(&b))
+    {
+        return None;
+    }
+    let compact: Vec<u8> = written.bytes().filter(|byte| !byte.is_ascii_whitespace()).collect();
+    BASE64.decode(compact).ok()
 }
 
 /// Schemes are case-insensitive (RFC 3986, section 3.1).

@@ -5,7 +5,7 @@ use super::dataset::{Message, Part};
 use super::methods;
 use super::patches::read_json;
 use crate::input;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior, Value};
@@ -72,6 +72,16 @@ pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
     special_tokens: serde_json::Map<String, serde_json::Value>,
     file: String,
+    forms: [(&'static str, Forms); 3],
+}
+
+/// How a template takes the content of a role's turns. Both as far as is known.
+#[derive(Clone, Copy, Debug)]
+struct Forms {
+    /// As a string.
+    strings: bool,
+    /// As a list of parts.
+    lists: bool,
 }
 
 impl ChatTemplate {
@@ -101,9 +111,7 @@ impl ChatTemplate {
             })?;
             (path, source)
         };
-        let template = Self::new(&source, special_tokens(&config), path.display().to_string())?;
-        template.probe()?;
-        Ok(template)
+        Self::probed(&source, special_tokens(&config), path.display().to_string())
     }
 
     /// Reads the template in a file, for the tokenizer of a checkpoint folder. Errors as [`load`](Self::load).
@@ -113,7 +121,12 @@ impl ChatTemplate {
         let source = input::read(path, input::MAX_TEMPLATE_BYTES)
             .with_context(|| format!("--chat-template {name}: cannot be read; it is neither checkpoint nor chatml"))?;
         let source = utf8(source, path)?;
-        let template = Self::new(&source, special_tokens(&config), name)?;
+        Self::probed(&source, special_tokens(&config), name)
+    }
+
+    /// As [`new`](Self::new), its way with strings and lists found out. Errors for one of plain strings alone.
+    fn probed(source: &str, special_tokens: serde_json::Map<String, serde_json::Value>, file: String) -> Result<Self> {
+        let mut template = Self::new(source, special_tokens, file)?;
         template.probe()?;
         Ok(template)
     }
@@ -121,7 +134,7 @@ impl ChatTemplate {
     /// ChatML; `image` is the text that stands for an image.
     pub fn chatml(image: &str) -> Result<Self> {
         let variables = serde_json::Map::from_iter([("image".to_owned(), image.into())]);
-        Self::new(CHATML, variables, "ChatML".into())
+        Self::probed(CHATML, variables, "ChatML".into())
     }
 
     /// Compiles `source`. `special_tokens` (such as `bos_token`) are variables of the template, `file` names it in errors.
@@ -154,16 +167,31 @@ impl ChatTemplate {
         });
         let environment =
             environment.with_context(|| format!("{file} is not a chat template this program can read"))?;
-        Ok(Self { environment: Arc::new(environment), special_tokens, file })
+        let both = Forms { strings: true, lists: true };
+        let forms = ["system", "user", "assistant"].map(|role| (role, both));
+        Ok(Self { environment: Arc::new(environment), special_tokens, file, forms })
     }
 
     /// The text of a conversation, with the beginning of the assistant's next turn when `add_generation_prompt`.
     ///
-    /// Content is always passed as a list of parts, even one text: templates that walk through parts show nothing of a
-    /// string, and those that accept both treat them alike. Errors when the template raises one, and when it runs too
-    /// long or gives too much.
+    /// Texts are passed as the data has them, a string or a list of parts, unless the template takes the other form alone: one that
+    /// walks through parts shows nothing of a string, one that adds strings shows a list as program text. Errors when the template
+    /// raises one, and when it runs too long or gives too much.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        self.render_as(messages, add_generation_prompt, &self.forms)
+    }
+
+    fn render_as(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        forms: &[(&'static str, Forms)],
+    ) -> Result<String> {
         let mut context = self.special_tokens.clone();
+        let message = |message: &Message| {
+            let known = forms.iter().find(|(role, _)| *role == message.role);
+            seen(message, known.map_or(Forms { strings: true, lists: true }, |&(_, forms)| forms))
+        };
         context.insert("messages".into(), messages.iter().map(message).collect());
         context.insert("tools".into(), serde_json::Value::Null);
         context.insert("documents".into(), serde_json::Value::Null);
@@ -185,21 +213,56 @@ impl ChatTemplate {
         Ok(text)
     }
 
-    /// Finds templates made for plain strings, which would show a list of parts as JSON or not at all.
-    fn probe(&self) -> Result<()> {
-        let content = vec![Part::Text("vlmq-probe".into())];
-        let messages = [Message { role: "user".into(), content }];
-        // A template may insist on more than one user turn; then the conversations themselves will tell.
-        let Ok(text) = self.render(&messages, false) else { return Ok(()) };
-        if !text.contains("vlmq-probe") || text.contains("\"type\"") || text.contains("'type'") {
-            bail!(
-                "the chat template in {} takes only plain strings, not content parts; \
-                 put the vision-language model's own chat_template.jinja there",
-                self.file
-            );
+    /// Finds out, role by role, whether the template shows a string and a list of one text as that text. Where it renders neither, both
+    /// stay: it may insist on turns that are not here, and the conversations themselves will tell.
+    fn probe(&mut self) -> Result<()> {
+        const STRINGS: Forms = Forms { strings: true, lists: false };
+        const LISTS: Forms = Forms { strings: false, lists: true };
+        let said = |role: &str| format!("vlmq-probe-{role}");
+        for (newest, roles) in [
+            ("user", &["user"][..]),
+            ("assistant", &["user", "assistant"]),
+            ("system", &["system", "user", "assistant"]),
+        ] {
+            let turn =
+                |role: &&str| Message { role: (*role).to_owned(), content: vec![Part::Text(said(role))], plain: true };
+            let messages: Vec<Message> = roles.iter().map(turn).collect();
+            let shown = [STRINGS, LISTS].map(|asked| {
+                let forms = self.forms.map(|(role, known)| match role {
+                    _ if role == newest => (role, asked),
+                    _ => (role, if known.lists { LISTS } else { STRINGS }),
+                });
+                self.render_as(&messages, false, &forms).ok().map(|text| shown_alone(&text, &said(newest)))
+            });
+            let [strings, lists] = shown.map(|shown| shown == Some(true));
+            if let Some((_, forms)) = self.forms.iter_mut().find(|(role, _)| *role == newest)
+                && (strings || lists)
+            {
+                *forms = Forms { strings, lists };
+            }
+            if newest == "user" {
+                // Nothing of it can be asked any further.
+                if shown == [None, None] {
+                    return Ok(());
+                }
+                ensure!(
+                    lists,
+                    "the chat template in {} takes only plain strings, not content parts; \
+                     put the vision-language model's own chat_template.jinja there",
+                    self.file
+                );
+            }
         }
         Ok(())
     }
+}
+
+/// Whether `text` stands in a rendered conversation as itself, not inside a list that was shown as program text.
+fn shown_alone(rendered: &str, text: &str) -> bool {
+    let Some(at) = rendered.find(text) else { return false };
+    let around = |end: &str| end.starts_with(['\'', '"']);
+    let before = rendered[..at].chars().next_back();
+    !(around(&rendered[at + text.len()..]) && before.is_some_and(|quote| quote == '\'' || quote == '"'))
 }
 
 fn utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
@@ -207,7 +270,12 @@ fn utf8(bytes: Vec<u8>, path: &Path) -> Result<String> {
 }
 
 /// A message as templates see it. Of an image they ask only whether there is one.
-fn message(message: &Message) -> serde_json::Value {
+fn seen(message: &Message, forms: Forms) -> serde_json::Value {
+    let texts: Option<Vec<&str>> = message.content.iter().map(Part::text).collect();
+    let as_string = texts.filter(|_| forms.strings && (message.plain || !forms.lists));
+    if let Some(texts) = as_string {
+        return json!({"role": message.role, "content": texts.concat()});
+    }
     let parts = message.content.iter().map(|part| match part {
         Part::Text(text) => json!({"type": "text", "text": text}),
         Part::Image(_) => json!({"type": "image"}),

@@ -3,6 +3,7 @@
 //! The crate that reads the file ends a search that backtracks too long where it stands, and the rest of the text becomes
 //! other tokens without a word. The regular expressions are therefore run here, where that is an error.
 
+use super::patches::read_json;
 use crate::input::{MAX_TOKENIZER_BYTES, read_beside};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use fancy_regex::{Regex, RegexBuilder};
@@ -11,8 +12,8 @@ use std::path::Path;
 use tokenizers::pattern::Invert;
 use tokenizers::pre_tokenizers::split::SplitPattern;
 use tokenizers::{
-    DecoderWrapper, Encoding, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizedString, PreTokenizer,
-    PreTokenizerWrapper, SplitDelimiterBehavior, TokenizerBuilder, TokenizerImpl,
+    AddedToken, DecoderWrapper, Encoding, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizedString,
+    PreTokenizer, PreTokenizerWrapper, SplitDelimiterBehavior, TokenizerBuilder, TokenizerImpl,
 };
 
 /// Steps back that one search of a tokenizer's regular expression may take. Those of published tokenizers go back once for
@@ -54,7 +55,8 @@ impl Tokenizer {
         let all: Value = serde_json::from_slice(&bytes).with_context(unreadable)?;
         check(&all).with_context(unreadable)?;
         // Not from the text once more, where a key that stands twice could count otherwise.
-        let read: tokenizers::Tokenizer = serde_json::from_value(all).with_context(unreadable)?;
+        let mut read: tokenizers::Tokenizer = serde_json::from_value(all).with_context(unreadable)?;
+        add_further(&mut read, folder)?;
         let splitter = read.get_pre_tokenizer().map(Splitter::new).transpose().with_context(unreadable)?;
         let bounded = TokenizerBuilder::new()
             .with_model(read.get_model().clone())
@@ -87,6 +89,81 @@ impl Tokenizer {
     /// The number of a token.
     pub(super) fn id(&self, token: &str) -> Option<u32> {
         self.bounded.token_to_id(token)
+    }
+}
+
+/// Adds the tokens that stand beside tokenizer.json and not in it, as transformers does: those of `added_tokens_decoder` in
+/// tokenizer_config.json, or else of added_tokens.json, by their numbers, then special ones that only have a name. Errors where a
+/// token would get another number than it is given.
+fn add_further(tokenizer: &mut tokenizers::Tokenizer, folder: &Path) -> Result<()> {
+    let config = read_json(folder, "tokenizer_config.json")?.unwrap_or_default();
+    let special = read_json(folder, "special_tokens_map.json")?.unwrap_or_default();
+    let mut numbered: Vec<(u32, AddedToken)> = match config.get("added_tokens_decoder").and_then(Value::as_object) {
+        Some(tokens) => {
+            let token = |(number, token): (&String, &Value)| Some((number.parse().ok()?, added(token)?));
+            tokens.iter().filter_map(token).collect()
+        }
+        None => {
+            let tokens = read_json(folder, "added_tokens.json")?.unwrap_or_default();
+            let token = |(text, number): (&String, &Value)| {
+                Some((u32::try_from(number.as_u64()?).ok()?, AddedToken::from(text.as_str(), false)))
+            };
+            tokens.as_object().into_iter().flatten().filter_map(token).collect()
+        }
+    };
+    numbered.sort_by_key(|(number, _)| *number);
+    let named = [&config, &special].into_iter().flat_map(|file| {
+        let fields = file.as_object().into_iter().flatten();
+        fields.flat_map(|(key, value)| match (key.as_str(), value) {
+            ("additional_special_tokens" | "extra_special_tokens", Value::Array(all)) => all.iter().collect(),
+            ("extra_special_tokens", Value::Object(all)) => all.values().collect(),
+            (key, token) if key.ends_with("_token") => vec![token],
+            _ => Vec::new(),
+        })
+    });
+    let named = named.filter_map(added).map(|token| (None, AddedToken { special: true, normalized: false, ..token }));
+    let all: Vec<(Option<u32>, AddedToken)> =
+        numbered.into_iter().map(|(number, token)| (Some(number), token)).chain(named).collect();
+    for (number, token) in all {
+        if token.content.is_empty() || tokenizer.get_added_vocabulary().get_vocab().contains_key(&token.content) {
+            continue;
+        }
+        let text = token.content.clone();
+        match token.special {
+            true => tokenizer.add_special_tokens([token]),
+            false => tokenizer.add_tokens([token]),
+        }
+        .map_err(|error| anyhow!("{error}"))
+        .with_context(|| format!("{}: the token {text:?} beside tokenizer.json", folder.display()))?;
+        let given = tokenizer.token_to_id(&text);
+        ensure!(
+            number.is_none() || given == number,
+            "{}: the token {text:?}, which stands beside tokenizer.json and not in it, is to be number {}, but the next free one is {}; \
+             save the tokenizer anew",
+            folder.display(),
+            number.unwrap_or_default(),
+            given.unwrap_or_default()
+        );
+    }
+    Ok(())
+}
+
+/// A token as configurations write one: a string, or an object of its properties.
+fn added(token: &Value) -> Option<AddedToken> {
+    match token {
+        Value::String(text) => Some(AddedToken::from(text.as_str(), false)),
+        token => {
+            let flag = |name: &str| token.get(name).and_then(Value::as_bool).unwrap_or(false);
+            let plain = AddedToken::from(token.get("content")?.as_str()?, flag("special"));
+            let normalized = token.get("normalized").and_then(Value::as_bool).unwrap_or(plain.normalized);
+            Some(AddedToken {
+                single_word: flag("single_word"),
+                lstrip: flag("lstrip"),
+                rstrip: flag("rstrip"),
+                normalized,
+                ..plain
+            })
+        }
     }
 }
 

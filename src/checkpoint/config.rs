@@ -9,8 +9,39 @@ use std::fmt;
 pub enum Quantization {
     /// compressed-tensors, `pack-quantized` with integer weights.
     CompressedTensors(Packing),
-    /// GPTQ v1, zeros stored as `zero − 1`.
-    Gptq(Packing),
+    /// GPTQ, of the version that config.json names.
+    Gptq(Packing, GptqVersion),
+}
+
+/// How a GPTQ file stores its zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GptqVersion {
+    /// As `zero − 1`, as AutoGPTQ does. Kernels that take what is stored for the zero are a step off, but for symmetric files, whose
+    /// zeros they do not read.
+    V1,
+    /// As they are.
+    V2,
+}
+
+impl GptqVersion {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::V1, Self::V2];
+
+    /// Its name in config.json, as `checkpoint_format`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V1 => "gptq",
+            Self::V2 => "gptq_v2",
+        }
+    }
+
+    /// How much less than the zero is stored.
+    pub fn stored_less(self) -> u8 {
+        match self {
+            Self::V1 => 1,
+            Self::V2 => 0,
+        }
+    }
 }
 
 /// What both formats have in common.
@@ -28,7 +59,7 @@ impl fmt::Display for Quantization {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (name, packing) = match self {
             Self::CompressedTensors(packing) => ("compressed-tensors", packing),
-            Self::Gptq(packing) => ("gptq", packing),
+            Self::Gptq(packing, version) => (version.name(), packing),
         };
         let group = packing.group_size.map_or_else(|| "whole rows".to_owned(), |size| format!("groups of {size}"));
         let grid = if packing.symmetric { "symmetric" } else { "asymmetric" };
@@ -36,12 +67,30 @@ impl fmt::Display for Quantization {
     }
 }
 
+/// The names that entries have had.
+const ENTRIES: [&str; 2] = ["quantization_config", "compression_config"];
+
 /// The quantization entry of a config, wherever generations of the format put it; an empty one counts as absent.
 pub(crate) fn quantization_entry(config: &Value) -> Option<&Value> {
     [config, &config["text_config"]]
         .into_iter()
-        .flat_map(|section| ["quantization_config", "compression_config"].map(|key| &section[key]))
+        .flat_map(|section| ENTRIES.map(|key| &section[key]))
         .find(|entry| !entry.is_null())
+}
+
+/// A config without any such entry.
+pub(crate) fn without_quantization(config: &Value) -> Value {
+    let mut config = config.clone();
+    let remove = |section: &mut Value| {
+        if let Some(section) = section.as_object_mut() {
+            ENTRIES.iter().for_each(|key| drop(section.shift_remove(*key)));
+        }
+    };
+    remove(&mut config);
+    if let Some(text) = config.get_mut("text_config") {
+        remove(text);
+    }
+    config
 }
 
 /// Reads the entry. Errors, naming what is not supported, for every method, width or strategy that is not read here.
@@ -82,14 +131,16 @@ fn compressed_tensors(entry: &Value) -> Result<Quantization> {
 
 fn gptq(entry: &Value) -> Result<Quantization> {
     let layout = entry["checkpoint_format"].as_str().or(entry["format"].as_str()).unwrap_or("gptq");
-    ensure!(layout == "gptq", "GPTQ checkpoint_format {layout:?} is not read; only gptq (version 1) is");
+    let version = GptqVersion::ALL.into_iter().find(|version| version.name() == layout).with_context(|| {
+        format!("GPTQ checkpoint_format {layout:?} is not read; only gptq (version 1) and gptq_v2 are")
+    })?;
     if let Some(rules) = entry["dynamic"].as_object() {
         for rule in rules.keys() {
             ensure!(rule.starts_with('-'), "GPTQ files with settings per layer (dynamic {rule:?}) are not read");
         }
     }
     let symmetric = entry["sym"].as_bool().unwrap_or(true);
-    Ok(Quantization::Gptq(Packing { bits: bits(&entry["bits"])?, group_size: group_size(entry)?, symmetric }))
+    Ok(Quantization::Gptq(Packing { bits: bits(&entry["bits"])?, group_size: group_size(entry)?, symmetric }, version))
 }
 
 /// config.json with `key` as its last one, all other bytes as they were: numbers and their spelling too.

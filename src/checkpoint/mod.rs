@@ -17,7 +17,7 @@ pub mod weight_error;
 pub mod work;
 pub mod write;
 
-pub use config::Quantization;
+pub use config::{GptqVersion, Packing, Quantization};
 pub use formats::{Format, LinearSpec, Loader};
 pub use read::{Checkpoint, MAX_TENSORS, StoredTensor};
 pub use work::WorkFolder;

@@ -1,6 +1,6 @@
 //! Reading a checkpoint: config.json and tensors, mapped into memory and converted when they are asked for.
 
-use super::config::{Quantization, parse_quantization, quantization_entry};
+use super::config::{Quantization, parse_quantization, quantization_entry, without_quantization};
 use super::convert::{first_non_finite, float_type, floats_from_bytes};
 use super::formats::{compressed_tensors, gptq};
 use super::shard::{INDEX, Shard, weight_files};
@@ -11,6 +11,7 @@ use crate::tensor::Matrix;
 use anyhow::{Context, Result, bail, ensure};
 use safetensors::Dtype;
 use serde_json::Value;
+use std::borrow::Cow;
 use std::collections::HashMap;
 #[cfg(feature = "run")]
 use std::ops::Range;
@@ -29,6 +30,8 @@ pub struct Checkpoint {
     names: Vec<String>,
     /// Name → index of its shard.
     shard_of: HashMap<String, usize>,
+    /// Whether the tensors are those of a quantized model.
+    packed: bool,
 }
 
 /// A tensor as the file holds it.
@@ -40,6 +43,32 @@ pub struct StoredTensor<'a> {
     pub shape: &'a [usize],
     /// Elements, row-major, little-endian, at any alignment.
     pub bytes: &'a [u8],
+}
+
+/// How tensors are named that only quantized layers have.
+const PACKED: [&str; 9] = [
+    ".qweight",
+    ".qzeros",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_zero_point",
+    ".absmax",
+    ".quant_map",
+    ".SCB",
+];
+
+/// Refuses the weights of an adapter that were not merged into the model's.
+fn refuse_unmerged(folder: &Path, names: &[String]) -> Result<()> {
+    const PARTS: [&str; 4] = [".lora_A.", ".lora_B.", ".lora_magnitude_vector", ".base_layer."];
+    let unmerged = names.iter().find(|name| PARTS.iter().any(|part| name.contains(part)));
+    match unmerged {
+        None => Ok(()),
+        Some(name) => bail!(
+            "{} holds {name}: an adapter that is not merged into the weights. Merge it first (peft: merge_and_unload) and save the model.",
+            folder.display()
+        ),
+    }
 }
 
 impl Checkpoint {
@@ -87,7 +116,14 @@ impl Checkpoint {
                 folder.join(INDEX).display()
             );
         }
-        Ok(Self { folder: folder.to_path_buf(), config, shards, names, shard_of })
+        refuse_unmerged(folder, &names)?;
+        let packed = names.iter().any(|name| {
+            let dtype = |name: &String| shards[shard_of[name]].header.info(name).map(|info| info.dtype);
+            PACKED.iter().any(|suffix| name.ends_with(suffix))
+                || name.ends_with(".weight")
+                    && !dtype(name).is_some_and(|dtype| float_type(dtype).is_some() || dtype == Dtype::F64)
+        });
+        Ok(Self { folder: folder.to_path_buf(), config, shards, names, shard_of, packed })
     }
 
     /// The folder, as given.
@@ -255,6 +291,7 @@ impl Checkpoint {
     /// Errors, naming what it is, when config.json announces a quantization that is not read here.
     pub fn quantization(&self) -> Result<Option<Quantization>> {
         quantization_entry(&self.config)
+            .filter(|_| self.packed)
             .map(|entry| {
                 parse_quantization(entry)
                     .with_context(|| format!("cannot use {}", self.folder.join("config.json").display()))
@@ -262,9 +299,23 @@ impl Checkpoint {
             .transpose()
     }
 
-    /// Whether config.json announces a quantization, known or not.
+    /// Whether config.json announces a quantization, known or not, and the tensors are no plain floats.
     pub fn is_quantized(&self) -> bool {
-        quantization_entry(&self.config).is_some()
+        quantization_entry(&self.config).is_some() && self.packed
+    }
+
+    /// Whether config.json announces a quantization that the tensors do not have: they are plain floats, as a program that dequantized
+    /// them leaves behind.
+    pub fn has_leftover_quantization(&self) -> bool {
+        quantization_entry(&self.config).is_some() && !self.packed
+    }
+
+    /// config.json as a copy in another format begins with it: without a leftover of an earlier one.
+    pub(crate) fn own_config(&self) -> Cow<'_, Value> {
+        match self.has_leftover_quantization() {
+            true => Cow::Owned(without_quantization(&self.config)),
+            false => Cow::Borrowed(&self.config),
+        }
     }
 
     /// Refuses a checkpoint that is quantized already.
@@ -286,7 +337,9 @@ impl Checkpoint {
             Some(Quantization::CompressedTensors(packing)) => {
                 compressed_tensors::decode(self, module, out_features, in_features, packing)
             }
-            Some(Quantization::Gptq(packing)) => gptq::decode(self, module, out_features, in_features, packing),
+            Some(Quantization::Gptq(packing, version)) => {
+                gptq::decode(self, module, out_features, in_features, packing, version)
+            }
             None => bail!("{} is not quantized; {module} has no codes", self.folder.display()),
         }
     }

@@ -13,6 +13,9 @@ pub(crate) const SINGLE: &str = "model.safetensors";
 /// The list of a large one's.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
+/// An adapter's weights, which are no part of the model until they are merged.
+const ADAPTER: &str = "adapter_model.safetensors";
+
 /// Most bytes of a file's header, a third of what the format allows: 100 bytes a tensor, and 300,000 tensors in one file.
 const MAX_HEADER_BYTES: u64 = 32 << 20;
 
@@ -170,7 +173,8 @@ pub(crate) fn weight_files(folder: &Path) -> Result<(Vec<PathBuf>, BTreeMap<Stri
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(folder).with_context(|| format!("cannot read the folder {}", folder.display()))? {
         let path = entry.with_context(|| format!("cannot read the folder {}", folder.display()))?.path();
-        if path.extension().is_some_and(|extension| extension == "safetensors") {
+        let is_adapter = path.file_name().is_some_and(|name| name == ADAPTER);
+        if path.extension().is_some_and(|extension| extension == "safetensors") && !is_adapter {
             paths.push(path);
         }
     }

@@ -116,8 +116,8 @@ mod tests {
     fn shapes_must_agree() {
         let ones = bytes(&[1.0; 8]);
         let weight = StoredTensor { dtype: Dtype::BF16, shape: &[4, 2], bytes: &ones };
-        assert!(of_layer(Format::Gptq, weight, &layer()).unwrap_err().to_string().contains("[2, 4]"));
+        assert!(of_layer(Format::gptq(true), weight, &layer()).unwrap_err().to_string().contains("[2, 4]"));
         let weight = StoredTensor { dtype: Dtype::I16, shape: &[2, 4], bytes: &ones };
-        assert!(of_layer(Format::Gptq, weight, &layer()).unwrap_err().to_string().contains("no float"));
+        assert!(of_layer(Format::gptq(true), weight, &layer()).unwrap_err().to_string().contains("no float"));
     }
 }

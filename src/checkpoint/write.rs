@@ -1,6 +1,6 @@
 //! Writing a quantized checkpoint: everything planned first, each layer put in its place as it is solved.
 
-use super::config::{quantization_entry, with_key};
+use super::config::with_key;
 use super::formats::{Format, LinearSpec, TensorSpec};
 use super::plan::{Place, Plan};
 use super::read::Checkpoint;
@@ -10,6 +10,7 @@ use super::work::{cannot_write, reserve, sync_folder};
 use crate::quantize::QuantizedLinear;
 use crate::quantize::settings::SolverSettings;
 use anyhow::{Context, Result, bail, ensure};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -135,7 +136,7 @@ impl Writer {
         let (config, quantization) = self.config(checkpoint, quantized)?;
         copy_side_files(checkpoint.folder(), &self.folder)?;
         self.add_file("config.json", config.as_bytes())?;
-        if let (Format::Gptq, Some(quantization)) = (self.format, &quantization) {
+        if let (Format::Gptq(_), Some(quantization)) = (self.format, &quantization) {
             self.add_file("quantize_config.json", format!("{quantization:#}\n").as_bytes())?;
         }
         match self.plan.index() {
@@ -209,7 +210,7 @@ impl Writer {
     ) -> Result<(HashMap<String, LinearSpec>, Vec<TensorSpec>)> {
         checkpoint.refuse_quantized()?;
         format.check(quantized, settings)?;
-        let linears = check_linears(checkpoint, quantized, format, settings)?;
+        let linears = check_linears(checkpoint, quantized)?;
         let tensors = planned_tensors(checkpoint, &linears, format, settings)?;
         Ok((linears, tensors))
     }
@@ -303,12 +304,7 @@ fn sync_all(folder: &Path) -> Result<()> {
     sync_folder(folder)
 }
 
-fn check_linears(
-    checkpoint: &Checkpoint,
-    quantized: &[LinearSpec],
-    format: Format,
-    settings: &SolverSettings,
-) -> Result<HashMap<String, LinearSpec>> {
+fn check_linears(checkpoint: &Checkpoint, quantized: &[LinearSpec]) -> Result<HashMap<String, LinearSpec>> {
     let mut linears = HashMap::new();
     for linear in quantized {
         let name = format!("{}.weight", linear.module);
@@ -320,13 +316,8 @@ fn check_linears(
             linear.out_features,
             linear.in_features
         );
-        let wanted = format.scale_type(checkpoint.float_type(&name)?);
-        ensure!(
-            settings.scale_type == wanted,
-            "{} files of this checkpoint hold scales of type {wanted:?}, but the solver rounds them to {:?} ({name})",
-            format.name(),
-            settings.scale_type
-        );
+        // Layers of one checkpoint may be stored in different types; what comes of them has one.
+        checkpoint.float_type(&name)?;
         ensure!(
             linears.insert(linear.module.clone(), linear.clone()).is_none(),
             "the layer {} is announced twice",
@@ -380,12 +371,16 @@ fn other_matrices(checkpoint: &Checkpoint, linears: &HashMap<String, LinearSpec>
 fn new_config(checkpoint: &Checkpoint, quantization: Option<&serde_json::Value>) -> Result<String> {
     let path = checkpoint.folder().join("config.json");
     let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = match checkpoint.own_config() {
+        Cow::Owned(config) => format!("{config:#}\n"),
+        // To the byte.
+        Cow::Borrowed(_) => text,
+    };
     let Some(quantization) = quantization else {
         return Ok(text);
     };
-    debug_assert!(quantization_entry(checkpoint.config()).is_none());
     ensure!(
-        checkpoint.config().get("quantization_config").is_none(),
+        !checkpoint.config().get("quantization_config").is_some_and(serde_json::Value::is_null),
         "{} has an empty quantization_config; remove that line",
         path.display()
     );

@@ -94,6 +94,7 @@ impl<D: ModelOps> Evaluated<D> {
     fn load(device: &D, folder: &Path, settings: &EvaluationSettings) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
         let family = families::of::<D>(&checkpoint)?;
+        family.config(&checkpoint)?.remarks(&checkpoint).iter().for_each(|remark| log::warn!("{remark}"));
         let vision = family.vision_input(&checkpoint, settings.image_options)?;
         let builder = SequenceBuilder::with_template(folder, vision, &settings.chat_template)?;
         Ok(Self { answers_stop: family.answers_stop(), model: LanguageModel::load(device, &checkpoint)?, builder })
@@ -127,9 +128,12 @@ pub fn check<D: ModelOps>(settings: &EvaluationSettings) -> Result<usize> {
     let conversations = read(settings)?;
     conversations.iter().try_for_each(|conversation| rule(conversation).map(drop))?;
     let checkpoint = Checkpoint::open(&settings.model)?;
-    let vision = families::of::<D>(&checkpoint)?.vision_input(&checkpoint, settings.image_options)?;
+    let family = families::of::<D>(&checkpoint)?;
+    family.config(&checkpoint)?.head_name().with_context(|| checkpoint.folder().display().to_string())?;
+    let vision = family.vision_input(&checkpoint, settings.image_options)?;
     let builder = SequenceBuilder::with_template(checkpoint.folder(), vision, &settings.chat_template)?;
-    let check = |conversation| builder.build(conversation).and_then(|_| builder.prompt(conversation)).map(drop);
+    let check =
+        |conversation| builder.build_answered(conversation).and_then(|_| builder.prompt(conversation)).map(drop);
     let checked: Vec<Result<()>> = conversations.par_iter().map(check).collect();
     checked.into_iter().collect::<Result<()>>()?;
     Ok(conversations.len())
@@ -212,7 +216,7 @@ fn rule(conversation: &Conversation) -> Result<(Metric, Vec<String>)> {
 
 impl<D: ModelOps> Evaluated<D> {
     fn build(&self, batch: &[Conversation]) -> Result<Vec<Sequence>> {
-        batch.par_iter().map(|conversation| self.builder.build(conversation)).collect()
+        batch.par_iter().map(|conversation| self.builder.build_answered(conversation)).collect()
     }
 
     /// Logits of every sequence's answer, `[answer tokens, vocab]`. `features`: those of the sequences' images, computed

@@ -2,7 +2,7 @@
 
 use super::config::DecoderConfig;
 use super::decoder::{Attended, Block, DeepStack, Layout, Projection};
-use super::families::{self, Features, ModelConfig, VisionTower};
+use super::families::{self, Features, Head, ModelConfig, VisionTower};
 use super::rope::{self, RopeAxes};
 use crate::calibration::image::ImagePatches;
 use crate::calibration::sequence::Sequence;
@@ -180,10 +180,10 @@ impl<D: ModelOps> LanguageModel<D> {
             .collect::<Result<_>>()?;
         let norm =
             device.upload_model(checkpoint.vector(&format!("{}norm.weight", config.names.prefix), decoder.hidden)?)?;
-        let head = match decoder.tied {
-            true => None,
-            false => {
-                Some(device.upload_model(checkpoint.matrix(&config.names.head, decoder.vocab, decoder.hidden)?)?)
+        let head = match config.head {
+            Head::Embedding => None,
+            Head::Stored | Head::Missing => {
+                Some(device.upload_model(checkpoint.matrix(&config.head_name()?, decoder.vocab, decoder.hidden)?)?)
             }
         };
         let embedder = Embedder::load(device, checkpoint, &config, false)?;

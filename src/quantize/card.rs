@@ -6,7 +6,8 @@
 
 use super::report::RunReport;
 use super::settings::{Grid, Importance, ImportancePower, Order, Solver, SolverSettings};
-use crate::checkpoint::formats::{Format, shell};
+use super::split;
+use crate::checkpoint::formats::{FamilySupport, Format, shell};
 use crate::checkpoint::sums::SUMS;
 use crate::input;
 use anyhow::Result;
@@ -34,7 +35,7 @@ pub struct Card<'a> {
     /// What was written.
     pub format: Format,
     /// See [`Format::loaders`].
-    pub must_dequantize: bool,
+    pub support: FamilySupport,
 }
 
 impl Card<'_> {
@@ -67,7 +68,7 @@ impl Card<'_> {
         say(format!("# {}\n", plain(name)));
         let what = match self.format {
             Format::Dequantized => "plain weights that stand on the grid of",
-            Format::CompressedTensors | Format::Gptq => "integer codes of",
+            Format::CompressedTensors | Format::Gptq(_) => "integer codes of",
         };
         say(format!(
             "{} after quantization with vlmq: the linear layers of its language backbone are {what} {} bits. Everything \
@@ -145,6 +146,7 @@ impl Card<'_> {
         let size = |bytes| HumanBytes(bytes).to_string();
         facts.push(("size", format!("{} → {}", size(report.bytes_before), size(report.bytes_after))));
         facts.push(("calibration", self.calibration()));
+        facts.push(("tensor parallelism", split::told(report.largest_split)));
         if let (Some(mean), Some(worst)) = (report.mean_relative_error(), report.worst_layer()) {
             let (error, layer) = (worst.solve.relative_error, code(&worst.name));
             facts.push(("relative error of outputs", format!("mean {mean:.2e}, worst {error:.2e} in {layer}")));
@@ -189,8 +191,12 @@ impl Card<'_> {
             0 => String::new(),
             left => format!(", {left} more left out as too long"),
         };
+        let bad = match counts.bad_images {
+            0 => String::new(),
+            bad => format!(", {bad} for a bad image"),
+        };
         format!(
-            "{} samples of {} (seed {seed}){left}; {} vision and {} text tokens; SHA-256 {sum}",
+            "{} samples of {} (seed {seed}){left}{bad}; {} vision and {} text tokens; SHA-256 {sum}",
             counts.used,
             code(&file),
             counts.vision_tokens,
@@ -202,11 +208,14 @@ impl Card<'_> {
     fn loading(&self, name: &str, text: &mut String) {
         *text += "\n## Load it\n\nIn the folder that this one lies in, or with its path in place of its name. Programs that are not here are \
                   not known to load this file.\n";
-        for loader in self.format.loaders(self.solver, self.must_dequantize, Path::new(name)) {
+        for loader in self.format.loaders(self.solver, self.support, Path::new(name)) {
             let _ = match python(&loader.command, name) {
                 Some(lines) => write!(text, "\n### {}\n\n```python\n{lines}\n```\n", loader.name),
                 None => write!(text, "\n### {}\n\n```sh\n{}\n```\n", loader.name, loader.command),
             };
+        }
+        for reason in &self.report.shut_out {
+            let _ = write!(text, "\nNot here: {reason}.\n");
         }
     }
 }
@@ -292,7 +301,8 @@ mod tests {
             settings: json!({"calib": "/x/secret/c|.jsonl", "seed": 7}),
             inputs: Inputs { calibration: Some("3".repeat(64)), ..Inputs::default() },
         };
-        let calibration = CalibrationCounts { used: 5, too_long: 1, vision_tokens: 320, text_tokens: 80 };
+        let calibration =
+            CalibrationCounts { used: 5, too_long: 1, bad_images: 0, vision_tokens: 320, text_tokens: 80 };
         RunReport { provenance, calibration, bytes_before: 2 << 20, bytes_after: 1 << 20, ..RunReport::default() }
     }
 
@@ -300,13 +310,15 @@ mod tests {
         let report = report(model);
         let (solver, importance_power) = (&SolverSettings::default(), ImportancePower::default());
         let importance = Importance::Vlmq;
-        Card { report: &report, solver, importance, importance_power, format, must_dequantize: false }.text(name, base)
+        let support = FamilySupport::default();
+        Card { report: &report, solver, importance, importance_power, format, support }.text(name, base)
     }
 
     #[test]
     fn metadata_is_the_hubs() {
         let base = "---\r\nlicense: other\r\nlicense_name: some\r\ntags:\r\n- x\r\nlanguage:\r\n- en\r\n- zh\r\nbase_model: a/b\r\n---\r\n# Base\r\nlicense: no\r\n";
-        let text = card("/x/hub/models--Org--Some-VL/snapshots/0", "w3", Format::Gptq, Some(("README.base.md", base)));
+        let text =
+            card("/x/hub/models--Org--Some-VL/snapshots/0", "w3", Format::gptq(true), Some(("README.base.md", base)));
         let expected = "---\nlicense: other\nlicense_name: some\nlanguage:\n- en\n- zh\nbase_model: \"Org/Some-VL\"\n\
             base_model_relation: quantized\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags:\n- vlmq\n- 3-bit\n\
             - gptq\n---\n\n# w3\n";
@@ -316,7 +328,7 @@ mod tests {
             assert_eq!(inherited(none), [""; 0], "{none}");
         }
         // A name that the Hub would refuse is left out of the metadata.
-        assert!(!card("my  model", "w3", Format::Gptq, None).contains("base_model:"));
+        assert!(!card("my  model", "w3", Format::gptq(true), None).contains("base_model:"));
     }
 
     #[test]

@@ -227,7 +227,7 @@ pub fn compare<D: ModelOps>(
     let [float, quantized] = [float, quantized].map(|x| device.rms_norm(&x, &norm, decoder.norm_eps));
     let (float, quantized) = (float?, quantized?);
 
-    let head = if decoder.tied { format!("{}embed_tokens.weight", names.prefix) } else { names.head.clone() };
+    let head = config.head_name()?;
     let mut sums: Vec<Sums> = places.iter().flat_map(|places| &places.next).map(|&next| Sums::new(next)).collect();
     for first in (0..decoder.vocab).step_by(HEAD_ROWS) {
         stop.check()?;

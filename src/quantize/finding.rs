@@ -21,6 +21,8 @@ pub enum FindingKind {
     StatisticsUnusable,
     /// Importance factors that are not finite, or all zero behind block 0.
     ImportanceUnusable,
+    /// Scales stand at the smallest value of their storage type: the weights of their groups are smaller than it can tell.
+    ScalesTooSmall,
     /// The solve came out far worse than rounding to nearest, or half of the layer's output is lost.
     ErrorExploded,
     /// Of the whole model: the quantized path no longer predicts what the float path does.
@@ -41,6 +43,7 @@ impl FindingKind {
             Self::DeadInputs => "check the checkpoint's norms, and calibrate with more, or other, samples",
             Self::StatisticsUnusable => "check the checkpoint's weights and the calibration samples",
             Self::ImportanceUnusable => "check the checkpoint's weights, or use --importance none",
+            Self::ScalesTooSmall => "use --format compressed-tensors, whose scales are of the checkpoint's own type",
             Self::ErrorExploded => {
                 "raise --damp or --bits, lower --alpha or --group-size, or calibrate with more samples"
             }
@@ -59,6 +62,7 @@ impl fmt::Display for FindingKind {
             Self::DeadInputs => "dead inputs",
             Self::StatisticsUnusable => "statistics unusable",
             Self::ImportanceUnusable => "importance unusable",
+            Self::ScalesTooSmall => "scales too small",
             Self::ErrorExploded => "error exploded",
             Self::ModelDestroyed => "model destroyed",
         })

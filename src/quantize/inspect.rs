@@ -3,7 +3,10 @@
 use super::pipeline::CHUNK_TOKENS;
 use super::plan::{CheckSize, ChunkSize, Costs, EmbedderSize, Job, MemoryPlan, Rates, block_work};
 use super::settings::{Importance, Solver, SolverSettings};
+use super::split::largest_split;
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::formats::Format;
+use crate::checkpoint::{Packing, Quantization};
 use crate::device::{ModelOps, SolveOps};
 use crate::model::config::{DecoderConfig, Section};
 use crate::model::decoder::{Projection, module_name};
@@ -160,8 +163,20 @@ pub struct Inspection {
     pub parts: Vec<Part>,
     /// What would be quantized.
     pub quantizable: Vec<LinearKind>,
+    /// Over how many GPUs servers can split it: as it is quantized, or would be at the default width with the usual groups that
+    /// fit all layers, the largest first, and whole rows.
+    pub splits: Vec<Split>,
     /// What it would take; `None` where it is quantized already.
     pub estimate: Option<Estimate>,
+}
+
+/// What a group size leaves of tensor parallelism.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Split {
+    /// Columns that share a scale; `None`: the row.
+    pub group_size: Option<usize>,
+    /// See [`largest_split`].
+    pub gpus: usize,
 }
 
 /// Reads configuration and tensor headers of a checkpoint, no weights; the time of the estimate is from short probes of this
@@ -172,12 +187,13 @@ pub fn inspect<D: ModelOps + SolveOps>(device: &D, folder: &Path) -> Result<Insp
     let checkpoint = Checkpoint::open(folder)?;
     let config = families::of::<D>(&checkpoint)?.config(&checkpoint)?;
     let shape = DecoderShape::of(&config.decoder);
-    let quantization = checkpoint.quantization()?.map(|quantization| quantization.to_string());
-    let quantizable = Projection::ALL
+    let stored = checkpoint.quantization()?;
+    let quantizable: Vec<LinearKind> = Projection::ALL
         .iter()
         .map(|&projection| linear_kind(&checkpoint, &config, projection))
         .collect::<Result<_>>()?;
-    let estimate = match quantization {
+    let splits = splits(&shape, stored, &quantizable);
+    let estimate = match stored {
         Some(_) => None,
         None => {
             let (solver, importance) = (SolverSettings::default().solver, Importance::Vlmq);
@@ -189,13 +205,34 @@ pub fn inspect<D: ModelOps + SolveOps>(device: &D, folder: &Path) -> Result<Insp
     Ok(Inspection {
         model: folder.display().to_string(),
         family: Section::root(&checkpoint)?.text("model_type")?.to_owned(),
-        quantization,
+        quantization: stored.map(|quantization| quantization.to_string()),
         decoder: shape,
         bytes: parts.iter().map(|part| part.bytes).sum(),
         parts,
         quantizable,
+        splits,
         estimate,
     })
+}
+
+/// See [`Inspection::splits`].
+fn splits(shape: &DecoderShape, stored: Option<Quantization>, kinds: &[LinearKind]) -> Vec<Split> {
+    let split = |format, settings: &SolverSettings| Split {
+        group_size: settings.group_size,
+        gpus: largest_split(shape, format, settings),
+    };
+    let (format, packing) = match stored {
+        Some(Quantization::CompressedTensors(packing)) => (Format::CompressedTensors, packing),
+        Some(Quantization::Gptq(packing, version)) => (Format::Gptq(version), packing),
+        None => {
+            let fits = |size: &usize| kinds.iter().all(|kind| kind.group_sizes.contains(size));
+            let sizes = [128, 64, 32].into_iter().filter(fits).map(Some).chain([None]);
+            let settings = |group_size| SolverSettings { group_size, ..SolverSettings::default() };
+            return sizes.map(|size| split(Format::CompressedTensors, &settings(size))).collect();
+        }
+    };
+    let Packing { bits, group_size, symmetric } = packing;
+    vec![split(format, &SolverSettings { bits, group_size, symmetric, ..SolverSettings::default() })]
 }
 
 /// The layers of one place, checked to be there in every block.

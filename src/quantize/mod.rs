@@ -28,6 +28,8 @@ pub mod provenance;
 #[cfg(feature = "run")]
 pub mod report;
 #[cfg(feature = "run")]
+pub mod split;
+#[cfg(feature = "run")]
 pub mod verify;
 
 pub use finding::{Finding, FindingKind};

@@ -14,7 +14,7 @@ import zlib
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
@@ -84,6 +84,58 @@ def make_images(folder):
     Image.fromarray(quadrants).convert("L").save(folder / "grey.jpg", quality=90)
     Image.fromarray(quadrants).convert("CMYK").save(folder / "cmyk.jpg", quality=90)
     Image.fromarray(quadrants).save(folder / "progressive.jpg", quality=90, progressive=True)
+
+
+def make_other_formats(folder):
+    """Further kinds of files, and further places where it says how a picture is to be turned. With numbers of their own."""
+    random = np.random.default_rng(7)
+    small = random.integers(0, 256, (17, 24, 3), dtype=np.uint8)
+    image = Image.fromarray(small)
+    quadrants = np.zeros((48, 64, 3), np.uint8)
+    quadrants[:24, :32], quadrants[:24, 32:], quadrants[24:, :32] = (220, 30, 30), (30, 200, 30), (40, 40, 210)
+    alpha = np.concatenate([small, random.integers(0, 256, (17, 24, 1), dtype=np.uint8)], -1)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image.save(folder / "lossless.webp", lossless=True)
+    Image.fromarray(alpha).save(folder / "alpha.webp", lossless=True, exact=True)
+    Image.fromarray(quadrants).save(folder / "lossy.webp", quality=90)
+    image.save(folder / "exif-6.webp", lossless=True, exif=turned)
+    palette = image.quantize(50)
+    palette.save(folder / "palette.gif")
+    palette.save(folder / "transparent.gif", transparency=7)
+    palette.save(folder / "animated.gif", save_all=True, append_images=[Image.fromarray(small[::-1]).quantize(50)], duration=50)
+    image.save(folder / "rgb.bmp")
+    palette.save(folder / "palette.bmp")
+    image.save(folder / "rgb.tif")
+    image.save(folder / "lzw.tif", compression="tiff_lzw")
+    image.convert("L").save(folder / "grey.tif")
+    image.save(folder / "exif-6.tif", exif=turned)
+
+    xmp = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    Image.fromarray(quadrants).save(folder / "xmp-6.jpg", quality=90, xmp=xmp.encode())
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp)
+    image.save(folder / "xmp-6.png", pnginfo=text)
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp.replace('="6"/>', ">8</tiff:Orientation>").replace("tiff:", "<tiff:"), zip=True)
+    image.save(folder / "xmp-packed-8.png", pnginfo=text)
+    raw = b"Exif\0\0" + turned.tobytes().removeprefix(b"Exif\0\0")
+    lines = "\n".join(raw.hex()[i : i + 72] for i in range(0, 2 * len(raw), 72))
+    for zipped in (False, True):
+        text = PngImagePlugin.PngInfo()
+        text.add_text("Raw profile type exif", f"\nexif\n{len(raw):8}\n{lines}\n", zip=zipped)
+        image.save(folder / f"raw-profile-{'z' if zipped else 't'}-6.png", pnginfo=text)
+    # Behind the pixels.
+    image.save(folder / "late-6.png")
+    whole = (folder / "late-6.png").read_bytes()
+    body = b"eXIf" + turned.tobytes().removeprefix(b"Exif\0\0")
+    late = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    (folder / "late-6.png").write_bytes(whole[:-12] + late + whole[-12:])
+    # Orientation as a number of 32 bits, as one of 8, and twice.
+    for name, kind, count, value in [("long", 4, 1, 6), ("byte", 1, 1, 6), ("two", 3, 2, 6)]:
+        entry = struct.pack("<HHII", 0x0112, kind, count, value)
+        exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + struct.pack("<I", 0)
+        Image.fromarray(quadrants).save(folder / f"exif-{name}.jpg", quality=90, exif=exif)
 
 
 TEMPLATES = {
@@ -223,6 +275,7 @@ def main():
     for sub in ("images", "decoded", "resized"):
         (ROOT / sub).mkdir(parents=True)
     make_images(ROOT / "images")
+    make_other_formats(ROOT / "images")
     processor = Qwen2VLProcessor.from_pretrained(MODEL)
     model = Qwen2VLForConditionalGeneration.from_pretrained(MODEL)
     # Between processors of different size limits: tiny-qwen2-vl's own.
@@ -230,7 +283,7 @@ def main():
     images = []
     for path in sorted((ROOT / "images").iterdir()):
         image = load_image(str(path))
-        row = {"file": path.name, "exact": path.suffix == ".png"}
+        row = {"file": path.name, "exact": path.suffix != ".jpg" and path.name != "lossy.webp"}
         if not path.name.startswith(("noise", "smooth")):
             pixels = np.asarray(image)
             if path.name == "grey-16bit.png":

@@ -2,8 +2,9 @@
 
     python tests/golden/make_formats.py        (torch, compressed-tensors, safetensors, numpy)
 
-compressed_tensors.safetensors comes from the compressor of the compressed-tensors package itself. gptq.safetensors comes
-from a layout written out here bit by bit: element k of a run is bits k*b .. k*b+b-1 of one little-endian stream.
+compressed_tensors.safetensors comes from the compressor of the compressed-tensors package itself. gptq.safetensors (version 1) and
+gptq_v2.safetensors come from a layout written out here bit by bit: element k of a run is bits k*b .. k*b+b-1 of one
+little-endian stream.
 
 Each case NAME holds NAME/codes, NAME/zeros (uint8), NAME/scales (float32), and every tensor of the file under its own name.
 """
@@ -74,28 +75,29 @@ def words(values, bits):
     return packed.astype(np.uint32).view(np.int32)
 
 
-def gptq():
+def gptq(file, stored_less):
     tensors = {}
     for bits in (2, 3, 4, 8):
         for symmetric in (True, False):
             for order in ("none", "act"):
                 out, inputs, group = 32, 96, 32
                 name = f"w{bits}-{'sym' if symmetric else 'asym'}-{order}"
-                codes, zeros, scales = layer(len(tensors), out, inputs, group, bits, symmetric, 1, torch.float16)
+                codes, zeros, scales = layer(len(tensors), out, inputs, group, bits, symmetric, stored_less, torch.float16)
                 index = np.arange(inputs, dtype=np.int32) // group
                 if order == "act":
                     index = index[np.random.default_rng(bits).permutation(inputs)]
                 tensors[f"{name}/qweight"] = words(codes.T.astype(np.uint64), bits)
-                tensors[f"{name}/qzeros"] = np.ascontiguousarray(words(zeros.astype(np.uint64) - np.uint64(1), bits).T)
+                tensors[f"{name}/qzeros"] = np.ascontiguousarray(words(zeros.astype(np.uint64) - np.uint64(stored_less), bits).T)
                 tensors[f"{name}/scales16"] = np.ascontiguousarray(scales.T.astype(np.float16))
                 tensors[f"{name}/g_idx"] = index
                 tensors[f"{name}/codes"] = codes
                 tensors[f"{name}/zeros"] = zeros
                 tensors[f"{name}/scales"] = scales
-    save_numpy(tensors, FOLDER / "gptq.safetensors")
+    save_numpy(tensors, FOLDER / file)
 
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     compressed_tensors()
-    gptq()
+    gptq("gptq.safetensors", 1)
+    gptq("gptq_v2.safetensors", 0)

@@ -66,14 +66,14 @@ def unpack(words, bits, count):
 
 
 def gptq_layers(tensors, config):
-    """Codes, scales, zeros and groups of every layer of a GPTQ v1 file."""
-    bits = config["bits"]
+    """Codes, scales, zeros and groups of every layer of a GPTQ file."""
+    bits, less = config["bits"], {"gptq": 1, "gptq_v2": 0}[config["checkpoint_format"]]
     for name in [name[: -len(".qweight")] for name in tensors if name.endswith(".qweight")]:
         groups = tensors[f"{name}.g_idx"].numpy().astype(np.int64)
         scales = tensors[f"{name}.scales"].float().numpy().T
         codes = unpack(tensors[f"{name}.qweight"].numpy(), bits, len(groups)).T
         packed = np.ascontiguousarray(tensors[f"{name}.qzeros"].numpy().T)
-        yield name, codes, scales, unpack(packed, bits, len(codes)) + 1, groups
+        yield name, codes, scales, unpack(packed, bits, len(codes)) + less, groups
 
 
 def compressed_layers(tensors, config):

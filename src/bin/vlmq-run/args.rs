@@ -1,18 +1,18 @@
 //! The flags, their checks, and the library's settings made of them.
 
-use crate::values::{DeviceChoice, GroupSize, log_level, named, positive, presets, threads};
+use crate::grid_args::GridArgs;
+use crate::values::{DeviceChoice, log_level, named, positive, presets, threads};
 use crate::{eval, text};
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use std::path::{Path, PathBuf};
 use vlmq::calibration::template::TemplateChoice;
-use vlmq::checkpoint::formats::Format;
+use vlmq::checkpoint::Format;
 use vlmq::evaluate::EvaluationSettings;
 use vlmq::evaluate::presets::Preset;
 use vlmq::model::families::{ImageMode, ImageOptions};
 use vlmq::quantize::pipeline::PipelineSettings;
-use vlmq::quantize::settings::{CrossTerm, Grid, Importance, ImportancePower, Order, Solver, SolverSettings};
+use vlmq::quantize::settings::{CrossTerm, Importance, ImportancePower, Order, Solver, SolverSettings};
 
 /// Quantizes vision-language models after training (VLMQ, arXiv 2508.03351) and measures what that costs.
 #[derive(Debug, Parser)]
@@ -175,35 +175,6 @@ struct MethodArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Grid and file")]
-struct GridArgs {
-    /// Bits per code.
-    #[arg(long, default_value = "3", value_parser = PossibleValuesParser::new(["2", "3", "4", "8"])
-        .try_map(|text| text.parse::<u32>()))]
-    bits: u32,
-    /// Columns that share a scale and a zero: a multiple of 8 that divides every layer's inputs, or `none` for the row.
-    #[arg(long, default_value = "128", value_name = "N|none", allow_negative_numbers = true)]
-    group_size: GroupSize,
-    /// Fix the zero at the middle of the grid.
-    #[arg(long)]
-    symmetric: bool,
-    /// How a group's range becomes its grid.
-    #[arg(long, default_value = "loss", value_parser = named::<Grid>(&[
-        ("loss", "the range whose codes do the layer's outputs the least harm"),
-        ("mse", "the range whose codes are nearest the weights, of 80 shrunken ones"),
-        ("minmax", "the full range"),
-    ]))]
-    grid: Grid,
-    /// What to write.
-    #[arg(long, default_value = "compressed-tensors", value_parser = named::<Format>(&[
-        ("compressed-tensors", "packed codes for transformers, vLLM, SGLang"),
-        ("gptq", "packed codes as AutoGPTQ lays them out"),
-        ("dequantized", "plain weights, to evaluate anywhere; nothing is saved"),
-    ]))]
-    format: Format,
-}
-
-#[derive(Debug, Args)]
 #[command(next_help_heading = "Calibration")]
 struct CalibrationArgs {
     /// Samples to draw; all, when the data has fewer.
@@ -215,6 +186,9 @@ struct CalibrationArgs {
     /// Leave out samples of more tokens, image tokens included; none is ever cut.
     #[arg(long, default_value = "2048", value_name = "N", value_parser = positive, allow_negative_numbers = true)]
     max_tokens: usize,
+    /// Leave out samples with an image that cannot be read, naming and counting them, instead of ending the run.
+    #[arg(long)]
+    skip_bad_images: bool,
 }
 
 #[derive(Debug, Args)]
@@ -305,6 +279,9 @@ impl Cli {
         let images = match &self.command {
             Command::Quantize(args) => {
                 args.solver_settings().validate().map_err(|error| error.to_string())?;
+                if args.grid.gptq_version.is_some() && !matches!(args.grid.format, Format::Gptq(_)) {
+                    return Err("--gptq-version is of --format gptq".into());
+                }
                 if args.calib.is_none() && args.method.solver != Solver::Rtn {
                     return Err("--calib FILE is missing; only --solver rtn needs no calibration data".into());
                 }
@@ -338,7 +315,7 @@ impl QuantizeArgs {
 
     pub(crate) fn settings(&self) -> PipelineSettings {
         PipelineSettings {
-            format: self.grid.format,
+            format: self.grid.format(),
             solver: self.solver_settings(),
             importance: self.method.importance,
             importance_power: self.method.importance_power,
@@ -348,6 +325,7 @@ impl QuantizeArgs {
             image_root: self.images.image_root.clone(),
             image_options: self.images.options(),
             chat_template: self.images.chat_template.clone(),
+            skip_bad_images: self.data.skip_bad_images,
             strict: self.strict,
             restart: self.restart,
             save_every: self.save_every,

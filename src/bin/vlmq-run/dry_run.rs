@@ -29,8 +29,10 @@ fn describe(settings: &PipelineSettings, plan: &DryRun) -> Vec<String> {
         plan.device
     )];
     lines.push(format!(
-        "calibration: {} samples, {} left out as too long; {} vision and {} text tokens",
-        calibration.used, calibration.too_long, calibration.vision_tokens, calibration.text_tokens
+        "calibration: {}; {} vision and {} text tokens",
+        calibration.samples(),
+        calibration.vision_tokens,
+        calibration.text_tokens
     ));
     lines.push(String::new());
     lines.extend(plan.memory.lines());

@@ -5,6 +5,7 @@ use crate::{print_lines, text};
 use anyhow::Result;
 use vlmq::device::{ModelOps, SolveOps};
 use vlmq::quantize::inspect::{self, Inspection};
+use vlmq::quantize::split;
 
 pub(crate) fn run<D: ModelOps + SolveOps>(device: &D, args: &InspectArgs) -> Result<()> {
     let inspection = inspect::inspect(device, &args.model)?;
@@ -46,6 +47,13 @@ fn describe(inspection: &Inspection) -> Vec<String> {
     }
     lines.extend(text::table(&rows));
 
+    lines.push(String::new());
+    let splits = inspection.splits.iter().map(|split| {
+        let group = split.group_size.map_or_else(|| "whole rows".to_owned(), |size| format!("groups of {size}"));
+        format!("{group}: {}", split::told(split.gpus))
+    });
+    lines.push(format!("tensor parallelism in servers: {}", splits.collect::<Vec<_>>().join("; ")));
+
     if let Some(estimate) = &inspection.estimate {
         lines.push(String::new());
         lines.push(format!(
@@ -64,7 +72,7 @@ fn describe(inspection: &Inspection) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vlmq::quantize::inspect::{DecoderShape, Estimate, LinearKind, Part, Workload, group_sizes};
+    use vlmq::quantize::inspect::{DecoderShape, Estimate, LinearKind, Part, Split, Workload, group_sizes};
     use vlmq::quantize::settings::{Importance, Solver};
 
     #[test]
@@ -92,6 +100,7 @@ mod tests {
             bytes: 15_600_000,
             parts: vec![vision],
             quantizable: vec![down],
+            splits: vec![Split { group_size: Some(128), gpus: 2 }, Split { group_size: None, gpus: 1 }],
             estimate: Some(estimate),
         };
         let lines = describe(&inspection);
@@ -100,7 +109,8 @@ mod tests {
         assert_eq!(lines[4], "vision tower       54  BF16  2.00 KiB");
         let row: Vec<&str> = lines[7].split_whitespace().collect();
         assert_eq!(row.join(" "), "mlp.down_proj 6 256 x 768 2.25 MiB 32 64 128 256 none");
-        assert!(lines[9].starts_with("estimate for 512 samples of 512 tokens"), "{}", lines[9]);
-        assert!(lines[9].ends_with("at the 100 GFLOP/s measured here"), "{}", lines[9]);
+        assert_eq!(lines[9], "tensor parallelism in servers: groups of 128: up to 2 GPUs; whole rows: one GPU alone");
+        assert!(lines[11].starts_with("estimate for 512 samples of 512 tokens"), "{}", lines[11]);
+        assert!(lines[11].ends_with("at the 100 GFLOP/s measured here"), "{}", lines[11]);
     }
 }

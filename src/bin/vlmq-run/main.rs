@@ -6,6 +6,7 @@ mod args;
 mod device;
 mod dry_run;
 mod eval;
+mod grid_args;
 mod inspect;
 mod progress;
 mod quantize;

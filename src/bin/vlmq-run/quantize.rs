@@ -14,6 +14,7 @@ use vlmq::quantize::FindingKind;
 use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::report::{LayerReport, RunReport};
 use vlmq::quantize::settings::Solver;
+use vlmq::quantize::split;
 
 pub(crate) fn run<D: ModelOps + SolveOps>(
     device: &D,
@@ -82,7 +83,7 @@ fn summary(settings: &PipelineSettings, report: &RunReport) -> Vec<String> {
         None if settings.solver.solver == Solver::Rtn => {
             say("predictions", "not compared: rounding to nearest runs no samples; `vlmq-run eval` does".into());
         }
-        None => say("predictions", "not compared: no sample has text".into()),
+        None => say("predictions", "not compared: no sample has text, or the model no output head".into()),
     }
     if let Some(findings) = findings(&report.layers) {
         say("findings", findings);
@@ -91,8 +92,10 @@ fn summary(settings: &PipelineSettings, report: &RunReport) -> Vec<String> {
     say(
         "calibration",
         format!(
-            "{} samples, {} left out as too long; {} vision and {} text tokens",
-            calibration.used, calibration.too_long, calibration.vision_tokens, calibration.text_tokens
+            "{}; {} vision and {} text tokens",
+            calibration.samples(),
+            calibration.vision_tokens,
+            calibration.text_tokens
         ),
     );
     let stages: Vec<String> =
@@ -107,6 +110,7 @@ fn summary(settings: &PipelineSettings, report: &RunReport) -> Vec<String> {
         let planned = text::bytes(report.memory_plan.device_bytes);
         say("GPU memory", format!("{}, {planned} planned{}", text::bytes(peak), pool.unwrap_or_default()));
     }
+    say("parallelism", format!("tensors over {}", split::told(report.largest_split)));
     if !report.loaders.is_empty() {
         lines.push("loads with".into());
         for loader in &report.loaders {
@@ -114,6 +118,7 @@ fn summary(settings: &PipelineSettings, report: &RunReport) -> Vec<String> {
             lines.extend(loader.command.lines().map(|line| format!("    {line}")));
         }
     }
+    lines.extend(report.shut_out.iter().map(|reason| format!("not served: {reason}")));
     lines
 }
 
@@ -199,7 +204,7 @@ mod tests {
             family: "a_family".into(),
             format: "gptq".into(),
             device: "cpu".into(),
-            calibration: CalibrationCounts { used: 5, too_long: 1, vision_tokens: 320, text_tokens: 80 },
+            calibration: CalibrationCounts { used: 5, too_long: 1, bad_images: 2, vision_tokens: 320, text_tokens: 80 },
             layers: vec![layer],
             check: Some(check),
             blocks: vec![BlockReport { block: 0, seconds: 1.0, path_error: Some(0.05), importance: None }],
@@ -213,6 +218,8 @@ mod tests {
             bytes_after: 1 << 20,
             quantized_bytes: 35,
             loaders: vec![Loader { name: "vLLM", command: "vllm serve o".into() }],
+            shut_out: vec!["SGLang is closed; open it".into()],
+            largest_split: 4,
             ..RunReport::default()
         };
         let expected = "\
@@ -224,16 +231,18 @@ wrote o (gptq)
   predictions  nll 2.0000 float, 9.5000 quantized; KL 7.0000; 12.5% of first choices kept (80 tokens of 16 samples held out)
   DESTROYED    this; raise --bits, try another --grid, lower --group-size, or calibrate with more, or other, samples
   findings     1 of 1 layers: damping raised in 1, few tokens in 1
-  calibration  5 samples, 1 left out as too long; 320 vision and 80 text tokens
+  calibration  5 samples, 1 left out as too long, 2 for a bad image; 320 vision and 80 text tokens
   time         2.00 s (quantizing 1.00 s)
   peak memory  3.00 MiB
   GPU memory   4.00 MiB, 5.00 MiB planned, 6.00 MiB held by its pool
+  parallelism  tensors over up to 4 GPUs
 loads with
   vLLM
-    vllm serve o";
+    vllm serve o
+not served: SGLang is closed; open it";
         assert_eq!(summary(&settings(), &report).join("\n"), expected);
         let without = summary(&settings(), &RunReport { check: None, ..report });
-        assert!(without.join("\n").contains("predictions  not compared: no sample has text"), "{without:?}");
+        assert!(without.join("\n").contains("predictions  not compared: no sample has text, or"), "{without:?}");
     }
 
     #[test]

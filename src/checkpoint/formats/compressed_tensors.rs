@@ -71,12 +71,12 @@ pub(super) fn config(left_alone: &[String], settings: &SolverSettings) -> Value 
         "group_size": settings.group_size,
         "dynamic": false,
     });
-    // "static" only documents how the codes came about; "group" says that there is a weight_g_idx, and packages from
-    // 0.20 on refuse it instead of reading the columns in the wrong groups.
-    let actorder = match settings.order {
-        Order::None => None,
+    // "static" only documents how the codes came about, and packages before 0.16 refuse it of whole rows; "group" says that
+    // there is a weight_g_idx, and packages from 0.20 on refuse it instead of reading the columns in the wrong groups.
+    let actorder = match (settings.order, settings.group_size) {
+        (Order::None, _) | (_, None) => None,
         _ if settings.has_group_index() => Some("group"),
-        Order::ActGroup | Order::Act => Some("static"),
+        _ => Some("static"),
     };
     if let Some(actorder) = actorder {
         weights["actorder"] = json!(actorder);
@@ -91,6 +91,8 @@ pub(super) fn config(left_alone: &[String], settings: &SolverSettings) -> Value 
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
+                // LMDeploy looks for it here.
+                "format": "pack-quantized",
                 "weights": weights,
                 "input_activations": null,
                 "output_activations": null,

@@ -1,17 +1,17 @@
-//! GPTQ version 1: the layout of AutoGPTQ, read by its successors.
+//! GPTQ: the layout of AutoGPTQ, read by its successors.
 //!
 //! Per layer: `qweight` I32 `[in·bits/32, out]`, columns packed along the input features; `qzeros` I32
-//! `[groups, out·bits/32]`, rows packed along the output features, each field holding `zero − 1`; `scales` F16
-//! `[groups, out]`; `g_idx` I32 `[in]`, the group of every input column. A bias stays where it is.
+//! `[groups, out·bits/32]`, rows packed along the output features, each field holding `zero − 1` in version 1 and the zero in
+//! version 2; `scales` F16 `[groups, out]`; `g_idx` I32 `[in]`, the group of every input column. A bias stays where it is.
 
 use super::{LinearSpec, TensorSpec, group_index, words_of};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::config::Packing;
+use crate::checkpoint::config::{GptqVersion, Packing};
 use crate::checkpoint::convert::{bytes_from_floats, bytes_from_words, dtype_of};
 use crate::quantize::QuantizedLinear;
 use crate::quantize::pack::{pack, packed_words, unpack};
 use crate::quantize::settings::{Grid, SolverSettings};
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
@@ -30,10 +30,19 @@ pub(super) fn specs(linear: &LinearSpec, settings: &SolverSettings) -> Vec<Tenso
 }
 
 /// Bytes of [`specs`].
-pub(super) fn encode(module: &str, settings: &SolverSettings, quantized: &QuantizedLinear) -> Result<Vec<Vec<u8>>> {
+pub(super) fn encode(
+    module: &str,
+    settings: &SolverSettings,
+    quantized: &QuantizedLinear,
+    version: GptqVersion,
+) -> Result<Vec<Vec<u8>>> {
     let (out, inputs, bits, groups) =
         (quantized.out_features, quantized.in_features, quantized.bits, quantized.groups());
-    ensure!(quantized.zeros.iter().all(|&zero| zero >= 1), "{module} has a zero of 0, which gptq files cannot hold");
+    let less = version.stored_less();
+    ensure!(
+        quantized.zeros.iter().all(|&zero| zero >= less),
+        "{module} has a zero of 0, which files of GPTQ version 1 cannot hold"
+    );
     let mut weight = vec![0; packed_words(inputs, bits) * out];
     // 32 codes fill whole words, as many as a code has bits: rows of words that no other codes share.
     weight.par_chunks_mut(bits as usize * out).enumerate().for_each(|(run, words)| {
@@ -42,7 +51,7 @@ pub(super) fn encode(module: &str, settings: &SolverSettings, quantized: &Quanti
             pack(&codes[columns.clone()], 1, columns.len(), bits, &mut words[row..], out);
         }
     });
-    let stored: Vec<u8> = quantized.zeros.iter().map(|zero| zero - 1).collect();
+    let stored: Vec<u8> = quantized.zeros.iter().map(|zero| zero - less).collect();
     let row = packed_words(out, bits);
     let mut zeros = vec![0; groups * row];
     for (group, words) in zeros.chunks_exact_mut(row).enumerate() {
@@ -59,7 +68,12 @@ pub(super) fn encode(module: &str, settings: &SolverSettings, quantized: &Quanti
 }
 
 /// `quantization_config`, and the text of `quantize_config.json`.
-pub(super) fn config(quantized: &[LinearSpec], left_alone: &[String], settings: &SolverSettings) -> Value {
+pub(super) fn config(
+    quantized: &[LinearSpec],
+    left_alone: &[String],
+    settings: &SolverSettings,
+    version: GptqVersion,
+) -> Value {
     let dynamic: Map<String, Value> = left_alone.iter().map(|pattern| (format!("-:{pattern}"), json!({}))).collect();
     json!({
         "quant_method": "gptq",
@@ -69,7 +83,7 @@ pub(super) fn config(quantized: &[LinearSpec], left_alone: &[String], settings: 
         "desc_act": settings.has_group_index(),
         "sym": settings.symmetric,
         "lm_head": false,
-        "checkpoint_format": "gptq",
+        "checkpoint_format": version.name(),
         "pack_dtype": "int32",
         "static_groups": false,
         "true_sequential": false,
@@ -103,13 +117,15 @@ fn modules_in_block(quantized: &[LinearSpec]) -> Vec<Vec<String>> {
     parts
 }
 
-/// Reads a layer back.
+/// Reads a layer back, whose file config.json says to be of this `version`. A symmetric one tells itself, as all its zeros are the
+/// middle: programs that write version 2 have been seen to call it 1.
 pub(crate) fn decode(
     checkpoint: &Checkpoint,
     module: &str,
     out: usize,
     inputs: usize,
     packing: Packing,
+    version: GptqVersion,
 ) -> Result<QuantizedLinear> {
     let bits = packing.bits;
     let group_columns = packing.group_size.unwrap_or(inputs);
@@ -125,17 +141,36 @@ pub(crate) fn decode(
     for (group, words) in packed.chunks_exact(row).enumerate() {
         unpack(words, 1, out, bits, &mut zeros[group..], groups);
     }
+    let name = || format!("{module}.qzeros");
+    let version = match packing.symmetric {
+        true => {
+            let middle = 1u8 << (bits - 1);
+            let known = |version: &GptqVersion| {
+                zeros.iter().all(|zero| zero.checked_add(version.stored_less()) == Some(middle))
+            };
+            GptqVersion::ALL.into_iter().find(known).with_context(|| {
+                format!(
+                    "tensor {} in {} holds zeros that are not all {} (GPTQ version 1) or all {middle} (version 2), though \
+                     config.json says that the weights are symmetric",
+                    name(),
+                    checkpoint.file_of(&name()),
+                    middle - 1
+                )
+            })?
+        }
+        false => version,
+    };
     for zero in &mut zeros {
-        if u32::from(*zero) == (1 << bits) - 1 {
-            let name = format!("{module}.qzeros");
+        if version == GptqVersion::V1 && u32::from(*zero) == (1 << bits) - 1 {
             bail!(
-                "tensor {name} in {} holds a zero that wrapped around (stored {zero} with {bits} bits): loaders read it \
+                "tensor {} in {} holds a zero that wrapped around (stored {zero} with {bits} bits): loaders read it \
                  as 0 or as {}. Quantize the float checkpoint again.",
-                checkpoint.file_of(&name),
+                name(),
+                checkpoint.file_of(&name()),
                 1 << bits
             );
         }
-        *zero += 1;
+        *zero += version.stored_less();
     }
     let scales = checkpoint.matrix(&format!("{module}.scales"), groups, out)?;
     let index = group_index(checkpoint, module, "g_idx", inputs, groups)?;

@@ -1,11 +1,12 @@
-//! Which programs load a file that was just written, as of autumn 2026, and how.
+//! Which programs load a file that was just written, as of November 2026, and how; and why a server does not.
 //!
-//! The rows are those of each loader's own code. Measured by tests/interop on a CPU: transformers 5.23 with
-//! compressed-tensors 0.20, and with optimum 2.3 and gptqmodel 7.7 (2, 3, 4 and 8 bits, symmetric or not, with and without
-//! `desc_act`). From their sources: vLLM with Marlin kernels for 4 and 8 bits and Humming for 2 and 3, SGLang. A combination
-//! that is not known to load is left out.
+//! The rows are those of each loader's own code. Measured by tests/interop: transformers with compressed-tensors, and with optimum and
+//! gptqmodel (2, 3, 4 and 8 bits, symmetric or not, with and without `desc_act`). Of the servers: vLLM 0.33 chooses Marlin or Machete
+//! for 4 and 8 bits and Humming's kernels for the rest; SGLang 0.5.23 has Marlin, and Humming where it is asked for. A
+//! combination that is not known to load is left out.
 
 use super::Format;
+use crate::checkpoint::config::GptqVersion;
 use crate::quantize::settings::SolverSettings;
 use serde::Serialize;
 use std::path::Path;
@@ -19,49 +20,54 @@ pub struct Loader {
     pub command: String,
 }
 
+/// What programs do with the files of a model family, whatever their format.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FamilySupport {
+    /// transformers answers from a compressed-tensors file only where the weights are dequantized as they are loaded.
+    pub must_dequantize: bool,
+    /// SGLang has no class for the model.
+    pub unknown_to_sglang: bool,
+}
+
+/// What a server does with a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Served {
+    /// Takes it, under this name, with these options.
+    With(&'static str, &'static str),
+    /// Does not, for a reason that another choice mends.
+    Not(&'static str),
+}
+
+use Served::{Not, With};
+
+const HUMMING: &str = " --quantization humming";
+const INDEX: &str = "refuses files with a g_idx; --order act-group writes none";
+const NARROW: &str = "has no kernel for groups of less than 16 columns";
+const VERSION_1: &str = "takes what GPTQ version 1 stores, the zero less 1, for the zero: every weight comes out a step off; --gptq-version 2 stores zeros as they are";
+const ROWS: &str = "has no kernel for whole rows in this file; --group-size 128 or --format compressed-tensors has one";
+
 impl Format {
-    /// The loaders that take exactly the file written with these settings to `folder`, and how. `must_dequantize`: whether
-    /// transformers runs the model from compressed-tensors files only with its weights dequantized.
-    pub fn loaders(self, settings: &SolverSettings, must_dequantize: bool, folder: &Path) -> Vec<Loader> {
+    /// The loaders that take exactly the file written with these settings to `folder`, and how.
+    pub fn loaders(self, settings: &SolverSettings, family: FamilySupport, folder: &Path) -> Vec<Loader> {
         let python = folder.display().to_string();
         let folder = shell(&python);
-        let wide = matches!(settings.bits, 4 | 8);
-        // Marlin and the kernels beside it are built for these groups only.
-        let common_group = matches!(settings.group_size, None | Some(32 | 64 | 128));
-        let index = settings.has_group_index();
         let transformers =
             |arguments: &str| format!("AutoModelForImageTextToText.from_pretrained({python:?}{arguments})");
-        let vllm = |options: &str| format!("vllm serve {folder}{options}");
-        let sglang = |options: &str| format!("python -m sglang.launch_server --model-path {folder}{options}");
 
         let mut loaders = vec![Loader { name: "vlmq", command: format!("vlmq-run eval {folder} DATA") }];
         let mut add = |name, command| loaders.push(Loader { name, command });
         match self {
-            Self::Dequantized => {
-                add("transformers", transformers(""));
-                add("vLLM", vllm(""));
-                add("SGLang", sglang(""));
-            }
-            Self::CompressedTensors if index => {
-                if wide && common_group {
-                    add("vLLM", vllm(""));
-                }
+            Self::Dequantized => add("transformers", transformers("")),
+            // compressed-tensors 0.20 refuses to read one.
+            Self::CompressedTensors if settings.has_group_index() => {}
+            Self::CompressedTensors if settings.symmetric && !family.must_dequantize => {
+                add("transformers + compressed-tensors", transformers(""));
             }
             Self::CompressedTensors => {
-                if settings.symmetric && !must_dequantize {
-                    add("transformers + compressed-tensors", transformers(""));
-                } else {
-                    let arguments = ", quantization_config=CompressedTensorsConfig(dequantize=True)";
-                    add("transformers + compressed-tensors", transformers(arguments));
-                }
-                if common_group && (wide || settings.symmetric) {
-                    add("vLLM", vllm(""));
-                }
-                if common_group && wide {
-                    add("SGLang", sglang(""));
-                }
+                let arguments = ", quantization_config=CompressedTensorsConfig(dequantize=True)";
+                add("transformers + compressed-tensors", transformers(arguments));
             }
-            Self::Gptq => {
+            Self::Gptq(_) => {
                 // Sizes of gptqmodel's plain kernel. At 4 bits it chooses one for a CPU that fails with some of them.
                 let choice = format!(", quantization_config=GPTQConfig(bits={}, backend=\"torch\")", settings.bits);
                 let arguments = match (settings.bits, settings.group_size) {
@@ -72,18 +78,68 @@ impl Format {
                 if let Some(arguments) = arguments {
                     add("transformers + optimum + gptqmodel", transformers(arguments));
                 }
-                if common_group && wide && settings.symmetric {
-                    add("vLLM", vllm(""));
-                } else if common_group && !index {
-                    add("vLLM with Humming kernels", vllm(" --quantization humming"));
-                }
-                if common_group && (!index || wide) {
-                    add("SGLang", sglang(" --dtype float16"));
-                }
             }
+        }
+        if let With(name, options) = self.in_vllm(settings) {
+            add(name, format!("vllm serve {folder}{options}"));
+        }
+        if let (With(name, options), false) = (self.in_sglang(settings), family.unknown_to_sglang) {
+            add(name, format!("python -m sglang.launch_server --model-path {folder}{options}"));
         }
         loaders
     }
+
+    /// The servers that another choice of settings would let load the file, each with what keeps it out.
+    pub fn shut_out(self, settings: &SolverSettings, family: FamilySupport) -> Vec<String> {
+        let mut servers = vec![("vLLM", self.in_vllm(settings))];
+        if !family.unknown_to_sglang {
+            servers.push(("SGLang", self.in_sglang(settings)));
+        }
+        let reason = |(server, served)| match served {
+            Not(reason) => Some(format!("{server} {reason}")),
+            With(..) => None,
+        };
+        servers.into_iter().filter_map(reason).collect()
+    }
+
+    fn in_vllm(self, settings: &SolverSettings) -> Served {
+        let wide = matches!(settings.bits, 4 | 8);
+        match self {
+            Self::Dequantized => With("vLLM", ""),
+            // Since 0.30.
+            _ if settings.has_group_index() => Not(INDEX),
+            _ if settings.group_size.is_some_and(|size| size < 16) => Not(NARROW),
+            Self::CompressedTensors if wide || settings.symmetric => With("vLLM", ""),
+            Self::CompressedTensors => With("vLLM 0.31 or newer", ""),
+            Self::Gptq(GptqVersion::V1) if settings.symmetric && wide && marlin_group(settings) => With("vLLM", ""),
+            Self::Gptq(GptqVersion::V1) if !settings.symmetric => Not(VERSION_1),
+            Self::Gptq(_) if settings.group_size.is_none() => Not(ROWS),
+            Self::Gptq(_) => With("vLLM with Humming kernels", HUMMING),
+        }
+    }
+
+    fn in_sglang(self, settings: &SolverSettings) -> Served {
+        const HUMMING_NAME: &str = "SGLang 0.5.18 or newer with Humming kernels";
+        let marlin = matches!(settings.bits, 4 | 8) && marlin_group(settings);
+        match self {
+            Self::Dequantized => With("SGLang", ""),
+            // Whether its kernel has zeros of 8 bits is not known.
+            Self::CompressedTensors if marlin && (settings.bits == 4 || settings.symmetric) => With("SGLang", ""),
+            Self::Gptq(GptqVersion::V1) if marlin && settings.symmetric => With("SGLang", ""),
+            _ if settings.has_group_index() => Not(INDEX),
+            _ if settings.group_size.is_some_and(|size| size < 16) => Not(NARROW),
+            Self::Gptq(GptqVersion::V1) if !settings.symmetric => Not(VERSION_1),
+            _ if settings.group_size.is_none() => {
+                Not("has no kernel for whole rows in this file; --group-size 128 has one")
+            }
+            _ => With(HUMMING_NAME, HUMMING),
+        }
+    }
+}
+
+/// Whether Marlin is built for these groups.
+fn marlin_group(settings: &SolverSettings) -> bool {
+    matches!(settings.group_size, None | Some(32 | 64 | 128))
 }
 
 /// A word for a shell, in quotes where it must.

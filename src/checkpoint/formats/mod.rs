@@ -5,10 +5,11 @@ pub mod dequantized;
 pub mod gptq;
 mod loaders;
 
-pub use loaders::Loader;
 #[cfg(feature = "run")]
 pub(crate) use loaders::shell;
+pub use loaders::{FamilySupport, Loader};
 
+use super::config::GptqVersion;
 use super::convert::words_from_bytes;
 use super::read::Checkpoint;
 use crate::quantize::QuantizedLinear;
@@ -20,12 +21,12 @@ use serde_json::Value;
 
 /// How a quantized checkpoint is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(into = "&'static str", try_from = "String")]
 pub enum Format {
     /// compressed-tensors `pack-quantized`.
     CompressedTensors,
-    /// GPTQ version 1, as AutoGPTQ packs it.
-    Gptq,
+    /// GPTQ, as AutoGPTQ packs it.
+    Gptq(GptqVersion),
     /// Plain weights, rounded to the checkpoint's dtype: loads anywhere, saves nothing.
     Dequantized,
 }
@@ -63,28 +64,53 @@ impl TensorSpec {
     }
 }
 
+impl From<Format> for &'static str {
+    fn from(format: Format) -> Self {
+        format.name()
+    }
+}
+
+impl TryFrom<String> for Format {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        let known = Self::ALL.into_iter().find(|format| format.name() == name);
+        known.ok_or_else(|| format!("no format {name:?}; there are {}", Self::ALL.map(Self::name).join(", ")))
+    }
+}
+
 impl Format {
-    /// The name on the command line and in reports.
+    /// All of them.
+    pub const ALL: [Self; 4] =
+        [Self::CompressedTensors, Self::Gptq(GptqVersion::V1), Self::Gptq(GptqVersion::V2), Self::Dequantized];
+
+    /// The name in reports.
     pub fn name(self) -> &'static str {
         match self {
             Self::CompressedTensors => "compressed-tensors",
-            Self::Gptq => "gptq",
+            Self::Gptq(version) => version.name(),
             Self::Dequantized => "dequantized",
         }
+    }
+
+    /// The version of GPTQ files that most programs read rightly: 1 where all zeros are the middle, as programs look for it and none
+    /// reads them; 2 otherwise, as the kernels of vLLM and SGLang take what is stored for the zero.
+    pub fn gptq(symmetric: bool) -> Self {
+        Self::Gptq(if symmetric { GptqVersion::V1 } else { GptqVersion::V2 })
     }
 
     /// Storage type of scales in this format, for a checkpoint whose weights are of type `weights`.
     pub fn scale_type(self, weights: ScaleType) -> ScaleType {
         match self {
-            Self::Gptq => ScaleType::F16,
+            Self::Gptq(_) => ScaleType::F16,
             Self::CompressedTensors | Self::Dequantized => weights,
         }
     }
 
-    /// Smallest zero that survives the format: GPTQ v1 stores `zero − 1` in an unsigned field.
+    /// Smallest zero that survives the format: GPTQ version 1 stores `zero − 1` in an unsigned field.
     pub fn smallest_zero(self) -> u8 {
         match self {
-            Self::Gptq => 1,
+            Self::Gptq(version) => version.stored_less(),
             Self::CompressedTensors | Self::Dequantized => 0,
         }
     }
@@ -117,7 +143,12 @@ impl Format {
             }
         }
         match self {
-            Self::Gptq => {
+            Self::Gptq(_) => {
+                ensure!(
+                    settings.scale_type == ScaleType::F16,
+                    "gptq files hold scales of type F16, but the solver rounds them to {:?}",
+                    settings.scale_type
+                );
                 let misfits = layers(linears, |linear| linear.in_features % 32 != 0 || linear.out_features % 32 != 0);
                 ensure!(
                     misfits.is_empty(),
@@ -134,7 +165,7 @@ impl Format {
     pub fn specs(self, linear: &LinearSpec, settings: &SolverSettings) -> Vec<TensorSpec> {
         match self {
             Self::CompressedTensors => compressed_tensors::specs(linear, settings),
-            Self::Gptq => gptq::specs(linear, settings),
+            Self::Gptq(_) => gptq::specs(linear, settings),
             Self::Dequantized => dequantized::specs(linear, settings),
         }
     }
@@ -152,7 +183,7 @@ impl Format {
         check_layer(linear, settings, quantized)?;
         Ok(match self {
             Self::CompressedTensors => compressed_tensors::encode(settings, quantized),
-            Self::Gptq => gptq::encode(&linear.module, settings, quantized)?,
+            Self::Gptq(version) => gptq::encode(&linear.module, settings, quantized, version)?,
             Self::Dequantized => dequantized::encode(settings, quantized)?,
         })
     }
@@ -168,7 +199,7 @@ impl Format {
     ) -> Option<Value> {
         match self {
             Self::CompressedTensors => Some(compressed_tensors::config(&left_alone(quantized, others), settings)),
-            Self::Gptq => Some(gptq::config(quantized, &left_alone(quantized, others), settings)),
+            Self::Gptq(version) => Some(gptq::config(quantized, &left_alone(quantized, others), settings, version)),
             Self::Dequantized => None,
         }
     }

@@ -5,6 +5,7 @@ use crate::calibration::anyres::{Anyres, Kept, TileLayout};
 use crate::calibration::image::{ImagePatches, stacked_patches};
 use crate::calibration::sequence::VisionInput;
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::formats::FamilySupport;
 use crate::device::{Activation, ModelOps, Span};
 use crate::model::config::{DecoderConfig, DecoderNames, Section};
 use crate::model::decoder::Linear;
@@ -32,9 +33,9 @@ impl<D: ModelOps> Family<D> for LlavaOnevision {
     }
 
     /// compressed-tensors 0.20 makes plain dicts of what modules hand to each other, and transformers 5.23 fails on those of
-    /// images: `'dict' object has no attribute 'pooler_output'`.
-    fn must_dequantize(&self) -> bool {
-        true
+    /// images: `'dict' object has no attribute 'pooler_output'`. SGLang 0.5.23 has no LlavaOnevisionForConditionalGeneration.
+    fn support(&self) -> FamilySupport {
+        FamilySupport { must_dequantize: true, unknown_to_sglang: true }
     }
 
     fn config(&self, checkpoint: &Checkpoint) -> Result<ModelConfig> {
@@ -42,7 +43,7 @@ impl<D: ModelOps> Family<D> for LlavaOnevision {
         let decoder = decoder_config(&root)?;
         let layers = (section(&root, "text_config")?.at("num_hidden_layers"), decoder.layers);
         let names = DecoderNames::find(checkpoint, &DECODER_PLACES, layers)?;
-        Ok(ModelConfig { decoder, names, image_token: image_token(&root)? })
+        Ok(ModelConfig::new(checkpoint, decoder, names, image_token(&root)?))
     }
 
     fn vision_input(&self, checkpoint: &Checkpoint, options: ImageOptions) -> Result<Box<dyn VisionInput>> {

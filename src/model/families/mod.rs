@@ -15,6 +15,7 @@ use super::config::{DecoderConfig, DecoderNames};
 use crate::calibration::image::ImagePatches;
 use crate::calibration::sequence::VisionInput;
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::formats::FamilySupport;
 use crate::device::cpu::Cpu;
 use crate::device::{ModelOps, ScaleType};
 use crate::model::config::Section;
@@ -139,8 +140,72 @@ pub struct ModelConfig {
     pub decoder: DecoderConfig,
     /// Where its tensors are.
     pub names: DecoderNames,
+    /// What makes logits of its output.
+    pub head: Head,
     /// Placeholder token that image features replace.
     pub image_token: u32,
+}
+
+/// What makes logits of a decoder's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Head {
+    /// The token embedding.
+    Embedding,
+    /// A tensor of its own, which transformers takes whatever config.json says of it.
+    Stored,
+    /// Nothing: config.json asks for a tensor that is not there.
+    Missing,
+}
+
+impl ModelConfig {
+    /// What was read, and the head that the checkpoint has.
+    fn new(checkpoint: &Checkpoint, decoder: DecoderConfig, names: DecoderNames, image_token: u32) -> Self {
+        let head = match (checkpoint.contains(&names.head), decoder.tied) {
+            (true, _) => Head::Stored,
+            (false, true) => Head::Embedding,
+            (false, false) => Head::Missing,
+        };
+        Self { decoder, names, head, image_token }
+    }
+
+    /// Name of the head's tensor. Errors where there is none.
+    pub fn head_name(&self) -> Result<String> {
+        match self.head {
+            Head::Embedding => Ok(format!("{}embed_tokens.weight", self.names.prefix)),
+            Head::Stored => Ok(self.names.head.clone()),
+            Head::Missing => bail!(
+                "there is no tensor {}, and config.json does not take the embedding for it (tie_word_embeddings is not true): \
+                 without an output head the model says nothing",
+                self.names.head
+            ),
+        }
+    }
+
+    /// What a checkpoint's user should know before its weights are read.
+    pub fn remarks(&self, checkpoint: &Checkpoint) -> Vec<String> {
+        let folder = checkpoint.folder().display();
+        let mut remarks = Vec::new();
+        match self.head_name() {
+            Err(error) => remarks.push(format!("{folder}: {error}; programs that load it draw one at random")),
+            Ok(name) if self.head == Head::Stored && self.decoder.tied => remarks.push(format!(
+                "{folder}: config.json takes the embedding for the output head (tie_word_embeddings), but there is a {name}: it is the \
+                 head, as for transformers; other programs may take the embedding"
+            )),
+            Ok(_) => {}
+        }
+        if checkpoint.has_leftover_quantization() {
+            remarks.push(format!(
+                "{folder}: config.json has a quantization_config, but the weights are plain floats: it is taken for a leftover"
+            ));
+        }
+        if checkpoint.folder().join("adapter_config.json").exists() {
+            remarks.push(format!(
+                "{folder}: an adapter lies beside the weights (adapter_config.json) and is left out; if it belongs to the model, merge it \
+                 into the weights first (peft: merge_and_unload)"
+            ));
+        }
+        remarks
+    }
 }
 
 /// One model family.
@@ -154,10 +219,9 @@ pub trait Family<D: ModelOps>: Send + Sync {
         false
     }
 
-    /// Whether transformers answers from a compressed-tensors file of this family only where the weights are dequantized as
-    /// they are loaded.
-    fn must_dequantize(&self) -> bool {
-        false
+    /// What programs do with this family's files.
+    fn support(&self) -> FamilySupport {
+        FamilySupport::default()
     }
 
     /// Reads config.json and finds the tensor names.

@@ -33,7 +33,7 @@ pub(super) fn model_config(checkpoint: &Checkpoint, decoder: DecoderConfig) -> R
     let root = Section::root(checkpoint)?;
     let layers = (text_section(&root)?.at("num_hidden_layers"), decoder.layers);
     let names = DecoderNames::find(checkpoint, &DECODER_PLACES, layers)?;
-    Ok(ModelConfig { decoder, names, image_token: root.token("image_token_id")? })
+    Ok(ModelConfig::new(checkpoint, decoder, names, root.token("image_token_id")?))
 }
 
 /// Images at their own resolution, as the processor's file says and the vision tower expects.

@@ -54,7 +54,8 @@ pub(super) fn counts(data: &Collected, image_token: u32) -> CalibrationCounts {
     let sequences: Vec<&Sequence> = data.sequences.iter().collect();
     let vision_tokens = image_rows(&sequences, image_token).len();
     let text_tokens = sequences.iter().map(|s| s.tokens.len()).sum::<usize>() - vision_tokens;
-    CalibrationCounts { used: sequences.len(), too_long: data.too_long, vision_tokens, text_tokens }
+    let &Collected { too_long, bad_images, .. } = data;
+    CalibrationCounts { used: sequences.len(), too_long, bad_images, vision_tokens, text_tokens }
 }
 
 fn embed<D: ModelOps>(

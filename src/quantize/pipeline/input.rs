@@ -5,13 +5,13 @@ use super::resume::StateBytes;
 use crate::calibration::dataset;
 use crate::calibration::sequence::{Collected, Sequence, SequenceBuilder, VisionInput, collect};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::formats::{Format, LinearSpec};
+use crate::checkpoint::formats::{FamilySupport, Format, LinearSpec};
 use crate::checkpoint::write::Writer;
 use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Projection, module_name};
-use crate::model::families::{self, ModelConfig, VisionLoad};
+use crate::model::families::{self, Head, ModelConfig, VisionLoad};
 use crate::progress::{Observer, Stage, StageClock, StageTime};
-use crate::quantize::check::{self, HELD_OUT, Packed};
+use crate::quantize::check::{self, HELD_OUT, Packed, Places};
 use crate::quantize::inspect::{DecoderShape, embedder_size};
 use crate::quantize::plan::{CheckSize, ChunkSize, Costs, DiskPlan, Job, MemoryPlan, Process};
 use crate::quantize::report::samples::{self, ReportSample};
@@ -49,8 +49,8 @@ impl Data {
 pub(super) struct Input {
     pub(super) checkpoint: Checkpoint,
     pub(super) family: &'static str,
-    /// See [`Family::must_dequantize`](families::Family::must_dequantize).
-    pub(super) must_dequantize: bool,
+    /// See [`Family::support`](families::Family::support).
+    pub(super) support: FamilySupport,
     pub(super) config: ModelConfig,
     pub(super) solver: SolverSettings,
     pub(super) importance: Importance,
@@ -75,9 +75,9 @@ impl Input {
         checkpoint.refuse_quantized()?;
         let family = families::of::<D>(&checkpoint)?;
         let config = family.config(&checkpoint)?;
+        config.remarks(&checkpoint).iter().for_each(|remark| log::warn!("{remark}"));
         let mut solver = settings.solver.clone();
-        let first_layer = format!("{}.weight", module_name(&config.names, 0, Projection::Q));
-        solver.scale_type = settings.format.scale_type(checkpoint.float_type(&first_layer)?);
+        solver.scale_type = settings.format.scale_type(families::float_type(&checkpoint)?);
         solver.smallest_zero = settings.format.smallest_zero();
         // Rounding to nearest weighs nothing, and the report should not say so.
         let importance = if solver.solver == Solver::Rtn { Importance::None } else { settings.importance };
@@ -98,7 +98,7 @@ impl Input {
         let input = Self {
             checkpoint,
             family: family.model_type(),
-            must_dequantize: family.must_dequantize(),
+            support: family.support(),
             config,
             solver,
             importance,
@@ -110,6 +110,14 @@ impl Input {
             samples,
         };
         Ok((input, data))
+    }
+
+    /// The tokens that both paths are to predict behind the last block: none without a head.
+    pub(super) fn places(&self, packed: &Packed<'_>) -> Vec<Places> {
+        match self.config.head {
+            Head::Missing => Vec::new(),
+            Head::Embedding | Head::Stored => check::places(packed, self.config.image_token),
+        }
     }
 
     /// What is to be done, in sizes.
@@ -146,7 +154,7 @@ impl Input {
             }
         };
         let chunks: Vec<ChunkSize> = packed.chunks.iter().enumerate().map(size).collect();
-        let asked = check::places(&packed, self.config.image_token).iter().map(|places| places.rows.len()).sum();
+        let asked = self.places(&packed).iter().map(|places| places.rows.len()).sum();
         let size = || embedder_size(&self.checkpoint, &self.config, load, self.text_only);
         let embedder = (!chunks.is_empty()).then(size).transpose()?;
         let shape = DecoderShape::of(&self.config.decoder);
@@ -219,7 +227,8 @@ fn read_data(
     let builder = SequenceBuilder::with_template(checkpoint.folder(), vision, &settings.chat_template)?;
     let clock = StageClock::start(Stage::Data, conversations.len() as u64, observer);
     let stop = observer.stop();
-    let collected = collect(&builder, &conversations, settings.max_tokens, || Ok(stop.check()?))?;
+    let collected =
+        collect(&builder, &conversations, settings.max_tokens, settings.skip_bad_images, || Ok(stop.check()?))?;
     let samples = samples::choose(&builder, &collected.sequences)?;
     let built = others.par_iter().filter_map(|conversation| builder.build(conversation).ok());
     let held_out = built.filter(|sequence| sequence.tokens.len() <= settings.max_tokens).collect();

@@ -15,11 +15,13 @@ pub use resume::{StateBytes, Unfinished};
 
 use super::card::Card;
 use super::check;
+use super::inspect::DecoderShape;
 use super::plan::MemoryPlan;
 use super::provenance::{self, Provenance};
 use super::report::importance::bin_edges;
 use super::report::{RunObserver, RunReport};
 use super::settings::{Importance, ImportancePower, Solver, SolverSettings};
+use super::split::largest_split;
 use crate::calibration::template::TemplateChoice;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::{Format, LinearSpec};
@@ -72,6 +74,8 @@ pub struct PipelineSettings {
     pub image_options: ImageOptions,
     /// What turns conversations into text.
     pub chat_template: TemplateChoice,
+    /// Leave samples out whose images cannot be read, instead of ending the run.
+    pub skip_bad_images: bool,
     /// Stop at the first [`Finding`](super::Finding) instead of going on with what was done about it.
     pub strict: bool,
     /// Discard what an earlier run of the same output left behind instead of going on from there.
@@ -102,6 +106,7 @@ impl PipelineSettings {
             image_root: None,
             image_options: ImageOptions::default(),
             chat_template: TemplateChoice::default(),
+            skip_bad_images: false,
             strict: false,
             restart: false,
             save_every: 0,
@@ -203,7 +208,7 @@ fn quantize<D: ModelOps + SolveOps>(
     };
     let Started { mut state, mut writer, mut chunks } = started;
     let packed = data.packed(settings.chunk_tokens);
-    let (places, held_out) = (check::places(&packed, input.config.image_token), packed.held_out());
+    let (places, held_out) = (input.places(&packed), packed.held_out());
     *saved = unfinished(work, state.finished());
     let session = start.session(work, &plan);
     let grown = Checkpoint::open(&work.checkpoint())?;
@@ -261,7 +266,9 @@ fn quantize<D: ModelOps + SolveOps>(
         bytes_before: sizes.before,
         bytes_after: sizes.before - sizes.float_layers + sizes.quantized_layers,
         quantized_bytes: sizes.quantized_layers,
-        loaders: settings.format.loaders(&input.solver, input.must_dequantize, &settings.out),
+        loaders: settings.format.loaders(&input.solver, input.support, &settings.out),
+        shut_out: settings.format.shut_out(&input.solver, input.support),
+        largest_split: largest_split(&DecoderShape::of(&input.config.decoder), settings.format, &input.solver),
         evaluation: None,
     };
     writer.add_to_config(provenance::KEY, &report.provenance.summary())?;
@@ -271,7 +278,7 @@ fn quantize<D: ModelOps + SolveOps>(
         importance: input.importance,
         importance_power: input.importance_power,
         format: settings.format,
-        must_dequantize: input.must_dequantize,
+        support: input.support,
     };
     for (name, bytes) in card.files(&settings.out, input.checkpoint.folder())? {
         writer.add_file(&name, &bytes)?;

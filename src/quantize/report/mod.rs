@@ -90,10 +90,23 @@ pub struct CalibrationCounts {
     pub used: usize,
     /// Samples left out because they had more than the allowed number of tokens.
     pub too_long: usize,
+    /// Samples left out because an image of theirs could not be read.
+    pub bad_images: usize,
     /// Tokens that stand for image patches.
     pub vision_tokens: usize,
     /// All other tokens.
     pub text_tokens: usize,
+}
+
+impl CalibrationCounts {
+    /// Counts of samples as they are told: `5 samples, 1 left out as too long`.
+    pub fn samples(&self) -> String {
+        let bad = match self.bad_images {
+            0 => String::new(),
+            bad => format!(", {bad} for a bad image"),
+        };
+        format!("{} samples, {} left out as too long{bad}", self.used, self.too_long)
+    }
 }
 
 /// All that a finished run has to say; `report.json` is this structure.
@@ -142,6 +155,10 @@ pub struct RunReport {
     pub quantized_bytes: u64,
     /// Loaders that take exactly this checkpoint.
     pub loaders: Vec<Loader>,
+    /// Servers that do not, though they take other files of the model, each with why.
+    pub shut_out: Vec<String>,
+    /// The most GPUs, a power of two up to 16, that a server can split the checkpoint's layers over.
+    pub largest_split: usize,
     /// The float model's answers beside those of the quantized one, if they were asked.
     pub evaluation: Option<Comparison>,
 }

@@ -2,7 +2,7 @@
 //! suspicious.
 
 use super::prepare::{Prepared, ROUNDED, WITHOUT_CROSS};
-use super::round::round_to_nearest;
+use super::round::{round_to_nearest, small_scales};
 use super::solve_with;
 use crate::device::{ScaleMisfit, SolveOps};
 use crate::quantize::settings::SolverSettings;
@@ -41,6 +41,7 @@ pub fn solve_layer<D: SolveOps>(
             (linear, report.relative_error)
         }
     };
+    findings.extend(small_scales(&linear, settings));
     let report = SolveReport {
         relative_error,
         damp: prepared.damp(),

@@ -5,7 +5,7 @@ use super::{check_finite, check_shape, checked_group, rule_of};
 use crate::device::cpu::Cpu;
 use crate::device::{Block, ScaleMisfit, SolveOps, SolveState};
 use crate::quantize::settings::SolverSettings;
-use crate::quantize::{QuantizedLinear, SolveReport};
+use crate::quantize::{Finding, FindingKind, QuantizedLinear, SolveReport};
 use crate::tensor::Matrix;
 use anyhow::{Result, anyhow};
 use std::time::Instant;
@@ -45,9 +45,21 @@ pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> Result<(Q
         tokens: 0,
         effective_tokens: None,
         seconds: start.elapsed().as_secs_f64(),
-        findings: Vec::new(),
+        findings: small_scales(&out.linear, settings).into_iter().collect(),
     };
     Ok((out.linear, report))
+}
+
+/// The finding of scales that stand at the smallest value of their type, which a scale becomes that is smaller still: the codes of such
+/// a group are too coarse, whatever they are.
+pub(super) fn small_scales(linear: &QuantizedLinear, settings: &SolverSettings) -> Option<Finding> {
+    let smallest = settings.scale_type.smallest();
+    let stuck = linear.scales.iter().filter(|&&scale| scale == smallest).count();
+    (stuck > 0).then(|| {
+        let (all, kind) = (linear.scales.len(), settings.scale_type);
+        let found = format!("{stuck} of {all} scales stand at {smallest:e}, the smallest of {kind:?}");
+        Finding::new(FindingKind::ScalesTooSmall, found, "kept as they are")
+    })
 }
 
 /// Says how large the weights are whose scale does not fit.

@@ -205,7 +205,7 @@ impl Check<'_> {
     /// config.json: all that the float checkpoint's has, and how the weights are stored. Returns whether it says that rightly.
     fn config(&mut self, copy: &Checkpoint, provenance: &Provenance, format: Format, solver: &SolverSettings) -> bool {
         let keys = |config: &Value| config.as_object().cloned().unwrap_or_default();
-        let (old, new) = (keys(self.model.config()), keys(copy.config()));
+        let (old, new) = (keys(&self.model.own_config()), keys(copy.config()));
         let ours = [KEY, "quantization_config"];
         let names: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
         for name in names.into_iter().filter(|name| !ours.contains(&name.as_str())) {
@@ -226,8 +226,11 @@ impl Check<'_> {
         let found = match (format, copy.quantization()) {
             (_, Err(error)) => Err(format!("{error:#}")),
             (Format::Dequantized, Ok(None)) => Ok(()),
+            (Format::Gptq(version), Ok(Some(Quantization::Gptq(_, other)))) if other != version => {
+                Err(format!("checkpoint_format {}", other.name()))
+            }
             (Format::CompressedTensors, Ok(Some(Quantization::CompressedTensors(packing))))
-            | (Format::Gptq, Ok(Some(Quantization::Gptq(packing))))
+            | (Format::Gptq(_), Ok(Some(Quantization::Gptq(packing, _))))
                 if (packing.bits, packing.group_size, packing.symmetric)
                     == (solver.bits, solver.group_size, solver.symmetric) =>
             {

@@ -139,6 +139,7 @@ fn settings(report: &RunReport) -> Option<String> {
     let counted = [
         ("samples used", counts.used),
         ("samples left out as too long", counts.too_long),
+        ("samples left out for a bad image", counts.bad_images),
         ("vision tokens", counts.vision_tokens),
         ("text tokens", counts.text_tokens),
     ];
