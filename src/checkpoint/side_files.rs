@@ -58,6 +58,7 @@ impl Beside {
 }
 
 /// The files of a checkpoint that go into a copy as they are, by their names in `source`, in order.
+#[cfg(feature = "run")]
 pub(crate) fn side_files(source: &Path) -> Result<Vec<PathBuf>> {
     Ok(Beside::of(source)?.kept)
 }

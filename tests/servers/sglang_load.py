@@ -59,7 +59,8 @@ class Stored:
     def layers(self):
         return sorted({name.rsplit(".", 1)[0] for name in self.tensors if name.endswith((".weight_packed", ".qweight"))})
 
-    def dense(self, layer):
+    def dense(self, layer, dtype):
+        """In float32, GPTQ's scales rounded to the model's type, in which SGLang keeps them."""
         tensor = lambda suffix: self.tensors[f"{layer}.{suffix}"]
         if self.config["quant_method"] == "compressed-tensors":
             kind = self.config["config_groups"]["group_0"]["weights"]
@@ -69,8 +70,7 @@ class Stored:
                 zero = unpack(tensor("weight_zero_point").t().contiguous(), bits).t().float()[: scale.shape[0]]
             return weight(unpack(tensor("weight_packed"), bits).float(), scale, zero)
         bits, less = self.config["bits"], {"gptq": 1, "gptq_v2": 0}[self.config["checkpoint_format"]]
-        # SGLang keeps scales in the model's type.
-        scale = tensor("scales").to(torch.bfloat16).float().t()
+        scale = tensor("scales").to(dtype).float().t()
         zero = unpack(tensor("qzeros"), bits).t().float() + less
         return weight(unpack(tensor("qweight").t().contiguous(), bits).float(), scale, zero)
 
@@ -140,7 +140,7 @@ def compare(model, stored):
         theirs = weight(unpack(tensors["weight"], bits).float(), scale, zero)
         block, leaf = re.search(r"layers\.\d+\.", name)[0], name.rsplit(".", 1)[1]
         parts = [next(x for x in stored.layers() if block in x and x.endswith(part)) for part in FUSED.get(leaf, [leaf])]
-        ours = torch.cat([stored.dense(part) for part in parts])
+        ours = torch.cat([stored.dense(part, module.param_dtype) for part in parts])
         worst = max(worst, float((theirs - ours).abs().max() / ours.abs().max()))
         layers += 1
     return layers, worst
