@@ -29,11 +29,11 @@ pub(crate) struct GridArgs {
     /// What to write.
     #[arg(long, default_value = "compressed-tensors", value_parser = named::<Format>(&[
         ("compressed-tensors", "packed codes for transformers, vLLM, SGLang"),
-        ("gptq", "packed codes as AutoGPTQ lays them out; 4 and 8 bits with --symmetric for the most servers"),
+        ("gptq", "packed codes as AutoGPTQ lays them out; symmetric ones of 4 and 8 bits load in the most servers"),
         ("dequantized", "plain weights, to evaluate anywhere; nothing is saved"),
     ]))]
     pub(crate) format: Format,
-    /// GPTQ files' version: 1 stores zeros less 1, 2 as they are [default: 1 with --symmetric, else 2, which servers read rightly]
+    /// GPTQ files' version: 1 stores zeros less 1, 2 as they are [default: 1 for symmetric files, else 2, which servers read rightly]
     #[arg(long, value_parser = PossibleValuesParser::new(["1", "2"]).map(|text| match text.as_str() {
         "1" => GptqVersion::V1,
         _ => GptqVersion::V2,
