@@ -89,13 +89,8 @@ fn refuse_unseen(row: &Object, messages: &[Message]) -> Result<()> {
     let mut parts = messages.iter().flat_map(|message| &message.content);
     let texts = parts.clone().filter_map(Part::text);
     for text in texts.clone() {
-        if let Some((_, rest)) = text.split_once("<img>") {
-            let named = rest.split_once("</img>").map(|(name, _)| name);
-            ensure!(
-                named.is_none(),
-                "a text names an image as <img>{}</img>; write it as an image part",
-                shown(named.unwrap_or(""))
-            );
+        if let Some((name, _)) = text.split_once("<img>").and_then(|(_, rest)| rest.split_once("</img>")) {
+            bail!("a text names an image as <img>{}</img>; write it as an image part", shown(name));
         }
     }
     if messages.is_empty() || parts.any(|part| matches!(part, Part::Image(_))) {

@@ -191,10 +191,7 @@ impl Card<'_> {
             0 => String::new(),
             left => format!(", {left} more left out as too long"),
         };
-        let bad = match counts.bad_images {
-            0 => String::new(),
-            bad => format!(", {bad} for a bad image"),
-        };
+        let bad = counts.bad();
         format!(
             "{} samples of {} (seed {seed}){left}{bad}; {} vision and {} text tokens; SHA-256 {sum}",
             counts.used,

@@ -101,11 +101,15 @@ pub struct CalibrationCounts {
 impl CalibrationCounts {
     /// Counts of samples as they are told: `5 samples, 1 left out as too long`.
     pub fn samples(&self) -> String {
-        let bad = match self.bad_images {
+        format!("{} samples, {} left out as too long{}", self.used, self.too_long, self.bad())
+    }
+
+    /// What is added to them of samples with a bad image: nothing, where there are none.
+    pub(super) fn bad(&self) -> String {
+        match self.bad_images {
             0 => String::new(),
             bad => format!(", {bad} for a bad image"),
-        };
-        format!("{} samples, {} left out as too long{bad}", self.used, self.too_long)
+        }
     }
 }
 
