@@ -3,14 +3,19 @@
 //! Whoever reads a checkpoint or data has not written it. A file may be huge, or no file at all but a pipe that never ends,
 //! and a link or a path in it may lead to something that is none of its author's business.
 
+pub(crate) mod json;
+
 use anyhow::{Context, Result, ensure};
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 /// Most bytes of config.json and the other small JSON files of a checkpoint. The largest known, a tokenizer_config.json
-/// that lists all added tokens, has 1 MB; parsed, JSON takes up to some thirty times its size.
+/// that lists all added tokens, has 1 MB.
 pub(crate) const MAX_CONFIG_BYTES: u64 = 16 << 20;
+
+/// Most values in such a file, about 100 bytes each in memory: that tokenizer_config.json has some 50,000.
+pub(crate) const MAX_CONFIG_VALUES: usize = 1 << 18;
 
 /// Most bytes of a list of shards: 100 bytes a tensor, [`MAX_TENSORS`](crate::checkpoint::MAX_TENSORS) of them.
 pub(crate) const MAX_INDEX_BYTES: u64 = 128 << 20;
@@ -18,6 +23,10 @@ pub(crate) const MAX_INDEX_BYTES: u64 = 128 << 20;
 /// Most bytes of tokenizer.json. Qwen's has 7 MB, the largest known (Gemma 3) 33 MB.
 #[cfg(feature = "run")]
 pub(crate) const MAX_TOKENIZER_BYTES: u64 = 128 << 20;
+
+/// Most values in tokenizer.json: that of Gemma 3, with 262,144 tokens and 514,906 merges, has 1.9 million.
+#[cfg(feature = "run")]
+pub(crate) const MAX_TOKENIZER_VALUES: usize = 3 << 20;
 
 /// Most bytes of a chat template; known ones have up to 20 kB. A compiler takes a time that grows with the square of its
 /// longest expression: some seconds with this.
@@ -27,6 +36,14 @@ pub(crate) const MAX_TEMPLATE_BYTES: u64 = 64 << 10;
 /// Most bytes of a file of conversations: LLaVA's instruction mix has 1.0 GB.
 #[cfg(feature = "run")]
 pub(crate) const MAX_DATA_BYTES: u64 = 4 << 30;
+
+/// Most bytes of one line or entry of such a file: a largest image in base64 takes 342 MiB.
+#[cfg(feature = "run")]
+pub(crate) const MAX_ROW_BYTES: u64 = 512 << 20;
+
+/// Most values in one: a conversation of a thousand turns with images has ten thousand.
+#[cfg(feature = "run")]
+pub(crate) const MAX_ROW_VALUES: usize = 1 << 18;
 
 /// Opens a file of at most `limit` bytes for reading.
 ///

@@ -7,7 +7,7 @@ mod support;
 use serde_json::json;
 use std::fs;
 use support::golden;
-use support::program::{Bench, IMAGE, question, succeed, text};
+use support::program::{Bench, IMAGE, limited_run, question, stderr, succeed, text};
 
 /// One file of bf16 weights.
 const FLAT: &str = "flat-tied-bf16";
@@ -202,7 +202,96 @@ fn texts_without_end() {
     bench.write_data(&[&json!({"text": "a ".repeat(9 << 20)}).to_string()]);
     bench.refused(&bench.quantize(&[]), &["data.jsonl:1", "18874368 bytes of text; the limit is 8388608"]);
     bench.write_data(&[&json!({"text": "1".repeat(2 << 20)}).to_string()]);
-    bench.refused(&bench.quantize(&[]), &["data.jsonl:1", "2097152 tokens; the limit is 1048576"]);
+    bench.refused(&bench.quantize(&[]), &["data.jsonl:1", "more than 1048576 tokens, the limit"]);
     bench.write_data(&[&json!({"question": "q", "answer": "a", "max_new_tokens": 1 << 17}).to_string()]);
     bench.refused(&bench.eval(&[]), &["data.jsonl:1", "max_new_tokens", "up to 65536"]);
+}
+
+/// Whatever a row holds, no more is kept of it than is used, and what is used has bounds.
+#[cfg(unix)]
+#[test]
+fn data_of_any_shape_takes_little_memory() {
+    let bench = Bench::new(FLAT);
+    let run = |content: String| {
+        fs::write(bench.data(), content).unwrap();
+        limited_run(1280, 120, &bench.quantize(&["--dry-run", "--threads", "2"]))
+    };
+    let many = |one: &str| one.repeat((48 << 20) / one.len());
+    for (content, says) in [
+        (format!("[{}0]", many("0,")), ["data.jsonl, entry 1: expected", "found a number"]),
+        (format!("[{}", many("[],")), ["data.jsonl, entry 1: expected", "found a list"]),
+        (format!("[[{}0]]", many("0,")), ["data.jsonl, entry 1: it holds more", "262144 values"]),
+        (format!("[{{\"messages\":[{}0]}}]", many("[],")), ["data.jsonl, entry 1: it holds more", "262144 values"]),
+        (
+            format!("{{\"text\":\"a\"}}\n{{\"messages\":[{}0]}}", many("{},")),
+            ["data.jsonl:2: it holds", "262144 values"],
+        ),
+    ] {
+        bench.check_refusal(&run(content), &says.concat(), &says);
+    }
+    for content in [
+        format!("{{\"text\":\"a\",\"x\":[{}0]}}", many("[],")),
+        format!("[{{\"text\":\"a\",\"x\":{{{}\"b\":0}}}}]", many("\"\":{},")),
+        format!("[{{\"text\":\"a\",\"x\":[{}\"a.png\",0]}}]", many("\"a.png\",")),
+    ] {
+        let output = run(content);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    }
+}
+
+/// A PNG file of 8x8 pixels with `count` times the same chunk in front of its own.
+fn png_with(kind: &[u8; 4], data: &[u8], count: usize) -> Vec<u8> {
+    let mut png = Vec::new();
+    let encoder = image::codecs::png::PngEncoder::new(&mut png);
+    image::ImageEncoder::write_image(encoder, &[100; 192], 8, 8, image::ExtendedColorType::Rgb8).unwrap();
+    // Signature and header.
+    let rest = png.split_off(33);
+    let body = [&kind[..], data].concat();
+    let chunk = [&(data.len() as u32).to_be_bytes()[..], &body, &crc32(&body).to_be_bytes()].concat();
+    png.extend(chunk.repeat(count));
+    [png, rest].concat()
+}
+
+/// So many MiB of zeros, compressed as PNG files have it (RFC 1950): one of them over and over.
+fn packed_zeros(mebibytes: u32) -> Vec<u8> {
+    let mut packer = flate2::Compress::new(flate2::Compression::best(), false);
+    let mut one = Vec::with_capacity(1 << 16);
+    packer.compress_vec(&[0; 1 << 20], &mut one, flate2::FlushCompress::Full).unwrap();
+    assert_eq!(packer.total_in(), 1 << 20);
+    // An empty last block, and the checksum of zeros.
+    let sum = (((mebibytes << 20) % 65521) << 16 | 1).to_be_bytes();
+    [&[0x78, 0xda][..], &one.repeat(mebibytes as usize), &[1, 0, 0, 0xff, 0xff], &sum].concat()
+}
+
+/// What stands in a picture's file beside the picture is neither unpacked nor kept.
+#[cfg(unix)]
+#[test]
+fn images_with_much_beside_the_pixels() {
+    let bench = Bench::new(FLAT);
+    let named = |name: &[u8], data: &[u8]| [name, &[0, 0], data].concat();
+    let profile = png_with(b"iCCP", &named(b"p", &packed_zeros(1024)), 1);
+    // Each is unpacked where it may say how to turn the picture.
+    let text = named(b"Raw profile type exif", &packed_zeros(1));
+    let texts = png_with(b"zTXt", &text, 50_000);
+    // Parts of XMP, of which the last is missing: looked through anew behind every single one.
+    let mut jpeg = Vec::new();
+    image::RgbImage::new(8, 8).write_to(&mut std::io::Cursor::new(&mut jpeg), image::ImageFormat::Jpeg).unwrap();
+    let xmp = (0..100_000u32).flat_map(|part| {
+        let head: &[u8] = &[0xff, 0xe1, 0, 2 + 35 + 32 + 8 + 1];
+        let name = b"http://ns.adobe.com/xmp/extension/\0";
+        [head, name, &[b'7'; 32], &(1u32 << 30).to_be_bytes(), &part.to_be_bytes(), b"x"].concat()
+    });
+    let xmp = [&jpeg[..2], &xmp.collect::<Vec<u8>>(), &jpeg[2..]].concat();
+    // EXIF data of 4 GB, as its chunk says.
+    let mut webp = Vec::new();
+    image::RgbImage::new(8, 8).write_to(&mut std::io::Cursor::new(&mut webp), image::ImageFormat::WebP).unwrap();
+    let extended = [b"VP8X\x0a\0\0\0\x08\0\0\0\x07\0\0\x07\0\0", &webp[12..], b"EXIF\xf0\xff\xff\xffII*\0"].concat();
+    let size = (extended.len() as u32 + 4).to_le_bytes();
+    let webp = [b"RIFF", &size[..], b"WEBP", &extended].concat();
+    for (name, bytes) in [("i.png", profile), ("t.png", texts), ("x.jpg", xmp), ("e.webp", webp)] {
+        fs::write(bench.data().with_file_name(name), bytes).unwrap();
+        bench.write_data(&[&question(name)]);
+        let output = limited_run(1024, 20, &bench.quantize(&["--dry-run", "--threads", "2"]));
+        assert_eq!(output.status.code(), Some(0), "{name}: {}", stderr(&output));
+    }
 }

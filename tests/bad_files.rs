@@ -10,7 +10,9 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use support::program::{Bench, Meets, broken, copy_folder, edit_header, files_of, names_in, pipe, question, succeed};
+use support::program::{
+    Bench, Meets, broken, copy_folder, edit_header, files_of, limited_run, names_in, pipe, question, succeed,
+};
 use support::{golden, message};
 use vlmq::checkpoint::{Checkpoint, MAX_TENSORS};
 
@@ -248,7 +250,7 @@ fn tokenizers() {
         ("pre_tokenizer", split(&"a".repeat(4097)), "4097 bytes; the limit is 4096"),
         ("pre_tokenizer", split("(a"), "not a tokenizer this program can read"),
         // Takes twice as many steps for each further `a`; the tokenizer's own crate would cut the text there and go on.
-        ("pre_tokenizer", split("((?=a)a*)*b(?=c)"), "the tokenizer fails"),
+        ("pre_tokenizer", split("((?=a)a*)*b(?=c)"), "tokenizer.json fails on 64 bytes of text"),
         ("pre_tokenizer", json!({"type": "Metaspace"}), "\"Metaspace\"; known are Split"),
         ("decoder", json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}), "\"Strip\"; known are ByteLevel"),
         ("post_processor", json!({"type": "Odd"}), "\"Odd\""),
@@ -278,4 +280,77 @@ fn tokenizers() {
     tokenizer(|all| all["model"]["vocab"]["q"] = json!(5000))(&bench.model());
     bench.write_data(&[&question(support::program::IMAGE), r#"{"id": "odd", "text": "q"}"#]);
     bench.refused(&bench.quantize(&[]), &["sample odd has the token 5000, but the embedding has 640 rows"]);
+}
+
+/// A search that looks ahead from every place takes few steps back, and a time that grows with the square of the text.
+#[test]
+fn tokenizers_that_take_too_long() {
+    let bench = Bench::new(FLAT);
+    let pattern = |pattern: &str| {
+        let split = json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+        tokenizer(|all| all["pre_tokenizer"] = split)(&bench.model());
+    };
+    let long = json!({"text": "a".repeat(90_000)}).to_string();
+    for (searched, lines, says) in [
+        // Within one search, and in as many as the text has letters.
+        ("(?=(a+))a*b", vec![&*long], ["data.jsonl:1", "it takes more than 1 s"]),
+        ("a+b|a", vec![&*long], ["data.jsonl:1", "it takes more than 1 s"]),
+        // Held out, of which only what is wrong with the sample costs no more than the sample.
+        ("(?=(a+))a*b", vec![&*long, "{\"text\": \"b\"}"], ["data.jsonl:1", "it takes more than 1 s"]),
+    ] {
+        pattern(searched);
+        bench.write_data(&lines);
+        let output = limited_run(2048, 40, &bench.quantize(&["--samples", "1", "--threads", "2"]));
+        bench.check_refusal(&output, searched, &[&says[..], &["tokenizer.json fails on 90000 bytes"]].concat());
+    }
+}
+
+/// What no known tokenizer comes near, and what nobody reads.
+#[test]
+fn json_of_any_shape_takes_little_memory() {
+    let lists = format!("[{}0]", "[],".repeat(5 << 20));
+    let runs = |says: &[&str], fault: &dyn Fn(&Bench)| {
+        let bench = Bench::new(FLAT);
+        fault(&bench);
+        for arguments in [bench.quantize(&["--threads", "2"]), bench.eval(&["--threads", "2"])] {
+            let output = limited_run(1600, 60, &arguments);
+            bench.check_refusal(&output, says[0], says);
+        }
+    };
+    for name in ["config.json", "preprocessor_config.json", "tokenizer_config.json", "generation_config.json"] {
+        runs(&[name, "it holds more than 262144 values"], &|bench| {
+            let text = fs::read_to_string(bench.file(name)).unwrap_or("{}".into());
+            let comma = if text.trim() == "{}" { "" } else { "," };
+            fs::write(bench.file(name), text.replacen('{', &format!("{{\"unused\": {lists}{comma}"), 1)).unwrap();
+        });
+    }
+    runs(&["tokenizer.json", "it holds more than 3145728 values"], &|bench| {
+        let text = fs::read_to_string(bench.file("tokenizer.json")).unwrap();
+        fs::write(bench.file("tokenizer.json"), text.replacen('{', &format!("{{\"unused\": {lists},"), 1)).unwrap();
+    });
+    runs(&["tokenizer.json", "a token has 4097 bytes; the limit is 4096"], &|bench| {
+        tokenizer(|all| all["model"]["vocab"]["a".repeat(4097)] = json!(0))(&bench.model());
+    });
+    runs(&["tokenizer.json", "its added tokens have 4198400 bytes; the limit is 4194304"], &|bench| {
+        let token = |id: usize| {
+            json!({"id": id, "content": format!("{id:04096}"), "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true})
+        };
+        let tokens: Vec<Value> = (1000..2025).map(token).collect();
+        tokenizer(|all| all["added_tokens"] = json!(tokens))(&bench.model());
+    });
+    for (key, value) in
+        [("q", lists.clone()), ("__metadata__", format!("{{{}\"a\":\"\"}}", "\"a\":\"\",".repeat(3 << 20)))]
+    {
+        runs(&[WEIGHTS, &format!("{key:?} of its header holds more than")], &|bench| {
+            let header = format!("{{\"{key}\":{value}}}");
+            fs::write(bench.file(WEIGHTS), support::checkpoint::with_header(&header, vec![0; 64])).unwrap();
+        });
+    }
+    runs(&[INDEX, "lists more than 1048576 tensors"], &|bench| {
+        fs::remove_file(bench.file(WEIGHTS)).unwrap();
+        let entries: Vec<String> = (0..(8 << 20)).map(|i| format!("\"{i}\":\"a\"")).collect();
+        let index = format!("{{\"weight_map\":{{{}}}}}", entries.join(","));
+        fs::write(bench.file(INDEX), index).unwrap();
+    });
 }

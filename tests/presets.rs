@@ -43,7 +43,7 @@ fn file(preset: &Preset) -> std::path::PathBuf {
 }
 
 fn read(preset: &'static Preset, path: &Path) -> anyhow::Result<Vec<Conversation>> {
-    dataset::read_with(path, None, &|row| preset.prepare(row))
+    dataset::read_with(path, None, &Preset::reads, &|row| preset.prepare(row))
 }
 
 fn named(name: &str) -> &'static Preset {

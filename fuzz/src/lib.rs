@@ -16,7 +16,7 @@ use vlmq::calibration::sequence::{SequenceBuilder, VisionInput};
 use vlmq::calibration::template::ChatTemplate;
 use vlmq::checkpoint::Checkpoint;
 use vlmq::device::cpu::Cpu;
-use vlmq::evaluate::presets::PRESETS;
+use vlmq::evaluate::presets::{PRESETS, Preset};
 use vlmq::model::families::{self, ImageOptions};
 use vlmq::model::language_model::LanguageModel;
 use vlmq::quantize::inspect;
@@ -111,7 +111,7 @@ pub fn data(bytes: &[u8]) {
     let path = folder.path().join("data.jsonl");
     let plain = done(dataset::read(&path, None));
     for preset in &PRESETS {
-        done(dataset::read_with(&path, None, &|row| preset.prepare(row)));
+        done(dataset::read_with(&path, None, &Preset::reads, &|row| preset.prepare(row)));
     }
     for conversation in plain.into_iter().flatten() {
         conversation.answer();

@@ -1,10 +1,8 @@
 //! Files of conversations: JSON Lines, or one JSON list.
 
-use super::forms;
 pub use super::source::ImageSource;
-use crate::input;
-use anyhow::{Context, Result, bail, ensure};
-use serde::de::DeserializeOwned;
+use super::{forms, rows};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
@@ -84,85 +82,31 @@ impl Conversation {
 /// A relative image path counts from `image_root`, or from the file's folder when there is none, and every path must lead
 /// below it. Images are not read yet. Errors name the file and line; a file without conversations is an error too.
 pub fn read(path: &Path, image_root: Option<&Path>) -> Result<Vec<Conversation>> {
-    read_with(path, image_root, &|row| Ok(row))
+    read_with(path, image_root, &|_| false, &|row| Ok(row))
 }
 
 /// As [`read`], every line changed by `prepare` before its form is looked at. Its errors get the file and line, too.
+///
+/// Of a line it is given the columns that the forms know, and those that it `reads`, as they are; what other columns
+/// hold is not kept.
 pub fn read_with(
     path: &Path,
     image_root: Option<&Path>,
+    reads: &dyn Fn(&str) -> bool,
     prepare: &dyn Fn(Value) -> Result<Value>,
 ) -> Result<Vec<Conversation>> {
-    let bytes = input::read(path, input::MAX_DATA_BYTES)
-        .with_context(|| format!("cannot read the data file {}", path.display()))?;
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-    let text = std::str::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", path.display()))?;
     if let Some(root) = image_root {
         ensure!(root.is_dir(), "the image root {} is not a folder", root.display());
     }
     let folder = path.parent().unwrap_or(Path::new(""));
     let root: Arc<Path> = image_root.unwrap_or(folder).into();
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let one = |value: Value, origin: String, id: String| {
-        prepare(value).and_then(|value| forms::conversation(&value, &root, &origin, id)).with_context(|| origin.clone())
-    };
-    let mut conversations = Vec::new();
-    if text.trim_start().starts_with('[') {
-        let rows: Vec<Value> = parse(text).with_context(|| format!("{} is not a JSON list", path.display()))?;
-        for (index, row) in rows.into_iter().enumerate() {
-            let entry = index + 1;
-            conversations.push(one(row, format!("{}, entry {entry}", path.display()), format!("{name}:{entry}"))?);
-        }
-    } else {
-        for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            let number = index + 1;
-            let origin = format!("{}:{number}", path.display());
-            let value: Value = parse(line).with_context(|| {
-                format!("{origin}: not a JSON object; a data file has one on each line, or is one JSON list")
-            })?;
-            conversations.push(one(value, origin, format!("{name}:{number}"))?);
-        }
-    }
-    if conversations.is_empty() {
-        bail!("{} holds no conversations", path.display());
-    }
+    let conversations = rows::read(path, reads, &|row, place| {
+        let (origin, id) = (place.of(path), format!("{name}:{}", place.number()));
+        prepare(row).and_then(|row| forms::conversation(&row, &root, &origin, id)).with_context(|| origin.clone())
+    })?;
+    ensure!(!conversations.is_empty(), "{} holds no conversations", path.display());
     Ok(conversations)
-}
-
-/// Reads JSON, and what Python writes for numbers that JSON does not have (`NaN`, `Infinity`) as null.
-fn parse<T: DeserializeOwned>(text: &str) -> serde_json::Result<T> {
-    serde_json::from_str(text).or_else(|error| match without_non_numbers(text) {
-        Some(text) => serde_json::from_str(&text),
-        None => Err(error),
-    })
-}
-
-/// `text` with such numbers outside of strings as null; `None` where it has none.
-fn without_non_numbers(text: &str) -> Option<String> {
-    const WORDS: [&str; 3] = ["NaN", "-Infinity", "Infinity"];
-    let (mut out, mut rest, mut found) = (String::with_capacity(text.len()), text, false);
-    let mut quoted = false;
-    while let Some(first) = rest.chars().next() {
-        let word = WORDS.iter().find(|word| !quoted && rest.starts_with(**word));
-        let length = match (word, first) {
-            (Some(word), _) => {
-                found = true;
-                out.push_str("null");
-                rest = &rest[word.len()..];
-                continue;
-            }
-            // What is escaped ends no string.
-            (None, '\\') => first.len_utf8() + rest[1..].chars().next().map_or(0, char::len_utf8),
-            (None, '"') => {
-                quoted = !quoted;
-                1
-            }
-            (None, other) => other.len_utf8(),
-        };
-        out.push_str(&rest[..length]);
-        rest = &rest[length..];
-    }
-    found.then_some(out)
 }
 
 /// The first `samples` conversations (all when `None` or when there are fewer) in a shuffled order that depends on

@@ -17,6 +17,33 @@ const MAX_NEW_TOKENS: u64 = 1 << 16;
 /// Said of every way to ask for one.
 pub(super) const NO_VIDEO: &str = "videos are not supported; write single frames as images, or leave the line out";
 
+/// The columns that are read here. Others are asked only whether they name an image.
+pub(super) const COLUMNS: [&str; 15] = [
+    "id",
+    "video",
+    "videos",
+    "metric",
+    "max_new_tokens",
+    "messages",
+    "conversations",
+    "question",
+    "text",
+    "system",
+    "group",
+    "image",
+    "images",
+    "answer",
+    "answers",
+];
+
+/// What stands in a line for a column that is not read.
+pub(super) fn unused(names_image: bool) -> Value {
+    if names_image { AN_IMAGE.into() } else { Value::Null }
+}
+
+/// What all images' `data:` URIs begin with.
+const AN_IMAGE: &str = "data:image/";
+
 /// Reads one line. `id` is used when the line has none. Errors do not name the line: the caller does.
 pub(super) fn conversation(value: &Value, root: &Arc<Path>, origin: &str, id: String) -> Result<Conversation> {
     let row = value.as_object().with_context(|| format!("expected a JSON object, found {}", kind(value)))?;
@@ -114,10 +141,10 @@ fn refuse_unseen(row: &Object, messages: &[Message]) -> Result<()> {
 }
 
 /// Whether a string looks like an image's path or URI.
-fn names_image(text: &str) -> bool {
+pub(super) fn names_image(text: &str) -> bool {
     const ENDINGS: [&str; 10] = ["png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "heic", "avif"];
     let ending = text.rsplit_once('.').map_or("", |(_, ending)| ending).to_ascii_lowercase();
-    !text.contains(char::is_whitespace) && ENDINGS.contains(&ending.as_str()) || text.starts_with("data:image/")
+    !text.contains(char::is_whitespace) && ENDINGS.contains(&ending.as_str()) || text.starts_with(AN_IMAGE)
 }
 
 /// `{"messages": [{"role": .., "content": "text" or [parts]}]}`, or with `images` of the line that `<image>` in the texts stands for.

@@ -1,6 +1,7 @@
 //! Images: reading them as Pillow does, and the patches a vision tower takes.
 
 use super::anyres::Tiles;
+use super::container::Pixels;
 use super::jpeg;
 use super::orientation::orientation;
 use super::patches::PatchSettings;
@@ -13,12 +14,14 @@ use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, Luma, 
 use std::borrow::Cow;
 use std::fmt;
 use std::fs;
-use std::io::Cursor;
 use std::path::Path;
 use std::sync::Arc;
 
 /// Most pixels an image may have: the limit at which Pillow warns of a decompression bomb.
 pub const MAX_PIXELS: u64 = 89_478_485;
+
+/// Memory that a decoder may take beside that for pixels.
+const DECODER_BYTES: u64 = 16 << 20;
 
 /// Most bytes an image file may have.
 pub const MAX_FILE_BYTES: u64 = 256 << 20;
@@ -140,25 +143,28 @@ fn read_file(path: &Path, root: Option<&Path>) -> Result<Vec<u8>> {
 }
 
 fn decode_bytes(bytes: &[u8]) -> Result<RgbImage> {
-    let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
     use ImageFormat::{Bmp, Gif, Jpeg, Png, Tiff, WebP};
-    let Some(format @ (Png | Jpeg | WebP | Gif | Bmp | Tiff)) = reader.format() else {
+    let Ok(format @ (Png | Jpeg | WebP | Gif | Bmp | Tiff)) = image::guess_format(bytes) else {
         ensure!(!is_heif(bytes), "is HEIC or AVIF, as telephones take them; convert it to JPEG or PNG");
         bail!("is neither PNG, JPEG, WebP, GIF, BMP nor TIFF; convert it to one of these");
     };
-    let mut limits = Limits::default();
+    let mut reader = ImageReader::with_format(Pixels::of(bytes, format), format);
     // 16-bit RGBA, and once more for the decoder's own buffers.
-    limits.max_alloc = Some(MAX_PIXELS * 16);
-    reader.limits(limits);
+    let limits = |pixels: u64| {
+        let mut limits = Limits::default();
+        limits.max_alloc = Some(pixels * 16 + DECODER_BYTES);
+        limits
+    };
+    reader.limits(limits(MAX_PIXELS));
     let mut decoder = reader.into_decoder().context("is broken")?;
     let (width, height) = decoder.dimensions();
     ensure!(width > 0 && height > 0, "has no pixels");
     let pixels = u64::from(width) * u64::from(height);
     ensure!(pixels <= MAX_PIXELS, "is {width}x{height}; the limit is {MAX_PIXELS} pixels, scale it down");
     ensure!(format != Jpeg || jpeg::is_complete(bytes), "is broken: it ends before its end marker");
-    let orientation = orientation(&mut decoder, format, bytes);
+    decoder.set_limits(limits(pixels)).context("is broken")?;
     let mut decoded = DynamicImage::from_decoder(decoder).context("is broken")?;
-    decoded.apply_orientation(orientation);
+    decoded.apply_orientation(orientation(format, bytes));
     Ok(to_rgb(decoded))
 }
 

@@ -5,7 +5,9 @@
 
 pub mod anyres;
 mod bounded;
+mod checked;
 mod clock;
+mod container;
 pub mod dataset;
 mod forms;
 pub mod image;
@@ -17,8 +19,12 @@ mod orientation;
 pub mod patches;
 mod paths;
 pub mod positions;
+mod rows;
 pub mod sequence;
 pub mod source;
+mod splitter;
 pub mod template;
 mod tokenizer;
 pub mod view;
+
+pub use bounded::TakesTooLong;

@@ -1,21 +1,44 @@
 //! How a picture is to be turned, wherever Pillow's `exif_transpose` finds that said: in EXIF data of the file's own kind, of a PNG's
 //! `eXIf` chunk anywhere or `Raw profile type exif` text, else in XMP.
 
+use super::container::{png_chunks, webp_metadata};
+use super::jpeg;
 use flate2::read::ZlibDecoder;
+use image::codecs::tiff::TiffDecoder;
 use image::metadata::Orientation;
 use image::{ImageDecoder, ImageFormat};
-use std::io::Read;
+use std::borrow::Cow;
+use std::io::{Cursor, Read};
 
 /// Most bytes of a PNG's text once it is unpacked, as for Pillow.
 const MAX_TEXT: u64 = 1 << 20;
 
-/// How to turn what `decoder` reads of `bytes`; what is broken says nothing.
-pub(super) fn orientation(decoder: &mut impl ImageDecoder, format: ImageFormat, bytes: &[u8]) -> Orientation {
-    let [exif, xmp] = match format {
-        ImageFormat::Png => png_metadata(bytes),
-        ImageFormat::Tiff => return decoder.orientation().unwrap_or(Orientation::NoTransforms),
-        _ => [decoder.exif_metadata(), decoder.xmp_metadata()].map(|found| found.ok().flatten()),
+/// Most bytes that are unpacked of a PNG's texts in all. Files have one of each kind.
+const MAX_TEXTS: u64 = 16 << 20;
+
+/// What to unpack a text costs at least.
+const LEAST_TEXT: u64 = 4 << 10;
+
+/// Most bytes of EXIF data in hexadecimal; in a JPEG file it has up to 65,533.
+const MAX_HEX: usize = 8 << 20;
+
+/// How to turn the picture of `bytes`; what is broken says nothing.
+pub(super) fn orientation(format: ImageFormat, bytes: &[u8]) -> Orientation {
+    let said = match format {
+        ImageFormat::Png => return said(png_metadata(bytes)),
+        ImageFormat::Jpeg => jpeg::metadata(bytes),
+        ImageFormat::WebP => webp_metadata(bytes),
+        // A decoder of its own, with the limits that it begins with: 1 MiB for the values of a tag.
+        ImageFormat::Tiff => {
+            let found = TiffDecoder::new(Cursor::new(bytes)).and_then(|mut decoder| decoder.orientation());
+            return found.unwrap_or(Orientation::NoTransforms);
+        }
+        _ => [None, None],
     };
+    self::said(said.map(|found| found.map(Cow::Borrowed)))
+}
+
+fn said([exif, xmp]: [Option<Cow<'_, [u8]>>; 2]) -> Orientation {
     let said = exif.as_deref().and_then(in_exif).or_else(|| xmp.as_deref().and_then(in_xmp));
     said.and_then(Orientation::from_exif).unwrap_or(Orientation::NoTransforms)
 }
@@ -67,57 +90,54 @@ fn in_exif(exif: &[u8]) -> Option<u8> {
 }
 
 /// EXIF data and XMP of a PNG.
-fn png_metadata(bytes: &[u8]) -> [Option<Vec<u8>>; 2] {
+fn png_metadata(bytes: &[u8]) -> [Option<Cow<'_, [u8]>>; 2] {
     let (mut exif, mut raw, mut xmp) = (None, None, None);
-    let mut rest = bytes.get(8..).unwrap_or_default();
-    while let Some((length, body)) = rest.split_first_chunk::<4>() {
-        let length = u32::from_be_bytes(*length) as usize;
-        let Some((kind, body)) = body.split_first_chunk::<4>() else { break };
-        let Some(data) = body.get(..length) else { break };
-        match kind {
-            b"eXIf" => exif = Some(data.to_vec()),
-            b"tEXt" | b"zTXt" | b"iTXt" => match text(kind, data) {
-                Some((b"Raw profile type exif", text)) => raw = from_hex(&text),
-                Some((b"XML:com.adobe.xmp", text)) => xmp = Some(text),
-                _ => {}
-            },
-            b"IEND" => break,
+    let mut left = MAX_TEXTS;
+    for chunk in png_chunks(bytes).take_while(|chunk| chunk.kind != b"IEND") {
+        let Some(data) = chunk.data else { break };
+        match chunk.kind {
+            b"eXIf" => exif = Some(Cow::Borrowed(data)),
+            b"tEXt" | b"zTXt" | b"iTXt" => {
+                let is = |keyword: &[u8]| data.strip_prefix(keyword).is_some_and(|rest| rest.starts_with(&[0]));
+                if is(b"Raw profile type exif") {
+                    raw = text(chunk.kind, data, &mut left).or(raw);
+                } else if is(b"XML:com.adobe.xmp") {
+                    xmp = text(chunk.kind, data, &mut left).or(xmp);
+                }
+            }
             _ => {}
         }
-        // Behind the data stands its checksum.
-        rest = body.get(length + 4..).unwrap_or_default();
     }
-    [exif.or(raw), xmp]
+    [exif.or_else(|| raw.as_deref().and_then(from_hex).map(Cow::Owned)), xmp]
 }
 
-/// Keyword and text of a chunk (PNG, section 11.3.3); `None` where it is broken or too long.
-fn text<'a>(kind: &[u8; 4], data: &'a [u8]) -> Option<(&'a [u8], Vec<u8>)> {
-    let cut = |data: &'a [u8]| {
-        let end = data.iter().position(|&byte| byte == 0)?;
-        Some((&data[..end], &data[end + 1..]))
-    };
-    let (keyword, rest) = cut(data)?;
+/// Text of a chunk (PNG, section 11.3.3), of which no more than `left` is unpacked; `None` where it is broken or too long.
+fn text<'a>(kind: &[u8; 4], data: &'a [u8], left: &mut u64) -> Option<Cow<'a, [u8]>> {
+    let behind_zero = |data: &'a [u8]| data.iter().position(|&byte| byte == 0).map(|end| &data[end + 1..]);
+    let rest = behind_zero(data)?;
     let (packed, text) = match kind {
         b"tEXt" => (false, rest),
         // The method of compression: there is one.
         b"zTXt" => (true, rest.strip_prefix(&[0])?),
         _ => {
             let (&[flag, _], rest) = rest.split_first_chunk::<2>()?;
-            let (_language, rest) = cut(rest)?;
-            let (_translated, text) = cut(rest)?;
-            (flag == 1, text)
+            // A language, and the keyword in it.
+            (flag == 1, behind_zero(behind_zero(rest)?)?)
         }
     };
     if !packed {
-        return Some((keyword, text.to_vec()));
+        return Some(Cow::Borrowed(text));
     }
+    let most = MAX_TEXT.min(*left);
     let mut unpacked = Vec::new();
-    ZlibDecoder::new(text).take(MAX_TEXT + 1).read_to_end(&mut unpacked).ok()?;
-    (unpacked.len() as u64 <= MAX_TEXT).then_some((keyword, unpacked))
+    let read = ZlibDecoder::new(text).take(most + 1).read_to_end(&mut unpacked);
+    *left = left.saturating_sub(LEAST_TEXT.max(unpacked.len() as u64));
+    (read.is_ok() && unpacked.len() as u64 <= most).then_some(Cow::Owned(unpacked))
 }
 
 /// What ImageMagick writes: three lines of head, then the bytes in hexadecimal.
 fn from_hex(text: &[u8]) -> Option<Vec<u8>> {
+    let text = Some(text).filter(|text| text.len() <= MAX_HEX)?;
     let lines = text.split(|&byte| byte == b'\n').skip(3);
     let digits: Vec<u8> = lines.flatten().filter(|byte| !byte.is_ascii_whitespace()).copied().collect();
     let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();

@@ -161,7 +161,8 @@ pub(super) fn image_processor(folder: &Path) -> Result<(PathBuf, Value)> {
 pub(super) fn read_json(folder: &Path, name: &str) -> Result<Option<Value>> {
     let path = folder.join(name);
     let Some(text) = input::read_beside(folder, name, input::MAX_CONFIG_BYTES)? else { return Ok(None) };
-    let value: Value = serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", path.display()))?;
+    let value = input::json::value(&text, input::MAX_CONFIG_VALUES)
+        .with_context(|| format!("{} is not JSON", path.display()))?;
     ensure!(value.is_object(), "{} is not a JSON object", path.display());
     Ok(Some(value))
 }

@@ -112,7 +112,7 @@ impl SequenceBuilder {
             TemplateChoice::File(path) => ChatTemplate::from_file(path, folder)?,
         };
         let builder = Self { tokenizer, template, vision, placeholder, video, end_tokens };
-        let alone = builder.tokenizer.encode(&builder.placeholder).with_context(|| path.display().to_string())?;
+        let alone = builder.tokenizer.encode(&builder.placeholder, MAX_TOKENS)?;
         ensure!(
             alone.get_ids() == [id],
             "{} splits the image token {:?} of config.json in pieces",
@@ -295,10 +295,9 @@ impl SequenceBuilder {
         // Placeholders were counted as the images were read; what is left is text.
         let words = text.len() - text.matches(&self.placeholder).count() * self.placeholder.len();
         ensure!(words <= MAX_BYTES, "the conversation has {words} bytes of text; the limit is {MAX_BYTES}");
-        let encoding = self.tokenizer.encode(text)?;
+        let encoding = self.tokenizer.encode(text, MAX_TOKENS)?;
         let tokens = encoding.get_ids().to_vec();
         ensure!(!tokens.is_empty(), "the conversation has no tokens");
-        ensure!(tokens.len() <= MAX_TOKENS, "the conversation has {} tokens; the limit is {MAX_TOKENS}", tokens.len());
         let answer = answer_from.map_or(0..0, |from| {
             // A token that reaches across the boundary carries some of the answer.
             let start = encoding.get_offsets().iter().position(|&(_, end)| end > from).unwrap_or(tokens.len());

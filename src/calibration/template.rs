@@ -1,6 +1,6 @@
 //! Chat templates: the Jinja in a checkpoint that turns messages into text, rendered as transformers renders it.
 
-use super::bounded::bounded;
+use super::bounded::{TakesTooLong, bounded};
 use super::dataset::{Message, Part};
 use super::methods;
 use super::patches::read_json;
@@ -15,6 +15,7 @@ use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Work one rendering may do, one unit per instruction or 64 bytes: a real conversation needs some hundreds. Bounds a
 /// hostile template's time to a second and what it holds to 64 MB.
@@ -22,6 +23,11 @@ const FUEL: u64 = 1_000_000;
 
 /// Most bytes one rendering may give, and most of plain text: more than a sample has tokens for.
 pub(super) const MAX_BYTES: usize = 8 << 20;
+
+/// Most time that compiling it or one rendering may take on a processor: real templates need milliseconds. Fuel counts what a
+/// template asks for, not how often a list is walked through that holds itself many times over; text made of one was seen to grow
+/// by 0.6 GB a second.
+const MAX_TIME: Duration = Duration::from_secs(1);
 
 const NAME: &str = "chat template";
 
@@ -161,7 +167,7 @@ impl ChatTemplate {
         });
         environment.add_function("strftime_now", super::clock::strftime_now);
         let source = without_generation(source);
-        let environment = bounded(move || {
+        let environment = bounded(MAX_TIME, move || {
             environment.add_template_owned(NAME, source).map_err(|error| located(&error))?;
             Ok(environment)
         });
@@ -197,7 +203,7 @@ impl ChatTemplate {
         context.insert("documents".into(), serde_json::Value::Null);
         context.insert("add_generation_prompt".into(), add_generation_prompt.into());
         let environment = Arc::clone(&self.environment);
-        let text = bounded(move || {
+        let text = bounded(MAX_TIME, move || {
             environment.get_template(NAME)?.render(Value::from(Serde(&context))).map_err(|error| match error.kind() {
                 ErrorKind::OutOfFuel => anyhow::anyhow!("it does not come to an end (stopped after {FUEL} steps)"),
                 _ => located(&error),
@@ -232,8 +238,14 @@ impl ChatTemplate {
                     _ if role == newest => (role, asked),
                     _ => (role, if known.lists { LISTS } else { STRINGS }),
                 });
-                self.render_as(&messages, false, &forms).ok().map(|text| shown_alone(&text, &said(newest)))
+                match self.render_as(&messages, false, &forms) {
+                    Ok(text) => Ok(Some(shown_alone(&text, &said(newest)))),
+                    Err(error) if error.is::<TakesTooLong>() => Err(error),
+                    Err(_) => Ok(None),
+                }
             });
+            let [strings, lists] = shown;
+            let shown = [strings?, lists?];
             let [strings, lists] = shown.map(|shown| shown == Some(true));
             if let Some((_, forms)) = self.forms.iter_mut().find(|(role, _)| *role == newest)
                 && (strings || lists)

@@ -3,28 +3,46 @@
 //! The crate that reads the file ends a search that backtracks too long where it stands, and the rest of the text becomes
 //! other tokens without a word. The regular expressions are therefore run here, where that is an error.
 
+use super::bounded::bounded;
 use super::patches::read_json;
-use crate::input::{MAX_TOKENIZER_BYTES, read_beside};
+use super::splitter::{Splitter, stop_if_over};
+use crate::input::{self, MAX_TOKENIZER_BYTES, read_beside};
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use fancy_regex::{Regex, RegexBuilder};
 use serde_json::Value;
-use std::path::Path;
-use tokenizers::pattern::Invert;
-use tokenizers::pre_tokenizers::split::SplitPattern;
+use std::cell::Cell;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 use tokenizers::{
-    AddedToken, DecoderWrapper, Encoding, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizedString,
-    PreTokenizer, PreTokenizerWrapper, SplitDelimiterBehavior, TokenizerBuilder, TokenizerImpl,
+    AddedToken, DecoderWrapper, Encoding, Model, ModelWrapper, NormalizedString, NormalizerWrapper, OffsetType,
+    PostProcessorWrapper, PreTokenizer, Token, TokenizerBuilder, TokenizerImpl,
 };
-
-/// Steps back that one search of a tokenizer's regular expression may take. Those of published tokenizers go back once for
-/// each character of a run of white space; with this, text is searched in a time that grows with its length alone.
-const MAX_BACKTRACKS: usize = 100_000;
 
 /// Most bytes of a regular expression; published ones have up to 500.
 const MAX_PATTERN_BYTES: usize = 4096;
 
 /// Most steps in a sequence of normalizers, pre-tokenizers or decoders; published tokenizers have up to 4.
 const MAX_STEPS: usize = 16;
+
+/// Most bytes of a token: published tokenizers' longest are runs of white space, of 512 at most. As many as an answer may have tokens
+/// make 256 MiB of text.
+const MAX_TOKEN_BYTES: usize = 4096;
+
+/// Most bytes of all added tokens; those of Gemma 3 have 100 kB. What they are found with takes some 12 times as many.
+const MAX_ADDED_BYTES: usize = 4 << 20;
+
+/// Most bytes of a piece that byte-pair encoding is given, a word; it takes some 150 bytes for each.
+const MAX_PIECE_BYTES: usize = 2 << 20;
+
+/// Most time that a text may take on a processor, besides [`TIME_OF_A_BYTE`].
+const TIME_OF_A_TEXT: Duration = Duration::from_secs(1);
+
+/// Published tokenizers take 1 to 1.5 µs of it for each byte of a text.
+const TIME_OF_A_BYTE: Duration = Duration::from_micros(8);
+
+/// Most time that it may take to build a tokenizer, as [`TIME_OF_A_BYTE`] of its file, and this.
+const TIME_OF_A_FILE: Duration = Duration::from_secs(5);
 
 /// The parts of a tokenizer.json that are taken, by the key they stand under. What is left out repeats or replaces text
 /// without a bound, draws lots, or reads tables of which nothing is checked.
@@ -39,7 +57,8 @@ type Bounded = TokenizerImpl<ModelWrapper, NormalizerWrapper, Splitter, PostProc
 
 /// A checkpoint's tokenizer.
 pub(super) struct Tokenizer {
-    bounded: Bounded,
+    bounded: Arc<Bounded>,
+    path: PathBuf,
 }
 
 impl Tokenizer {
@@ -52,12 +71,9 @@ impl Tokenizer {
         let bytes = read_beside(folder, "tokenizer.json", MAX_TOKENIZER_BYTES)?
             .with_context(|| format!("cannot read {}; copy it from the original checkpoint", path.display()))?;
         let unreadable = || format!("{} is not a tokenizer this program can read", path.display());
-        let all: Value = serde_json::from_slice(&bytes).with_context(unreadable)?;
-        check(&all).with_context(unreadable)?;
-        // Not from the text once more, where a key that stands twice could count otherwise.
-        let mut read: tokenizers::Tokenizer = serde_json::from_value(all).with_context(unreadable)?;
+        let most = TIME_OF_A_FILE + TIME_OF_A_BYTE * bytes.len() as u32;
+        let (mut read, splitter) = bounded(most, move || build(&bytes)).with_context(unreadable)?;
         add_further(&mut read, folder)?;
-        let splitter = read.get_pre_tokenizer().map(Splitter::new).transpose().with_context(unreadable)?;
         let bounded = TokenizerBuilder::new()
             .with_model(read.get_model().clone())
             .with_normalizer(read.get_normalizer().cloned())
@@ -68,12 +84,17 @@ impl Tokenizer {
             .build()
             .map_err(|error| anyhow!("{error}"))
             .with_context(unreadable)?;
-        Ok(Self { bounded })
+        Ok(Self { bounded: Arc::new(bounded), path })
     }
 
-    /// Tokens of a text with their places in it, in bytes. Errors where a search takes too many steps.
-    pub(super) fn encode(&self, text: &str) -> Result<Encoding> {
-        self.bounded.encode(text, false).map_err(|error| anyhow!("the tokenizer fails: {error}"))
+    /// Tokens of a text with their places in it, in bytes. Errors, naming the file, where a search takes too many steps or all of it
+    /// too much time, and on a text of more than `most` tokens or with a word of more than [`MAX_PIECE_BYTES`].
+    pub(super) fn encode(&self, text: &str, most: usize) -> Result<Encoding> {
+        let (bounded, owned) = (Arc::clone(&self.bounded), text.to_owned());
+        let time = TIME_OF_A_TEXT + TIME_OF_A_BYTE * text.len() as u32;
+        let encoding = self::bounded(time, move || encode(&bounded, &owned, most));
+        encoding
+            .with_context(|| format!("the tokenizer in {} fails on {} bytes of text", self.path.display(), text.len()))
     }
 
     /// Text of tokens, with special ones or without; numbers that are no token's are left out.
@@ -90,6 +111,43 @@ impl Tokenizer {
     pub(super) fn id(&self, token: &str) -> Option<u32> {
         self.bounded.token_to_id(token)
     }
+}
+
+/// All of a tokenizer.json, and apart from it what cuts text. Errors on parts that are not taken.
+fn build(bytes: &[u8]) -> Result<(tokenizers::Tokenizer, Option<Splitter>)> {
+    let mut all = input::json::value(bytes, input::MAX_TOKENIZER_VALUES)?;
+    check(&all)?;
+    // Read here: the crate would build every regular expression once more, without a bound.
+    let part = all.get_mut("pre_tokenizer").map(Value::take).filter(|part| !part.is_null());
+    let splitter = part.map(Splitter::new).transpose()?;
+    // Not from the text once more, where a key that stands twice could count otherwise.
+    Ok((serde_json::from_value(all)?, splitter))
+}
+
+/// As [`TokenizerImpl::encode`], but no further than to `most` tokens, or until nobody waits for it.
+fn encode(bounded: &Bounded, text: &str, most: usize) -> Result<Encoding> {
+    let failed = |error| anyhow!("{error}");
+    let mut pieces = bounded.get_added_vocabulary().extract_and_normalize(bounded.get_normalizer(), text);
+    if let Some(splitter) = bounded.get_pre_tokenizer() {
+        splitter.pre_tokenize(&mut pieces).map_err(failed)?;
+    }
+    let count = Cell::new(0);
+    let tokens = |piece: &NormalizedString| -> tokenizers::Result<Vec<Token>> {
+        let piece = piece.get();
+        if piece.len() > MAX_PIECE_BYTES {
+            return Err(format!("a word has {} bytes; the limit is {MAX_PIECE_BYTES}", piece.len()).into());
+        }
+        let tokens = bounded.get_model().tokenize(piece)?;
+        count.set(count.get() + tokens.len());
+        if count.get() > most {
+            return Err(format!("there are more than {most} tokens, the limit").into());
+        }
+        stop_if_over()?;
+        Ok(tokens)
+    };
+    pieces.tokenize(tokens).map_err(failed)?;
+    let encoding = pieces.into_encoding(None, 0, OffsetType::Byte).map_err(failed)?;
+    bounded.post_process(encoding, None, false).map_err(failed)
 }
 
 /// Adds the tokens that stand beside tokenizer.json and not in it, as transformers does: those of `added_tokens_decoder` in
@@ -122,19 +180,16 @@ fn add_further(tokenizer: &mut tokenizers::Tokenizer, folder: &Path) -> Result<(
         })
     });
     let named = named.filter_map(added).map(|token| (None, AddedToken { special: true, normalized: false, ..token }));
-    let all: Vec<(Option<u32>, AddedToken)> =
-        numbered.into_iter().map(|(number, token)| (Some(number), token)).chain(named).collect();
-    for (number, token) in all {
-        if token.content.is_empty() || tokenizer.get_added_vocabulary().get_vocab().contains_key(&token.content) {
-            continue;
-        }
-        let text = token.content.clone();
-        match token.special {
-            true => tokenizer.add_special_tokens([token]),
-            false => tokenizer.add_tokens([token]),
-        }
-        .map_err(|error| anyhow!("{error}"))
-        .with_context(|| format!("{}: the token {text:?} beside tokenizer.json", folder.display()))?;
+    let mut known: HashSet<String> = tokenizer.get_added_vocabulary().get_vocab().keys().cloned().collect();
+    let all = numbered.into_iter().map(|(number, token)| (Some(number), token)).chain(named);
+    let new: Vec<(Option<u32>, AddedToken)> =
+        all.filter(|(_, token)| !token.content.is_empty() && known.insert(token.content.clone())).collect();
+    let beside = || format!("the tokens of {} beside tokenizer.json", folder.display());
+    check_added(new.iter().map(|(_, token)| token.content.as_str())).with_context(beside)?;
+    // At once: each call builds anew what all of them are found with.
+    let tokens = new.iter().map(|(_, token)| token.clone());
+    tokenizer.add_tokens(tokens).map_err(|error| anyhow!("{error}")).with_context(beside)?;
+    for (number, AddedToken { content: text, .. }) in new {
         let given = tokenizer.token_to_id(&text);
         ensure!(
             number.is_none() || given == number,
@@ -145,6 +200,22 @@ fn add_further(tokenizer: &mut tokenizers::Tokenizer, folder: &Path) -> Result<(
             given.unwrap_or_default()
         );
     }
+    Ok(())
+}
+
+/// Refuses tokens that are longer than any is, and added ones that take too much to find.
+fn check_added<'a>(tokens: impl Iterator<Item = &'a str>) -> Result<()> {
+    let mut bytes = 0;
+    for token in tokens {
+        check_length(token)?;
+        bytes += token.len();
+    }
+    ensure!(bytes <= MAX_ADDED_BYTES, "its added tokens have {bytes} bytes; the limit is {MAX_ADDED_BYTES}");
+    Ok(())
+}
+
+fn check_length(token: &str) -> Result<()> {
+    ensure!(token.len() <= MAX_TOKEN_BYTES, "a token has {} bytes; the limit is {MAX_TOKEN_BYTES}", token.len());
     Ok(())
 }
 
@@ -175,6 +246,8 @@ fn check(all: &Value) -> Result<()> {
             check_part(part, key, known)?;
         }
     }
+    let added = all.get("added_tokens").and_then(Value::as_array).into_iter().flatten();
+    check_added(added.filter_map(|token| token.get("content")?.as_str()))?;
     let model = all.get("model").context("it has no `model`")?;
     let kind = model.get("type").and_then(Value::as_str).context("`model` has no `type`")?;
     ensure!(kind == "BPE", "`model` is of type {kind:?}; known is BPE");
@@ -194,6 +267,7 @@ fn check(all: &Value) -> Result<()> {
 /// Refuses a merge of two tokens whose result is none: the crate makes room for the longest token, not for such a one.
 fn check_merges(model: &Value) -> Result<()> {
     let vocab = model.get("vocab").and_then(Value::as_object).context("`model` has no `vocab`")?;
+    vocab.keys().try_for_each(|token| check_length(token))?;
     let merges = model.get("merges").and_then(Value::as_array).context("`model` has no `merges`")?;
     for merge in merges {
         let pair: Vec<&str> = match merge {
@@ -228,49 +302,4 @@ fn check_part(part: &Value, key: &str, known: &[&str]) -> Result<()> {
     ensure!(steps.len() <= MAX_STEPS, "`{key}` has {} steps; the limit is {MAX_STEPS}", steps.len());
     let plain: Vec<&str> = known.iter().copied().filter(|kind| *kind != "Sequence").collect();
     steps.iter().try_for_each(|step| check_part(step, key, &plain))
-}
-
-/// Cuts text before it is looked up, as the file's `pre_tokenizer` says.
-enum Splitter {
-    Split {
-        pattern: Box<Regex>,
-        behavior: SplitDelimiterBehavior,
-        invert: bool,
-    },
-    Sequence(Vec<Self>),
-    /// Those without a regular expression of the file's.
-    Plain(PreTokenizerWrapper),
-}
-
-impl Splitter {
-    fn new(part: &PreTokenizerWrapper) -> Result<Self> {
-        Ok(match part {
-            PreTokenizerWrapper::Split(split) => {
-                let pattern = match &split.pattern {
-                    SplitPattern::String(text) => fancy_regex::escape(text).into_owned(),
-                    SplitPattern::Regex(pattern) => pattern.clone(),
-                };
-                let built = RegexBuilder::new(&pattern).backtrack_limit(MAX_BACKTRACKS).build();
-                let built = built.with_context(|| format!("the pattern {pattern:?} cannot be read"))?;
-                Self::Split { pattern: Box::new(built), behavior: split.behavior, invert: split.invert }
-            }
-            PreTokenizerWrapper::Sequence(sequence) => {
-                Self::Sequence(sequence.as_ref().iter().map(Self::new).collect::<Result<_>>()?)
-            }
-            plain => Self::Plain(plain.clone()),
-        })
-    }
-}
-
-impl PreTokenizer for Splitter {
-    fn pre_tokenize(&self, text: &mut PreTokenizedString) -> tokenizers::Result<()> {
-        match self {
-            Self::Split { pattern, behavior, invert } => text.split(|_, piece| match invert {
-                true => piece.split(Invert(&**pattern), *behavior),
-                false => piece.split(&**pattern, *behavior),
-            }),
-            Self::Sequence(steps) => steps.iter().try_for_each(|step| step.pre_tokenize(text)),
-            Self::Plain(plain) => plain.pre_tokenize(text),
-        }
-    }
 }

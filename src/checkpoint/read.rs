@@ -361,8 +361,8 @@ fn read_config(folder: &Path) -> Result<Value> {
     let text = input::read_beside(folder, "config.json", input::MAX_CONFIG_BYTES)?.with_context(|| {
         format!("cannot read {}; a checkpoint folder holds config.json and *.safetensors", path.display())
     })?;
-    let config: Value =
-        serde_json::from_slice(&text).with_context(|| format!("{} is not valid JSON", path.display()))?;
+    let config = input::json::value(&text, input::MAX_CONFIG_VALUES)
+        .with_context(|| format!("{} is not valid JSON", path.display()))?;
     ensure!(config.is_object(), "{} is not a JSON object", path.display());
     Ok(config)
 }

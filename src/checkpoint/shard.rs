@@ -1,5 +1,6 @@
 //! One safetensors file, mapped into memory, and which files make up a checkpoint.
 
+use super::MAX_TENSORS;
 use crate::input;
 use anyhow::{Context, Result, bail, ensure};
 use memmap2::Mmap;
@@ -23,6 +24,15 @@ const MAX_HEADER_BYTES: u64 = 32 << 20;
 /// in which they are taken.
 const MAX_SIDE: usize = 1 << 31;
 const MAX_RANK: usize = 8;
+
+/// What a header says of the file and not of a tensor.
+const METADATA: &str = "__metadata__";
+
+/// Most values in that; files have up to some hundred.
+const MAX_METADATA_VALUES: usize = 1 << 16;
+
+/// Most values in what a header says of a tensor: a type, a shape of up to [`MAX_RANK`] sides, two offsets, and what holds them.
+const MAX_TENSOR_VALUES: usize = 64;
 
 /// A mapped file with its header checked.
 #[derive(Debug)]
@@ -51,6 +61,17 @@ impl Shard {
             "{} is not a checkpoint's: its header claims {declared} bytes; the limit is {MAX_HEADER_BYTES}",
             path.display()
         );
+        // Of what is none of a tensor's the format's reader keeps a hundred bytes for every three.
+        let most = |key: &str| if key == METADATA { MAX_METADATA_VALUES } else { MAX_TENSOR_VALUES };
+        let header = usize::try_from(declared).ok().and_then(|length| map[8..].get(..length));
+        if let Some(key) = header.and_then(|header| input::json::overfull(header, most)) {
+            bail!(
+                "{} is not a checkpoint's: {:.40?} of its header holds more than {} values",
+                path.display(),
+                key,
+                most(&key)
+            );
+        }
         let (header_length, header) = SafeTensors::read_metadata(&map)
             .map_err(|error| anyhow::anyhow!("{} {}", path.display(), explain(&error, &map)))?;
         for name in header.offset_keys() {
@@ -197,6 +218,8 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     let cannot_read = || format!("cannot read {}", path.display());
     let folder = path.parent().with_context(cannot_read)?;
     let text = input::read_beside(folder, INDEX, input::MAX_INDEX_BYTES)?.with_context(cannot_read)?;
+    let most = |key: &str| if key == "weight_map" { MAX_TENSORS + 1 } else { usize::MAX };
+    ensure!(input::json::overfull(&text, most).is_none(), "{} lists more than {MAX_TENSORS} tensors", path.display());
     let index: Index = serde_json::from_slice(&text)
         .with_context(|| format!("{} is not an index of safetensors files (weight_map)", path.display()))?;
     ensure!(!index.weight_map.is_empty(), "{} lists no tensors", path.display());

@@ -3,7 +3,6 @@
 use super::work::{cannot_write, parent_of};
 use crate::input::{self, check_link};
 use anyhow::{Context, Result};
-use serde_json::Value;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -124,7 +123,7 @@ fn names_code(source: &Path) -> bool {
         |name| {
             let text = input::read(&source.join(name), input::MAX_CONFIG_BYTES).unwrap_or_default();
             // A broken one is told of where it is used.
-            serde_json::from_slice::<Value>(&text).is_ok_and(|config| !config["auto_map"].is_null())
+            input::json::value(&text, input::MAX_CONFIG_VALUES).is_ok_and(|config| !config["auto_map"].is_null())
         },
     )
 }

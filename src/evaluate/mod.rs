@@ -168,7 +168,8 @@ fn read(settings: &EvaluationSettings) -> Result<Vec<Conversation>> {
         Some(preset) => preset.prepare(row),
         None => Ok(row),
     };
-    let mut conversations = dataset::read_with(&settings.data, settings.image_root.as_deref(), &prepare)?;
+    let reads = |column: &str| settings.preset.is_some() && Preset::reads(column);
+    let mut conversations = dataset::read_with(&settings.data, settings.image_root.as_deref(), &reads, &prepare)?;
     conversations.truncate(settings.limit.unwrap_or(usize::MAX));
     Ok(conversations)
 }

@@ -176,6 +176,12 @@ impl Preset {
         })
     }
 
+    /// Whether a preset looks at a line's column, besides those that stand in the forms of data.
+    pub fn reads(column: &str) -> bool {
+        let choice = column.strip_prefix("choice_").is_some_and(|letter| matches!(letter.as_bytes(), [b'A'..=b'Z']));
+        choice || COLUMNS.contains(&column) || OPTIONS.contains(&column)
+    }
+
     /// Makes a question with answers, metric and group out of a line with the data set's columns.
     ///
     /// `metric`, `group`, `max_new_tokens` and images of the line stay as they are.
@@ -275,6 +281,9 @@ fn lettered(options: &[&str]) -> String {
     let lines: Vec<String> = ('A'..).zip(options).map(|(letter, option)| format!("{letter}. {option}")).collect();
     lines.join("\n")
 }
+
+/// Columns of single data sets.
+const COLUMNS: [&str; 6] = ["dataset", "hint", "type", "category", "question_type", "question_image_type"];
 
 /// Names that data sets give to a list of options.
 const OPTIONS: [&str; 3] = ["options", "choices", "multi-choice options"];

@@ -11,6 +11,15 @@ pub fn vlmq_run<S: AsRef<OsStr>>(arguments: &[S]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vlmq-run")).args(arguments).output().unwrap()
 }
 
+/// Runs the program with no more address space, in MiB, and processor time, in seconds, than given: what needs more of either ends
+/// without a word of its own. The stack of a thread for templates and tokenizers takes 512 MiB of the former.
+#[cfg(unix)]
+pub fn limited_run<S: AsRef<OsStr>>(mebibytes: usize, seconds: u32, arguments: &[S]) -> Output {
+    let script = format!("ulimit -v {} && ulimit -t {seconds} && exec \"$0\" \"$@\"", mebibytes << 10);
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &script, env!("CARGO_BIN_EXE_vlmq-run")]).args(arguments).output().unwrap()
+}
+
 /// Runs the program with emulated kernels at hand.
 pub fn emulated_run<S: AsRef<OsStr>>(arguments: &[S]) -> Output {
     emulated(arguments).output().unwrap()

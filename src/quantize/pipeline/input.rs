@@ -2,6 +2,7 @@
 
 use super::PipelineSettings;
 use super::resume::StateBytes;
+use crate::calibration::TakesTooLong;
 use crate::calibration::dataset;
 use crate::calibration::sequence::{Collected, Sequence, SequenceBuilder, VisionInput, collect};
 use crate::checkpoint::Checkpoint;
@@ -209,7 +210,7 @@ pub fn linear_specs(config: &ModelConfig) -> Vec<LinearSpec> {
 }
 
 /// Reads the calibration data, images included, and what the report shows of it. Samples to hold out are those that would be
-/// drawn next; what is wrong with one costs nothing but the sample.
+/// drawn next; what is wrong with one costs nothing but the sample, unless it takes too long: then it goes on taking time.
 fn read_data(
     settings: &PipelineSettings,
     checkpoint: &Checkpoint,
@@ -230,8 +231,11 @@ fn read_data(
     let collected =
         collect(&builder, &conversations, settings.max_tokens, settings.skip_bad_images, || Ok(stop.check()?))?;
     let samples = samples::choose(&builder, &collected.sequences)?;
-    let built = others.par_iter().filter_map(|conversation| builder.build(conversation).ok());
-    let held_out = built.filter(|sequence| sequence.tokens.len() <= settings.max_tokens).collect();
+    let built = others.par_iter().filter_map(|conversation| match builder.build(conversation) {
+        Ok(sequence) => (sequence.tokens.len() <= settings.max_tokens).then_some(Ok(sequence)),
+        Err(error) => error.is::<TakesTooLong>().then_some(Err(error)),
+    });
+    let held_out = built.collect::<Result<_>>()?;
     stages.push(clock.finish(observer));
     Ok((Data { calibration: collected, held_out }, samples))
 }
