@@ -58,7 +58,7 @@ pub(crate) fn open(path: &Path, limit: u64) -> Result<File> {
 }
 
 /// What stands in a file's place.
-fn kind(found: &std::fs::Metadata) -> &'static str {
+pub(crate) fn kind(found: &std::fs::Metadata) -> &'static str {
     if found.is_dir() { "a folder" } else { "a pipe, a socket or a device" }
 }
 

@@ -5,6 +5,7 @@ pub mod checksum;
 mod config;
 mod convert;
 pub mod formats;
+pub mod own;
 mod plan;
 pub mod read;
 #[cfg(feature = "run")]
@@ -13,6 +14,7 @@ mod shard;
 pub(crate) mod side_files;
 #[cfg(feature = "run")]
 pub mod sums;
+pub mod target;
 pub mod weight_error;
 pub mod work;
 pub mod write;

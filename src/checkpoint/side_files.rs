@@ -1,6 +1,7 @@
 //! What stands beside the weights of a checkpoint and goes into a copy as it is.
 
-use super::work::{cannot_write, parent_of};
+use super::own;
+use super::target::{cannot_write, parent_of};
 use crate::input::{self, check_link};
 use anyhow::{Context, Result};
 use std::fs::{self, File};
@@ -9,17 +10,18 @@ use std::path::{Path, PathBuf};
 /// The one sub-folder that belongs to a checkpoint: transformers keeps further chat templates there.
 pub(crate) const TEMPLATES: &str = "additional_chat_templates";
 
-/// What stands beside the weights in `source`, by names in order.
+/// What stands beside the weights of a checkpoint, by names in order.
 #[derive(Debug, Default)]
-struct Beside {
+pub(crate) struct SideFiles {
     /// Goes into a copy as it is.
-    kept: Vec<PathBuf>,
+    pub(crate) kept: Vec<PathBuf>,
     /// Files and sub-folders that are no part of the model: training state, weights of other formats, adapters.
     left: Vec<String>,
 }
 
-impl Beside {
-    fn of(source: &Path) -> Result<Self> {
+impl SideFiles {
+    /// Of the checkpoint in `source`.
+    pub(crate) fn of(source: &Path) -> Result<Self> {
         let mut found = Self::default();
         let code = names_code(source);
         let mut folders = vec![PathBuf::new()];
@@ -54,31 +56,25 @@ impl Beside {
         found.left.sort();
         Ok(found)
     }
-}
 
-/// The files of a checkpoint that go into a copy as they are, by their names in `source`, in order.
-#[cfg(feature = "run")]
-pub(crate) fn side_files(source: &Path) -> Result<Vec<PathBuf>> {
-    Ok(Beside::of(source)?.kept)
-}
-
-/// Copies them, and names in one warning what stays behind.
-pub(crate) fn copy_side_files(source: &Path, target: &Path) -> Result<()> {
-    const SHOWN: usize = 12;
-    let Beside { kept, left } = Beside::of(source)?;
-    for name in kept {
-        let to = target.join(&name);
-        let folder = parent_of(&to);
-        fs::create_dir_all(folder).with_context(|| cannot_write(folder))?;
-        copy(&source.join(&name), &to)?;
+    /// Copies what is kept, anew where it is there, and names in one warning what stays behind.
+    pub(crate) fn copy(&self, source: &Path, target: &Path) -> Result<()> {
+        const SHOWN: usize = 12;
+        let Self { kept, left } = self;
+        for name in kept {
+            let to = target.join(name);
+            let folder = parent_of(&to);
+            fs::create_dir_all(folder).with_context(|| cannot_write(folder))?;
+            copy(&source.join(name), &to)?;
+        }
+        if !left.is_empty() {
+            let more = left.len().saturating_sub(SHOWN);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            let shown = left[..left.len().min(SHOWN)].join(", ");
+            log::warn!("not copied from {}, as they are no part of a model to load: {shown}{more}", source.display());
+        }
+        Ok(())
     }
-    if !left.is_empty() {
-        let more = left.len().saturating_sub(SHOWN);
-        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-        let shown = left[..left.len().min(SHOWN)].join(", ");
-        log::warn!("not copied from {}, as they are no part of a model to load: {shown}{more}", source.display());
-    }
-    Ok(())
 }
 
 /// Whether a file of the source holds weights, or describes them, and so has no place in the copy.
@@ -131,7 +127,7 @@ fn names_code(source: &Path) -> bool {
 /// Copies contents only: a read-only source must not make a read-only copy.
 fn copy(from: &Path, to: &Path) -> Result<()> {
     let mut source = File::open(from).with_context(|| format!("cannot read {}", from.display()))?;
-    let mut copy = File::create(to).with_context(|| cannot_write(to))?;
+    let mut copy = own::renew(to)?;
     std::io::copy(&mut source, &mut copy)
         .with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
     Ok(())

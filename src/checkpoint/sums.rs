@@ -8,6 +8,7 @@
 //! ```
 
 use super::checksum::{of_files, of_range};
+use super::own;
 use super::read::Checkpoint;
 use super::side_files::TEMPLATES;
 use crate::input;
@@ -16,7 +17,6 @@ use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 /// The file's name.
@@ -90,22 +90,8 @@ impl Sums {
         let mut sums = Self::read(folder)?;
         let paths: Vec<PathBuf> = names.iter().map(|name| folder.join(name)).collect();
         sums.files.extend(of_files(folder, &paths)?);
-        replace(&folder.join(SUMS), sums.text().as_bytes())
+        own::replace(&folder.join(SUMS), sums.text().as_bytes())
     }
-}
-
-/// Puts `bytes` in the place of the file `path`, which shows one or the other at any time.
-pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let replace = || -> Result<()> {
-        let mut file = tempfile::NamedTempFile::with_prefix_in(".", path.parent().unwrap_or(Path::new(".")))?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        // A temporary file is private; this one is for those who may read the folder.
-        file.as_file().set_permissions(fs::metadata(path)?.permissions())?;
-        file.persist(path)?;
-        Ok(())
-    };
-    replace().with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// SHA-256 of the bytes of every tensor, by name.

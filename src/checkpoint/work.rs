@@ -1,26 +1,73 @@
 //! The hidden folder beside an output in which it grows: `.NAME.vlmq`. It is all that a killed run leaves behind.
 
+use super::own::{self, Foreign};
+use super::target::{cannot_write, check_place, exists, parent_of, plain, work_folder_of};
 use anyhow::{Context, Result, bail, ensure};
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
-/// Held by the run that is alive; the system lets go of it with the process, however that ends.
-const LOCK: &str = "lock";
+/// What a run keeps in its work folder: nothing else is written there, taken from there or removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// Held by the run that is alive; the system lets go of it with the process, however that ends.
+    Lock,
+    /// What makes a run of the folder's contents, which another process may go on with: written when all else is there, removed
+    /// first.
+    Run,
+    /// That, half written.
+    RunPartial,
+    /// The checkpoint that grows, a folder.
+    Checkpoint,
+    /// Image features for later blocks.
+    Levels,
+    /// One of two, by its number: space taken on the disk for a state to come.
+    Spare(u8),
+    /// What there is behind so many blocks.
+    State(usize),
+}
 
-/// The checkpoint that grows.
-const CHECKPOINT: &str = "checkpoint";
+impl Kept {
+    /// Its name in the folder.
+    pub fn name(self) -> String {
+        match self {
+            Self::Lock => "lock".to_owned(),
+            Self::Run => "run.json".to_owned(),
+            Self::RunPartial => "run.json.partial".to_owned(),
+            Self::Checkpoint => "checkpoint".to_owned(),
+            Self::Levels => "levels".to_owned(),
+            Self::Spare(number) => format!("spare-{number}"),
+            Self::State(blocks) => format!("state-{blocks}"),
+        }
+    }
 
-/// The file that makes a run of the folder's contents, which another process may go on with: written when all else is there,
-/// removed first.
-pub const RUN: &str = "run.json";
+    /// What has this name; `None` where it is none of a run's.
+    pub fn of(name: &OsStr) -> Option<Self> {
+        let name = name.to_str()?;
+        let state = || name.strip_prefix("state-")?.parse().ok().map(Self::State);
+        let fixed = [Self::Lock, Self::Run, Self::RunPartial, Self::Checkpoint, Self::Levels];
+        let all = fixed.into_iter().chain(Self::SPARES).chain(state());
+        // Numbers can be written in many ways.
+        all.into_iter().find(|kept| kept.name() == name)
+    }
 
-/// An output's work folder, locked for this process. Dropping it removes it unless it is to be [kept](Self::keep).
+    /// Where space for states may be. While there is a state, one of the two is taken by it.
+    pub const SPARES: [Self; 2] = [Self::Spare(0), Self::Spare(1)];
+}
+
+/// An output's work folder, locked for this process. Dropping it removes it unless it is to be [kept](Self::keep), or holds
+/// anything that a run does not write.
 #[derive(Debug)]
 pub struct WorkFolder {
     target: PathBuf,
     path: PathBuf,
     keep: bool,
+    /// Whether this process created it and has put nothing into it but the lock.
+    is_bare: bool,
+    /// The files that the checkpoint is to have, where that is known.
+    expected: Option<BTreeSet<PathBuf>>,
     /// Open as long as the folder is ours.
     _lock: File,
 }
@@ -29,22 +76,37 @@ impl WorkFolder {
     /// Takes the work folder of `target`, and creates it where there is none. What an earlier run left in it is there, and
     /// kept.
     ///
-    /// Errors as [`check_target`] does, where another process writes this output (naming it), and for a folder of that name
-    /// that is not ours.
+    /// Errors as [`check_target`] does, where another process writes this output (naming it), for a folder of that name
+    /// that is not ours, and, naming it, for anything in it that is not a run's.
     pub fn open(target: &Path) -> Result<Self> {
         check_target(target)?;
-        let path = path_of(target)?;
+        let target = plain(target);
+        let path = work_folder_of(&target)?;
         match fs::create_dir(&path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => check_ours(&path)?,
+            Ok(()) => {
+                let lock = lock(&path, &target).inspect_err(|_| {
+                    let _ = fs::remove_dir(&path);
+                })?;
+                Ok(Self { target, path, keep: false, is_bare: true, expected: None, _lock: lock })
+            }
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                check_ours(&path)?;
+                Self::take(target, path)
+            }
             Err(error) => {
-                let parent = parent_of(target).display();
-                return Err(error).with_context(|| format!("cannot create a folder in {parent}; choose another --out"));
+                let parent = parent_of(&target).display();
+                Err(error).with_context(|| format!("cannot create a folder in {parent}; choose another --out"))
             }
         }
-        let lock = lock(&path, target)?;
-        let keep = path.join(RUN).exists();
-        Ok(Self { target: target.to_path_buf(), path, keep, _lock: lock })
+    }
+
+    /// Locks a folder that is ours and was there.
+    fn take(target: PathBuf, path: PathBuf) -> Result<Self> {
+        let lock = lock(&path, &target)?;
+        let mut work = Self { target, path, keep: true, is_bare: false, expected: None, _lock: lock };
+        own::remove(&work.place(Kept::RunPartial))?;
+        work.keep = work.contents()?.into_iter().any(|kept| kept != Kept::Lock);
+        Ok(work)
     }
 
     /// The folder.
@@ -52,14 +114,19 @@ impl WorkFolder {
         &self.path
     }
 
-    /// Where the checkpoint grows.
-    pub fn checkpoint(&self) -> PathBuf {
-        self.path.join(CHECKPOINT)
+    /// Where it has something.
+    pub fn place(&self, kept: Kept) -> PathBuf {
+        self.path.join(kept.name())
     }
 
-    /// Whether there is a checkpoint that grows: it has left when the run was finished.
-    pub fn has_checkpoint(&self) -> bool {
-        self.checkpoint().exists()
+    /// Where the checkpoint grows.
+    pub fn checkpoint(&self) -> PathBuf {
+        self.place(Kept::Checkpoint)
+    }
+
+    /// What is there, each in its own form. Errors, naming it, with what is not a run's.
+    pub fn contents(&self) -> Result<Vec<Kept>> {
+        contents(&self.path)
     }
 
     /// Whether the folder outlives this process.
@@ -72,40 +139,51 @@ impl WorkFolder {
         self.keep
     }
 
-    /// Removes what is in the folder.
-    pub fn clear(&mut self) -> Result<()> {
-        self.keep = false;
-        self.empty().with_context(|| format!("cannot clear {}", self.path.display()))
+    /// Says which files the checkpoint is to have, sub-folders with a `/`: from now on it goes only where it has no others.
+    pub fn expect(&mut self, files: &BTreeSet<PathBuf>) {
+        self.expected = Some(files.clone());
+        self.is_bare = false;
     }
 
-    fn empty(&self) -> std::io::Result<()> {
-        match fs::remove_file(self.path.join(RUN)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-            _ => {}
+    /// Removes what is in the folder. Errors, and removes nothing, where it holds what a run does not write, or the checkpoint
+    /// what this one would not.
+    pub fn clear(&mut self) -> Result<()> {
+        self.empty()?;
+        self.keep = false;
+        Ok(())
+    }
+
+    /// The same, whatever lies in the checkpoint.
+    pub fn restart(&mut self) -> Result<()> {
+        let expected = self.expected.take();
+        let cleared = self.clear();
+        self.expected = expected;
+        cleared
+    }
+
+    fn empty(&self) -> Result<()> {
+        let contents = self.contents()?;
+        if let Some(expected) = self.expected.as_ref().filter(|_| contents.contains(&Kept::Checkpoint)) {
+            own::check_contents(&self.checkpoint(), expected)?;
         }
-        for entry in fs::read_dir(&self.path)? {
-            let entry = entry?;
-            if entry.file_name() == LOCK {
-                continue;
-            }
-            match entry.file_type()?.is_dir() {
-                true => fs::remove_dir_all(entry.path())?,
-                false => fs::remove_file(entry.path())?,
+        // Without this one the rest is no run.
+        own::remove(&self.place(Kept::Run))?;
+        for kept in contents {
+            let path = self.place(kept);
+            match kept {
+                Kept::Lock | Kept::Run => {}
+                Kept::Checkpoint => {
+                    fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+                }
+                _ => own::remove(&path)?,
             }
         }
         Ok(())
     }
 
-    /// Writes a small file into the folder: either all of it is there afterwards, on the disk, or what was there before.
-    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        let (path, partial) = (self.path.join(name), self.path.join(format!("{name}.partial")));
-        let write = || {
-            let mut file = File::create(&partial)?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            fs::rename(&partial, &path)
-        };
-        write().with_context(|| cannot_write(&path))?;
+    /// Writes what makes a run of the contents: either all of it is there afterwards, on the disk, or what was there before.
+    pub fn write_run(&self, bytes: &[u8]) -> Result<()> {
+        own::replace(&self.place(Kept::Run), bytes)?;
         sync_folder(&self.path)
     }
 
@@ -125,25 +203,37 @@ impl Drop for WorkFolder {
         if self.keep {
             return;
         }
+        // Where nothing was put into it, it need not be read, for which there may be no open file left.
+        let can_go = |error: &anyhow::Error| self.is_bare && !error.is::<Foreign>();
+        let emptied = self.empty().or_else(|error| if can_go(&error) { Ok(()) } else { Err(error) });
         // The lock last: as long as it is there, nobody takes the folder for free.
-        let removed = self.empty().and_then(|()| fs::remove_file(self.path.join(LOCK)));
-        if let Err(error) = removed.and_then(|()| fs::remove_dir(&self.path)) {
-            log::warn!("cannot remove {}: {error}", self.path.display());
+        let removed = emptied.and_then(|()| own::remove(&self.place(Kept::Lock)));
+        if let Err(error) = removed.and_then(|()| Ok(fs::remove_dir(&self.path)?)) {
+            log::warn!("cannot remove {}: {error:#}", self.path.display());
         }
     }
 }
 
+/// What is in a work folder.
+fn contents(folder: &Path) -> Result<Vec<Kept>> {
+    let mut found = Vec::new();
+    for name in own::names_in(folder)? {
+        let path = folder.join(&name);
+        match Kept::of(&name) {
+            None => bail!(own::foreign(&path, "", "")),
+            Some(Kept::Checkpoint) => own::check_folder(&path, "")?,
+            Some(_) => own::check_file(&path, "")?,
+        }
+        found.extend(Kept::of(&name));
+    }
+    Ok(found)
+}
+
 /// Takes the lock, and says in it who has it.
 fn lock(folder: &Path, target: &Path) -> Result<File> {
-    let path = folder.join(LOCK);
+    let path = folder.join(Kept::Lock.name());
     let cannot_lock = || format!("cannot lock {}", path.display());
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)
-        .with_context(|| cannot_write(&path))?;
+    let mut file = own::open_or_create(&path)?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
@@ -183,7 +273,7 @@ fn same_file(file: &File, path: &Path) -> bool {
     {
         use std::os::unix::fs::MetadataExt;
         let identity = |found: fs::Metadata| (found.dev(), found.ino());
-        file.metadata().map(identity).ok() == fs::metadata(path).map(identity).ok()
+        file.metadata().map(identity).ok() == fs::symlink_metadata(path).map(identity).ok()
     }
     #[cfg(not(unix))]
     {
@@ -192,79 +282,52 @@ fn same_file(file: &File, path: &Path) -> bool {
     }
 }
 
-/// Refuses a folder that has the name and was not made here: it would be emptied.
+/// Refuses what has the name of a work folder and was not made here: it would be emptied.
 fn check_ours(path: &Path) -> Result<()> {
-    let cannot_read = || format!("cannot read {}", path.display());
-    let found = fs::symlink_metadata(path).with_context(cannot_read)?;
-    let ours =
-        found.is_dir() && (path.join(LOCK).exists() || fs::read_dir(path).with_context(cannot_read)?.next().is_none());
-    ensure!(ours, "{} is in the way: runs keep their work there, but this is not a run's; move it", path.display());
-    Ok(())
-}
-
-/// `.NAME.vlmq` beside an output.
-fn path_of(target: &Path) -> Result<PathBuf> {
-    let name = target
-        .file_name()
-        .with_context(|| format!("{:?} is no name for an output folder; choose another --out", target.display()))?;
-    let mut hidden = std::ffi::OsString::from(".");
-    hidden.push(name);
-    hidden.push(".vlmq");
-    Ok(parent_of(target).join(hidden))
-}
-
-/// Refuses an output folder that could not be created: one that exists, has no name, or lies where nothing can be written.
-/// Leaves nothing behind, not for a moment.
-pub fn check_target(target: &Path) -> Result<()> {
-    refuse_existing(target)?;
-    path_of(target)?;
-    let parent = parent_of(target);
-    ensure!(
-        parent.is_dir(),
-        "the output {} cannot be written: there is no folder {}; create it first",
-        target.display(),
-        parent.display()
-    );
-    // Where the system cannot be asked, creating the work folder shows it.
-    #[cfg(target_os = "linux")]
-    {
-        use rustix::fs::{Access, access};
-        access(parent, Access::WRITE_OK | Access::EXEC_OK)
-            .map_err(std::io::Error::from)
-            .with_context(|| format!("cannot create a folder in {}; choose another --out", parent.display()))?;
+    let in_the_way = |what: &str, remedy: &str| {
+        format!("{} is in the way: runs keep their work there, but this is {what}; {remedy}", path.display())
+    };
+    let found = fs::symlink_metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
+    ensure!(!found.is_symlink(), in_the_way("a link", "remove it"));
+    ensure!(found.is_dir(), in_the_way("not a run's", "move it"));
+    if let Some(owner) = own::other_owner(&found, parent_of(path))? {
+        bail!(in_the_way(&format!("another user's, number {owner}"), "have it removed, or choose another --out"));
     }
+    let names = own::names_in(path)?;
+    let ours = names.is_empty() || names.iter().any(|name| Kept::of(name) == Some(Kept::Lock));
+    ensure!(ours, in_the_way("not a run's", "move it"));
     Ok(())
+}
+
+/// Refuses an output folder that could not be created: one that exists, has no name or one that is too long, or lies where nothing
+/// can be written. Leaves nothing behind, not for a moment.
+pub fn check_target(target: &Path) -> Result<()> {
+    let target = &plain(target);
+    work_folder_of(target)?;
+    refuse_existing(target)?;
+    check_place(target)
 }
 
 fn refuse_existing(target: &Path) -> Result<()> {
-    // A dangling link exists too, and a rename would replace it.
-    if fs::symlink_metadata(target).is_err() {
+    if !exists(target)? {
         return Ok(());
     }
     sweep(target);
     bail!("{} exists. Remove it or choose another output folder with --out.", target.display())
 }
 
-/// Removes what a run left behind that was killed between the rename of its output and its own end.
+/// Removes what a run left behind that was killed between the rename of its output and its own end, if that is all there is.
 fn sweep(target: &Path) {
-    let Ok(path) = path_of(target) else { return };
-    if !path.join(LOCK).exists() || path.join(CHECKPOINT).exists() {
+    let Ok(path) = work_folder_of(target) else { return };
+    if !path.is_dir() || check_ours(&path).is_err() {
         return;
     }
-    if let Ok(lock) = lock(&path, target) {
-        drop(WorkFolder { target: target.to_path_buf(), path, keep: false, _lock: lock });
+    let is_left = |contents: &[Kept]| contents.contains(&Kept::Lock) && !contents.contains(&Kept::Checkpoint);
+    if contents(&path).is_ok_and(|contents| is_left(&contents))
+        && let Ok(mut work) = WorkFolder::take(target.to_path_buf(), path)
+    {
+        work.keep = false;
     }
-}
-
-pub(crate) fn parent_of(target: &Path) -> &Path {
-    match target.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    }
-}
-
-pub(crate) fn cannot_write(path: &Path) -> String {
-    format!("cannot write {}", path.display())
 }
 
 /// Creates `path` with `length` bytes of space.
@@ -272,7 +335,7 @@ pub(crate) fn cannot_write(path: &Path) -> String {
 /// On Linux the space is taken now, so that a disk too small fails here and not after hours of solving.
 pub(crate) fn reserve(path: &Path, length: u64) -> Result<File> {
     let create = || {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+        let file = own::create(path)?;
         #[cfg(target_os = "linux")]
         match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length.max(1)) {
             // Some file systems cannot: then a full disk shows when the data comes.
@@ -294,4 +357,33 @@ pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
     #[cfg(not(unix))]
     let _ = folder;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_read_back() {
+        let all =
+            [Kept::Lock, Kept::Run, Kept::RunPartial, Kept::Checkpoint, Kept::Levels, Kept::State(0), Kept::State(17)];
+        for kept in all.into_iter().chain(Kept::SPARES) {
+            assert_eq!(Kept::of(kept.name().as_ref()), Some(kept));
+        }
+        assert_eq!(Kept::RunPartial.name(), own::partial_of(Path::new(&Kept::Run.name())).to_str().unwrap());
+        for other in [
+            "",
+            "Lock",
+            "lock.partial",
+            "spare-2",
+            "spare-",
+            "state-",
+            "state-+1",
+            "state-01",
+            "state-1.partial",
+            ".lock",
+        ] {
+            assert_eq!(Kept::of(other.as_ref()), None, "{other}");
+        }
+    }
 }

@@ -2,19 +2,25 @@
 
 use super::config::with_key;
 use super::formats::{Format, LinearSpec, TensorSpec};
+use super::own;
 use super::plan::{Place, Plan};
 use super::read::Checkpoint;
 use super::shard::INDEX;
-use super::side_files::copy_side_files;
-use super::work::{cannot_write, reserve, sync_folder};
+use super::side_files::SideFiles;
+use super::target::cannot_write;
+use super::work::{reserve, sync_folder};
 use crate::quantize::QuantizedLinear;
 use crate::quantize::settings::SolverSettings;
 use anyhow::{Context, Result, bail, ensure};
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs::{self, File, OpenOptions};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+
+const CONFIG: &str = "config.json";
+/// What GPTQ's loaders read beside it.
+const QUANTIZE_CONFIG: &str = "quantize_config.json";
 
 /// Largest shard in bytes of tensors: what transformers writes, and what file hosts take.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
@@ -28,6 +34,9 @@ pub struct Writer {
     settings: SolverSettings,
     linears: HashMap<String, LinearSpec>,
     plan: Plan,
+    beside: SideFiles,
+    /// All that this checkpoint is to have: nothing else is written.
+    names: BTreeSet<PathBuf>,
     files: Vec<File>,
     written: HashSet<String>,
 }
@@ -62,56 +71,14 @@ impl Writer {
         format: Format,
         settings: &SolverSettings,
     ) -> Result<Self> {
-        let mut writer = Self::new(shard_bytes, folder, checkpoint, quantized, format, settings)?;
-        writer.config(checkpoint, quantized)?;
-        fs::create_dir(folder).with_context(|| cannot_write(folder))?;
-        for shard in &mut writer.plan.shards {
-            let path = folder.join(&shard.name);
-            let mut file = reserve(&path, shard.length)?;
-            file.write_all(&std::mem::take(&mut shard.header)).with_context(|| cannot_write(&path))?;
-            writer.files.push(file);
-        }
-        writer.write_side_files(checkpoint, quantized)?;
+        let mut writer = Self::planned(shard_bytes, folder, checkpoint, quantized, format, settings)?;
+        writer.begin(checkpoint, quantized)?;
         Ok(writer)
     }
 
-    /// Goes on with a checkpoint that [`create`](Self::create) began in `folder` with the same arguments. Tensors for which
-    /// `is_written` holds are there; all others are still to come.
-    ///
-    /// Errors where a shard is not what it was created as, and as [`create`](Self::create) does. Side files are not looked at:
-    /// [`write_side_files`](Self::write_side_files) makes them anew.
-    pub fn reopen(
-        folder: &Path,
-        checkpoint: &Checkpoint,
-        quantized: &[LinearSpec],
-        format: Format,
-        settings: &SolverSettings,
-        is_written: impl Fn(&str) -> bool,
-    ) -> Result<Self> {
-        let mut writer = Self::new(SHARD_BYTES, folder, checkpoint, quantized, format, settings)?;
-        for shard in &mut writer.plan.shards {
-            let path = folder.join(&shard.name);
-            let open = || {
-                let mut file = OpenOptions::new().read(true).write(true).open(&path)?;
-                let mut header = vec![0; shard.header.len()];
-                let length = file.metadata()?.len();
-                file.read_exact(&mut header)?;
-                std::io::Result::Ok((file, header, length))
-            };
-            let (file, header, length) = open().with_context(|| format!("cannot go on with {}", path.display()))?;
-            ensure!(
-                header == shard.header && length == shard.length,
-                "{} is damaged: it is not as it was begun",
-                path.display()
-            );
-            shard.header.clear();
-            writer.files.push(file);
-        }
-        writer.written = writer.plan.places.keys().filter(|name| is_written(name)).cloned().collect();
-        Ok(writer)
-    }
-
-    fn new(
+    /// Plans what [`with_shards_of`](Self::with_shards_of) creates, and touches nothing. [`begin`](Self::begin) or
+    /// [`go_on`](Self::go_on) comes next.
+    pub fn planned(
         shard_bytes: u64,
         folder: &Path,
         checkpoint: &Checkpoint,
@@ -120,8 +87,75 @@ impl Writer {
         settings: &SolverSettings,
     ) -> Result<Self> {
         let (linears, plan) = Self::plan(shard_bytes, checkpoint, quantized, format, settings)?;
+        let beside = SideFiles::of(checkpoint.folder())?;
         let (folder, settings) = (folder.to_path_buf(), settings.clone());
-        Ok(Self { folder, format, settings, linears, plan, files: Vec::new(), written: HashSet::new() })
+        let names = BTreeSet::new();
+        let mut writer =
+            Self { folder, format, settings, linears, plan, beside, names, files: Vec::new(), written: HashSet::new() };
+        let shards: Vec<String> = writer.plan.shards.iter().map(|shard| shard.name.clone()).collect();
+        writer.announce(shards);
+        writer.announce([CONFIG]);
+        writer.announce(matches!(format, Format::Gptq(_)).then_some(QUANTIZE_CONFIG));
+        writer.announce(writer.plan.index().map(|_| INDEX));
+        writer.announce(writer.beside.kept.clone());
+        Ok(writer)
+    }
+
+    /// Adds names of files that will stand beside the weights, for [`add_file`](Self::add_file).
+    pub fn announce(&mut self, names: impl IntoIterator<Item = impl Into<PathBuf>>) {
+        self.names.extend(names.into_iter().map(Into::into));
+    }
+
+    /// The files that the checkpoint is to have, those of sub-folders with a `/`.
+    pub fn names(&self) -> &BTreeSet<PathBuf> {
+        &self.names
+    }
+
+    /// Creates the planned checkpoint: its folder, its space, and all but tensors. Errors for any failure to write.
+    pub fn begin(&mut self, checkpoint: &Checkpoint, quantized: &[LinearSpec]) -> Result<()> {
+        self.config(checkpoint, quantized)?;
+        fs::create_dir(&self.folder).with_context(|| cannot_write(&self.folder))?;
+        for shard in &mut self.plan.shards {
+            let path = self.folder.join(&shard.name);
+            let mut file = reserve(&path, shard.length)?;
+            file.write_all(&std::mem::take(&mut shard.header)).with_context(|| cannot_write(&path))?;
+            self.files.push(file);
+        }
+        self.write_side_files(checkpoint, quantized)
+    }
+
+    /// Goes on with a checkpoint that [`begin`](Self::begin) began after the same plan. Tensors for which `is_written` holds are
+    /// there; all others are still to come.
+    ///
+    /// Errors where a shard is not what it was created as, and as [`check_contents`](Self::check_contents) does. Side files are
+    /// not looked at: [`write_side_files`](Self::write_side_files) makes them anew.
+    pub fn go_on(&mut self, is_written: impl Fn(&str) -> bool) -> Result<()> {
+        self.check_contents()?;
+        for shard in &mut self.plan.shards {
+            let path = self.folder.join(&shard.name);
+            let mut file = own::open(&path)?;
+            let mut read = || {
+                let mut header = vec![0; shard.header.len()];
+                let length = file.metadata()?.len();
+                file.read_exact(&mut header)?;
+                std::io::Result::Ok((header, length))
+            };
+            let (header, length) = read().with_context(|| format!("cannot go on with {}", path.display()))?;
+            ensure!(
+                header == shard.header && length == shard.length,
+                "{} is damaged: it is not as it was begun",
+                path.display()
+            );
+            shard.header.clear();
+            self.files.push(file);
+        }
+        self.written = self.plan.places.keys().filter(|name| is_written(name)).cloned().collect();
+        Ok(())
+    }
+
+    /// Refuses, naming it, what lies in the folder and is not to be there: other files, links, folders.
+    pub fn check_contents(&self) -> Result<()> {
+        own::check_contents(&self.folder, &self.names)
     }
 
     /// What config.json is to be, and the entry that it gets.
@@ -134,10 +168,10 @@ impl Writer {
     /// Writes all that stands beside the weights, over what there is.
     pub fn write_side_files(&self, checkpoint: &Checkpoint, quantized: &[LinearSpec]) -> Result<()> {
         let (config, quantization) = self.config(checkpoint, quantized)?;
-        copy_side_files(checkpoint.folder(), &self.folder)?;
-        self.add_file("config.json", config.as_bytes())?;
+        self.beside.copy(checkpoint.folder(), &self.folder)?;
+        self.add_file(CONFIG, config.as_bytes())?;
         if let (Format::Gptq(_), Some(quantization)) = (self.format, &quantization) {
-            self.add_file("quantize_config.json", format!("{quantization:#}\n").as_bytes())?;
+            self.add_file(QUANTIZE_CONFIG, format!("{quantization:#}\n").as_bytes())?;
         }
         match self.plan.index() {
             Some(index) => self.add_file(INDEX, index.as_bytes()),
@@ -193,7 +227,7 @@ impl Writer {
     ) -> Result<u64> {
         let (_, plan) = Self::plan(SHARD_BYTES, checkpoint, quantized, format, settings)?;
         let mut bytes = plan.shards.iter().map(|shard| shard.length).sum::<u64>();
-        for name in super::side_files::side_files(checkpoint.folder())?.into_iter().chain(["config.json".into()]) {
+        for name in SideFiles::of(checkpoint.folder())?.kept.into_iter().chain([CONFIG.into()]) {
             let path = checkpoint.folder().join(name);
             bytes += fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?.len();
         }
@@ -236,18 +270,20 @@ impl Writer {
         Ok(())
     }
 
-    /// Adds the file `name` with these `bytes` beside the weights, in place of one of that name from the source.
+    /// Adds the file `name`, one of those [announced](Self::announce), with these `bytes` beside the weights, in place of one of
+    /// that name from the source.
     pub fn add_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        ensure!(self.names.contains(Path::new(name)), "the file {name} was not announced to the writer");
         let path = self.folder.join(name);
-        fs::write(&path, bytes).with_context(|| cannot_write(&path))
+        own::renew(&path)?.write_all(bytes).with_context(|| cannot_write(&path))
     }
 
     /// Adds `key` to config.json. Loaders keep keys that they do not know, at the top level; in `quantization_config` some
     /// refuse them.
     pub fn add_to_config(&self, key: &str, value: &serde_json::Value) -> Result<()> {
-        let path = self.folder().join("config.json");
+        let path = self.folder().join(CONFIG);
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        self.add_file("config.json", with_key(&text, key, value)?.as_bytes())
+        self.add_file(CONFIG, with_key(&text, key, value)?.as_bytes())
     }
 
     /// Where the checkpoint grows until it is finished.
@@ -283,25 +319,16 @@ impl Writer {
         if let Some(first) = missing.iter().min() {
             bail!("{} tensors were never written, among them {first}", missing.len());
         }
-        sync_all(&self.folder)
-    }
-}
-
-/// Brings a folder's files and entries to the disk.
-fn sync_all(folder: &Path) -> Result<()> {
-    for entry in fs::read_dir(folder).with_context(|| cannot_write(folder))? {
-        let path = entry.with_context(|| cannot_write(folder))?.path();
-        match path.is_dir() {
-            true => sync_all(&path)?,
+        self.check_contents()?;
+        let mut folders = BTreeSet::from([self.folder.clone()]);
+        for name in &self.names {
+            let path = self.folder.join(name);
             // Open for writing: some systems bring nothing else to the disk.
-            false => OpenOptions::new()
-                .write(true)
-                .open(&path)
-                .and_then(|file| file.sync_all())
-                .with_context(|| cannot_write(&path))?,
+            own::open(&path)?.sync_all().with_context(|| cannot_write(&path))?;
+            folders.extend(path.parent().map(Path::to_path_buf));
         }
+        folders.iter().try_for_each(|folder| sync_folder(folder))
     }
-    sync_folder(folder)
 }
 
 fn check_linears(checkpoint: &Checkpoint, quantized: &[LinearSpec]) -> Result<HashMap<String, LinearSpec>> {
@@ -369,7 +396,7 @@ fn other_matrices(checkpoint: &Checkpoint, linears: &HashMap<String, LinearSpec>
 
 /// config.json with `quantization_config`, see [`with_key`].
 fn new_config(checkpoint: &Checkpoint, quantization: Option<&serde_json::Value>) -> Result<String> {
-    let path = checkpoint.folder().join("config.json");
+    let path = checkpoint.folder().join(CONFIG);
     let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let text = match checkpoint.own_config() {
         Cow::Owned(config) => format!("{config:#}\n"),

@@ -38,20 +38,31 @@ pub struct Card<'a> {
     pub support: FamilySupport,
 }
 
-impl Card<'_> {
-    /// The card of the checkpoint `out`, and the float checkpoint's own, if `model` has one, under its new name.
-    pub fn files(&self, out: &Path, model: &Path) -> Result<Vec<(String, Vec<u8>)>> {
-        let name = out.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned());
-        let path = model.join(README);
-        if !path.is_file() {
-            return Ok(vec![(README.to_owned(), self.text(&name, None).into_bytes())]);
-        }
-        let old = input::read(&path, input::MAX_CONFIG_BYTES)?;
+/// Names of the files that a card of a copy of `model` takes.
+pub fn names(model: &Path) -> Vec<String> {
+    [README.to_owned()].into_iter().chain(base_name(model)).collect()
+}
+
+/// What the card of `model` is called beside that of a copy, if it has one.
+fn base_name(model: &Path) -> Option<String> {
+    model.join(README).is_file().then(|| {
         // A copy of a copy has both already.
         let mut base = "README.base.md".to_owned();
         while model.join(&base).exists() {
             base = base.replacen("README.", "README.base.", 1);
         }
+        base
+    })
+}
+
+impl Card<'_> {
+    /// The card of the checkpoint `out`, and the float checkpoint's own, if `model` has one, under its new name.
+    pub fn files(&self, out: &Path, model: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+        let name = out.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned());
+        let Some(base) = base_name(model) else {
+            return Ok(vec![(README.to_owned(), self.text(&name, None).into_bytes())]);
+        };
+        let old = input::read(&model.join(README), input::MAX_CONFIG_BYTES)?;
         let text = self.text(&name, Some((&base, &String::from_utf8_lossy(&old))));
         Ok(vec![(README.to_owned(), text.into_bytes()), (base, old)])
     }

@@ -8,7 +8,7 @@ use super::pipeline::PipelineSettings;
 use crate::calibration::sequence::{Collected, Sequence};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::checksum::{self, Checksum};
-use crate::checkpoint::side_files::side_files;
+use crate::checkpoint::side_files::SideFiles;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -62,7 +62,7 @@ impl Provenance {
         check: checksum::Check<'_>,
     ) -> Result<Self> {
         let folder = checkpoint.folder();
-        let mut files: Vec<PathBuf> = side_files(folder)?.iter().map(|name| folder.join(name)).collect();
+        let mut files: Vec<PathBuf> = SideFiles::of(folder)?.kept.iter().map(|name| folder.join(name)).collect();
         files.push(folder.join("config.json"));
         files.extend(checkpoint.weight_files().map(Path::to_path_buf));
         let calibrated = !data.sequences.is_empty();

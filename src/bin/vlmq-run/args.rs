@@ -7,7 +7,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use std::path::{Path, PathBuf};
 use vlmq::calibration::template::TemplateChoice;
-use vlmq::checkpoint::Format;
+use vlmq::checkpoint::{Format, target};
 use vlmq::evaluate::EvaluationSettings;
 use vlmq::evaluate::presets::Preset;
 use vlmq::model::families::{ImageMode, ImageOptions};
@@ -353,7 +353,7 @@ impl QuantizeArgs {
     /// The written checkpoint on `data`, against the float one.
     pub(crate) fn evaluation_after(&self, data: PathBuf) -> EvaluationSettings {
         EvaluationSettings {
-            model: self.out.clone(),
+            model: target::plain(&self.out),
             reference: Some(self.model.clone()),
             ..self.evaluation_before(data)
         }

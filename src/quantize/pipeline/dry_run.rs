@@ -36,6 +36,7 @@ pub fn dry_run<D: ModelOps + SolveOps>(
     observer: &mut dyn Observer,
 ) -> Result<DryRun> {
     settings.check()?;
+    let settings = &settings.plain();
     let mut stages: Vec<StageTime> = Vec::new();
     let (input, data) = Input::read::<D>(settings, &mut stages, observer)?;
     let memory = input.plan(device, &data, settings.chunk_tokens)?;

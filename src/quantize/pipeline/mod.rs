@@ -25,7 +25,9 @@ use super::split::largest_split;
 use crate::calibration::template::TemplateChoice;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::{Format, LinearSpec};
+use crate::checkpoint::own::Foreign;
 use crate::checkpoint::sums::{SUMS, Sums};
+use crate::checkpoint::target;
 use crate::checkpoint::work::{WorkFolder, check_target};
 use crate::device::{ModelOps, SolveOps};
 use crate::model::families::ImageOptions;
@@ -49,7 +51,7 @@ pub struct PipelineSettings {
     pub model: PathBuf,
     /// Calibration data: JSONL of conversations, or ShareGPT4V/LLaVA JSON. Only round-to-nearest can do without.
     pub calib: Option<PathBuf>,
-    /// Folder to write; it must not exist.
+    /// Folder to write; it must not exist. Taken as [`target::plain`] has it.
     pub out: PathBuf,
     /// How the file is stored.
     pub format: Format,
@@ -91,6 +93,7 @@ impl PipelineSettings {
     /// The command's defaults: compressed-tensors, [`SolverSettings::default`], 512 samples of at most 2048 tokens by seed 0,
     /// weighted by VLMQ; the checkpoint's own image sizes and template; saved behind every block.
     pub fn new(model: PathBuf, calib: Option<PathBuf>, out: PathBuf) -> Self {
+        let out = target::plain(&out);
         Self {
             model,
             calib,
@@ -111,6 +114,11 @@ impl PipelineSettings {
             restart: false,
             save_every: 0,
         }
+    }
+
+    /// The same with the output's name in its shortest form, in which all else is told.
+    fn plain(&self) -> Self {
+        Self { out: target::plain(&self.out), ..self.clone() }
     }
 
     /// Refuses what can be refused without reading a file: wrong values, a missing checkpoint, an output that exists or
@@ -148,9 +156,10 @@ pub fn run<D: ModelOps + SolveOps>(
     observer: &mut dyn RunObserver,
 ) -> Result<RunReport> {
     settings.check()?;
+    let settings = &settings.plain();
     let mut work = WorkFolder::open(&settings.out)?;
-    if settings.restart || !resume::is_there(&work)? {
-        work.clear()?;
+    if settings.restart {
+        work.restart()?;
     }
     let mut saved = None;
     let report = quantize(device, settings, &mut work, &mut saved, observer);
@@ -161,7 +170,7 @@ pub fn run<D: ModelOps + SolveOps>(
     let Some(unfinished) = saved.filter(|_| !error.is::<Unusable>()) else { return Err(error) };
     // What comes of the input comes again, and is told again, in no time.
     let not_of_the_input = || error.is::<Interrupted>() || error.chain().any(|cause| cause.is::<std::io::Error>());
-    work.keep(unfinished.finished > 0 || not_of_the_input());
+    work.keep(unfinished.finished > 0 || error.is::<Foreign>() || not_of_the_input());
     Err(if work.is_kept() { error.context(unfinished) } else { error })
 }
 
@@ -286,6 +295,8 @@ fn quantize<D: ModelOps + SolveOps>(
     for (name, bytes) in report.files()? {
         writer.add_file(name, &bytes)?;
     }
+    // Checksums of all files are no place for one that is not ours.
+    writer.check_contents()?;
     let clock = StageClock::start(Stage::Checksums, 1, observer);
     writer.add_file(SUMS, Sums::of(writer.folder())?.text().as_bytes())?;
     clock.finish(observer);

@@ -5,14 +5,16 @@ use super::encode;
 use super::findings;
 use super::input::{Data, Input};
 use super::resume::{self, Found, Session, Spent, State, StateBytes};
+use crate::checkpoint::sums::SUMS;
 use crate::checkpoint::work::WorkFolder;
-use crate::checkpoint::write::Writer;
+use crate::checkpoint::write::{SHARD_BYTES, Writer};
 use crate::device::{ModelOps, SolveOps};
 use crate::progress::{Stage, StageClock, StageTime, Stop};
 use crate::quantize::block::Chunk;
+use crate::quantize::card;
 use crate::quantize::check::Packed;
 use crate::quantize::plan::{Job, MemoryPlan};
-use crate::quantize::report::RunObserver;
+use crate::quantize::report::{RunObserver, RunReport};
 use anyhow::Result;
 use serde_json::Value;
 use std::time::Instant;
@@ -48,10 +50,11 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
         observer: &mut dyn RunObserver,
     ) -> Result<Started<D::Tensor>> {
         let Self { device, input, settings, data, job, stop, .. } = *self;
+        let mut writer = self.writer(work)?;
         work.clear()?;
         input.disk(job, device.element_bytes(), settings.format, &settings.out)?;
-        let (folder, source) = (work.checkpoint(), &input.checkpoint);
-        let mut writer = Writer::create(&folder, source, &input.linears, settings.format, &input.solver)?;
+        let source = &input.checkpoint;
+        writer.begin(source, &input.linears)?;
         resume::begin(work, identity, StateBytes::of(job, device.element_bytes()))?;
 
         let clock = StageClock::start(Stage::Write, writer.bytes_to_copy(source).div_ceil(MEGA), observer);
@@ -76,14 +79,19 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
     }
 
     /// From what an earlier process left.
-    pub(super) fn again(&self, work: &WorkFolder, found: Found, plan: &mut MemoryPlan) -> Result<Started<D::Tensor>> {
+    pub(super) fn again(
+        &self,
+        work: &mut WorkFolder,
+        found: Found,
+        plan: &mut MemoryPlan,
+    ) -> Result<Started<D::Tensor>> {
         let Self { input, settings, data, stop, .. } = *self;
         let state = found.state.clone();
         if settings.strict {
             state.done.layers.iter().try_for_each(|layer| findings::tell(layer, &[], true))?;
             state.check.iter().try_for_each(|check| findings::tell_of_model(check, true))?;
         }
-        let writer = resume::reopen(work, input, settings.format, &state, stop)?;
+        let writer = resume::reopen(self.writer(work)?, input, &state, stop)?;
         let packed = match state.finished() < input.config.decoder.layers {
             true => data.packed(settings.chunk_tokens),
             false => Packed::default(),
@@ -91,6 +99,18 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
         let chunks = self.session(work, plan).restore(found, &packed, stop)?;
         state.measured.iter().for_each(|&(stage, bytes)| plan.measured(stage, bytes));
         Ok(Started { state, writer, chunks })
+    }
+
+    /// What writes the checkpoint, planned, with all that it is to have: the work folder is told.
+    fn writer(&self, work: &mut WorkFolder) -> Result<Writer> {
+        let (input, format) = (self.input, self.settings.format);
+        let (folder, source) = (work.checkpoint(), &input.checkpoint);
+        let mut writer = Writer::planned(SHARD_BYTES, &folder, source, &input.linears, format, &input.solver)?;
+        writer.announce(card::names(source.folder()));
+        writer.announce(RunReport::NAMES);
+        writer.announce([SUMS]);
+        work.expect(writer.names());
+        Ok(writer)
     }
 
     /// What saves and restores; it outlives the data.

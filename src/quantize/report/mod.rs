@@ -10,7 +10,8 @@ use super::plan::MemoryPlan;
 use super::plan::system::status_bytes;
 use super::provenance::Provenance;
 use crate::checkpoint::formats::Loader;
-use crate::checkpoint::sums::{self, Sums};
+use crate::checkpoint::own;
+use crate::checkpoint::sums::Sums;
 use crate::device::PoolPeak;
 use crate::evaluate::Comparison;
 use crate::progress::{Observer, StageTime};
@@ -168,10 +169,13 @@ pub struct RunReport {
 }
 
 impl RunReport {
-    /// The files that tell of the run, by name.
+    /// Names of the files that tell of a run: all of it, and a page to read.
+    pub const NAMES: [&str; 2] = ["report.json", "report.html"];
+
+    /// These files, by name.
     pub fn files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
         let json = numbers_in_line(&serde_json::to_string_pretty(self)?);
-        Ok(vec![("report.json", json.into_bytes()), ("report.html", html::page(self)?.into_bytes())])
+        Ok(Self::NAMES.into_iter().zip([json.into_bytes(), html::page(self)?.into_bytes()]).collect())
     }
 
     /// Writes [`files`](Self::files) anew into the finished `folder`, each under its name only once it is whole, and their
@@ -179,7 +183,7 @@ impl RunReport {
     pub fn replace_in(&self, folder: &Path) -> Result<()> {
         let files = self.files()?;
         for (name, bytes) in &files {
-            sums::replace(&folder.join(name), bytes)?;
+            own::replace(&folder.join(name), bytes)?;
         }
         Sums::renew(folder, &files.iter().map(|(name, _)| *name).collect::<Vec<_>>())
     }

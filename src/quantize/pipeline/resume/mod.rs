@@ -22,8 +22,9 @@ mod session;
 pub(super) use session::{Session, reopen};
 
 use super::blocks::Blocks;
+use crate::checkpoint::own;
 use crate::checkpoint::sealed::{self, Sealed};
-use crate::checkpoint::work::{RUN, WorkFolder, reserve};
+use crate::checkpoint::work::{Kept, WorkFolder, reserve};
 use crate::progress::{Stage, StageTime};
 use crate::quantize::block::needs_float_path;
 use crate::quantize::check::ModelCheck;
@@ -41,9 +42,6 @@ use std::time::Instant;
 
 /// Version of all this.
 const FORMAT: u32 = 2;
-
-/// Image features for later blocks.
-const LEVELS: &str = "levels";
 
 /// The reports in a state.
 const REPORTS: &str = "reports";
@@ -182,13 +180,13 @@ pub(super) fn identity(
 
 /// Takes the space of the states to come, and makes the folder's contents a run that may be gone on with.
 pub(super) fn begin(work: &WorkFolder, identity: &Value, bytes: StateBytes) -> Result<()> {
-    for spare in spares(work) {
-        reserve(&spare, bytes.state)?;
+    for spare in Kept::SPARES {
+        reserve(&work.place(spare), bytes.state)?;
     }
     if bytes.levels > 0 {
-        reserve(&work.path().join(LEVELS), bytes.levels)?;
+        reserve(&work.place(Kept::Levels), bytes.levels)?;
     }
-    work.write(RUN, &serde_json::to_vec_pretty(identity)?)
+    work.write_run(&serde_json::to_vec_pretty(identity)?)
 }
 
 /// What an earlier process left, if there is something to go on with.
@@ -197,18 +195,14 @@ pub(super) struct Found {
     file: Sealed,
 }
 
-/// Whether there is a state.
-pub(super) fn is_there(work: &WorkFolder) -> Result<bool> {
-    Ok(work.path().join(RUN).exists() && work.has_checkpoint() && !states(work)?.is_empty())
-}
-
 /// Looks for a state of the same run. Errors, with all that differs, for one of another run, and for one that is damaged.
 pub(super) fn find(work: &WorkFolder, identity: &Value) -> Result<Option<Found>> {
-    if !is_there(work)? {
-        return Ok(None);
-    }
-    let run = work.path().join(RUN);
-    let Some(last) = states(work)?.pop() else { return Ok(None) };
+    // Refuses what is not a run's.
+    let contents = work.contents()?;
+    // The checkpoint has left when the run was finished.
+    let is_there = [Kept::Run, Kept::Checkpoint].iter().all(|kept| contents.contains(kept));
+    let Some(last) = states(work)?.pop().filter(|_| is_there) else { return Ok(None) };
+    let run = work.place(Kept::Run);
     let text = fs::read(&run).with_context(|| format!("cannot read {}", run.display()))?;
     let then: Value =
         serde_json::from_slice(&text).with_context(|| format!("{} is damaged; {RESTART}", run.display()))?;
@@ -222,7 +216,7 @@ pub(super) fn find(work: &WorkFolder, identity: &Value) -> Result<Option<Found>>
     // What a process left that was killed between two steps of saving.
     recycle_all_but(work, last)?;
     let read = || {
-        let file = Sealed::open(state_path(work, last))?;
+        let file = Sealed::open(work.place(Kept::State(last)))?;
         let state: State = ciborium::from_reader(file.bytes(REPORTS)?.as_slice()).context("its reports")?;
         ensure!(state.finished() == last, "{} holds {} blocks", file.path().display(), state.finished());
         Ok(Found { state, file })
@@ -242,30 +236,24 @@ impl fmt::Display for Unusable {
 
 /// Numbers of finished blocks of which there is a state, ascending.
 fn states(work: &WorkFolder) -> Result<Vec<usize>> {
-    let cannot_read = || format!("cannot read {}", work.path().display());
-    let mut found = Vec::new();
-    for entry in fs::read_dir(work.path()).with_context(cannot_read)? {
-        let name = entry.with_context(cannot_read)?.file_name();
-        found.extend(name.to_str().and_then(|name| name.strip_prefix("state-")?.parse::<usize>().ok()));
-    }
+    let number = |kept| if let Kept::State(finished) = kept { Some(finished) } else { None };
+    let names = own::names_in(work.path())?;
+    let mut found: Vec<usize> = names.iter().filter_map(|name| number(Kept::of(name)?)).collect();
     found.sort_unstable();
     Ok(found)
 }
 
-fn state_path(work: &WorkFolder, finished: usize) -> PathBuf {
-    work.path().join(format!("state-{finished}"))
-}
-
-/// Where space for states may be. While there is a state, one of the two is taken by it.
-fn spares(work: &WorkFolder) -> [PathBuf; 2] {
-    ["spare-0", "spare-1"].map(|name| work.path().join(name))
+/// The first place with space for a state.
+fn spare(work: &WorkFolder) -> PathBuf {
+    let [first, second] = Kept::SPARES.map(|spare| work.place(spare));
+    if first.exists() { first } else { second }
 }
 
 /// Makes all states but one space for those to come.
 fn recycle_all_but(work: &WorkFolder, kept: usize) -> Result<()> {
     for finished in states(work)?.into_iter().filter(|&finished| finished != kept) {
-        let path = state_path(work, finished);
-        let [first, second] = spares(work);
+        let path = work.place(Kept::State(finished));
+        let [first, second] = Kept::SPARES.map(|spare| work.place(spare));
         let spare = if first.exists() { second } else { first };
         fs::rename(&path, spare).with_context(|| format!("cannot rename {}", path.display()))?;
     }

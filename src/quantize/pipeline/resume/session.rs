@@ -1,11 +1,12 @@
 //! Saving and restoring while a run lives.
 
-use super::{Found, LEVELS, REPORTS, State, Unusable, recycle_all_but, spares, state_path};
+use super::{Found, REPORTS, State, Unusable, recycle_all_but, spare};
+use crate::checkpoint::Checkpoint;
 use crate::checkpoint::checksum::{of_range, of_range_until};
+use crate::checkpoint::own::{self, Foreign};
 use crate::checkpoint::sealed::{self, Sealed};
-use crate::checkpoint::work::{WorkFolder, sync_folder};
+use crate::checkpoint::work::{Kept, WorkFolder, sync_folder};
 use crate::checkpoint::write::Writer;
-use crate::checkpoint::{Checkpoint, Format};
 use crate::device::ModelOps;
 use crate::model::decoder::DeepStack;
 use crate::model::language_model::{Positions, image_rows};
@@ -15,11 +16,11 @@ use crate::quantize::check::Packed;
 use crate::quantize::pipeline::encode::chunk;
 use crate::quantize::pipeline::input::Input;
 use crate::quantize::plan::Activations;
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Error, Result, anyhow};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use std::collections::HashSet;
-use std::fs::{self, OpenOptions};
+use std::fs;
 
 /// A run's dealings with its work folder while it lives.
 pub(in crate::quantize::pipeline) struct Session<'a, D: ModelOps> {
@@ -46,10 +47,9 @@ impl<D: ModelOps> Session<'_, D> {
         if specs.is_empty() {
             return Ok(());
         }
-        let path = self.work.path().join(LEVELS);
+        let path = self.work.place(Kept::Levels);
         let write = || {
-            let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path)?;
-            sealed::write(file, specs, |n| {
+            sealed::write(own::open_or_create(&path)?, specs, |n| {
                 let (i, level) = places[n];
                 let deepstack = chunks[i].layout.deepstack.as_mut().context("features that were there")?;
                 self.bytes(&mut deepstack.levels[level])
@@ -77,12 +77,9 @@ impl<D: ModelOps> Session<'_, D> {
         ciborium::into_writer(state, &mut reports)?;
         specs.push(sealed::spec(REPORTS.into(), Dtype::U8, vec![reports.len()]));
         let finished = state.finished();
-        let path = state_path(self.work, finished);
-        let [first, second] = spares(self.work);
-        let spare = if first.exists() { first } else { second };
+        let (path, spare) = (self.work.place(Kept::State(finished)), spare(self.work));
         let write = || {
-            let file = OpenOptions::new().write(true).create(true).truncate(false).open(&spare)?;
-            sealed::write(file, specs, |n| match places.get(n) {
+            sealed::write(own::open_or_create(&spare)?, specs, |n| match places.get(n) {
                 Some(&(i, Way::Quantized)) => self.bytes(&mut chunks[i].x_quantized),
                 Some(&(i, Way::Float)) => self.bytes(chunks[i].x_float.as_mut().context("a stream that was there")?),
                 None => Ok(reports.clone()),
@@ -112,7 +109,7 @@ impl<D: ModelOps> Session<'_, D> {
         stop: &Stop,
     ) -> Result<Vec<Chunk<D::Tensor>>> {
         let (device, config, input) = (self.device, &self.input.config, self.input);
-        let levels = self.work.path().join(LEVELS);
+        let levels = self.work.place(Kept::Levels);
         let levels = (self.deepstack > 0).then(|| Sealed::open(levels)).transpose().context(Unusable)?;
         let positions = Positions::new(&config.decoder);
         let float = device.element_type();
@@ -184,11 +181,10 @@ impl State {
     }
 }
 
-/// Opens the growing checkpoint again, whose tensors must be what they were when the state was saved.
+/// Goes on with the growing checkpoint, whose tensors must be what they were when the state was saved.
 pub(in crate::quantize::pipeline) fn reopen(
-    work: &WorkFolder,
+    mut writer: Writer,
     input: &Input,
-    format: Format,
     state: &State,
     stop: &Stop,
 ) -> Result<Writer> {
@@ -196,11 +192,11 @@ pub(in crate::quantize::pipeline) fn reopen(
     let replaced: HashSet<String> = input.linears.iter().map(|linear| format!("{}.weight", linear.module)).collect();
     let written =
         |name: &str| state.checksums.contains_key(name) || (source.contains(name) && !replaced.contains(name));
-    let (folder, solver) = (work.checkpoint(), &input.solver);
-    let writer = Writer::reopen(&folder, source, &input.linears, format, solver, written).context(Unusable)?;
+    let unusable = |error: Error| if error.is::<Foreign>() { error } else { error.context(Unusable) };
+    writer.go_on(written).map_err(unusable)?;
     // First: a process may have been killed while it wrote them.
     writer.write_side_files(source, &input.linears)?;
-    let grown = Checkpoint::open(&folder).context(Unusable)?;
+    let grown = Checkpoint::open(writer.folder()).context(Unusable)?;
     let names: Vec<&str> = grown.names().filter(|name| written(name)).collect();
     let sum = |checkpoint: &Checkpoint, name| {
         let (file, range) = checkpoint.place(name)?;
