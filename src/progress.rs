@@ -133,6 +133,13 @@ impl StageClock {
     }
 }
 
+/// Whether a letter of a text from outside is not to be shown as it is: what a terminal takes for a command (C0, DEL, C1), what turns
+/// the order of the letters around it, and what ends a line beside `\n`.
+pub fn is_unshown(letter: char) -> bool {
+    letter.is_control()
+        || matches!(letter, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
 /// A duration as people read it: `0.42 s`, `12.3 s`, `3m05s`, `2h07m`.
 pub fn human_seconds(seconds: f64) -> String {
     if seconds < 9.995 {
@@ -165,5 +172,12 @@ mod tests {
         for (value, expected) in cases {
             assert_eq!(human_seconds(value), expected);
         }
+    }
+
+    #[test]
+    fn letters_that_are_not_shown() {
+        let unshown = "\0\u{1b}\r\n\t\u{7f}\u{80}\u{9b}\u{9f}\u{61c}\u{200e}\u{200f}\u{2028}\u{2029}\u{202a}\u{202e}\u{2066}\u{2069}";
+        assert!(unshown.chars().all(is_unshown));
+        assert!(!" ~\u{a0}é\u{200b}\u{200d}\u{2027}\u{202f}\u{2065}\u{206a}א字😀\u{fffd}".chars().any(is_unshown));
     }
 }

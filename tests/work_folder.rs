@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use support::program::{Bench, names_in, stderr, stdout};
+use support::program::{Bench, names_in, stderr, stdout, vlmq_run};
 use support::resuming::{DEEPSTACK, Moment, PLAIN, Place, differing};
 use vlmq::device::cpu::Cpu;
 
@@ -302,4 +302,40 @@ fn an_output_has_one_name() {
     }
     let output = run(&long, &[]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+}
+
+/// `--json` writes neither through a link nor over a file that only has the name of a half one.
+#[test]
+fn scores_go_where_they_are_sent() {
+    let bench = Bench::new("flat-tied-bf16");
+    let json = bench.outputs().join("scores.json");
+    let victim = bench.outputs().join("victim");
+    fs::write(&victim, "precious").unwrap();
+    for target in [&victim, &bench.outputs().join("nothing")] {
+        symlink(target, &json).unwrap();
+        let before = everything(&bench.outputs());
+        let output = vlmq_run(&bench.eval(&[]));
+        assert_eq!(output.status.code(), Some(1));
+        assert!(
+            stderr(&output).contains("scores.json: is a link; give the name of the file itself"),
+            "{}",
+            stderr(&output)
+        );
+        assert_eq!(everything(&bench.outputs()), before);
+        fs::remove_file(&json).unwrap();
+    }
+    let partial = bench.outputs().join("scores.json.partial");
+    symlink(&victim, &partial).unwrap();
+    let output = vlmq_run(&bench.eval(&[]));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("scores.json.partial is in the way; remove that"), "{}", stderr(&output));
+    assert_eq!(fs::read(&victim).unwrap(), b"precious");
+    fs::remove_file(&partial).unwrap();
+    // What is there is replaced, and another name of it keeps what it had.
+    fs::hard_link(&victim, &json).unwrap();
+    let output = vlmq_run(&bench.eval(&[]));
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(fs::read(&victim).unwrap(), b"precious");
+    assert_eq!(support::program::read_json(&json)["n"], 1);
+    assert_eq!(names_in(&bench.outputs()), ["scores.json", "victim"]);
 }

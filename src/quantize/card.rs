@@ -10,6 +10,7 @@ use super::split;
 use crate::checkpoint::formats::{FamilySupport, Format, shell};
 use crate::checkpoint::sums::SUMS;
 use crate::input;
+use crate::progress::is_unshown;
 use anyhow::Result;
 use indicatif::HumanBytes;
 use serde_json::Value;
@@ -274,7 +275,8 @@ fn inherited(card: &str) -> Vec<String> {
         if !line.starts_with([' ', '\t', '-', '#']) {
             keep = line.split_once(':').is_some_and(|(key, _)| INHERITED.contains(&key));
         }
-        if keep {
+        // Some readers of it take more than line feeds for the end of a line.
+        if keep && !line.chars().any(is_unshown) {
             found.push((*line).to_owned());
         }
     }
@@ -287,7 +289,7 @@ fn is_repository_letter(letter: char) -> bool {
 
 /// A name from outside that cannot end a line or a cell of a table, or begin another kind of text.
 fn plain(name: &str) -> String {
-    name.chars().map(|letter| if letter.is_control() || "`|<>[]".contains(letter) { '_' } else { letter }).collect()
+    name.chars().map(|letter| if is_unshown(letter) || "`|<>[]".contains(letter) { '_' } else { letter }).collect()
 }
 
 fn code(name: &str) -> String {
@@ -335,6 +337,10 @@ mod tests {
         for none in ["", "# No metadata", "---\nlicense: x\n", "text\n---\nlicense: x\n---\n"] {
             assert_eq!(inherited(none), [""; 0], "{none}");
         }
+        assert_eq!(
+            inherited("---\nlicense: x\u{85}evil: y\nlanguage: en\u{202e}\nlicense_name: z\n---\n"),
+            ["license_name: z"]
+        );
         // A name that the Hub would refuse is left out of the metadata.
         assert!(!card("my  model", "w3", Format::gptq(true), None).contains("base_model:"));
     }

@@ -3,6 +3,7 @@
 use crate::grid_args::GridArgs;
 use crate::values::{DeviceChoice, log_level, named, positive, presets, threads};
 use crate::{eval, text};
+use anyhow::Context;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use std::path::{Path, PathBuf};
@@ -265,13 +266,21 @@ pub(crate) struct VerifyArgs {
 }
 
 impl Cli {
-    /// Reads the command line; wrong usage ends the program with exit code 2.
-    pub(crate) fn read() -> Self {
-        let cli = Self::parse();
+    /// Reads the command line; wrong usage ends the program with exit code 2. Errors where the help that was asked for cannot be
+    /// printed.
+    pub(crate) fn read() -> anyhow::Result<Self> {
+        let cli = match Self::try_parse() {
+            Ok(cli) => cli,
+            Err(wrong) if wrong.use_stderr() => wrong.exit(),
+            Err(help) => {
+                help.print().context("cannot write to stdout")?;
+                std::process::exit(0);
+            }
+        };
         if let Err(message) = cli.check() {
             Self::command().error(ErrorKind::ValueValidation, message).exit();
         }
-        cli
+        Ok(cli)
     }
 
     /// What no single flag's parser can see.

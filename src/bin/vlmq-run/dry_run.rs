@@ -1,7 +1,7 @@
 //! `vlmq-run quantize --dry-run`.
 
 use crate::args::DryRunFormat;
-use crate::{print_lines, text};
+use crate::{print_json, print_lines, text};
 use anyhow::Result;
 use vlmq::device::{ModelOps, SolveOps};
 use vlmq::progress::Observer;
@@ -16,7 +16,7 @@ pub(crate) fn run<D: ModelOps + SolveOps>(
     let plan = pipeline::dry_run(device, settings, observer)?;
     match format {
         DryRunFormat::Text => print_lines(&describe(settings, &plan)),
-        DryRunFormat::Json => print_lines(&[serde_json::to_string_pretty(&plan)?]),
+        DryRunFormat::Json => print_json(&plan),
     }
 }
 

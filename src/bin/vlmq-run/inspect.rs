@@ -1,7 +1,7 @@
 //! `vlmq-run inspect`.
 
 use crate::args::InspectArgs;
-use crate::{print_lines, text};
+use crate::{print_json, print_lines, text};
 use anyhow::Result;
 use vlmq::device::{ModelOps, SolveOps};
 use vlmq::quantize::inspect::{self, Inspection};
@@ -10,7 +10,7 @@ use vlmq::quantize::split;
 pub(crate) fn run<D: ModelOps + SolveOps>(device: &D, args: &InspectArgs) -> Result<()> {
     let inspection = inspect::inspect(device, &args.model)?;
     if args.json {
-        return print_lines(&[serde_json::to_string_pretty(&inspection)?]);
+        return print_json(&inspection);
     }
     print_lines(&describe(&inspection))
 }

@@ -19,45 +19,69 @@ use anyhow::{Context, Result};
 use args::{Cli, Command, MachineArgs};
 use device::Chosen;
 use progress::Screen;
+use serde::Serialize;
 use signals::Signals;
 use std::io::Write;
 use std::process::ExitCode;
+use values::MAX_THREADS;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::{ModelOps, SolveOps};
 use vlmq::progress::Interrupted;
 use vlmq::quantize::pipeline::Unfinished;
 
+/// Stack of the thread that does the work, and of those that help it, whatever limits the program was started under.
+const STACK_BYTES: usize = 8 << 20;
+const HELPER_STACK_BYTES: usize = 2 << 20;
+
 fn main() -> ExitCode {
     vlmq::heap::fix_thresholds();
-    let cli = Cli::read();
+    if has_enough_stack() {
+        return work();
+    }
+    match std::thread::Builder::new().name("main".into()).stack_size(STACK_BYTES).spawn(work) {
+        Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+        Err(error) => fail(&format!("cannot start the main thread: {error}")),
+    }
+}
+
+/// Whether the first thread may grow its stack as far as the work needs. It is not left for another without need: what that
+/// allocates comes from other heaps, which hold more.
+fn has_enough_stack() -> bool {
+    #[cfg(unix)]
+    {
+        use rustix::process::{Resource, getrlimit};
+        getrlimit(Resource::Stack).current.is_none_or(|bytes| bytes >= STACK_BYTES as u64)
+    }
+    #[cfg(not(unix))]
+    false
+}
+
+fn work() -> ExitCode {
     let signals = Signals::default();
-    match run(&cli, &signals) {
+    match Cli::read().and_then(|cli| run(&cli, &signals)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.is::<Interrupted>() => {
             let kept = error.downcast_ref::<Unfinished>().map(|unfinished| format!(": {}", unfinished.kept()));
-            let kept = kept.unwrap_or_default();
-            let _ = writeln!(std::io::stderr(), "interrupted{kept}; run the same command again to go on");
+            let message = format!("interrupted{}; run the same command again to go on", kept.unwrap_or_default());
+            let _ = writeln!(std::io::stderr(), "{}", text::one_line(&message));
             signals.exit_code()
         }
         // Whoever reads our output has had enough of it.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ = writeln!(std::io::stderr(), "error: {}", one_line(&format!("{error:#}")));
-            ExitCode::FAILURE
-        }
+        Err(error) => fail(&format!("{error:#}")),
     }
 }
 
-/// Causes from libraries may span lines; whoever reads our stderr counts on one line an error. Names from strangers' files
-/// may hold what a terminal takes for commands.
-fn one_line(message: &str) -> String {
-    let line = message.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
-    line.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+/// Tells of the error that ends the program.
+fn fail(message: &str) -> ExitCode {
+    let _ = writeln!(std::io::stderr(), "error: {}", text::one_line(message));
+    ExitCode::FAILURE
 }
 
 fn run(cli: &Cli, signals: &Signals) -> Result<()> {
     let screen = Screen::new(cli.machine.quiet);
     signals.listen(&screen)?;
+    screen.start_clock()?;
     prepare(&cli.machine, &screen)?;
     cli.command.check()?;
     match device::choose(cli.machine.device, cli.command.model(), cli.command.max_gpu_memory())? {
@@ -78,18 +102,25 @@ fn run_on<D: ModelOps + SolveOps>(device: &D, command: &Command, screen: &Screen
 fn prepare(machine: &MachineArgs, screen: &Screen) -> Result<()> {
     let usual = if machine.quiet { log::LevelFilter::Error } else { log::LevelFilter::Warn };
     screen.log(machine.log_level.unwrap_or(usual));
-    let threads = machine.threads.unwrap_or(0);
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("cannot start the threads")
+    let all = || std::thread::available_parallelism().map_or(1, |all| all.get().min(MAX_THREADS));
+    let threads = machine.threads.unwrap_or_else(all);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(HELPER_STACK_BYTES);
+    pool.build_global().with_context(|| format!("cannot start {threads} threads; ask for fewer with --threads"))
 }
 
 /// Writes lines of a result to stdout.
 fn print_lines(lines: &[String]) -> Result<()> {
+    print(&lines.iter().map(|line| text::shown(line) + "\n").collect::<String>())
+}
+
+/// Writes a result to stdout for programs to read.
+fn print_json(value: &impl Serialize) -> Result<()> {
+    print(&(text::json(value)? + "\n"))
+}
+
+fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    for line in lines {
-        writeln!(out, "{line}")?;
-    }
-    out.flush()?;
-    Ok(())
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("cannot write to stdout")
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

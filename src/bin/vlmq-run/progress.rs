@@ -1,9 +1,11 @@
 //! What a person sees of a run while it works, all of it on stderr: bars on a terminal, lines elsewhere.
 
 use crate::text;
-use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
+use anyhow::{Context, Result};
+use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle, WeakProgressBar};
 use std::io::{IsTerminal, Write};
 use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vlmq::progress::{Observer, Stage, StageTime, Stop};
 use vlmq::quantize::report::{LayerReport, RunObserver};
@@ -11,6 +13,9 @@ use vlmq::quantize::{Finding, FindingKind};
 
 /// Time between two lines of progress where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Time between two looks at the clock of a bar.
+const TICK: Duration = Duration::from_millis(500);
 
 /// How progress is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,10 +26,12 @@ enum Style {
 }
 
 /// The place for everything that is not a result. Clones write to the same screen.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Screen {
     bars: MultiProgress,
     style: Style,
+    /// The bar whose clock runs.
+    current: Arc<Mutex<WeakProgressBar>>,
 }
 
 impl Screen {
@@ -34,13 +41,35 @@ impl Screen {
             false if std::io::stderr().is_terminal() => Style::Bars,
             false => Style::Lines,
         };
-        Self { bars: MultiProgress::new(), style }
+        Self { bars: MultiProgress::new(), style, current: Arc::default() }
     }
 
-    /// Prints above the bars. A closed stderr is no reason to stop a run.
-    fn print(&self, text: &str) {
+    /// Keeps the clocks of bars running between events: blocks take long. Bars would start a thread for that themselves, and panic
+    /// where there is none to be had.
+    pub(crate) fn start_clock(&self) -> Result<()> {
+        if self.style == Style::Bars {
+            let screen = self.clone();
+            let thread = std::thread::Builder::new().spawn(move || {
+                loop {
+                    std::thread::sleep(TICK);
+                    let bar = screen.current().upgrade();
+                    bar.inspect(ProgressBar::tick);
+                }
+            });
+            thread.context("cannot start a thread for the clock of the progress bars")?;
+        }
+        Ok(())
+    }
+
+    fn current(&self) -> MutexGuard<'_, WeakProgressBar> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Prints a line above the bars. A closed stderr is no reason to stop a run.
+    fn print(&self, line: &str) {
+        let line = text::shown(line);
         self.bars.suspend(|| {
-            let _ = writeln!(std::io::stderr(), "{text}");
+            let _ = writeln!(std::io::stderr(), "{line}");
         });
     }
 
@@ -64,7 +93,8 @@ impl Screen {
             // Libraries below us log their own affairs.
             .filter_module("tokenizers", level.min(log::LevelFilter::Warn))
             .format(move |_, record| {
-                screen.print(&format!("{}: {}", record.level().as_str().to_lowercase(), record.args()));
+                let line = format!("{}: {}", record.level().as_str().to_lowercase(), record.args());
+                screen.print(&text::one_line(&line));
                 Ok(())
             })
             .init();
@@ -89,7 +119,6 @@ struct Running {
 }
 
 /// Shows a run's events.
-#[derive(Debug)]
 pub(crate) struct Progress {
     screen: Screen,
     stop: Stop,
@@ -114,8 +143,7 @@ impl Progress {
                 let _ = out.write_str(&left);
             }));
         }
-        // Blocks take long: keep the clock running between events.
-        bar.enable_steady_tick(Duration::from_millis(500));
+        *self.screen.current() = bar.downgrade();
         Some(bar)
     }
 }
@@ -136,7 +164,7 @@ impl Observer for Progress {
         let Some(running) = self.stage.as_mut().filter(|running| running.stage == stage) else { return };
         if let Some(bar) = &running.bar {
             bar.set_position(done);
-            bar.set_message(step.to_owned());
+            bar.set_message(text::shown(step));
         } else if self.screen.style == Style::Lines && running.last_line.elapsed() >= LINE_INTERVAL {
             running.last_line = Instant::now();
             let elapsed = running.start.elapsed().as_secs_f64();

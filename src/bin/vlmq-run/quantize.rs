@@ -29,7 +29,7 @@ pub(crate) fn run<D: ModelOps + SolveOps>(
         return dry_run::run(device, &settings, format, &mut screen.observer(Stop::default()));
     }
     let mut report = signals.wait_for(|stop| pipeline::run(device, &settings, &mut screen.observer(stop)))?;
-    print_lines(&summary(&settings, &report))?;
+    print_lines(&summary(&settings, &report)).with_context(|| format!("{} is finished", settings.out.display()))?;
     if let Some(data) = args.eval.clone() {
         let compared = compare(device, args, data, screen).with_context(|| {
             format!("{} is finished, but not evaluated; `vlmq-run eval` can do that", settings.out.display())
@@ -115,7 +115,7 @@ fn summary(settings: &PipelineSettings, report: &RunReport) -> Vec<String> {
         lines.push("loads with".into());
         for loader in &report.loaders {
             lines.push(format!("  {}", loader.name));
-            lines.extend(loader.command.lines().map(|line| format!("    {line}")));
+            lines.push(format!("    {}", loader.command));
         }
     }
     lines.extend(report.shut_out.iter().map(|reason| format!("not served: {reason}")));

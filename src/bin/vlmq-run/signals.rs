@@ -25,10 +25,12 @@ impl Signals {
         #[cfg(unix)]
         {
             use anyhow::Context;
-            use signal_hook::consts::{SIGINT, SIGTERM};
+            use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+            // Taken and not looked at: a file that grows beyond what `ulimit -f` allows is then an error like a full disk.
+            signal_hook::flag::register(SIGXFSZ, Arc::default()).context("cannot take signals")?;
             let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM]).context("cannot take signals")?;
             let (this, screen) = (self.clone(), screen.clone());
-            std::thread::spawn(move || {
+            let thread = std::thread::Builder::new().spawn(move || {
                 for signal in &mut signals {
                     let first = this.first.swap(signal, Ordering::Relaxed) == 0;
                     if !first || !this.patient.load(Ordering::Relaxed) {
@@ -39,6 +41,7 @@ impl Signals {
                     this.stop.request();
                 }
             });
+            thread.context("cannot start a thread to take signals")?;
         }
         #[cfg(not(unix))]
         let _ = screen;

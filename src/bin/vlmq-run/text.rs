@@ -1,6 +1,36 @@
 //! Numbers and tables as people read them.
 
+use serde::Serialize;
+use std::fmt::Write;
 pub(crate) use vlmq::progress::human_seconds as seconds;
+use vlmq::progress::is_unshown;
+
+/// A line as it goes to stdout or stderr. Names and answers from strangers' files may hold what a terminal takes for commands:
+/// one letter stands for each, so that columns stay columns.
+pub(crate) fn shown(line: &str) -> String {
+    line.chars().map(|letter| if is_unshown(letter) { char::REPLACEMENT_CHARACTER } else { letter }).collect()
+}
+
+/// A message as it goes there, in one line. Causes from libraries may span several; whoever reads our stderr counts on one.
+pub(crate) fn one_line(message: &str) -> String {
+    let lines = message.lines().map(str::trim).filter(|line| !line.is_empty());
+    shown(&lines.collect::<Vec<_>>().join(" "))
+}
+
+/// JSON as people and programs read it, with nothing in it that [`shown`] would replace but line breaks between values.
+pub(crate) fn json(value: &impl Serialize) -> serde_json::Result<String> {
+    let mut text = String::new();
+    for letter in serde_json::to_string_pretty(value)?.chars() {
+        match letter {
+            // All of these have four digits, and stand in strings alone.
+            letter if is_unshown(letter) && letter != '\n' => {
+                write!(text, "\\u{:04x}", u32::from(letter)).expect("a string takes it all");
+            }
+            letter => text.push(letter),
+        }
+    }
+    Ok(text)
+}
 
 /// Bytes in binary units.
 pub(crate) fn bytes(bytes: u64) -> String {
@@ -90,6 +120,22 @@ mod tests {
         }
         assert!(parse_bytes("18446744073709551615GiB").is_err());
         assert!(parse_bytes("99999999999999999999999").is_err());
+    }
+
+    #[test]
+    fn what_a_terminal_would_obey_is_replaced() {
+        let hostile = "\u{1b}[31mred\u{9b}2J\r\u{202e}x\u{2028}y";
+        assert_eq!(shown(hostile), "\u{fffd}[31mred\u{fffd}2J\u{fffd}\u{fffd}x\u{fffd}y");
+        assert_eq!(one_line(" a\n\n  b\u{7} "), "a b\u{fffd}");
+    }
+
+    #[test]
+    fn json_is_safe_and_says_the_same() {
+        let value = serde_json::json!({"\u{1b}k\u{7f}": ["\u{9b}\u{202e}\u{2029}é\n", 1.5], "b": {}});
+        let text = json(&value).unwrap();
+        assert!(text.contains("\\u007f") && text.contains(r#""\u009b\u202e\u2029é\n""#), "{text}");
+        assert!(!text.chars().any(|letter| letter != '\n' && is_unshown(letter)), "{text}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), value);
     }
 
     #[test]

@@ -65,10 +65,12 @@ pub(crate) fn positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "must be a whole number of at least 1".into())
 }
 
+/// More than any machine has, fewer than a system refuses to start.
+pub(crate) const MAX_THREADS: usize = 1024;
+
 pub(crate) fn threads(text: &str) -> Result<usize, String> {
-    // More than any machine has, fewer than a system refuses to start.
-    let limit = 1024;
-    positive(text).ok().filter(|&number| number <= limit).ok_or_else(|| format!("must be from 1 to {limit}"))
+    let number = positive(text).ok().filter(|&number| number <= MAX_THREADS);
+    number.ok_or_else(|| format!("must be from 1 to {MAX_THREADS}"))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Text, numbers and tables as markup. The page is XML as well as HTML: every element is closed, every attribute quoted.
 
+use crate::progress::is_unshown;
 use std::fmt::{self, Display, Write};
 
 /// Text from outside, which no reader takes for markup: not in an element, not in a quoted attribute.
@@ -13,10 +14,9 @@ impl Display for Text<'_> {
             '>' => f.write_str("&gt;"),
             '"' => f.write_str("&quot;"),
             '\'' => f.write_str("&#39;"),
-            // Neither HTML nor XML can say them at all.
-            '\0'..='\x08' | '\x0b' | '\x0c' | '\x0e'..='\x1f' | '\x7f'..='\u{9f}' | '\u{fffe}' | '\u{ffff}' => {
-                f.write_char(char::REPLACEMENT_CHARACTER)
-            }
+            '\t' | '\n' | '\r' => f.write_char(c),
+            // Neither HTML nor XML can say some of them at all; others turn the order of what stands around them.
+            c if is_unshown(c) || matches!(c, '\u{fffe}' | '\u{ffff}') => f.write_char(char::REPLACEMENT_CHARACTER),
             _ => f.write_char(c),
         })
     }
@@ -105,8 +105,8 @@ mod tests {
 
     #[test]
     fn no_text_becomes_markup() {
-        let hostile = "<script>alert(\"1\")</script> & '\0\x1b[31m";
-        let expected = "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; &#39;\u{fffd}\u{fffd}[31m";
+        let hostile = "<script>alert(\"1\")</script> & '\0\x1b[31m\u{202e}";
+        let expected = "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; &#39;\u{fffd}\u{fffd}[31m\u{fffd}";
         assert_eq!(Text(hostile).to_string(), expected);
         let made = table(hostile, &[hostile], &[vec![Cell::Text(hostile.into())], vec![Cell::Code(hostile.into())]]);
         assert!(!made.contains("<script"), "{made}");
