@@ -299,10 +299,25 @@ def make_tokenizer():
         "tokenizer.json": changed()}))
 
 
+def make_resume():
+    """Steps on a work folder: what is done, to which of its files, under which other name, where and how (src/work_folder.rs)."""
+    flip, cut, remove, lengthen, write, rename, add, link, add_link = range(9)
+    seed("resume", "untouched", b"")
+    seed("resume", "every-file-flipped", bytes(value for file in range(8) for value in (flip, file, 0, 128, 0, 1)))
+    seed("resume", "cut", bytes(value for file in range(8) for value in (cut, file, 0, 200, 0)))
+    seed("resume", "removed", bytes([remove, 3, 0, remove, 6, 0]))
+    seed("resume", "longer", bytes([lengthen, 4, 0, 100, lengthen, 1, 0, 1]))
+    seed("resume", "written", bytes([write, 7, 0, 5]) + b"{\"a\"" + bytes([write, 2, 0, 2]) + b"{}")
+    seed("resume", "renamed", bytes([rename, 8, 2, rename, 9, 5]))
+    seed("resume", "added", bytes(value for name in range(12) for value in (add, 1, name)))
+    seed("resume", "linked", bytes([link, 0, 0, link, 5, 0]))
+    seed("resume", "links-added", bytes(value for name in (7, 4, 10, 11) for value in (add_link, 0, name)))
+
+
 def main():
     shutil.rmtree(HERE / "seeds", ignore_errors=True)
-    for make in [make_safetensors, make_checkpoint, make_config, make_data, make_image, make_packed, make_processor, make_template,
-                 make_tokenizer]:
+    for make in [make_safetensors, make_checkpoint, make_config, make_data, make_image, make_packed, make_processor, make_resume,
+                 make_template, make_tokenizer]:
         make()
 
 

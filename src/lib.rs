@@ -30,3 +30,5 @@ pub mod evaluate;
 pub mod heap;
 #[cfg(feature = "run")]
 pub mod model;
+#[cfg(feature = "run")]
+pub mod plan;

@@ -298,11 +298,11 @@ fn outputs_that_cannot_be() {
     assert!(support::program::files_of(&bench.model()) == before);
     bench.refused(&quantize(&beside), &[&beside, "exists"]);
     bench.refused(&quantize(&data), &[&data, "exists"]);
-    bench.refused(&quantize("/"), &["exists"]);
+    bench.refused(&quantize("/"), &["no name for an output folder"]);
     bench.refused(&quantize(&format!("{beside}/missing/out")), &["missing", "create it first"]);
     bench.refused(&quantize(&format!("{data}/out")), &["no folder", "data.jsonl"]);
     bench.refused(&quantize(&format!("{beside}/missing/..")), &["no name for an output folder"]);
-    bench.refused(&quantize(&format!("{beside}/{}", "n".repeat(300))), &["cannot create a folder"]);
+    bench.refused(&quantize(&format!("{beside}/{}", "n".repeat(300))), &["too long a name"]);
     bench.refused(&bench.eval(&["--reference", "no/such/model"]), &["no/such/model", "reference"]);
 
     // Nobody may make folders in /proc, not even root; others may not in a folder that is read-only.

@@ -5,6 +5,7 @@ mod support;
 
 use serde_json::{Value, json};
 use std::path::Path;
+use std::sync::Arc;
 use support::program::{Bench, IMAGE, Meets, broken, edit_json, question};
 use support::{golden, message};
 use vlmq::calibration::dataset;
@@ -12,7 +13,7 @@ use vlmq::calibration::sequence::SequenceBuilder;
 use vlmq::checkpoint::Checkpoint;
 use vlmq::device::cpu::Cpu;
 use vlmq::model::families::{self, ImageOptions};
-use vlmq::model::language_model::LanguageModel;
+use vlmq::model::language_model::{LanguageModel, Residency};
 
 /// Sets a key of a section of config.json; null takes it out. An empty section is the root.
 fn set(section: &'static str, key: &'static str, value: Value) -> impl FnOnce(&Path) {
@@ -213,13 +214,13 @@ fn images_of_extreme_proportions() {
 fn image_tokens_that_disagree_with_the_features() {
     for checkpoint in ["flat-tied-bf16", "qwen2_5_vl-flat-bf16", "qwen3_vl-f16-sharded"] {
         let folder = golden("model").join(checkpoint);
-        let opened = Checkpoint::open(&folder).unwrap();
+        let opened = Arc::new(Checkpoint::open(&folder).unwrap());
         let family = families::of::<Cpu>(&opened).unwrap();
         let vision = family.vision_input(&opened, ImageOptions::default()).unwrap();
         let builder = SequenceBuilder::new(&folder, vision).unwrap();
         let conversations = dataset::read(&golden("model").join(format!("{checkpoint}.jsonl")), None).unwrap();
         let mut sequence = builder.build(&conversations[0]).unwrap();
-        let model = LanguageModel::<Cpu>::load(&Cpu, &opened).unwrap();
+        let model = LanguageModel::<Cpu>::load(&Cpu, &opened, Residency::Resident).unwrap();
         let features = model.embedder().image_features(&Cpu, &[&sequence]).unwrap();
         let image = family.config(&opened).unwrap().image_token;
         let last = sequence.tokens.iter().rposition(|&token| token == image).unwrap();

@@ -5,11 +5,10 @@ mod support;
 
 use serde_json::{Value, json};
 use std::fs;
-use std::path::Path;
 use std::time::Instant;
+use support::data;
 use support::program::{Bench, edit_json, names_in, read_json, stderr, stdout, succeed, text, vlmq_run};
-use support::sparse::{tensors, write_sparse};
-use support::{data, golden};
+use support::sparse::hollow;
 
 /// The plan of a command line as JSON.
 fn planned(arguments: &[&str]) -> Value {
@@ -18,23 +17,6 @@ fn planned(arguments: &[&str]) -> Value {
 
 fn bytes(value: &Value) -> u64 {
     value.as_u64().unwrap_or_else(|| panic!("{value}"))
-}
-
-/// A published model without its weights, with the small checkpoint's tokenizer and templates.
-fn hollow(name: &str, folder: &Path) {
-    let small = data("tiny-qwen2-vl");
-    for file in names_in(&small).iter().filter(|file| !file.ends_with("safetensors") && *file != "config.json") {
-        fs::copy(small.join(file), folder.join(file)).unwrap();
-    }
-    let config = folder.join("config.json");
-    fs::copy(data("configs").join(name).join("config.json"), &config).unwrap();
-    let small = read_json(small.join("config.json"));
-    edit_json(&config, |config| {
-        for key in ["image_token_id", "video_token_id"] {
-            config.insert(key.into(), small[key].clone());
-        }
-    });
-    write_sparse(folder, &tensors(&read_json(golden("configs.json"))[name]), "BF16");
 }
 
 #[test]

@@ -12,6 +12,7 @@ use vlmq::checkpoint::Checkpoint;
 use vlmq::device::cpu::Cpu;
 use vlmq::model::decoder::{Block, Projection};
 use vlmq::model::families::{self, ModelConfig};
+use vlmq::model::source::Weights;
 use vlmq::progress::Stop;
 use vlmq::quantize::block::{BlockOutcome, BlockQuantizer, Chunk, SolvedLayer};
 use vlmq::quantize::plan::Activations;
@@ -204,7 +205,7 @@ fn config() -> ModelConfig {
 /// Quantizes block 1 from these inputs.
 fn block(index: usize, chunk: Chunk<Matrix>) -> anyhow::Result<(BlockOutcome, Vec<SolvedLayer>)> {
     let config = config();
-    let load = || Block::load(&Cpu, &checkpoint(), &config.decoder, &config.names, 1).unwrap();
+    let load = || Block::load(&Weights::new(&Cpu, &checkpoint()), &config.decoder, &config.names, 1).unwrap();
     let mut quantizer = BlockQuantizer {
         device: &Cpu,
         config: &config.decoder,

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 /// written, what an evaluation found (`evaluate::Comparison…`), which a run's report shows, and `progress`, which every
 /// long run reports to.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("evaluate", &["progress", "model", "calibration", "checkpoint", "device", "tensor"]),
+    ("evaluate", &["heap", "progress", "plan", "model", "calibration", "checkpoint", "device", "tensor"]),
     (
         "quantize",
         &[
@@ -19,6 +19,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "evaluate::ComparedScores",
             "evaluate::ComparedAnswer",
             "progress",
+            "plan",
             "model",
             "calibration",
             "checkpoint",
@@ -26,6 +27,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "tensor",
         ],
     ),
+    ("plan", &["heap", "progress", "model", "calibration", "checkpoint", "device"]),
     ("model", &["calibration", "checkpoint", "device", "tensor"]),
     ("calibration", &["input", "tensor"]),
     ("checkpoint", &["input", "quantize::QuantizedLinear", "quantize::settings", "quantize::pack", "tensor"]),

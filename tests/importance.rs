@@ -8,6 +8,7 @@ use vlmq::checkpoint::Checkpoint;
 use vlmq::device::{Device, cpu::Cpu};
 use vlmq::model::decoder::{Block, Projection};
 use vlmq::model::families;
+use vlmq::model::source::Weights;
 use vlmq::quantize::importance::attention_importance;
 use vlmq::quantize::statistics::Statistics;
 
@@ -18,7 +19,7 @@ fn factors_equal_autograd() {
         let golden = Golden::read(&format!("model/{name}.importance.safetensors"));
         let checkpoint = Checkpoint::open(&support::golden("model").join(name)).unwrap();
         let config = families::of::<Cpu>(&checkpoint).unwrap().config(&checkpoint).unwrap();
-        let block = Block::load(&Cpu, &checkpoint, &config.decoder, &config.names, 1).unwrap();
+        let block = Block::load(&Weights::new(&Cpu, &checkpoint), &config.decoder, &config.names, 1).unwrap();
 
         let layout = golden.layout(&config.decoder);
         let x_float = golden.matrix("x_float");

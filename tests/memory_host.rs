@@ -9,7 +9,8 @@ mod wide_checkpoint;
 use clap::Parser;
 use std::fs;
 use std::path::Path;
-use support::program::{emulated_run, read_json, stderr, succeed, text};
+use support::program::{emulated_run, read_json, stderr, succeed, text, vlmq_run};
+use support::sparse::hollow;
 use support::{data, golden};
 
 /// What a run held at most, and what was planned; of emulated kernels with their device's memory, which is the host's.
@@ -80,6 +81,68 @@ fn runs_of_every_family_hold_what_was_planned() {
         let to = text(&out);
         check(name, &["quantize", &model, "--calib", &calib, "--out", &to, "--group-size", "32", "--quiet"], &out);
     }
+}
+
+/// Evaluates, and asserts the same of what was held; returns that.
+fn check_evaluation(what: &str, line: &[&str]) -> f64 {
+    let output = vlmq_run(&[line, &["--log-level", "info"]].concat());
+    let said = stderr(&output);
+    assert!(output.status.success(), "{what}: {said}");
+    let numbers = said.lines().find_map(|line| line.split("peak memory: ").nth(1)).unwrap_or_else(|| panic!("{said}"));
+    let numbers: Vec<f64> = numbers.split(' ').filter_map(|word| word.parse().ok()).collect();
+    let [measured, planned] = numbers[..] else { panic!("{said}") };
+    println!("{what}: {measured} of {planned}, {:.3}\n{said}", measured / planned);
+    assert!((0.9..=1.1).contains(&(measured / planned)), "{what}: {measured} of {planned}");
+    measured
+}
+
+#[test]
+fn small_evaluations_hold_what_was_planned() {
+    let questions = text(data("vqa/eval.jsonl"));
+    for name in ["tiny-qwen2-vl", "tiny-qwen2-vl-narrow"] {
+        let model = text(data(name));
+        check_evaluation(name, &["eval", &model, &questions, "--limit", "40"]);
+        check_evaluation(
+            &format!("{name}, twice"),
+            &["eval", &model, &questions, "--limit", "40", "--reference", &model],
+        );
+    }
+}
+
+/// Bytes of a folder's weights.
+fn weights_of(folder: &str) -> f64 {
+    let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
+    let weights = files.filter(|file| file.file_name().to_str().unwrap().ends_with(".safetensors"));
+    weights.map(|file| file.metadata().unwrap().len() as f64).sum()
+}
+
+/// A model whose float32 weights pass what is held is never there as a whole, as a float model, as codes, or beside a reference.
+#[test]
+fn large_evaluations_hold_some_blocks() {
+    let work = tempfile::tempdir().unwrap();
+    let (model, out) = (text(work.path().join("wide")), text(work.path().join("out")));
+    write_wide(&model, &["--blocks", "12"]);
+    let float32 = 12.0 * 4.0 * (2.0 * 1536.0 * 1536.0 + 2.0 * 256.0 * 1536.0 + 3.0 * 1536.0 * 8960.0);
+    let line = ["quantize", &model, "--out", &out, "--solver", "rtn", "--quiet"];
+    succeed(&line);
+    let questions = text(data("vqa/eval.jsonl"));
+    let asked = [questions.as_str(), "--limit", "1", "--max-new-tokens", "1"];
+    for (what, folder, more) in [("float", &model, &[][..]), ("codes against float", &out, &["--reference", &model])] {
+        let measured = check_evaluation(what, &[&["eval", folder], &asked[..], more].concat());
+        let most = weights_of(folder) + 1.5e9;
+        assert!(measured < most && most < 1.2 * float32, "{what}: {measured} of {most}, {float32} in all");
+    }
+}
+
+/// Qwen2-VL-2B's shapes: 2.2 billion weights, 4.4 GB in the file, 8.8 GB in float32.
+#[test]
+fn a_published_model_answers_in_little_more_than_its_file() {
+    let folder = tempfile::tempdir().unwrap();
+    hollow("Qwen2-VL-2B-Instruct", folder.path());
+    let (model, questions) = (text(folder.path()), text(data("vqa/eval.jsonl")));
+    let line = ["eval", &model, &questions, "--limit", "1", "--max-new-tokens", "1", "--reference", &model];
+    let measured = check_evaluation("against a reference", &line);
+    assert!(measured < 4.42e9 + 1.5e9, "{measured}");
 }
 
 /// The emulator takes some 10 MB for itself, which no plan knows, and more with more images: what a wider model takes more is

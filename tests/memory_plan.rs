@@ -6,9 +6,10 @@ mod support;
 
 use support::message;
 use vlmq::model::families::VisionLoad;
+use vlmq::plan::{ChunkSize, Costs, StagePlan};
 use vlmq::progress::Stage;
 use vlmq::quantize::inspect::DecoderShape;
-use vlmq::quantize::plan::{Activations, CheckSize, ChunkSize, Costs, EmbedderSize, Job, MemoryPlan, StagePlan};
+use vlmq::quantize::plan::{Activations, CheckSize, EmbedderSize, Job, MemoryPlan};
 use vlmq::quantize::settings::{Grid, Importance, Order, Solver, SolverSettings};
 
 const SHAPE: DecoderShape =
@@ -142,12 +143,11 @@ fn the_vision_stage_holds_the_tower_and_what_went_before() {
     let chunk = ChunkSize { tokens: 2048, image_tokens: 2000, patches: 8000, ..ChunkSize::default() };
     // Qwen2-VL's: 1280 wide, MLP of 5120, heads of 80.
     let load = VisionLoad { patch: 1176, width: 1280, inner: 5120, rotary: 80, depth: 32, ..VisionLoad::default() };
-    let embedder = EmbedderSize { table: 152_064 * 3584, tower: 675_759_104, load };
+    let embedder = EmbedderSize { tower: 675_759_104, load };
     let job = Job { chunks: vec![chunk; 128], embedder: Some(embedder), ..job(&solver, Importance::None) };
     let plan = fit(&job, None);
     let stage = &plan.stages[0];
     assert_eq!((stage.stage, stage.step.as_str(), plan.stages.len()), (Stage::Vision, "encoding images", 2));
-    assert_eq!(bytes_of(stage, "table"), 2 * 152_064 * 3584);
     assert_eq!(bytes_of(stage, "tower"), 2 * 675_759_104);
     assert_eq!(bytes_of(stage, "streams so far"), 127 * 2048 * 7680);
     // The stream and both results inside the MLP, and the rotary tables.

@@ -4,6 +4,7 @@
 mod support;
 
 use std::cell::Cell;
+use std::sync::Arc;
 use support::golden::{Golden, RANDOM, largest_error, relative_error};
 use support::{data, golden};
 use vlmq::calibration::dataset;
@@ -12,7 +13,7 @@ use vlmq::checkpoint::Checkpoint;
 use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::generate;
 use vlmq::model::families::{self, ImageOptions};
-use vlmq::model::language_model::LanguageModel;
+use vlmq::model::language_model::{LanguageModel, Residency, Stream};
 
 const TRAINED: [&str; 2] = ["tiny-qwen2-vl", "tiny-qwen2-vl-narrow"];
 
@@ -23,6 +24,8 @@ const TOLERANCE: f64 = 1e-5;
 struct Case {
     golden: Golden,
     model: LanguageModel<Cpu>,
+    /// The same, its weights read anew for every pass.
+    streamed: LanguageModel<Cpu>,
     builder: SequenceBuilder,
     conversations: Vec<dataset::Conversation>,
 }
@@ -33,13 +36,14 @@ impl Case {
             true => data(name),
             false => golden("model").join(name),
         };
-        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let checkpoint = Arc::new(Checkpoint::open(&folder).unwrap());
         let vision =
             families::of::<Cpu>(&checkpoint).unwrap().vision_input(&checkpoint, ImageOptions::default()).unwrap();
         let data = golden("model").join(format!("{name}.jsonl"));
         Self {
             golden: Golden::read(&format!("model/{name}.outputs.safetensors")),
-            model: LanguageModel::load(&Cpu, &checkpoint).unwrap(),
+            model: LanguageModel::load(&Cpu, &checkpoint, Residency::Resident).unwrap(),
+            streamed: LanguageModel::load(&Cpu, &checkpoint, Residency::Streamed { held: 1 }).unwrap(),
             builder: SequenceBuilder::new(&folder, vision).unwrap(),
             conversations: dataset::read(&data, None).unwrap(),
         }
@@ -114,12 +118,16 @@ fn logits_equal_transformers() {
     for name in RANDOM.iter().copied().chain(TRAINED) {
         Case::each(name, |case, id, sequence| {
             let features = case.model.embedder().image_features(&Cpu, &[sequence]).unwrap();
-            let (x, layout) = case.model.embedder().embed(&Cpu, &[sequence], features.as_ref()).unwrap();
-            let hidden = case.model.forward(&Cpu, x, &layout).unwrap();
+            let embed = || case.model.embedder().embed(&Cpu, &[sequence], features.as_ref()).unwrap();
+            let (x, layout) = embed();
+            let hidden = case.model.forward(&Cpu, x, layout).unwrap();
             let (shape, expected) = case.golden.get(&format!("{id}.logits"));
             let tokens = sequence.tokens.len() as u32;
             let rows: Vec<u32> = (tokens - shape[0] as u32..tokens).collect();
             let logits = case.model.logits(&Cpu, &hidden, &rows).unwrap();
+            let (x, layout) = embed();
+            let hidden = case.streamed.forward(&Cpu, x, layout).unwrap();
+            assert!(case.streamed.logits(&Cpu, &hidden, &rows).unwrap() == logits, "{name} {id}: streamed");
             let (norm, worst) = (relative_error(logits.data(), &expected), largest_error(logits.data(), &expected));
             assert!(norm < TOLERANCE && worst < TOLERANCE, "{name} {id}: {norm:e} in norm, {worst:e} at worst");
         });
@@ -133,8 +141,9 @@ fn packed_sequences_do_not_see_each_other() {
     let all: Vec<&Sequence> = sequences.iter().collect();
     let features = case.model.embedder().image_features(&Cpu, &all).unwrap();
     let (x, layout) = case.model.embedder().embed(&Cpu, &all, features.as_ref()).unwrap();
-    let hidden = case.model.forward(&Cpu, x, &layout).unwrap();
-    for (sequence, span) in sequences.iter().zip(&layout.spans) {
+    let spans = layout.spans.clone();
+    let hidden = case.model.forward(&Cpu, x, layout).unwrap();
+    for (sequence, span) in sequences.iter().zip(spans) {
         let (shape, expected) = case.golden.get(&format!("{}.logits", sequence.id));
         let rows: Vec<u32> = (span.q.end as u32 - shape[0] as u32..span.q.end as u32).collect();
         let logits = case.model.logits(&Cpu, &hidden, &rows).unwrap();
@@ -147,11 +156,19 @@ fn greedy_decoding_equals_transformers() {
     for name in TRAINED.into_iter().chain(["llava-v5-f32", "qwen3_vl-tied-bf16"]) {
         let case = Case::load(name);
         let prompts: Vec<Sequence> = case.conversations.iter().map(|c| case.builder.prompt(c).unwrap()).collect();
-        let prompts: Vec<&Sequence> = prompts.iter().collect();
-        let features = case.model.embedder().image_features(&Cpu, &prompts).unwrap();
         let ends = case.builder.end_tokens();
-        let decoded =
-            generate::greedy(&Cpu, &case.model, &prompts, features.as_ref(), &vec![24; prompts.len()], ends).unwrap();
+        // All together, and one after the other.
+        let decode = |model: &LanguageModel<Cpu>, groups: &[Vec<&Sequence>]| {
+            let features = model.embedder().features_of_each(&Cpu, groups).unwrap();
+            let streams = groups.iter().zip(&features).map(|(group, features)| {
+                let (x, layout) = model.embedder().embed(&Cpu, group, features.as_ref()).unwrap();
+                Stream { x, layout }
+            });
+            generate::greedy(&Cpu, model, &prompts, streams.collect(), &vec![24; prompts.len()], ends).unwrap()
+        };
+        let decoded = decode(&case.model, &[prompts.iter().collect()]);
+        let alone: Vec<Vec<&Sequence>> = prompts.iter().map(|prompt| vec![prompt]).collect();
+        assert_eq!(decode(&case.streamed, &alone), decoded, "{name}");
         for (prompt, mut tokens) in prompts.iter().zip(decoded) {
             let expected = case.golden.values(&format!("{}.generated_ids", prompt.id));
             if tokens.len() < 24 {

@@ -9,6 +9,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use support::data;
 use support::kernels::{Variant, build};
 use support::program::{copy_folder, emulated_run, read_json, stderr, succeed, text, vlmq_run};
@@ -22,6 +23,7 @@ use vlmq::evaluate::{self, Evaluation, EvaluationSettings};
 use vlmq::model::decoder::{Block, Layout, Projection};
 use vlmq::model::families::{self, ImageOptions, ModelConfig};
 use vlmq::model::language_model::Embedder;
+use vlmq::model::source::Weights;
 use vlmq::quantize::settings::SolverSettings;
 use vlmq::quantize::solve::{prepare, solve_layer};
 use vlmq::quantize::statistics::Statistics;
@@ -152,7 +154,8 @@ struct Paths {
 
 impl Paths {
     fn new(device: &Cuda, quantized: &Path) -> Self {
-        let checkpoints = [Checkpoint::open(&data(MODEL)).unwrap(), Checkpoint::open(quantized).unwrap()];
+        let checkpoints =
+            [data(MODEL), quantized.to_path_buf()].map(|folder| Arc::new(Checkpoint::open(&folder).unwrap()));
         let family = families::of::<Cuda>(&checkpoints[0]).unwrap();
         let config = family.config(&checkpoints[0]).unwrap();
         let vision = family.vision_input(&checkpoints[0], ImageOptions::default()).unwrap();
@@ -160,11 +163,11 @@ impl Paths {
         let conversations = dataset::read(&data("vqa/calib.jsonl"), None).unwrap();
         let sequences: Vec<Sequence> = conversations[..4].iter().map(|c| builder.build(c).unwrap()).collect();
         let sequences: Vec<&Sequence> = sequences.iter().collect();
-        let embedder = Embedder::load(device, &checkpoints[0], &config, false).unwrap();
+        let embedder = Embedder::load(device, &checkpoints[0], &config, true).unwrap();
         let features = embedder.image_features(device, &sequences).unwrap();
         let (x, layout) = embedder.embed(device, &sequences, features.as_ref()).unwrap();
         let load = |checkpoint: &Checkpoint, index| {
-            Block::load(device, checkpoint, &config.decoder, &config.names, index).unwrap()
+            Block::load(&Weights::new(device, checkpoint), &config.decoder, &config.names, index).unwrap()
         };
         let inputs = checkpoints.each_ref().map(|checkpoint| {
             let block = load(checkpoint, 0);

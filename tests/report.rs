@@ -10,6 +10,7 @@ use roxmltree::{Document, Node, ParsingOptions};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use support::golden;
 use support::program::{Bench, IMAGE, files_of, question, read_json, succeed, text};
 use vlmq::calibration::dataset;
@@ -231,13 +232,13 @@ fn seen(checkpoint: &str, folder: &Path, [before, after]: [&RgbImage; 2]) -> (Re
         question(&text(path))
     });
     fs::write(folder.join("data.jsonl"), files.join("\n")).unwrap();
-    let checkpoint = Checkpoint::open(&golden("model").join(checkpoint)).unwrap();
+    let checkpoint = Arc::new(Checkpoint::open(&golden("model").join(checkpoint)).unwrap());
     let family = families::of::<Cpu>(&checkpoint).unwrap();
     let vision = family.vision_input(&checkpoint, ImageOptions::default()).unwrap();
     let builder = SequenceBuilder::new(checkpoint.folder(), vision).unwrap();
     let conversations = dataset::read(&folder.join("data.jsonl"), None).unwrap();
     let sequences: Vec<Sequence> = conversations.iter().map(|c| builder.build(c).unwrap()).collect();
-    let embedder = Embedder::load(&Cpu, &checkpoint, &family.config(&checkpoint).unwrap(), false).unwrap();
+    let embedder = Embedder::load(&Cpu, &checkpoint, &family.config(&checkpoint).unwrap(), true).unwrap();
     let [x, y] = [0, 1].map(|i| {
         let one = [&sequences[i]];
         let features = embedder.image_features(&Cpu, &one).unwrap();

@@ -19,7 +19,7 @@ use vlmq::device::cuda::Precision;
 use vlmq::progress::{Interrupted, Observer, Stage};
 use vlmq::quantize::pipeline::{self, PipelineSettings, Unfinished};
 use vlmq::quantize::plan::Activations;
-use vlmq::quantize::report::RunObserver;
+use vlmq::quantize::report::{LayerReport, RunObserver};
 use vlmq::quantize::settings::Solver;
 
 const BLOCKS: usize = 3;
@@ -417,30 +417,58 @@ fn behind_a_block_in(place: &Place, folder: &Path) {
     assert!(place.out().exists());
 }
 
+/// Puts something in the place where the state behind the last block is to be written.
+struct Blocker<'a>(&'a Place);
+
+impl Observer for Blocker<'_> {}
+
+impl RunObserver for Blocker<'_> {
+    fn layer_finished(&mut self, layer: &LayerReport) {
+        let spares = ["spare-0", "spare-1"].map(|name| self.0.work().join(name));
+        if layer.block == 2 && layer.name.ends_with("down_proj") {
+            let spare = spares.iter().find(|spare| spare.exists()).unwrap();
+            fs::remove_file(spare).unwrap();
+            fs::create_dir(spare).unwrap();
+        }
+    }
+}
+
 #[test]
 fn an_error_keeps_what_is_done_and_a_refusal_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("model");
     copy_folder(&golden("model").join(PLAIN), &model);
     let checkpoint = Checkpoint::open(&model).unwrap();
-    let broken = |block: usize| {
-        let name =
-            checkpoint.names().find(|n| n.contains(&format!("layers.{block}.mlp.up_proj.weight"))).unwrap().to_owned();
+    let filled = |name: &str, value: f32| {
+        let name = checkpoint.names().find(|n| n.contains(name)).unwrap().to_owned();
         edit_tensor(&model.join("model.safetensors"), &name, |bytes| {
-            bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes())
+            bytes.as_chunks_mut::<4>().0.iter_mut().for_each(|bytes| *bytes = value.to_le_bytes());
         });
     };
     let mut place = Place::new(PLAIN);
     place.model.clone_from(&model);
-    broken(2);
-    let error = message(pipeline::run(&Cpu, &place.settings(), &mut ()));
-    assert!(error.contains("2 of 3 blocks are done and kept in") && error.contains("holds NaN"), "{error}");
-    assert_eq!(place.left(), [".out.vlmq"]);
-    let error = message(pipeline::run(&Cpu, &place.settings(), &mut ()));
+    let error = message(pipeline::run(&Cpu, &place.settings(), &mut Blocker(&place)));
     assert!(error.contains("2 of 3 blocks are done and kept in"), "{error}");
-    broken(0);
-    let error = message(pipeline::run(&Cpu, &PipelineSettings { restart: true, ..place.settings() }, &mut ()));
-    assert!(!error.contains("kept") && error.contains("holds NaN"), "{error}");
+    assert_eq!(place.left(), [".out.vlmq"]);
+    // It is still in the way.
+    let error = message(pipeline::run(&Cpu, &place.settings(), &mut ()));
+    assert!(error.contains("is not this run's"), "{error}");
+    assert_eq!(place.left(), [".out.vlmq"]);
+    for name in ["spare-0", "spare-1"] {
+        let _ = fs::remove_dir(place.work().join(name));
+    }
+    pipeline::run(&Cpu, &place.settings(), &mut ()).unwrap();
+    fs::remove_dir_all(place.out()).unwrap();
+
+    // With weights that overflow no run can go on, and none is kept.
+    filled("layers.2.mlp.up_proj.weight", 1e38);
+    let error = message(pipeline::run(&Cpu, &place.settings(), &mut ()));
+    assert!(error.contains("ended behind 2 of 3 blocks; with other data or weights it is another run"), "{error}");
+    assert_eq!(place.left(), [""; 0]);
+    // Those that are no numbers are found at the start.
+    filled("layers.2.mlp.up_proj.weight", f32::NAN);
+    let error = message(pipeline::run(&Cpu, &place.settings(), &mut ()));
+    assert!(error.contains("holds NaN") && !error.contains("blocks"), "{error}");
     assert_eq!(place.left(), [""; 0]);
 }
 

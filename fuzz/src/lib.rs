@@ -3,12 +3,13 @@
 
 mod files;
 mod models;
+mod work_folder;
 
 use anyhow::{Context, Result};
 use files::{folder, parts, sources};
 use models::{FAMILIES, look_through, see, sequence, settings};
 use serde_json::Value;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use vlmq::calibration::dataset::{self, Conversation, ImageSource, Message, Part};
 use vlmq::calibration::image;
 use vlmq::calibration::native_resolution::NativeVision;
@@ -18,20 +19,22 @@ use vlmq::checkpoint::Checkpoint;
 use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::presets::{PRESETS, Preset};
 use vlmq::model::families::{self, ImageOptions};
-use vlmq::model::language_model::LanguageModel;
+use vlmq::model::language_model::{LanguageModel, Residency};
 use vlmq::quantize::inspect;
+pub use work_folder::resume;
 
 /// A target's name and function.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets, as the folders of `seeds/` and `crashes/` are named.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     ("checkpoint", checkpoint),
     ("config", config),
     ("data", data),
     ("image", image),
     ("packed", packed),
     ("processor", processor),
+    ("resume", resume),
     ("safetensors", safetensors),
     ("template", template),
     ("tokenizer", tokenizer),
@@ -87,17 +90,17 @@ pub fn config(bytes: &[u8]) {
     if checkpoint.is_quantized() {
         done(inspect::inspect(&Cpu, folder.path()));
     }
-    done(load_and_see(&checkpoint));
+    done(load_and_see(&Arc::new(checkpoint)));
 }
 
 /// All that is read of a model before its first block runs.
-fn load_and_see(checkpoint: &Checkpoint) -> Result<()> {
+fn load_and_see(checkpoint: &Arc<Checkpoint>) -> Result<()> {
     let family = families::of::<Cpu>(checkpoint)?;
     let config = family.config(checkpoint)?;
     families::float_type(checkpoint)?;
     family.vision_load(checkpoint)?;
     let vision = family.vision_input(checkpoint, ImageOptions::default())?;
-    let model = LanguageModel::<Cpu>::load(&Cpu, checkpoint)?;
+    let model = LanguageModel::<Cpu>::load(&Cpu, checkpoint, Residency::Resident)?;
     let image = vision.prepare(&models::picture(56, 42), 1)?;
     let sequence = sequence(&*vision, config.image_token, image)?;
     let features = model.embedder().image_features(&Cpu, &[&sequence])?;

@@ -6,6 +6,7 @@
 pub mod anyres;
 mod bounded;
 mod checked;
+pub mod chunks;
 mod clock;
 mod container;
 pub mod dataset;

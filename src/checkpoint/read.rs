@@ -189,6 +189,59 @@ impl Checkpoint {
         Matrix::new(some.len(), cols, values)
     }
 
+    /// Rows of [`matrix`](Self::matrix) by their numbers, each as often as it is asked for. Errors as
+    /// [`matrix_rows`](Self::matrix_rows) does, and where there is no such row.
+    #[cfg(feature = "run")]
+    pub(crate) fn gathered_rows(&self, name: &str, rows: usize, cols: usize, indices: &[u32]) -> Result<Matrix> {
+        // Each row brings pages of others with it.
+        const ROWS: usize = 256;
+        let tensor = self.shaped(name, rows, cols)?;
+        let float = self.float_type_of(name, tensor.dtype)?;
+        let row_bytes = tensor.bytes.len() / rows;
+        let mut values = Vec::with_capacity(indices.len() * cols);
+        for some in indices.chunks(ROWS) {
+            for &index in some {
+                let index = index as usize;
+                ensure!(index < rows, "row {index} of tensor {name} is asked for, which has {rows}");
+                let bytes = &tensor.bytes[index * row_bytes..][..row_bytes];
+                if first_non_finite(float, bytes).is_some() {
+                    self.check_finite(name)?;
+                }
+                values.extend(floats_from_bytes(float, bytes));
+            }
+            self.release(name);
+        }
+        Matrix::new(indices.len(), cols, values)
+    }
+
+    /// What [`matrix`](Self::matrix) finds wrong with a header.
+    pub(crate) fn check_matrix(&self, name: &str, rows: usize, cols: usize) -> Result<()> {
+        self.float_type_of(name, self.shaped(name, rows, cols)?.dtype).map(drop)
+    }
+
+    /// What [`vector`](Self::vector) finds wrong with a header.
+    #[cfg(feature = "run")]
+    pub(crate) fn check_vector(&self, name: &str, len: usize) -> Result<()> {
+        self.float_type_of(name, self.shaped_vector(name, len)?.dtype).map(drop)
+    }
+
+    /// What [`linear`](Self::linear) finds wrong with headers.
+    #[cfg(feature = "run")]
+    pub(crate) fn check_linear(&self, module: &str, out_features: usize, in_features: usize) -> Result<()> {
+        if self.is_plain(module) {
+            return self.check_matrix(&format!("{module}.weight"), out_features, in_features);
+        }
+        match self.quantization()? {
+            Some(Quantization::CompressedTensors(packing)) => {
+                compressed_tensors::headers(self, module, out_features, in_features, packing).map(drop)
+            }
+            Some(Quantization::Gptq(packing, _)) => {
+                gptq::headers(self, module, out_features, in_features, packing).map(drop)
+            }
+            None => self.not_quantized(module),
+        }
+    }
+
     /// The tensor `name` as the file holds it. Errors where it is absent or not of the shape that [`matrix`](Self::matrix) asks.
     pub(crate) fn shaped(&self, name: &str, rows: usize, cols: usize) -> Result<StoredTensor<'_>> {
         let tensor = self.tensor(name)?;
@@ -203,6 +256,10 @@ impl Checkpoint {
 
     /// The float tensor `name` of `len` values as one row. Errors as [`matrix`](Self::matrix) does.
     pub fn vector(&self, name: &str, len: usize) -> Result<Matrix> {
+        self.floats(name, self.shaped_vector(name, len)?, 1, len)
+    }
+
+    fn shaped_vector(&self, name: &str, len: usize) -> Result<StoredTensor<'_>> {
         let tensor = self.tensor(name)?;
         ensure!(
             tensor.shape == [len],
@@ -210,7 +267,7 @@ impl Checkpoint {
             self.file_of(name),
             tensor.shape
         );
-        self.floats(name, tensor, 1, len)
+        Ok(tensor)
     }
 
     fn floats(&self, name: &str, tensor: StoredTensor<'_>, rows: usize, cols: usize) -> Result<Matrix> {
@@ -340,16 +397,24 @@ impl Checkpoint {
             Some(Quantization::Gptq(packing, version)) => {
                 gptq::decode(self, module, out_features, in_features, packing, version)
             }
-            None => bail!("{} is not quantized; {module} has no codes", self.folder.display()),
+            None => self.not_quantized(module),
         }
+    }
+
+    fn not_quantized<T>(&self, module: &str) -> Result<T> {
+        bail!("{} is not quantized; {module} has no codes", self.folder.display())
+    }
+
+    /// Whether the weight of a linear layer is stored as plain numbers.
+    fn is_plain(&self, module: &str) -> bool {
+        self.contains(&format!("{module}.weight")) || !self.is_quantized()
     }
 
     /// The weight of the linear layer `module` (its name on disk, without `.weight`) in float32, `[out, in]`: as stored,
     /// or what its codes stand for. Errors as [`matrix`](Self::matrix) and [`packed`](Self::packed) do.
     pub fn linear(&self, module: &str, out_features: usize, in_features: usize) -> Result<Matrix> {
-        let weight = format!("{module}.weight");
-        if self.contains(&weight) || !self.is_quantized() {
-            return self.matrix(&weight, out_features, in_features);
+        if self.is_plain(module) {
+            return self.matrix(&format!("{module}.weight"), out_features, in_features);
         }
         self.packed(module, out_features, in_features)?.dequantize()
     }

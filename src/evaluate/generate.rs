@@ -2,25 +2,27 @@
 
 use crate::calibration::sequence::Sequence;
 use crate::device::ModelOps;
-use crate::model::families::Features;
-use crate::model::language_model::{Cache, LanguageModel};
+use crate::model::language_model::{Cache, LanguageModel, Stream};
+use crate::tensor::Matrix;
 use anyhow::Result;
 
 /// Continues every prompt by the likeliest token again and again, until an end token or `limits[i]` new tokens.
-/// Returns the new tokens without the end token. `features` are those of the prompts' images.
+/// Returns the new tokens without the end token. `streams` are the prompts, embedded in their order.
 pub fn greedy<D: ModelOps>(
     device: &D,
     model: &LanguageModel<D>,
-    prompts: &[&Sequence],
-    features: Option<&Features<D::Tensor>>,
+    prompts: &[Sequence],
+    mut streams: Vec<Stream<D::Tensor>>,
     limits: &[usize],
     end_tokens: &[u32],
 ) -> Result<Vec<Vec<u32>>> {
     let mut caches: Vec<Cache<D::Tensor>> = prompts.iter().map(|_| model.cache()).collect();
-    let (x, layout) = model.embedder().embed(device, prompts, features)?;
-    let last_rows: Vec<u32> = layout.spans.iter().map(|span| span.q.end as u32 - 1).collect();
-    let hidden = model.forward_cached(device, x, &layout, &mut caches)?;
-    let mut next = argmax_rows(device, &model.logits(device, &hidden, &last_rows)?)?;
+    model.forward_all(device, &mut streams, Some(&mut caches))?;
+    let mut next = Vec::with_capacity(prompts.len());
+    for Stream { x, layout } in streams {
+        let last_rows: Vec<u32> = layout.spans.iter().map(|span| span.q.end as u32 - 1).collect();
+        next.extend(argmax_rows(&model.logits(device, &x, &last_rows)?));
+    }
 
     let mut answers: Vec<Vec<u32>> = vec![Vec::new(); prompts.len()];
     // Where the text goes on: behind an image, positions continue from its largest one.
@@ -50,17 +52,16 @@ pub fn greedy<D: ModelOps>(
         for &sequence in &running {
             positions[sequence] += 1;
         }
-        let (x, layout) = model.embed_next(device, &tokens, &at)?;
-        let hidden = model.forward_cached(device, x, &layout, &mut caches)?;
+        let mut stream = [model.embed_next(device, &tokens, &at)?];
+        model.forward_all(device, &mut stream, Some(&mut caches))?;
         let rows: Vec<u32> = (0..running.len() as u32).collect();
-        next = argmax_rows(device, &model.logits(device, &hidden, &rows)?)?;
+        next = argmax_rows(&model.logits(device, &stream[0].x, &rows)?);
     }
 }
 
 /// [`argmax`] of each row.
-fn argmax_rows<D: ModelOps>(device: &D, logits: &D::Tensor) -> Result<Vec<u32>> {
-    let logits = device.download(logits)?;
-    Ok((0..logits.rows()).map(|row| argmax(logits.row(row))).collect())
+fn argmax_rows(logits: &Matrix) -> Vec<u32> {
+    (0..logits.rows()).map(|row| argmax(logits.row(row))).collect()
 }
 
 /// Index of the largest value, the first one among equals.

@@ -4,28 +4,37 @@
 use super::generate::argmax;
 use crate::calibration::sequence::Sequence;
 use crate::device::ModelOps;
-use crate::model::families::Features;
-use crate::model::language_model::LanguageModel;
+use crate::model::language_model::{LanguageModel, Stream};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
 
-/// Logits `[answer tokens, vocab]` that predict each answer token of some sequences, the sequences one after another.
-/// `features` are those of the sequences' images.
+/// Logits `[answer tokens, vocab]` that predict the answer of each of some sequences. `streams` are the sequences, embedded in their
+/// order.
 pub fn answer_logits<D: ModelOps>(
     device: &D,
     model: &LanguageModel<D>,
-    sequences: &[&Sequence],
-    features: Option<&Features<D::Tensor>>,
-) -> Result<Matrix> {
-    let (x, layout) = model.embedder().embed(device, sequences, features)?;
-    let hidden = model.forward(device, x, &layout)?;
-    let rows: Vec<u32> = sequences
-        .iter()
-        .zip(&layout.spans)
-        // The token before predicts a token; a prompt is never empty, so there is one before.
-        .flat_map(|(s, span)| s.answer.clone().map(move |token| (span.q.start + token - 1) as u32))
-        .collect();
-    device.download(&model.logits(device, &hidden, &rows)?)
+    sequences: &[Sequence],
+    mut streams: Vec<Stream<D::Tensor>>,
+) -> Result<Vec<Matrix>> {
+    model.forward_all(device, &mut streams, None)?;
+    let mut logits = Vec::with_capacity(sequences.len());
+    for Stream { x, layout } in streams {
+        let own = &sequences[logits.len()..][..layout.spans.len()];
+        let rows: Vec<u32> = own
+            .iter()
+            .zip(&layout.spans)
+            // The token before predicts a token; a prompt is never empty, so there is one before.
+            .flat_map(|(s, span)| s.answer.clone().map(move |token| (span.q.start + token - 1) as u32))
+            .collect();
+        let all = model.logits(device, &x, &rows)?;
+        let mut values = all.data();
+        for sequence in own {
+            let (first, rest) = values.split_at(sequence.answer.len() * all.cols());
+            logits.push(Matrix::new(sequence.answer.len(), all.cols(), first.to_vec())?);
+            values = rest;
+        }
+    }
+    Ok(logits)
 }
 
 /// Sum of `−ln p(token)` over one row of logits a token.

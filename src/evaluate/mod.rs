@@ -4,34 +4,44 @@ mod comparison;
 pub mod generate;
 pub mod likelihood;
 pub mod metrics;
+mod plan;
 pub mod presets;
 mod report;
 
 pub use comparison::{ComparedAnswer, ComparedScores, Comparison};
+pub use plan::EvaluationPlan;
 pub use report::{Answer, Conditions, Evaluation, GroupResult, SampleResult};
 
+use crate::calibration::chunks::chunks;
 use crate::calibration::dataset::{self, Conversation, Part};
 use crate::calibration::sequence::{Sequence, SequenceBuilder};
 use crate::calibration::template::TemplateChoice;
 use crate::checkpoint::Checkpoint;
 use crate::device::ModelOps;
-use crate::model::families::{self, Features, ImageOptions};
-use crate::model::language_model::LanguageModel;
+use crate::heap;
+use crate::model::families::{self, Features, ImageOptions, ModelConfig};
+use crate::model::language_model::{LanguageModel, Residency, Stream, check_headers};
+use crate::plan::system::status_bytes;
 use crate::progress::{Observer, Stage, StageClock};
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, ensure};
 use metrics::Metric;
+use plan::{ModelSize, Planner};
 use presets::Preset;
 use rayon::prelude::*;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Most tokens of an answer, where nobody says.
 const MAX_NEW_TOKENS: usize = 64;
 
-/// Samples that are decoded together.
+/// Samples that are read together.
 const BATCH: usize = 16;
+
+/// Most tokens that go through a block together; a longer sample goes alone.
+const CHUNK_TOKENS: u64 = 2048;
 
 /// What to evaluate, and on what.
 #[derive(Clone, Debug)]
@@ -82,23 +92,47 @@ impl EvaluationSettings {
     }
 }
 
-/// A model with what feeds it.
-struct Evaluated<D: ModelOps> {
+/// A checkpoint with what feeds it, before a weight is read.
+struct Opened {
+    checkpoint: Arc<Checkpoint>,
+    config: ModelConfig,
     answers_stop: bool,
-    model: LanguageModel<D>,
     builder: SequenceBuilder,
 }
 
-impl<D: ModelOps> Evaluated<D> {
-    /// The model in `folder`, fed as `settings` say.
-    fn load(device: &D, folder: &Path, settings: &EvaluationSettings) -> Result<Self> {
-        let checkpoint = Checkpoint::open(folder)?;
+impl Opened {
+    /// The checkpoint in `folder`, fed as `settings` say. Errors for a tensor that is missing, or of another shape or type, for a
+    /// missing head, and for what the tokenizer, template or image processor lack.
+    fn read<D: ModelOps>(folder: &Path, settings: &EvaluationSettings) -> Result<Self> {
+        let checkpoint = Arc::new(Checkpoint::open(folder)?);
         let family = families::of::<D>(&checkpoint)?;
-        family.config(&checkpoint)?.remarks(&checkpoint).iter().for_each(|remark| log::warn!("{remark}"));
+        let config = family.config(&checkpoint)?;
+        config.remarks(&checkpoint).iter().for_each(|remark| log::warn!("{remark}"));
+        config.head_name().with_context(|| folder.display().to_string())?;
         let vision = family.vision_input(&checkpoint, settings.image_options)?;
         let builder = SequenceBuilder::with_template(folder, vision, &settings.chat_template)?;
-        Ok(Self { answers_stop: family.answers_stop(), model: LanguageModel::load(device, &checkpoint)?, builder })
+        check_headers::<D>(&checkpoint, &config, true)?;
+        Ok(Self { checkpoint, config, answers_stop: family.answers_stop(), builder })
     }
+
+    /// `bits`: as if its layers were stored so.
+    fn size<D: ModelOps>(&self, bits: Option<u32>) -> Result<ModelSize> {
+        ModelSize::of::<D>(&self.checkpoint, &self.config, bits)
+    }
+
+    fn build(&self, batch: &[Conversation]) -> Result<Vec<Sequence>> {
+        batch.par_iter().map(|conversation| self.builder.build_answered(conversation)).collect()
+    }
+
+    fn load<D: ModelOps>(self, device: &D, residency: Residency) -> Result<Evaluated<D>> {
+        Ok(Evaluated { model: LanguageModel::load(device, &self.checkpoint, residency)?, opened: self })
+    }
+}
+
+/// A model that answers.
+struct Evaluated<D: ModelOps> {
+    opened: Opened,
+    model: LanguageModel<D>,
 }
 
 /// Where the distributions come from that the divergence is measured from.
@@ -109,34 +143,9 @@ enum Reference<'a, D: ModelOps> {
     Kept(&'a [Matrix]),
 }
 
-/// Decodes and scores every sample.
+/// Decodes and scores every sample. Errors, with the numbers, where there is not enough memory for it.
 pub fn run<D: ModelOps>(device: &D, settings: &EvaluationSettings, observer: &mut dyn Observer) -> Result<Evaluation> {
-    let reference = match settings.reference.as_deref() {
-        None => Reference::None,
-        Some(folder) => Reference::Model(Box::new(
-            Evaluated::load(device, folder, settings)
-                .with_context(|| format!("cannot use {} as the reference", folder.display()))?,
-        )),
-    };
-    score(device, settings, &reference, observer)
-}
-
-/// Refuses what [`run`] would refuse of the data after a model was loaded, but for what it answers: reads the data, and
-/// builds the sequences with the checkpoint's tokenizer, template and image processor, which leaves the weights alone.
-/// Returns the number of samples.
-pub fn check<D: ModelOps>(settings: &EvaluationSettings) -> Result<usize> {
-    let conversations = read(settings)?;
-    conversations.iter().try_for_each(|conversation| rule(conversation).map(drop))?;
-    let checkpoint = Checkpoint::open(&settings.model)?;
-    let family = families::of::<D>(&checkpoint)?;
-    family.config(&checkpoint)?.head_name().with_context(|| checkpoint.folder().display().to_string())?;
-    let vision = family.vision_input(&checkpoint, settings.image_options)?;
-    let builder = SequenceBuilder::with_template(checkpoint.folder(), vision, &settings.chat_template)?;
-    let check =
-        |conversation| builder.build_answered(conversation).and_then(|_| builder.prompt(conversation)).map(drop);
-    let checked: Vec<Result<()>> = conversations.par_iter().map(check).collect();
-    checked.into_iter().collect::<Result<()>>()?;
-    Ok(conversations.len())
+    score(device, settings, None, observer)
 }
 
 /// As [`run`], against logits that [`answer_logits`] found before: one pass of the reference model serves many runs.
@@ -146,18 +155,48 @@ pub fn run_against<D: ModelOps>(
     reference: &[Matrix],
     observer: &mut dyn Observer,
 ) -> Result<Evaluation> {
-    score(device, settings, &Reference::Kept(reference), observer)
+    score(device, settings, Some(reference), observer)
+}
+
+/// Refuses what [`run`] would refuse of a float model, its data and memory, but for what it answers, and says what it would take to
+/// evaluate that model, and what its quantized self of so many `bits` against it. Reads the data and builds the sequences with the
+/// checkpoint's tokenizer, template and image processor, which leaves the weights alone.
+pub fn plan_comparison<D: ModelOps>(
+    device: &D,
+    settings: &EvaluationSettings,
+    bits: u32,
+) -> Result<[EvaluationPlan; 2]> {
+    let conversations = read(settings)?;
+    conversations.iter().try_for_each(|conversation| rule(conversation).map(drop))?;
+    let opened = Opened::read::<D>(&settings.model, settings)?;
+    let (float, quantized) = (opened.size::<D>(None)?, opened.size::<D>(Some(bits))?);
+    let mut planners = [
+        Planner::new(device, float.clone(), None, settings.decode)?,
+        Planner::new(device, quantized, Some(float), settings.decode)?,
+    ];
+    for batch in conversations.chunks(BATCH) {
+        let whole = opened.build(batch)?;
+        batch.par_iter().try_for_each(|conversation| opened.builder.prompt(conversation).map(drop))?;
+        let limits: Vec<usize> = batch.iter().map(|c| settings.max_new_tokens(c)).collect();
+        for planner in &mut planners {
+            planner.batch(&whole, &limits)?;
+        }
+    }
+    Ok(planners.map(Planner::plan))
 }
 
 /// Logits of `settings.model` that predict the answer of every sample, `[answer tokens, vocab]` each. All are kept in
 /// memory.
 pub fn answer_logits<D: ModelOps>(device: &D, settings: &EvaluationSettings) -> Result<Vec<Matrix>> {
     let conversations = read(settings)?;
-    let evaluated = Evaluated::load(device, &settings.model, settings)?;
+    let opened = Opened::read::<D>(&settings.model, settings)?;
+    let planner = Planner::new(device, opened.size::<D>(None)?, None, false)?;
+    let [residency, _] = planner.residency();
+    let evaluated = opened.load(device, residency)?;
     let mut logits = Vec::with_capacity(conversations.len());
     for batch in conversations.chunks(BATCH) {
-        let sequences = evaluated.build(batch)?;
-        logits.extend(evaluated.answer_logits(device, &sequences, None)?);
+        let sequences = evaluated.opened.build(batch)?;
+        logits.extend(evaluated.answer_logits(device, &sequences, &evaluated.see(device, &sequences)?)?);
     }
     Ok(logits)
 }
@@ -177,32 +216,68 @@ fn read(settings: &EvaluationSettings) -> Result<Vec<Conversation>> {
 fn score<D: ModelOps>(
     device: &D,
     settings: &EvaluationSettings,
-    reference: &Reference<'_, D>,
+    kept: Option<&[Matrix]>,
     observer: &mut dyn Observer,
 ) -> Result<Evaluation> {
     let conversations = read(settings)?;
     let rules: Vec<(Metric, Vec<String>)> = conversations.iter().map(rule).collect::<Result<_>>()?;
-    if let Reference::Kept(kept) = reference {
-        ensure!(kept.len() == conversations.len(), "{} reference answers for {} samples", kept.len(), rules.len());
-    }
-    let evaluated = Evaluated::load(device, &settings.model, settings)
-        .with_context(|| format!("cannot evaluate {}", settings.model.display()))?;
+    let cannot_refer = |folder: &Path| format!("cannot use {} as the reference", folder.display());
+    let cannot_evaluate = || format!("cannot evaluate {}", settings.model.display());
+    let reference = settings.reference.as_deref().filter(|_| kept.is_none());
+    let reference = reference
+        .map(|folder| Opened::read::<D>(folder, settings).with_context(|| cannot_refer(folder)))
+        .transpose()?;
+    let model = Opened::read::<D>(&settings.model, settings).with_context(cannot_evaluate)?;
+    let size = reference.as_ref().map(|reference| reference.size::<D>(None)).transpose()?;
+    let mut planner = Planner::new(device, model.size::<D>(None)?, size, settings.decode)?;
+    let [residency, of_reference] = planner.residency();
+    let reference = match (kept, reference) {
+        (Some(kept), _) => {
+            ensure!(kept.len() == conversations.len(), "{} reference answers for {} samples", kept.len(), rules.len());
+            Reference::Kept(kept)
+        }
+        (None, None) => Reference::None,
+        (None, Some(opened)) => {
+            let folder = opened.checkpoint.folder().to_path_buf();
+            let loaded = opened.load(device, of_reference).with_context(|| cannot_refer(&folder))?;
+            Reference::Model(Box::new(loaded))
+        }
+    };
+    let evaluated = model.load(device, residency).with_context(cannot_evaluate)?;
+    heap::trim();
     let clock = StageClock::start(Stage::Evaluate, conversations.len() as u64, observer);
     let mut samples = Vec::with_capacity(conversations.len());
-    for (batch, rules) in conversations.chunks(BATCH).zip(rules.chunks(BATCH)) {
-        let kept;
-        let reference = match reference {
-            Reference::Kept(all) => {
-                kept = Reference::Kept(&all[samples.len()..samples.len() + batch.len()]);
-                &kept
-            }
-            Reference::Model(_) | Reference::None => reference,
-        };
-        samples.extend(score_batch(device, &evaluated, reference, batch, rules, settings)?);
-        observer.stage_advanced(Stage::Evaluate, samples.len() as u64, "");
+    for batch in conversations.chunks(BATCH) {
+        let whole = evaluated.opened.build(batch)?;
+        let limits: Vec<usize> = batch.iter().map(|c| settings.max_new_tokens(c)).collect();
+        for run in planner.batch(&whole, &limits)? {
+            let first = samples.len();
+            let asked = Asked {
+                conversations: &batch[run.clone()],
+                whole: &whole[run.clone()],
+                limits: &limits[run.clone()],
+                rules: &rules[first..][..run.len()],
+                settings,
+            };
+            let own;
+            let reference = match &reference {
+                Reference::Kept(all) => {
+                    own = Reference::Kept(&all[first..][..run.len()]);
+                    &own
+                }
+                Reference::Model(_) | Reference::None => &reference,
+            };
+            samples.extend(asked.score(device, &evaluated, reference)?);
+            observer.stage_advanced(Stage::Evaluate, samples.len() as u64, "");
+        }
     }
     clock.finish(observer);
-    let conditions = Conditions::new(settings.preset, evaluated.builder.pixel_limits());
+    let plan = planner.plan();
+    plan.lines().iter().for_each(|line| log::info!("{line}"));
+    if let Some(peak) = status_bytes("VmHWM") {
+        log::info!("peak memory: {peak} bytes; {} bytes were planned", plan.host.bytes);
+    }
+    let conditions = Conditions::new(settings.preset, evaluated.opened.builder.pixel_limits());
     Ok(Evaluation::under(conditions, samples))
 }
 
@@ -215,103 +290,119 @@ fn rule(conversation: &Conversation) -> Result<(Metric, Vec<String>)> {
     Ok((metric, answers.into_iter().map(str::to_owned).collect()))
 }
 
+/// Some sequences as they go through a model: in chunks, with the features of each chunk's images.
+struct Seen<T> {
+    chunks: Vec<Range<usize>>,
+    features: Vec<Option<Features<T>>>,
+}
+
 impl<D: ModelOps> Evaluated<D> {
-    fn build(&self, batch: &[Conversation]) -> Result<Vec<Sequence>> {
-        batch.par_iter().map(|conversation| self.builder.build_answered(conversation)).collect()
+    /// Looks at the images of some sequences.
+    fn see(&self, device: &D, sequences: &[Sequence]) -> Result<Seen<D::Tensor>> {
+        let chunks = chunks(sequences.iter().map(|sequence| sequence.tokens.len() as u64), CHUNK_TOKENS);
+        let groups: Vec<Vec<&Sequence>> =
+            chunks.iter().map(|chunk| sequences[chunk.clone()].iter().collect()).collect();
+        Ok(Seen { features: self.model.embedder().features_of_each(device, &groups)?, chunks })
     }
 
-    /// Logits of every sequence's answer, `[answer tokens, vocab]`. `features`: those of the sequences' images, computed
-    /// here when absent.
-    fn answer_logits(
-        &self,
-        device: &D,
-        sequences: &[Sequence],
-        features: Option<&Features<D::Tensor>>,
-    ) -> Result<Vec<Matrix>> {
-        let references: Vec<&Sequence> = sequences.iter().collect();
-        let own = match features {
-            Some(_) => None,
-            None => self.model.embedder().image_features(device, &references)?,
-        };
-        let logits = likelihood::answer_logits(device, &self.model, &references, features.or(own.as_ref()))?;
-        let mut first = 0;
-        sequences
-            .iter()
-            .map(|sequence| {
-                let rows = first..first + sequence.answer.len();
-                first = rows.end;
-                slice(&logits, rows)
+    /// The decoder's input of sequences that have these images.
+    fn embed(&self, device: &D, sequences: &[Sequence], seen: &Seen<D::Tensor>) -> Result<Vec<Stream<D::Tensor>>> {
+        let chunks = seen.chunks.iter().zip(&seen.features);
+        chunks
+            .map(|(chunk, features)| {
+                let sequences: Vec<&Sequence> = sequences[chunk.clone()].iter().collect();
+                let (x, layout) = self.model.embedder().embed(device, &sequences, features.as_ref())?;
+                Ok(Stream { x, layout })
             })
             .collect()
     }
+
+    /// Logits of every sequence's answer, `[answer tokens, vocab]`.
+    fn answer_logits(&self, device: &D, sequences: &[Sequence], seen: &Seen<D::Tensor>) -> Result<Vec<Matrix>> {
+        likelihood::answer_logits(device, &self.model, sequences, self.embed(device, sequences, seen)?)
+    }
 }
 
-fn score_batch<D: ModelOps>(
-    device: &D,
-    evaluated: &Evaluated<D>,
-    reference: &Reference<'_, D>,
-    batch: &[Conversation],
-    rules: &[(Metric, Vec<String>)],
-    settings: &EvaluationSettings,
-) -> Result<Vec<SampleResult>> {
-    let Evaluated { answers_stop, model, builder } = evaluated;
-    let whole = evaluated.build(batch)?;
-    // A prompt has the images of its whole conversation: the vision tower runs once for both.
-    let features = model.embedder().image_features(device, &whole.iter().collect::<Vec<_>>())?;
-    let which = || format!("samples {} to {}", batch[0].id, batch[batch.len() - 1].id);
-    let decoded = if settings.decode {
-        let prompts: Vec<Sequence> = batch.par_iter().map(|c| builder.prompt(c)).collect::<Result<_>>()?;
-        let prompts: Vec<&Sequence> = prompts.iter().collect();
-        let limits: Vec<usize> = batch.iter().map(|c| settings.max_new_tokens(c)).collect();
-        generate::greedy(device, model, &prompts, features.as_ref(), &limits, builder.end_tokens())
-            .with_context(which)?
-    } else {
-        vec![Vec::new(); batch.len()]
-    };
-    let logits = evaluated.answer_logits(device, &whole, features.as_ref()).with_context(which)?;
-    let computed;
-    let reference: Option<&[Matrix]> = match reference {
-        Reference::None => None,
-        Reference::Kept(kept) => Some(kept),
-        Reference::Model(reference) => {
-            let sequences = reference.build(batch)?;
-            for (ours, theirs) in whole.iter().zip(&sequences) {
-                ensure!(
-                    ours.tokens == theirs.tokens,
-                    "sample {}: the reference model's tokenizer or template gives other tokens than the model's",
-                    ours.id
-                );
-            }
-            computed = reference.answer_logits(device, &sequences, None)?;
-            Some(&computed)
-        }
-    };
+/// Samples that are answered together.
+struct Asked<'a> {
+    conversations: &'a [Conversation],
+    /// With their right answers.
+    whole: &'a [Sequence],
+    /// Most tokens of an answer.
+    limits: &'a [usize],
+    rules: &'a [(Metric, Vec<String>)],
+    settings: &'a EvaluationSettings,
+}
 
-    // Each over the whole vocabulary, for every token of an answer.
-    (0..batch.len())
-        .into_par_iter()
-        .map(|i| {
-            let (conversation, sequence, (metric, answers)) = (&batch[i], &whole[i], &rules[i]);
-            let kl = reference.map(|reference| likelihood::divergence(&reference[i], &logits[i])).transpose()?;
-            let agreeing = reference.map(|reference| likelihood::agreeing(&reference[i], &logits[i]));
-            let nll = likelihood::negative_log_likelihood(&logits[i], &sequence.tokens[sequence.answer.clone()]);
-            let whole = builder.decode(&decoded[i])?;
-            let answer =
-                settings.preset.map_or(whole.as_str(), |preset| preset.kept(*answers_stop, &whole)).trim().to_owned();
-            Ok(SampleResult {
-                id: conversation.id.clone(),
-                group: conversation.group.clone(),
-                question: last_turn(conversation),
-                expected: answers.clone(),
-                score: metric.score(&answer, answers),
-                answer,
-                answer_tokens: sequence.answer.len(),
-                nll,
-                kl,
-                agreeing,
+impl Asked<'_> {
+    fn score<D: ModelOps>(
+        &self,
+        device: &D,
+        evaluated: &Evaluated<D>,
+        reference: &Reference<'_, D>,
+    ) -> Result<Vec<SampleResult>> {
+        let Self { conversations, whole, limits, rules, settings } = *self;
+        let Opened { builder, answers_stop, .. } = &evaluated.opened;
+        // A prompt has the images of its whole conversation: the vision tower runs once for both.
+        let seen = evaluated.see(device, whole)?;
+        heap::trim();
+        let which = || format!("samples {} to {}", whole[0].id, whole[whole.len() - 1].id);
+        let decoded = if settings.decode {
+            let prompts: Vec<Sequence> = conversations.par_iter().map(|c| builder.prompt(c)).collect::<Result<_>>()?;
+            let streams = evaluated.embed(device, &prompts, &seen)?;
+            let answers = generate::greedy(device, &evaluated.model, &prompts, streams, limits, builder.end_tokens());
+            heap::trim();
+            answers.with_context(which)?
+        } else {
+            vec![Vec::new(); whole.len()]
+        };
+        let logits = evaluated.answer_logits(device, whole, &seen).with_context(which)?;
+        drop(seen);
+        heap::trim();
+        let computed;
+        let reference: Option<&[Matrix]> = match reference {
+            Reference::None => None,
+            Reference::Kept(kept) => Some(kept),
+            Reference::Model(reference) => {
+                let sequences = reference.opened.build(conversations)?;
+                for (ours, theirs) in whole.iter().zip(&sequences) {
+                    ensure!(
+                        ours.tokens == theirs.tokens,
+                        "sample {}: the reference model's tokenizer or template gives other tokens than the model's",
+                        ours.id
+                    );
+                }
+                computed = reference.answer_logits(device, &sequences, &reference.see(device, &sequences)?)?;
+                Some(&computed)
+            }
+        };
+
+        // Each over the whole vocabulary, for every token of an answer.
+        (0..whole.len())
+            .into_par_iter()
+            .map(|i| {
+                let (conversation, sequence, (metric, answers)) = (&conversations[i], &whole[i], &rules[i]);
+                let kl = reference.map(|reference| likelihood::divergence(&reference[i], &logits[i])).transpose()?;
+                let agreeing = reference.map(|reference| likelihood::agreeing(&reference[i], &logits[i]));
+                let nll = likelihood::negative_log_likelihood(&logits[i], &sequence.tokens[sequence.answer.clone()]);
+                let said = builder.decode(&decoded[i])?;
+                let answer = settings.preset.map_or(said.as_str(), |preset| preset.kept(*answers_stop, &said));
+                let answer = answer.trim().to_owned();
+                Ok(SampleResult {
+                    id: conversation.id.clone(),
+                    group: conversation.group.clone(),
+                    question: last_turn(conversation),
+                    expected: answers.clone(),
+                    score: metric.score(&answer, answers),
+                    answer,
+                    answer_tokens: sequence.answer.len(),
+                    nll,
+                    kl,
+                    agreeing,
+                })
             })
-        })
-        .collect()
+            .collect()
+    }
 }
 
 /// The turn that asks for the answer, as text.
@@ -322,9 +413,4 @@ fn last_turn(conversation: &Conversation) -> String {
         Part::Image(_) => "[image] ",
     });
     parts.collect::<String>().trim().to_owned()
-}
-
-fn slice(matrix: &Matrix, rows: Range<usize>) -> Result<Matrix> {
-    let cols = matrix.cols();
-    Matrix::new(rows.len(), cols, matrix.data()[rows.start * cols..rows.end * cols].to_vec())
 }

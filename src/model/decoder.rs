@@ -4,7 +4,7 @@
 //! {gate, up} and {down} are what the statistics are made of.
 
 use super::config::{DecoderConfig, DecoderNames};
-use crate::checkpoint::Checkpoint;
+use super::source::Source;
 use crate::device::{ModelOps, Rotary, Span};
 use anyhow::Result;
 
@@ -77,16 +77,9 @@ pub struct Linear<T> {
 
 impl<T> Linear<T> {
     /// Reads `module.weight` (plain or quantized) and, if asked for, `module.bias`.
-    pub fn load<D: ModelOps<Tensor = T>>(
-        device: &D,
-        checkpoint: &Checkpoint,
-        module: &str,
-        (outputs, inputs): (usize, usize),
-        bias: bool,
-    ) -> Result<Self> {
-        let weight = device.upload_model(checkpoint.linear(module, outputs, inputs)?)?;
-        let bias =
-            bias.then(|| device.upload_model(checkpoint.vector(&format!("{module}.bias"), outputs)?)).transpose()?;
+    pub fn load<S: Source<Tensor = T>>(source: &S, module: &str, shape: (usize, usize), bias: bool) -> Result<Self> {
+        let weight = source.linear(module, shape)?;
+        let bias = bias.then(|| source.vector(&format!("{module}.bias"), shape.0)).transpose()?;
         Ok(Self { weight, bias })
     }
 
@@ -176,17 +169,14 @@ pub struct Block<T> {
 
 impl<T> Block<T> {
     /// Reads block `index`.
-    pub fn load<D: ModelOps<Tensor = T>>(
-        device: &D,
-        checkpoint: &Checkpoint,
+    pub fn load<S: Source<Tensor = T>>(
+        source: &S,
         config: &DecoderConfig,
         names: &DecoderNames,
         index: usize,
     ) -> Result<Self> {
-        let norm = |name: &str, width: usize| {
-            let name = format!("{}layers.{index}.{name}.weight", names.prefix);
-            device.upload_model(checkpoint.vector(&name, width)?)
-        };
+        let norm =
+            |name: &str, width: usize| source.vector(&format!("{}layers.{index}.{name}.weight", names.prefix), width);
         let head_norm = |name: &str| -> Result<HeadNorm<T>> {
             Ok(HeadNorm { weight: norm(name, config.attention.head_dim)?, eps: config.norm_eps })
         };
@@ -199,7 +189,7 @@ impl<T> Block<T> {
             .map(|&projection| {
                 let module = module_name(names, index, projection);
                 let bias = projection.has_bias(config);
-                Linear::load(device, checkpoint, &module, projection.shape(config), bias)
+                Linear::load(source, &module, projection.shape(config), bias)
             })
             .collect::<Result<_>>()?;
         Ok(Self {

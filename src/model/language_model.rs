@@ -4,11 +4,19 @@ use super::config::DecoderConfig;
 use super::decoder::{Attended, Block, DeepStack, Layout, Projection};
 use super::families::{self, Features, Head, ModelConfig, VisionTower};
 use super::rope::{self, RopeAxes};
+use super::source::{Headers, Source, Weights};
 use crate::calibration::image::ImagePatches;
 use crate::calibration::sequence::Sequence;
 use crate::checkpoint::Checkpoint;
 use crate::device::{ModelOps, Rotary, Span};
+use crate::tensor::Matrix;
 use anyhow::{Context, Result, bail, ensure};
+use serde::Serialize;
+use std::ops::Deref;
+use std::sync::Arc;
+
+/// Rows of the output head that are looked at together where it is not held.
+pub const HEAD_ROWS: usize = 2048;
 
 /// What turns the places of tokens into what goes with them through the decoder.
 pub struct Positions {
@@ -42,43 +50,59 @@ pub fn image_rows(sequences: &[&Sequence], image_token: u32) -> Vec<u32> {
 }
 
 /// What turns sequences into the decoder's input: embedding table, vision tower, rotary frequencies.
+///
+/// Of the table, which may be a quarter of a model, rows are read from the file as they are asked for.
 pub struct Embedder<D: ModelOps> {
-    table: D::Tensor,
+    checkpoint: Arc<Checkpoint>,
+    config: ModelConfig,
     tower: Option<Box<dyn VisionTower<D>>>,
-    image_token: u32,
     positions: Positions,
 }
 
 impl<D: ModelOps> Embedder<D> {
-    /// Reads the embedding and, unless `text_only`, the vision tower.
-    pub fn load(device: &D, checkpoint: &Checkpoint, config: &ModelConfig, text_only: bool) -> Result<Self> {
-        let decoder = &config.decoder;
-        let name = format!("{}embed_tokens.weight", config.names.prefix);
-        let tower = match text_only {
-            true => None,
-            false => {
-                let family = families::of::<D>(checkpoint)?;
-                Some(family.vision_tower(device, checkpoint).with_context(|| {
-                    let file = checkpoint.folder().join("config.json");
-                    format!("{}: the vision tower of {} as vision_config has it", file.display(), family.model_type())
-                })?)
-            }
-        };
+    /// Of a checkpoint, with the vision tower on the device. Without `tower` it is loaded whenever there are images, and given back
+    /// behind them.
+    pub fn load(device: &D, checkpoint: &Arc<Checkpoint>, config: &ModelConfig, tower: bool) -> Result<Self> {
+        check_table(&Headers(checkpoint), config)?;
         Ok(Self {
-            table: device.upload_model(checkpoint.matrix(&name, decoder.vocab, decoder.hidden)?)?,
-            tower,
-            image_token: config.image_token,
-            positions: Positions::new(decoder),
+            checkpoint: Arc::clone(checkpoint),
+            config: config.clone(),
+            tower: tower.then(|| vision_tower(device, checkpoint)).transpose()?,
+            positions: Positions::new(&config.decoder),
         })
     }
 
     /// Features of all images of some sequences, in order; `None` where there is no image.
     pub fn image_features(&self, device: &D, sequences: &[&Sequence]) -> Result<Option<Features<D::Tensor>>> {
-        let images: Vec<&ImagePatches> = sequences.iter().flat_map(|s| &s.images).collect();
-        match &self.tower {
-            Some(tower) if !images.is_empty() => Ok(Some(tower.encode(device, &images)?)),
-            _ => Ok(None),
+        Ok(self.features_of_each(device, &[sequences])?.pop().flatten())
+    }
+
+    /// [`image_features`](Self::image_features) of one group of sequences after the other.
+    pub fn features_of_each<'s>(
+        &self,
+        device: &D,
+        groups: &[impl AsRef<[&'s Sequence]>],
+    ) -> Result<Vec<Option<Features<D::Tensor>>>> {
+        let images = |group: &[&'s Sequence]| -> Vec<&'s ImagePatches> {
+            let sequences: Vec<&'s Sequence> = group.to_vec();
+            sequences.into_iter().flat_map(|s| &s.images).collect()
+        };
+        let mut loaded = None;
+        let mut features = Vec::with_capacity(groups.len());
+        for group in groups {
+            let images = images(group.as_ref());
+            if images.is_empty() {
+                features.push(None);
+                continue;
+            }
+            let tower = match (&self.tower, &mut loaded) {
+                (Some(tower), _) => tower,
+                (None, Some(tower)) => &*tower,
+                (None, loaded) => &*loaded.insert(vision_tower(device, &self.checkpoint)?),
+            };
+            features.push(Some(tower.encode(device, &images)?));
         }
+        Ok(features)
     }
 
     /// Packs sequences into the decoder's input `[tokens, hidden]`, the features of their images in the placeholders'
@@ -90,7 +114,7 @@ impl<D: ModelOps> Embedder<D> {
         features: Option<&Features<D::Tensor>>,
     ) -> Result<(D::Tensor, Layout<D::Tensor>)> {
         let tokens: Vec<u32> = sequences.iter().flat_map(|s| s.tokens.iter().copied()).collect();
-        let (vocab, _) = device.shape(&self.table);
+        let vocab = self.config.decoder.vocab;
         for sequence in sequences {
             if let Some(token) = sequence.tokens.iter().find(|&&token| token as usize >= vocab) {
                 bail!(
@@ -103,13 +127,13 @@ impl<D: ModelOps> Embedder<D> {
         let mut x = self.embed_tokens(device, &tokens)?;
         let mut deepstack = None;
         if let Some(features) = features {
-            let places = image_rows(sequences, self.image_token);
+            let places = image_rows(sequences, self.config.image_token);
             let (rows, _) = device.shape(&features.tokens);
             ensure!(
                 rows == places.len(),
                 "{} image tokens (id {}) in samples {}, but the vision tower made {rows} features of their images",
                 places.len(),
-                self.image_token,
+                self.config.image_token,
                 sequences.iter().map(|s| s.id.as_str()).collect::<Vec<_>>().join(", ")
             );
             device.scatter_rows(&mut x, &places, &features.tokens)?;
@@ -131,7 +155,9 @@ impl<D: ModelOps> Embedder<D> {
 
     /// Rows of the embedding table.
     fn embed_tokens(&self, device: &D, tokens: &[u32]) -> Result<D::Tensor> {
-        device.gather_rows(&self.table, tokens)
+        let decoder = &self.config.decoder;
+        let name = self.config.table_name();
+        device.upload_model(self.checkpoint.gathered_rows(&name, decoder.vocab, decoder.hidden, tokens)?)
     }
 }
 
@@ -160,34 +186,119 @@ pub struct Cache<T> {
     blocks: Vec<(T, T)>,
 }
 
-/// A model that is wholly on the device, for evaluation.
+/// The embedding table, of a source that keeps nothing of it.
+fn check_table(headers: &Headers<'_>, config: &ModelConfig) -> Result<()> {
+    headers.matrix(&config.table_name(), config.decoder.vocab, config.decoder.hidden)
+}
+
+/// The last norm.
+pub fn last_norm<S: Source>(source: &S, config: &ModelConfig) -> Result<S::Tensor> {
+    source.vector(&format!("{}norm.weight", config.names.prefix), config.decoder.hidden)
+}
+
+/// The output head.
+fn output_head<S: Source>(source: &S, config: &ModelConfig) -> Result<S::Tensor> {
+    source.matrix(&config.head_name()?, config.decoder.vocab, config.decoder.hidden)
+}
+
+/// Hands out the output head, [`HEAD_ROWS`] rows at a time, with the number of the first of them.
+pub fn parts_of_head<D: ModelOps>(
+    device: &D,
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    mut part: impl FnMut(usize, &D::Tensor) -> Result<()>,
+) -> Result<()> {
+    let (head, decoder) = (config.head_name()?, &config.decoder);
+    for first in (0..decoder.vocab).step_by(HEAD_ROWS) {
+        let rows = first..(first + HEAD_ROWS).min(decoder.vocab);
+        part(first, &device.upload_model(checkpoint.matrix_rows(&head, decoder.vocab, decoder.hidden, rows)?)?)?;
+    }
+    Ok(())
+}
+
+/// Loads the vision tower of a checkpoint.
+fn vision_tower<D: ModelOps>(device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {
+    let family = families::of::<D>(checkpoint)?;
+    family.vision_tower(device, checkpoint).with_context(|| of_vision_config(checkpoint, family.model_type()))
+}
+
+fn of_vision_config(checkpoint: &Checkpoint, family: &str) -> String {
+    let file = checkpoint.folder().join("config.json");
+    format!("{}: the vision tower of {family} as vision_config has it", file.display())
+}
+
+/// Refuses a checkpoint in which a tensor that a run reads is missing, or of another shape or type, by the headers alone: the
+/// embedding, all blocks, the last norm, the head where there is one, and, where samples have images, the vision tower.
+pub fn check_headers<D: ModelOps>(checkpoint: &Checkpoint, config: &ModelConfig, images: bool) -> Result<()> {
+    let headers = Headers(checkpoint);
+    check_table(&headers, config)?;
+    for index in 0..config.decoder.layers {
+        Block::load(&headers, &config.decoder, &config.names, index)?;
+    }
+    last_norm(&headers, config)?;
+    if config.head != Head::Missing {
+        output_head(&headers, config)?;
+    }
+    if images {
+        let family = families::of::<D>(checkpoint)?;
+        let checked = family.check_vision_tower(checkpoint);
+        checked.with_context(|| of_vision_config(checkpoint, family.model_type()))?;
+    }
+    Ok(())
+}
+
+/// Where the weights of a model that is evaluated are between passes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Residency {
+    /// All of them on the device.
+    #[default]
+    Resident,
+    /// In the file, but for the first blocks: the vision tower is loaded for the images, and for every pass one of the other blocks
+    /// after the other and the head part by part, so that no more than one of these is on the device.
+    Streamed {
+        /// Blocks that are held.
+        held: usize,
+    },
+}
+
+/// Some packed sequences on their way through the decoder.
+pub struct Stream<T> {
+    /// The residual stream, `[tokens, hidden]`.
+    pub x: T,
+    /// What goes with them.
+    pub layout: Layout<T>,
+}
+
+/// A model for evaluation.
 pub struct LanguageModel<D: ModelOps> {
-    decoder: DecoderConfig,
     embedder: Embedder<D>,
+    /// The first ones, all where they are not streamed.
     blocks: Vec<Block<D::Tensor>>,
     norm: D::Tensor,
-    /// `None`: tied to the embedding.
+    /// `None` where it is streamed.
     head: Option<D::Tensor>,
 }
 
 impl<D: ModelOps> LanguageModel<D> {
-    /// Reads a float checkpoint, or a quantized one in any format that this crate writes.
-    pub fn load(device: &D, checkpoint: &Checkpoint) -> Result<Self> {
+    /// Reads a float checkpoint, or a quantized one in any format that this crate writes. Errors as [`check_headers`], and where
+    /// there is no output head.
+    pub fn load(device: &D, checkpoint: &Arc<Checkpoint>, residency: Residency) -> Result<Self> {
         let config = families::of::<D>(checkpoint)?.config(checkpoint)?;
-        let decoder = config.decoder.clone();
-        let blocks = (0..decoder.layers)
-            .map(|i| Block::load(device, checkpoint, &decoder, &config.names, i))
-            .collect::<Result<_>>()?;
-        let norm =
-            device.upload_model(checkpoint.vector(&format!("{}norm.weight", config.names.prefix), decoder.hidden)?)?;
-        let head = match config.head {
-            Head::Embedding => None,
-            Head::Stored | Head::Missing => {
-                Some(device.upload_model(checkpoint.matrix(&config.head_name()?, decoder.vocab, decoder.hidden)?)?)
-            }
+        config.head_name()?;
+        check_headers::<D>(checkpoint, &config, true)?;
+        let weights = Weights::new(device, checkpoint);
+        let (resident, held) = match residency {
+            Residency::Resident => (true, config.decoder.layers),
+            Residency::Streamed { held } => (false, held.min(config.decoder.layers)),
         };
-        let embedder = Embedder::load(device, checkpoint, &config, false)?;
-        Ok(Self { decoder, embedder, blocks, norm, head })
+        let block = |i| Block::load(&weights, &config.decoder, &config.names, i);
+        Ok(Self {
+            blocks: (0..held).map(block).collect::<Result<_>>()?,
+            norm: last_norm(&weights, &config)?,
+            head: resident.then(|| output_head(&weights, &config)).transpose()?,
+            embedder: Embedder::load(device, checkpoint, &config, resident)?,
+        })
     }
 
     /// Embedding table and vision tower.
@@ -195,72 +306,145 @@ impl<D: ModelOps> LanguageModel<D> {
         &self.embedder
     }
 
+    fn decoder(&self) -> &DecoderConfig {
+        &self.embedder.config.decoder
+    }
+
     /// The decoder's input for one more token of each sequence, at the given text positions.
-    pub fn embed_next(&self, device: &D, tokens: &[u32], positions: &[u32]) -> Result<(D::Tensor, Layout<D::Tensor>)> {
+    pub fn embed_next(&self, device: &D, tokens: &[u32], positions: &[u32]) -> Result<Stream<D::Tensor>> {
         let positions: Vec<[u32; 3]> = positions.iter().map(|&p| [p; 3]).collect();
         let rotary = self.embedder.positions.rotary(device, &positions)?;
         let layout = Layout { rotary, spans: spans(tokens.iter().map(|_| 1)), deepstack: None };
-        Ok((self.embedder.embed_tokens(device, tokens)?, layout))
+        Ok(Stream { x: self.embedder.embed_tokens(device, tokens)?, layout })
+    }
+
+    /// Block `index`, from where it is.
+    fn block(&self, device: &D, index: usize) -> Result<Lent<'_, D::Tensor>> {
+        match self.blocks.get(index) {
+            Some(block) => Ok(Lent::Held(block)),
+            None => {
+                let Embedder { checkpoint, config, .. } = &self.embedder;
+                let weights = Weights::new(device, checkpoint);
+                Block::load(&weights, &config.decoder, &config.names, index).map(Lent::Loaded)
+            }
+        }
     }
 
     /// Runs all blocks and the last norm over packed sequences: `[tokens, hidden]` → `[tokens, hidden]`.
-    pub fn forward(&self, device: &D, mut x: D::Tensor, layout: &Layout<D::Tensor>) -> Result<D::Tensor> {
-        for (index, block) in self.blocks.iter().enumerate() {
-            let attention = block.output_input(device, &self.decoder, &x, layout)?;
-            block.add_output(device, &mut x, Projection::O, &attention)?;
-            let inner = block.down_input(device, &self.decoder, &x)?;
-            block.add_output(device, &mut x, Projection::Down, &inner)?;
-            layout.add_deepstack(device, &mut x, index)?;
-            check_finite(device, &x, index)?;
-        }
-        device.rms_norm(&x, &self.norm, self.decoder.norm_eps)
+    pub fn forward(&self, device: &D, x: D::Tensor, layout: Layout<D::Tensor>) -> Result<D::Tensor> {
+        let mut streams = [Stream { x, layout }];
+        self.forward_all(device, &mut streams, None)?;
+        let [stream] = streams;
+        Ok(stream.x)
     }
 
-    /// As [`forward`](Self::forward), with every sequence attending to its cache as well, which grows by what is new.
-    pub fn forward_cached(
+    /// Runs all blocks and the last norm over each of some streams. With `caches`, one a sequence in the order of the streams, every
+    /// sequence attends to its cache as well, which grows by what is new.
+    pub fn forward_all(
         &self,
         device: &D,
-        mut x: D::Tensor,
-        layout: &Layout<D::Tensor>,
-        caches: &mut [Cache<D::Tensor>],
-    ) -> Result<D::Tensor> {
-        ensure!(caches.len() == layout.spans.len(), "{} caches for {} sequences", caches.len(), layout.spans.len());
-        for (index, block) in self.blocks.iter().enumerate() {
-            let input = block.attention_input(device, &self.decoder, &x)?;
-            let Attended { mut q, k, v } = block.attended(device, &input, &layout.rotary)?;
-            for (cache, span) in caches.iter_mut().zip(&layout.spans) {
-                let (k, v) = (device.slice_rows(&k, span.k.clone())?, device.slice_rows(&v, span.k.clone())?);
-                match cache.blocks.get_mut(index) {
-                    Some((keys, values)) => {
-                        device.append_rows(keys, &k)?;
-                        device.append_rows(values, &v)?;
-                    }
-                    None => cache.blocks.push((k, v)),
-                }
-                let (keys, values) = &cache.blocks[index];
-                let own = Span { q: 0..span.q.len(), k: 0..device.shape(keys).0 };
-                let queries = device.slice_rows(&q, span.q.clone())?;
-                let out = device.attention(&queries, keys, values, &[own], self.decoder.attention)?;
-                let rows: Vec<u32> = (span.q.start as u32..span.q.end as u32).collect();
-                device.scatter_rows(&mut q, &rows, &out)?;
-            }
-            block.add_output(device, &mut x, Projection::O, &q)?;
-            let inner = block.down_input(device, &self.decoder, &x)?;
-            block.add_output(device, &mut x, Projection::Down, &inner)?;
-            layout.add_deepstack(device, &mut x, index)?;
-            check_finite(device, &x, index)?;
+        streams: &mut [Stream<D::Tensor>],
+        mut caches: Option<&mut [Cache<D::Tensor>]>,
+    ) -> Result<()> {
+        let decoder = self.decoder();
+        let sequences = streams.iter().map(|stream| stream.layout.spans.len()).sum::<usize>();
+        if let Some(caches) = &caches {
+            ensure!(caches.len() == sequences, "{} caches for {sequences} sequences", caches.len());
         }
-        device.rms_norm(&x, &self.norm, self.decoder.norm_eps)
+        for index in 0..decoder.layers {
+            let block = self.block(device, index)?;
+            let mut rest = caches.as_deref_mut();
+            for Stream { x, layout } in streams.iter_mut() {
+                let attended = match rest.take() {
+                    None => block.output_input(device, decoder, x, layout)?,
+                    Some(caches) => {
+                        let (own, others) = caches.split_at_mut(layout.spans.len());
+                        rest = Some(others);
+                        attend_cached(device, &block, index, decoder, x, layout, own)?
+                    }
+                };
+                block.add_output(device, x, Projection::O, &attended)?;
+                drop(attended);
+                let inner = block.down_input(device, decoder, x)?;
+                block.add_output(device, x, Projection::Down, &inner)?;
+                layout.add_deepstack(device, x, index)?;
+                check_finite(device, x, index)?;
+            }
+        }
+        for Stream { x, .. } in streams {
+            *x = device.rms_norm(x, &self.norm, decoder.norm_eps)?;
+        }
+        Ok(())
     }
 
     /// An empty cache.
     pub fn cache(&self) -> Cache<D::Tensor> {
-        Cache { blocks: Vec::with_capacity(self.blocks.len()) }
+        Cache { blocks: Vec::with_capacity(self.decoder().layers) }
     }
 
     /// Logits `[rows, vocab]` of some rows of the output of [`forward`](Self::forward).
-    pub fn logits(&self, device: &D, hidden: &D::Tensor, rows: &[u32]) -> Result<D::Tensor> {
-        let rows = device.gather_rows(hidden, rows)?;
-        device.linear(&rows, self.head.as_ref().unwrap_or(&self.embedder.table), None)
+    pub fn logits(&self, device: &D, hidden: &D::Tensor, rows: &[u32]) -> Result<Matrix> {
+        let hidden = device.gather_rows(hidden, rows)?;
+        if let Some(head) = &self.head {
+            return device.download(&device.linear(&hidden, head, None)?);
+        }
+        let Embedder { checkpoint, config, .. } = &self.embedder;
+        let mut logits = Matrix::zeros(rows.len(), config.decoder.vocab);
+        parts_of_head(device, checkpoint, config, |first, part| {
+            let some = device.download(&device.linear(&hidden, part, None)?)?;
+            for row in 0..some.rows() {
+                logits.row_mut(row)[first..][..some.cols()].copy_from_slice(some.row(row));
+            }
+            Ok(())
+        })?;
+        Ok(logits)
     }
+}
+
+/// A block that stays where it is, or one that goes.
+enum Lent<'a, T> {
+    Held(&'a Block<T>),
+    Loaded(Block<T>),
+}
+
+impl<T> Deref for Lent<'_, T> {
+    type Target = Block<T>;
+
+    fn deref(&self) -> &Block<T> {
+        match self {
+            Self::Held(block) => block,
+            Self::Loaded(block) => block,
+        }
+    }
+}
+
+/// Input of o of sequences that attend to their caches, which grow by their keys and values.
+fn attend_cached<D: ModelOps>(
+    device: &D,
+    block: &Block<D::Tensor>,
+    index: usize,
+    decoder: &DecoderConfig,
+    x: &D::Tensor,
+    layout: &Layout<D::Tensor>,
+    caches: &mut [Cache<D::Tensor>],
+) -> Result<D::Tensor> {
+    let input = block.attention_input(device, decoder, x)?;
+    let Attended { mut q, k, v } = block.attended(device, &input, &layout.rotary)?;
+    for (cache, span) in caches.iter_mut().zip(&layout.spans) {
+        let (k, v) = (device.slice_rows(&k, span.k.clone())?, device.slice_rows(&v, span.k.clone())?);
+        match cache.blocks.get_mut(index) {
+            Some((keys, values)) => {
+                device.append_rows(keys, &k)?;
+                device.append_rows(values, &v)?;
+            }
+            None => cache.blocks.push((k, v)),
+        }
+        let (keys, values) = &cache.blocks[index];
+        let own = Span { q: 0..span.q.len(), k: 0..device.shape(keys).0 };
+        let queries = device.slice_rows(&q, span.q.clone())?;
+        let out = device.attention(&queries, keys, values, &[own], decoder.attention)?;
+        let rows: Vec<u32> = (span.q.start as u32..span.q.end as u32).collect();
+        device.scatter_rows(&mut q, &rows, &out)?;
+    }
+    Ok(q)
 }

@@ -4,5 +4,7 @@ pub mod config;
 pub mod decoder;
 pub mod families;
 pub mod language_model;
+pub mod parts;
 pub mod rope;
+pub mod source;
 pub mod vision;

@@ -1,7 +1,7 @@
 //! Parts that vision towers are made of.
 
 use super::decoder::Linear;
-use crate::checkpoint::Checkpoint;
+use super::source::Source;
 use crate::device::{Activation, AttentionShape, ModelOps, Rotary, Span};
 use anyhow::Result;
 
@@ -39,24 +39,14 @@ pub enum Norm<T> {
 
 impl<T> Norm<T> {
     /// Reads `module.weight` and `module.bias`.
-    pub fn layer<D: ModelOps<Tensor = T>>(
-        device: &D,
-        checkpoint: &Checkpoint,
-        module: &str,
-        width: usize,
-    ) -> Result<Self> {
-        let part = |part: &str| device.upload_model(checkpoint.vector(&format!("{module}.{part}"), width)?);
+    pub fn layer<S: Source<Tensor = T>>(source: &S, module: &str, width: usize) -> Result<Self> {
+        let part = |part: &str| source.vector(&format!("{module}.{part}"), width);
         Ok(Self::Layer { weight: part("weight")?, bias: part("bias")? })
     }
 
     /// Reads `module.weight`.
-    pub fn rms<D: ModelOps<Tensor = T>>(
-        device: &D,
-        checkpoint: &Checkpoint,
-        module: &str,
-        width: usize,
-    ) -> Result<Self> {
-        Ok(Self::Rms { weight: device.upload_model(checkpoint.vector(&format!("{module}.weight"), width)?)? })
+    pub fn rms<S: Source<Tensor = T>>(source: &S, module: &str, width: usize) -> Result<Self> {
+        Ok(Self::Rms { weight: source.vector(&format!("{module}.weight"), width)? })
     }
 
     /// Normalises every row.
@@ -94,27 +84,25 @@ pub enum Mlp<T> {
 
 impl<T> Mlp<T> {
     /// Reads two layers with a nonlinearity between them. `widths` are input, inner and output width.
-    pub fn plain<D: ModelOps<Tensor = T>>(
-        device: &D,
-        checkpoint: &Checkpoint,
+    pub fn plain<S: Source<Tensor = T>>(
+        source: &S,
         (first, second): (&str, &str),
         widths: [usize; 3],
         activation: Activation,
     ) -> Result<Self> {
-        let first = Linear::load(device, checkpoint, first, (widths[1], widths[0]), true)?;
-        let second = Linear::load(device, checkpoint, second, (widths[2], widths[1]), true)?;
+        let first = Linear::load(source, first, (widths[1], widths[0]), true)?;
+        let second = Linear::load(source, second, (widths[2], widths[1]), true)?;
         Ok(Self::Plain { first, second, activation })
     }
 
     /// Reads `module.gate_proj`, `module.up_proj` and `module.down_proj`. `widths` are input (and output) and inner width.
-    pub fn gated<D: ModelOps<Tensor = T>>(
-        device: &D,
-        checkpoint: &Checkpoint,
+    pub fn gated<S: Source<Tensor = T>>(
+        source: &S,
         module: &str,
         (width, inner): (usize, usize),
         activation: Activation,
     ) -> Result<Self> {
-        let part = |part: &str, shape| Linear::load(device, checkpoint, &format!("{module}.{part}"), shape, true);
+        let part = |part: &str, shape| Linear::load(source, &format!("{module}.{part}"), shape, true);
         Ok(Self::Gated {
             gate: part("gate_proj", (inner, width))?,
             up: part("up_proj", (inner, width))?,
@@ -153,36 +141,21 @@ pub struct Attention<T> {
 
 impl<T> Attention<T> {
     /// Reads `module.qkv` (`[3 · width, width]`, queries first, then keys, then values) and `module.proj`.
-    pub fn fused<D: ModelOps<Tensor = T>>(
-        device: &D,
-        checkpoint: &Checkpoint,
-        module: &str,
-        width: usize,
-        heads: usize,
-    ) -> Result<Self> {
-        let weight = checkpoint.linear(&format!("{module}.qkv"), 3 * width, width)?;
-        let weight = device.upload_model(weight)?;
-        let bias = device
-            .upload_model(checkpoint.vector(&format!("{module}.qkv.bias"), 3 * width)?.reshaped(3 * width, 1)?)?;
+    pub fn fused<S: Source<Tensor = T>>(source: &S, module: &str, width: usize, heads: usize) -> Result<Self> {
+        let weight = source.linear(&format!("{module}.qkv"), (3 * width, width))?;
         let part = |i: usize| -> Result<Linear<T>> {
             let rows = i * width..(i + 1) * width;
-            let bias = device.reshape(device.slice_rows(&bias, rows.clone())?, 1, width)?;
-            Ok(Linear { weight: device.slice_rows(&weight, rows)?, bias: Some(bias) })
+            let bias = source.part_of_vector(&format!("{module}.qkv.bias"), 3 * width, rows.clone())?;
+            Ok(Linear { weight: source.rows(&weight, rows)?, bias: Some(bias) })
         };
         let qkv = [part(0)?, part(1)?, part(2)?];
-        let output = Linear::load(device, checkpoint, &format!("{module}.proj"), (width, width), true)?;
+        let output = Linear::load(source, &format!("{module}.proj"), (width, width), true)?;
         Ok(Self { qkv, output, shape: bidirectional(width, heads) })
     }
 
     /// Reads `module.q_proj`, `module.k_proj`, `module.v_proj` and `module.out_proj`, all `[width, width]`.
-    pub fn separate<D: ModelOps<Tensor = T>>(
-        device: &D,
-        checkpoint: &Checkpoint,
-        module: &str,
-        width: usize,
-        heads: usize,
-    ) -> Result<Self> {
-        let part = |part: &str| Linear::load(device, checkpoint, &format!("{module}.{part}"), (width, width), true);
+    pub fn separate<S: Source<Tensor = T>>(source: &S, module: &str, width: usize, heads: usize) -> Result<Self> {
+        let part = |part: &str| Linear::load(source, &format!("{module}.{part}"), (width, width), true);
         let qkv = [part("q_proj")?, part("k_proj")?, part("v_proj")?];
         Ok(Self { qkv, output: part("out_proj")?, shape: bidirectional(width, heads) })
     }

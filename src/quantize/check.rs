@@ -12,6 +12,8 @@ use crate::calibration::sequence::Sequence;
 use crate::checkpoint::Checkpoint;
 use crate::device::ModelOps;
 use crate::model::families::ModelConfig;
+use crate::model::language_model::{last_norm, parts_of_head};
+use crate::model::source::Weights;
 use crate::progress::Stop;
 use crate::tensor::Matrix;
 use anyhow::{Context, Result};
@@ -30,9 +32,6 @@ pub const MOST_TOKENS: usize = 512;
 
 /// With so many tokens of answers nothing else is asked: what a template repeats, every model knows.
 const ENOUGH_ANSWERS: usize = 64;
-
-/// Rows of the output head that are on the device at a time.
-pub const HEAD_ROWS: usize = 2048;
 
 /// Share of guessing's divergence ([`ModelCheck::kl_guess`]) beyond which the quantized path's predictions are no longer the
 /// float path's. Measured on samples held out, of a vision-language model around a trained language model of 135 million
@@ -204,7 +203,7 @@ pub fn compare<D: ModelOps>(
     activations: Activations,
     stop: &Stop,
 ) -> Result<Option<ModelCheck>> {
-    let (decoder, names) = (&config.decoder, &config.names);
+    let decoder = &config.decoder;
     let mut paths: [Option<D::Tensor>; 2] = [None, None];
     for Places { chunk, rows, .. } in places {
         stop.check()?;
@@ -223,20 +222,18 @@ pub fn compare<D: ModelOps>(
         }
     }
     let [Some(float), Some(quantized)] = paths else { return Ok(None) };
-    let norm = device.upload_model(checkpoint.vector(&format!("{}norm.weight", names.prefix), decoder.hidden)?)?;
+    let norm = last_norm(&Weights::new(device, checkpoint), config)?;
     let [float, quantized] = [float, quantized].map(|x| device.rms_norm(&x, &norm, decoder.norm_eps));
     let (float, quantized) = (float?, quantized?);
 
-    let head = config.head_name()?;
     let mut sums: Vec<Sums> = places.iter().flat_map(|places| &places.next).map(|&next| Sums::new(next)).collect();
-    for first in (0..decoder.vocab).step_by(HEAD_ROWS) {
+    parts_of_head(device, checkpoint, config, |first, part| {
         stop.check()?;
-        let rows = first..(first + HEAD_ROWS).min(decoder.vocab);
-        let part = device.upload_model(checkpoint.matrix_rows(&head, decoder.vocab, decoder.hidden, rows)?)?;
-        let logits = |x: &D::Tensor| -> Result<Matrix> { device.download(&device.linear(x, &part, None)?) };
+        let logits = |x: &D::Tensor| -> Result<Matrix> { device.download(&device.linear(x, part, None)?) };
         let (p, q) = (logits(&float)?, logits(&quantized)?);
         sums.par_iter_mut().enumerate().for_each(|(i, sums)| sums.add(p.row(i), q.row(i), first));
-    }
+        Ok(())
+    })?;
     let mean = |of: &dyn Fn(&Sums) -> f64| sums.iter().map(of).sum::<f64>() / sums.len() as f64;
     let nll_guess = (decoder.vocab as f64).ln();
     let mut check = ModelCheck {

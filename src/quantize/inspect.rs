@@ -1,7 +1,7 @@
 //! What a checkpoint holds, what would be quantized, and what that would cost.
 
 use super::pipeline::CHUNK_TOKENS;
-use super::plan::{CheckSize, ChunkSize, Costs, EmbedderSize, Job, MemoryPlan, Rates, block_work};
+use super::plan::{CheckSize, EmbedderSize, Job, MemoryPlan, block_work};
 use super::settings::{Importance, Solver, SolverSettings};
 use super::split::largest_split;
 use crate::checkpoint::Checkpoint;
@@ -11,6 +11,9 @@ use crate::device::{ModelOps, SolveOps};
 use crate::model::config::{DecoderConfig, Section};
 use crate::model::decoder::{Projection, module_name};
 use crate::model::families::{self, ModelConfig, VisionLoad};
+use crate::model::language_model::check_headers;
+use crate::model::parts::{self, part_of};
+use crate::plan::{ChunkSize, Costs, Rates};
 use anyhow::{Result, ensure};
 use serde::Serialize;
 use std::path::Path;
@@ -186,6 +189,7 @@ pub struct Split {
 pub fn inspect<D: ModelOps + SolveOps>(device: &D, folder: &Path) -> Result<Inspection> {
     let checkpoint = Checkpoint::open(folder)?;
     let config = families::of::<D>(&checkpoint)?.config(&checkpoint)?;
+    check_headers::<D>(&checkpoint, &config, true)?;
     let shape = DecoderShape::of(&config.decoder);
     let stored = checkpoint.quantization()?;
     let quantizable: Vec<LinearKind> = Projection::ALL
@@ -235,7 +239,7 @@ fn splits(shape: &DecoderShape, stored: Option<Quantization>, kinds: &[LinearKin
     vec![split(format, &SolverSettings { bits, group_size, symmetric, ..SolverSettings::default() })]
 }
 
-/// The layers of one place, checked to be there in every block.
+/// The layers of one place, which are there in every block.
 fn linear_kind(checkpoint: &Checkpoint, config: &ModelConfig, projection: Projection) -> Result<LinearKind> {
     let (rows, cols) = projection.shape(&config.decoder);
     let mut bytes = 0;
@@ -243,15 +247,7 @@ fn linear_kind(checkpoint: &Checkpoint, config: &ModelConfig, projection: Projec
         let module = module_name(&config.names, block, projection);
         bytes = match checkpoint.is_quantized() {
             true => module_bytes(checkpoint, &module)?,
-            false => {
-                let weight = checkpoint.tensor(&format!("{module}.weight"))?;
-                ensure!(
-                    weight.shape == [rows, cols],
-                    "tensor {module}.weight is {:?}, but config.json makes it [{rows}, {cols}]",
-                    weight.shape
-                );
-                weight.bytes.len() as u64
-            }
+            false => checkpoint.tensor(&format!("{module}.weight"))?.bytes.len() as u64,
         };
     }
     let name = projection.module().to_owned();
@@ -267,26 +263,13 @@ fn module_bytes(checkpoint: &Checkpoint, module: &str) -> Result<u64> {
     names.iter().map(|name| Ok(checkpoint.tensor(name)?.bytes.len() as u64)).sum()
 }
 
-/// Parts of a checkpoint, in the order in which data passes them.
-const PARTS: [&str; 5] = ["vision tower", "embedding", "decoder blocks", "last norm", "output head"];
-
-/// The part that a tensor belongs to: what is not the language model's is the vision tower's.
-fn part_of(name: &str, config: &ModelConfig) -> usize {
-    match name.strip_prefix(&config.names.prefix) {
-        _ if name == config.names.head => 4,
-        Some(rest) if rest.starts_with("layers.") => 2,
-        Some(rest) if rest.starts_with("embed_tokens.") => 1,
-        Some(rest) if rest.starts_with("norm.") => 3,
-        _ => 0,
-    }
-}
-
 /// Sums tensors up by where they stand.
 fn parts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Part>> {
-    let mut parts = PARTS.map(|name| Part { name: name.into(), tensors: 0, bytes: 0, types: Vec::new() });
+    let part = |part: parts::Part| Part { name: part.to_string(), tensors: 0, bytes: 0, types: Vec::new() };
+    let mut parts = parts::Part::ALL.map(part);
     for name in checkpoint.names() {
         let tensor = checkpoint.tensor(name)?;
-        let part = &mut parts[part_of(name, config)];
+        let part = &mut parts[part_of(name, config) as usize];
         part.tensors += 1;
         part.bytes += tensor.bytes.len() as u64;
         let dtype = format!("{:?}", tensor.dtype);
@@ -297,23 +280,18 @@ fn parts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Part>> {
     Ok(parts.into_iter().filter(|part| part.tensors > 0).collect())
 }
 
-/// What the embedding and, unless `text_only`, the vision tower take, from tensor headers alone.
+/// What the vision tower takes, unless `text_only`, from tensor headers alone.
 pub(super) fn embedder_size(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
     load: VisionLoad,
     text_only: bool,
 ) -> Result<EmbedderSize> {
-    let mut size = EmbedderSize { load, ..EmbedderSize::default() };
-    for name in checkpoint.names() {
-        let values: usize = checkpoint.tensor(name)?.shape.iter().product();
-        match part_of(name, config) {
-            1 => size.table += values,
-            0 if !text_only => size.tower += values,
-            _ => {}
-        }
+    let mut tower = 0;
+    for name in checkpoint.names().filter(|name| !text_only && part_of(name, config) == parts::Part::VisionTower) {
+        tower += checkpoint.tensor(name)?.shape.iter().product::<usize>();
     }
-    Ok(size)
+    Ok(EmbedderSize { tower, load })
 }
 
 #[cfg(test)]

@@ -11,13 +11,14 @@ use anyhow::{Context, Result, bail};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use std::path::Path;
+use std::sync::Arc;
 use vlmq::calibration::dataset;
 use vlmq::calibration::sequence::{Sequence, SequenceBuilder};
 use vlmq::checkpoint::Checkpoint;
 use vlmq::device::cpu::Cpu;
 use vlmq::model::decoder::{Projection, module_name};
 use vlmq::model::families::{self, ImageOptions};
-use vlmq::model::language_model::LanguageModel;
+use vlmq::model::language_model::{LanguageModel, Residency};
 use vlmq::quantize::QuantizedLinear;
 
 /// Tensors of the file: name, dtype, shape, little-endian bytes.
@@ -57,7 +58,7 @@ fn main() -> Result<()> {
         }
         _ => bail!("usage: dump_logits MODEL_DIR DATA.jsonl OUT.safetensors [N]"),
     };
-    let checkpoint = Checkpoint::open(&model)?;
+    let checkpoint = Arc::new(Checkpoint::open(&model)?);
     let mut dump = Dump::default();
     dump_samples(&checkpoint, &data, limit, &mut dump)?;
     if checkpoint.is_quantized() {
@@ -66,10 +67,10 @@ fn main() -> Result<()> {
     dump.write(Path::new(&out))
 }
 
-fn dump_samples(checkpoint: &Checkpoint, data: &Path, limit: usize, dump: &mut Dump) -> Result<()> {
+fn dump_samples(checkpoint: &Arc<Checkpoint>, data: &Path, limit: usize, dump: &mut Dump) -> Result<()> {
     let vision = families::of::<Cpu>(checkpoint)?.vision_input(checkpoint, ImageOptions::default())?;
     let builder = SequenceBuilder::new(checkpoint.folder(), vision)?;
-    let model = LanguageModel::load(&Cpu, checkpoint)?;
+    let model = LanguageModel::load(&Cpu, checkpoint, Residency::Resident)?;
     for (number, conversation) in dataset::read(data, None)?.iter().take(limit).enumerate() {
         dump_sample(&model, &builder.build(conversation)?, &format!("sample.{number}"), dump)?;
     }
@@ -93,7 +94,7 @@ fn dump_sample(model: &LanguageModel<Cpu>, sequence: &Sequence, name: &str, dump
     }
     let features = model.embedder().image_features(&Cpu, &[sequence])?;
     let (x, layout) = model.embedder().embed(&Cpu, &[sequence], features.as_ref())?;
-    let hidden = model.forward(&Cpu, x, &layout)?;
+    let hidden = model.forward(&Cpu, x, layout)?;
     let logits = model.logits(&Cpu, &hidden, &(0..tokens as u32).collect::<Vec<_>>())?;
     dump.floats(format!("{name}.logits"), &[tokens, logits.cols()], logits.data());
     Ok(())

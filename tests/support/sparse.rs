@@ -1,5 +1,7 @@
 //! Checkpoints of published shapes whose weights are holes in their files.
 
+use super::program::{edit_json, names_in, read_json};
+use super::{data, golden};
 use serde_json::{Map, Value, json};
 use std::fs::{self, File};
 use std::io::Write;
@@ -46,4 +48,21 @@ pub fn write_sparse(folder: &Path, tensors: &[(String, Vec<u64>)], dtype: &str) 
         out.write_all(header.as_bytes()).unwrap();
         out.set_len(8 + header.len() as u64 + end).unwrap();
     }
+}
+
+/// A published model without its weights, with the small checkpoint's tokenizer and templates.
+pub fn hollow(name: &str, folder: &Path) {
+    let small = data("tiny-qwen2-vl");
+    for file in names_in(&small).iter().filter(|file| !file.ends_with("safetensors") && *file != "config.json") {
+        fs::copy(small.join(file), folder.join(file)).unwrap();
+    }
+    let config = folder.join("config.json");
+    fs::copy(data("configs").join(name).join("config.json"), &config).unwrap();
+    let small = read_json(small.join("config.json"));
+    edit_json(&config, |config| {
+        for key in ["image_token_id", "video_token_id"] {
+            config.insert(key.into(), small[key].clone());
+        }
+    });
+    write_sparse(folder, &tensors(&read_json(golden("configs.json"))[name]), "BF16");
 }

@@ -3,24 +3,49 @@
 use crate::args::DryRunFormat;
 use crate::{print_json, print_lines, text};
 use anyhow::Result;
+use serde::Serialize;
 use vlmq::device::{ModelOps, SolveOps};
+use vlmq::evaluate::EvaluationPlan;
 use vlmq::progress::Observer;
 use vlmq::quantize::pipeline::{self, DryRun, PipelineSettings};
+
+/// What a run would take, with the evaluations of `--eval` behind it.
+#[derive(Serialize)]
+struct Planned {
+    #[serde(flatten)]
+    run: DryRun,
+    /// Of the float model, and of the quantized one against it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    evaluations: Option<[PlannedEvaluation; 2]>,
+}
+
+#[derive(Serialize)]
+struct PlannedEvaluation {
+    /// Estimated.
+    seconds: f64,
+    #[serde(flatten)]
+    plan: EvaluationPlan,
+}
 
 pub(crate) fn run<D: ModelOps + SolveOps>(
     device: &D,
     settings: &PipelineSettings,
+    evaluations: Option<[EvaluationPlan; 2]>,
     format: DryRunFormat,
     observer: &mut dyn Observer,
 ) -> Result<()> {
-    let plan = pipeline::dry_run(device, settings, observer)?;
+    let run = pipeline::dry_run(device, settings, observer)?;
+    let rates = run.time.rates;
+    let timed = |plan: EvaluationPlan| PlannedEvaluation { seconds: plan.load.seconds(&rates), plan };
+    let planned = Planned { run, evaluations: evaluations.map(|plans| plans.map(timed)) };
     match format {
-        DryRunFormat::Text => print_lines(&describe(settings, &plan)),
-        DryRunFormat::Json => print_json(&plan),
+        DryRunFormat::Text => print_lines(&describe(settings, &planned)),
+        DryRunFormat::Json => print_json(&planned),
     }
 }
 
-fn describe(settings: &PipelineSettings, plan: &DryRun) -> Vec<String> {
+fn describe(settings: &PipelineSettings, planned: &Planned) -> Vec<String> {
+    let plan = &planned.run;
     let calibration = &plan.calibration;
     let mut lines = vec![format!(
         "{} ({}) on {}: all inputs are good; nothing was written",
@@ -36,6 +61,11 @@ fn describe(settings: &PipelineSettings, plan: &DryRun) -> Vec<String> {
     ));
     lines.push(String::new());
     lines.extend(plan.memory.lines());
+    // The second is the first and more.
+    if let Some([_, evaluation]) = &planned.evaluations {
+        lines.push(format!("and behind it, to evaluate both models on {} samples:", evaluation.plan.samples));
+        lines.extend(evaluation.plan.lines());
+    }
 
     lines.push(String::new());
     let disk = &plan.disk;
@@ -46,9 +76,14 @@ fn describe(settings: &PipelineSettings, plan: &DryRun) -> Vec<String> {
 
     lines.push(String::new());
     let (time, rates) = (&plan.time, &plan.time.rates);
-    lines.push(format!("time, estimated: {}", text::seconds(time.seconds)));
     let row = |name: String, seconds: f64| vec![format!("  {name}"), text::seconds(seconds)];
-    let rows: Vec<_> = time.stages.iter().map(|stage| row(stage.stage.to_string(), stage.seconds)).collect();
+    let mut rows: Vec<_> = time.stages.iter().map(|stage| row(stage.stage.to_string(), stage.seconds)).collect();
+    let mut seconds = time.seconds;
+    for (evaluation, name) in planned.evaluations.iter().flatten().zip(["float", "quantized"]) {
+        rows.push(row(format!("evaluating the {name} model"), evaluation.seconds));
+        seconds += evaluation.seconds;
+    }
+    lines.push(format!("time, estimated: {}", text::seconds(seconds)));
     lines.extend(text::table(&rows));
     lines.push(format!(
         "  at the GFLOP/s measured here: {:.1} in products, {:.1} in attention, {:.1} in statistics, {:.1} in factorizations; \

@@ -24,9 +24,10 @@ pub(crate) fn run<D: ModelOps + SolveOps>(
 ) -> Result<()> {
     let settings = args.settings();
     // What is wrong with the questions should not show after hours of quantizing.
-    args.eval.clone().map(|data| evaluate::check::<D>(&args.evaluation_before(data))).transpose()?;
+    let asked = args.eval.clone().map(|data| args.evaluation_before(data));
+    let evaluations = asked.map(|asked| evaluate::plan_comparison(device, &asked, settings.solver.bits)).transpose()?;
     if let Some(format) = args.dry_run {
-        return dry_run::run(device, &settings, format, &mut screen.observer(Stop::default()));
+        return dry_run::run(device, &settings, evaluations, format, &mut screen.observer(Stop::default()));
     }
     let mut report = signals.wait_for(|stop| pipeline::run(device, &settings, &mut screen.observer(stop)))?;
     print_lines(&summary(&settings, &report)).with_context(|| format!("{} is finished", settings.out.display()))?;

@@ -5,7 +5,7 @@
 //! asymmetric; `weight_shape` I64 `[2]`; `weight_g_idx` I32 `[in]` only when groups are not runs of columns. The package
 //! thinks in signed codes and stores them plus `2^(bits−1)`, which is our unsigned code.
 
-use super::{LinearSpec, TensorSpec, group_index, words_of};
+use super::{LinearSpec, TensorSpec, Words, group_index, words_of};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::Packing;
 use crate::checkpoint::convert::{bytes_from_floats, bytes_from_words, dtype_of};
@@ -102,6 +102,48 @@ pub(super) fn config(left_alone: &[String], settings: &SolverSettings) -> Value 
     })
 }
 
+/// A layer's tensors whose shapes and types are right.
+pub(crate) struct Headers<'a> {
+    /// `[out, words]`.
+    weight: Words<'a>,
+    /// `[words, groups]`; `None` where the zero is the middle.
+    zeros: Option<Words<'a>>,
+    has_index: bool,
+    groups: usize,
+}
+
+/// Finds a layer's tensors. Errors where one is missing, or of another shape or type.
+pub(crate) fn headers<'a>(
+    checkpoint: &'a Checkpoint,
+    module: &str,
+    out: usize,
+    inputs: usize,
+    packing: Packing,
+) -> Result<Headers<'a>> {
+    let bits = packing.bits;
+    let groups = inputs.div_ceil(packing.group_size.unwrap_or(inputs));
+    let words = |suffix: &str, shape: &[usize]| words_of(checkpoint, module, suffix, shape);
+    let weight = words("weight_packed", &[out, packed_words(inputs, bits)])?;
+    let shape_name = format!("{module}.weight_shape");
+    let shape = checkpoint.tensor(&shape_name)?;
+    let wanted: Vec<u8> = [out as i64, inputs as i64].iter().flat_map(|size| size.to_le_bytes()).collect();
+    ensure!(
+        shape.dtype == Dtype::I64 && shape.shape == [2] && shape.bytes == wanted,
+        "{shape_name} in {} is not [{out}, {inputs}], the shape that config.json asks for",
+        checkpoint.file_of(&shape_name)
+    );
+    checkpoint.check_matrix(&format!("{module}.weight_scale"), out, groups)?;
+    let zeros = match packing.symmetric {
+        true => None,
+        false => Some(words("weight_zero_point", &[packed_words(out, bits), groups])?),
+    };
+    let has_index = checkpoint.contains(&format!("{module}.weight_g_idx"));
+    if has_index {
+        words("weight_g_idx", &[inputs])?;
+    }
+    Ok(Headers { weight, zeros, has_index, groups })
+}
+
 /// Reads a layer back.
 pub(crate) fn decode(
     checkpoint: &Checkpoint,
@@ -112,32 +154,19 @@ pub(crate) fn decode(
 ) -> Result<QuantizedLinear> {
     let bits = packing.bits;
     let group_columns = packing.group_size.unwrap_or(inputs);
-    let groups = inputs.div_ceil(group_columns);
-    let row = packed_words(inputs, bits);
-    let words = |suffix: &str, shape: &[usize]| words_of(checkpoint, module, suffix, shape);
-
-    let packed = words("weight_packed", &[out, row])?;
-    let shape_name = format!("{module}.weight_shape");
-    let shape = checkpoint.tensor(&shape_name)?;
-    let wanted: Vec<u8> = [out as i64, inputs as i64].iter().flat_map(|size| size.to_le_bytes()).collect();
-    ensure!(
-        shape.dtype == Dtype::I64 && shape.bytes == wanted,
-        "{shape_name} in {} is not [{out}, {inputs}], the shape that config.json asks for",
-        checkpoint.file_of(&shape_name)
-    );
+    let Headers { weight, zeros: stored_zeros, has_index, groups } = headers(checkpoint, module, out, inputs, packing)?;
+    let packed = weight.read();
     let mut codes = vec![0; out * inputs];
-    for (words, codes) in packed.chunks_exact(row).zip(codes.chunks_exact_mut(inputs)) {
-        unpack(words, 1, inputs, bits, codes, 1);
-    }
+    let rows = packed.par_chunks_exact(packed_words(inputs, bits)).zip(codes.par_chunks_exact_mut(inputs));
+    rows.for_each(|(words, codes)| unpack(words, 1, inputs, bits, codes, 1));
     let scales = checkpoint.matrix(&format!("{module}.weight_scale"), out, groups)?.into_data();
     let mut zeros = vec![1 << (bits - 1); out * groups];
-    if !packing.symmetric {
-        let packed = words("weight_zero_point", &[packed_words(out, bits), groups])?;
+    if let Some(packed) = stored_zeros {
+        let packed = packed.read();
         for group in 0..groups {
             unpack(&packed[group..], groups, out, bits, &mut zeros[group..], groups);
         }
     }
-    let has_index = checkpoint.contains(&format!("{module}.weight_g_idx"));
     let group_index =
         if has_index { Some(group_index(checkpoint, module, "weight_g_idx", inputs, groups)?) } else { None };
     Ok(QuantizedLinear {

@@ -4,7 +4,7 @@
 //! `[groups, out·bits/32]`, rows packed along the output features, each field holding `zero − 1` in version 1 and the zero in
 //! version 2; `scales` F16 `[groups, out]`; `g_idx` I32 `[in]`, the group of every input column. A bias stays where it is.
 
-use super::{LinearSpec, TensorSpec, group_index, words_of};
+use super::{LinearSpec, TensorSpec, Words, group_index, words_of};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::{GptqVersion, Packing};
 use crate::checkpoint::convert::{bytes_from_floats, bytes_from_words, dtype_of};
@@ -117,6 +117,32 @@ fn modules_in_block(quantized: &[LinearSpec]) -> Vec<Vec<String>> {
     parts
 }
 
+/// A layer's tensors whose shapes and types are right.
+pub(crate) struct Headers<'a> {
+    /// `[words, out]`.
+    weight: Words<'a>,
+    /// `[groups, words]`.
+    zeros: Words<'a>,
+    groups: usize,
+}
+
+/// Finds a layer's tensors. Errors where one is missing, or of another shape or type.
+pub(crate) fn headers<'a>(
+    checkpoint: &'a Checkpoint,
+    module: &str,
+    out: usize,
+    inputs: usize,
+    packing: Packing,
+) -> Result<Headers<'a>> {
+    let bits = packing.bits;
+    let groups = inputs.div_ceil(packing.group_size.unwrap_or(inputs));
+    let weight = words_of(checkpoint, module, "qweight", &[packed_words(inputs, bits), out])?;
+    let zeros = words_of(checkpoint, module, "qzeros", &[groups, packed_words(out, bits)])?;
+    checkpoint.check_matrix(&format!("{module}.scales"), groups, out)?;
+    words_of(checkpoint, module, "g_idx", &[inputs])?;
+    Ok(Headers { weight, zeros, groups })
+}
+
 /// Reads a layer back, whose file config.json says to be of this `version`. A symmetric one tells itself, as all its zeros are the
 /// middle: programs that write version 2 have been seen to call it 1.
 pub(crate) fn decode(
@@ -129,14 +155,14 @@ pub(crate) fn decode(
 ) -> Result<QuantizedLinear> {
     let bits = packing.bits;
     let group_columns = packing.group_size.unwrap_or(inputs);
-    let groups = inputs.div_ceil(group_columns);
-    let weight = words_of(checkpoint, module, "qweight", &[packed_words(inputs, bits), out])?;
+    let Headers { weight, zeros, groups } = headers(checkpoint, module, out, inputs, packing)?;
+    let weight = weight.read();
     let mut codes = vec![0; out * inputs];
     for (row, codes) in codes.chunks_exact_mut(inputs).enumerate() {
         unpack(&weight[row..], out, inputs, bits, codes, 1);
     }
     let row = packed_words(out, bits);
-    let packed = words_of(checkpoint, module, "qzeros", &[groups, row])?;
+    let packed = zeros.read();
     let mut zeros = vec![0; out * groups];
     for (group, words) in packed.chunks_exact(row).enumerate() {
         unpack(words, 1, out, bits, &mut zeros[group..], groups);

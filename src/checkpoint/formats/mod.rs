@@ -304,8 +304,23 @@ fn escape(name: &str) -> String {
     name.replace('.', r"\.")
 }
 
+/// A tensor of 32-bit words in a file.
+struct Words<'a> {
+    checkpoint: &'a Checkpoint,
+    name: String,
+    bytes: &'a [u8],
+}
+
+impl Words<'_> {
+    fn read(self) -> Vec<u32> {
+        let words = words_from_bytes(self.bytes);
+        self.checkpoint.release(&self.name);
+        words
+    }
+}
+
 /// The I32 tensor `{module}.{suffix}`, of exactly this shape.
-fn words_of(checkpoint: &Checkpoint, module: &str, suffix: &str, shape: &[usize]) -> Result<Vec<u32>> {
+fn words_of<'a>(checkpoint: &'a Checkpoint, module: &str, suffix: &str, shape: &[usize]) -> Result<Words<'a>> {
     let name = format!("{module}.{suffix}");
     let tensor = checkpoint.tensor(&name)?;
     ensure!(
@@ -315,12 +330,12 @@ fn words_of(checkpoint: &Checkpoint, module: &str, suffix: &str, shape: &[usize]
         tensor.dtype,
         tensor.shape
     );
-    Ok(words_from_bytes(tensor.bytes))
+    Ok(Words { checkpoint, name, bytes: tensor.bytes })
 }
 
 /// The group of every input column from `{module}.{suffix}`.
 fn group_index(checkpoint: &Checkpoint, module: &str, suffix: &str, inputs: usize, groups: usize) -> Result<Vec<u32>> {
-    let index = words_of(checkpoint, module, suffix, &[inputs])?;
+    let index = words_of(checkpoint, module, suffix, &[inputs])?.read();
     if let Some(column) = index.iter().position(|&group| group as usize >= groups) {
         let name = format!("{module}.{suffix}");
         bail!(

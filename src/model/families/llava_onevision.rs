@@ -9,6 +9,7 @@ use crate::checkpoint::formats::FamilySupport;
 use crate::device::{Activation, ModelOps, Span};
 use crate::model::config::{DecoderConfig, DecoderNames, Section};
 use crate::model::decoder::Linear;
+use crate::model::source::{Headers, Source, Weights};
 use crate::model::vision::{Attention, Mlp, Norm, TowerBlock, TowerSizes};
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, bail, ensure};
@@ -70,7 +71,11 @@ impl<D: ModelOps> Family<D> for LlavaOnevision {
     }
 
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {
-        Ok(Box::new(Tower::load(device, checkpoint)?))
+        Ok(Box::new(Tower::load(&Weights::new(device, checkpoint))?))
+    }
+
+    fn check_vision_tower(&self, checkpoint: &Checkpoint) -> Result<()> {
+        Tower::load(&Headers(checkpoint)).map(drop)
     }
 }
 
@@ -167,7 +172,8 @@ struct Tower<T> {
 }
 
 impl<T> Tower<T> {
-    fn load<D: ModelOps<Tensor = T>>(device: &D, checkpoint: &Checkpoint) -> Result<Self> {
+    fn load<S: Source<Tensor = T>>(source: &S) -> Result<Self> {
+        let checkpoint = source.checkpoint();
         let root = Section::root(checkpoint)?;
         let hidden = decoder_config(&root)?.hidden;
         let layout = tile_layout(&root)?;
@@ -186,10 +192,10 @@ impl<T> Tower<T> {
             let at = format!("{prefix}encoder.layers.{i}");
             let fc = (format!("{at}.mlp.fc1"), format!("{at}.mlp.fc2"));
             Ok(TowerBlock {
-                attention_norm: Norm::layer(device, checkpoint, &format!("{at}.layer_norm1"), width)?,
-                attention: Attention::separate(device, checkpoint, &format!("{at}.self_attn"), width, heads)?,
-                mlp_norm: Norm::layer(device, checkpoint, &format!("{at}.layer_norm2"), width)?,
-                mlp: Mlp::plain(device, checkpoint, (&fc.0, &fc.1), [width, inner, width], activation)?,
+                attention_norm: Norm::layer(source, &format!("{at}.layer_norm1"), width)?,
+                attention: Attention::separate(source, &format!("{at}.self_attn"), width, heads)?,
+                mlp_norm: Norm::layer(source, &format!("{at}.layer_norm2"), width)?,
+                mlp: Mlp::plain(source, (&fc.0, &fc.1), [width, inner, width], activation)?,
             })
         };
         let embedding = format!("{prefix}embeddings.patch_embedding");
@@ -199,11 +205,11 @@ impl<T> Tower<T> {
         let linears = [1, 2].map(|n| format!("{rest}multi_modal_projector.linear_{n}"));
         let activation = root.activation_or("projector_hidden_act", Activation::Gelu)?;
         Ok(Self {
-            embedding: Linear::load(device, checkpoint, &embedding, (width, values), true)?,
-            positions: device.upload_model(checkpoint.matrix(&table, layout.grid().pow(2), width)?)?,
+            embedding: Linear::load(source, &embedding, (width, values), true)?,
+            positions: source.matrix(&table, layout.grid().pow(2), width)?,
             blocks: (0..depth).map(block).collect::<Result<_>>()?,
-            projector: Mlp::plain(device, checkpoint, (&linears[0], &linears[1]), [width, hidden, hidden], activation)?,
-            newline: device.upload_model(checkpoint.vector(&format!("{rest}image_newline"), hidden)?)?,
+            projector: Mlp::plain(source, (&linears[0], &linears[1]), [width, hidden, hidden], activation)?,
+            newline: source.vector(&format!("{rest}image_newline"), hidden)?,
             layout,
         })
     }

@@ -168,10 +168,15 @@ impl ModelConfig {
         Self { decoder, names, head, image_token }
     }
 
+    /// Name of the token embedding's tensor.
+    pub fn table_name(&self) -> String {
+        format!("{}embed_tokens.weight", self.names.prefix)
+    }
+
     /// Name of the head's tensor. Errors where there is none.
     pub fn head_name(&self) -> Result<String> {
         match self.head {
-            Head::Embedding => Ok(format!("{}embed_tokens.weight", self.names.prefix)),
+            Head::Embedding => Ok(self.table_name()),
             Head::Stored => Ok(self.names.head.clone()),
             Head::Missing => bail!(
                 "there is no tensor {}, and config.json does not take the embedding for it (tie_word_embeddings is not true): \
@@ -235,6 +240,9 @@ pub trait Family<D: ModelOps>: Send + Sync {
 
     /// Loads the vision tower and its projector.
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>>;
+
+    /// Errors as [`vision_tower`](Self::vision_tower) does of names, shapes and types, without reading a weight.
+    fn check_vision_tower(&self, checkpoint: &Checkpoint) -> Result<()>;
 }
 
 /// All known families.
@@ -245,7 +253,7 @@ fn registry<D: ModelOps>() -> &'static [&'static dyn Family<D>] {
 /// The type that a checkpoint stores its model in: that of the token embedding, which no format quantizes.
 pub fn float_type(checkpoint: &Checkpoint) -> Result<ScaleType> {
     let config = of::<Cpu>(checkpoint)?.config(checkpoint)?;
-    checkpoint.float_type(&format!("{}embed_tokens.weight", config.names.prefix))
+    checkpoint.float_type(&config.table_name())
 }
 
 /// The family of a checkpoint, by `model_type`.

@@ -10,6 +10,7 @@ use crate::device::{Activation, ModelOps, Span};
 use crate::model::config::{DecoderConfig, Section, mrope_sections};
 use crate::model::decoder::Linear;
 use crate::model::rope::RopeAxes;
+use crate::model::source::{Headers, Source, Weights};
 use crate::model::vision::{Attention, Mlp, Norm, TowerBlock, TowerSizes};
 use anyhow::{Result, ensure};
 
@@ -53,7 +54,11 @@ impl<D: ModelOps> Family<D> for Qwen25Vl {
     }
 
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {
-        Ok(Box::new(Tower::load(device, checkpoint)?))
+        Ok(Box::new(Tower::load(&Weights::new(device, checkpoint))?))
+    }
+
+    fn check_vision_tower(&self, checkpoint: &Checkpoint) -> Result<()> {
+        Tower::load(&Headers(checkpoint)).map(drop)
     }
 }
 
@@ -108,7 +113,8 @@ struct Tower<T> {
 }
 
 impl<T> Tower<T> {
-    fn load<D: ModelOps<Tensor = T>>(device: &D, checkpoint: &Checkpoint) -> Result<Self> {
+    fn load<S: Source<Tensor = T>>(source: &S) -> Result<Self> {
+        let checkpoint = source.checkpoint();
         let root = Section::root(checkpoint)?;
         let output = decoder_config(&root)?.hidden;
         let vision = vision_section(&root)?;
@@ -129,10 +135,10 @@ impl<T> Tower<T> {
         let block = |i: usize| -> Result<TowerBlock<T>> {
             let at = format!("{prefix}blocks.{i}");
             Ok(TowerBlock {
-                attention_norm: Norm::rms(device, checkpoint, &format!("{at}.norm1"), width)?,
-                attention: Attention::fused(device, checkpoint, &format!("{at}.attn"), width, heads)?,
-                mlp_norm: Norm::rms(device, checkpoint, &format!("{at}.norm2"), width)?,
-                mlp: Mlp::gated(device, checkpoint, &format!("{at}.mlp"), (width, inner), activation)?,
+                attention_norm: Norm::rms(source, &format!("{at}.norm1"), width)?,
+                attention: Attention::fused(source, &format!("{at}.attn"), width, heads)?,
+                mlp_norm: Norm::rms(source, &format!("{at}.norm2"), width)?,
+                mlp: Mlp::gated(source, &format!("{at}.mlp"), (width, inner), activation)?,
             })
         };
         let blocks = (0..depth).map(block).collect::<Result<_>>()?;
@@ -141,11 +147,11 @@ impl<T> Tower<T> {
         let fc = (format!("{at}.mlp.0"), format!("{at}.mlp.2"));
         let embedding = format!("{prefix}patch_embed.proj");
         Ok(Self {
-            embedding: Linear::load(device, checkpoint, &embedding, (width, patches.values()), false)?,
+            embedding: Linear::load(source, &embedding, (width, patches.values()), false)?,
             blocks,
             full_attention: (0..depth).map(|i| full.contains(&i)).collect(),
-            merger_norm: Norm::rms(device, checkpoint, &format!("{at}.ln_q"), width)?,
-            merger: Mlp::plain(device, checkpoint, (&fc.0, &fc.1), [merged, merged, output], Activation::Gelu)?,
+            merger_norm: Norm::rms(source, &format!("{at}.ln_q"), width)?,
+            merger: Mlp::plain(source, (&fc.0, &fc.1), [merged, merged, output], Activation::Gelu)?,
             patches,
             width,
             frequencies,

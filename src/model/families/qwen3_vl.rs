@@ -10,6 +10,7 @@ use crate::device::{Activation, AttentionShape, ModelOps};
 use crate::model::config::{DecoderConfig, Section, mrope_sections, rope_section};
 use crate::model::decoder::Linear;
 use crate::model::rope::RopeAxes;
+use crate::model::source::{Headers, Source, Weights};
 use crate::model::vision::{Attention, Mlp, Norm, TowerBlock, TowerSizes};
 use crate::tensor::Matrix;
 use anyhow::{Result, bail, ensure};
@@ -55,7 +56,11 @@ impl<D: ModelOps> Family<D> for Qwen3Vl {
     }
 
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {
-        Ok(Box::new(Tower::load(device, checkpoint)?))
+        Ok(Box::new(Tower::load(&Weights::new(device, checkpoint))?))
+    }
+
+    fn check_vision_tower(&self, checkpoint: &Checkpoint) -> Result<()> {
+        Tower::load(&Headers(checkpoint)).map(drop)
     }
 }
 
@@ -93,9 +98,8 @@ struct Merger<T> {
 
 impl<T> Merger<T> {
     /// Reads `module.norm`, `module.linear_fc1` and `module.linear_fc2`. `widths`: of a patch, a merged square, a token.
-    fn load<D: ModelOps<Tensor = T>>(
-        device: &D,
-        checkpoint: &Checkpoint,
+    fn load<S: Source<Tensor = T>>(
+        source: &S,
         module: &str,
         [width, merged, output]: [usize; 3],
         norm_merged: bool,
@@ -103,9 +107,9 @@ impl<T> Merger<T> {
         let fc = (format!("{module}.linear_fc1"), format!("{module}.linear_fc2"));
         let normed = if norm_merged { merged } else { width };
         Ok(Self {
-            norm: Norm::layer(device, checkpoint, &format!("{module}.norm"), normed)?,
+            norm: Norm::layer(source, &format!("{module}.norm"), normed)?,
             norm_merged,
-            mlp: Mlp::plain(device, checkpoint, (&fc.0, &fc.1), [merged, merged, output], Activation::Gelu)?,
+            mlp: Mlp::plain(source, (&fc.0, &fc.1), [merged, merged, output], Activation::Gelu)?,
         })
     }
 
@@ -130,7 +134,7 @@ struct PositionGrid {
 
 impl PositionGrid {
     /// Reads `name`, of as many positions as the config says.
-    fn load(checkpoint: &Checkpoint, vision: &Section<'_>, name: &str, width: usize) -> Result<Self> {
+    fn load<S: Source>(source: &S, vision: &Section<'_>, name: &str, width: usize) -> Result<Self> {
         let count = vision.count_or("num_position_embeddings", 2304)?;
         let side = count.isqrt();
         ensure!(
@@ -138,7 +142,7 @@ impl PositionGrid {
             "{} is {count}, not the positions of a square grid",
             vision.at("num_position_embeddings")
         );
-        Ok(Self { table: checkpoint.matrix(name, count, width)?, side })
+        Ok(Self { table: source.on_host(name, count, width)?, side })
     }
 
     /// The two neighbours of place `index` of `size` and their weights: ends lie on ends (align_corners). Arithmetic in
@@ -190,7 +194,8 @@ struct Tower<T> {
 }
 
 impl<T> Tower<T> {
-    fn load<D: ModelOps<Tensor = T>>(device: &D, checkpoint: &Checkpoint) -> Result<Self> {
+    fn load<S: Source<Tensor = T>>(source: &S) -> Result<Self> {
+        let checkpoint = source.checkpoint();
         let root = Section::root(checkpoint)?;
         let decoder = decoder_config(&root)?;
         let vision = vision_section(&root)?;
@@ -212,21 +217,21 @@ impl<T> Tower<T> {
             let at = format!("{prefix}blocks.{i}");
             let fc = (format!("{at}.mlp.linear_fc1"), format!("{at}.mlp.linear_fc2"));
             Ok(TowerBlock {
-                attention_norm: Norm::layer(device, checkpoint, &format!("{at}.norm1"), width)?,
-                attention: Attention::fused(device, checkpoint, &format!("{at}.attn"), width, heads)?,
-                mlp_norm: Norm::layer(device, checkpoint, &format!("{at}.norm2"), width)?,
-                mlp: Mlp::plain(device, checkpoint, (&fc.0, &fc.1), [width, inner, width], activation)?,
+                attention_norm: Norm::layer(source, &format!("{at}.norm1"), width)?,
+                attention: Attention::fused(source, &format!("{at}.attn"), width, heads)?,
+                mlp_norm: Norm::layer(source, &format!("{at}.norm2"), width)?,
+                mlp: Mlp::plain(source, (&fc.0, &fc.1), [width, inner, width], activation)?,
             })
         };
         let widths = [width, width * patches.per_token(), decoder.hidden];
-        let merger = |module: String, norm_merged| Merger::load(device, checkpoint, &module, widths, norm_merged);
+        let merger = |module: String, norm_merged| Merger::load(source, &module, widths, norm_merged);
         let deepstack = indexes.into_iter().enumerate().map(|(level, index)| -> Result<_> {
             Ok((index, merger(format!("{prefix}deepstack_merger_list.{level}"), true)?))
         });
         let embedding = format!("{prefix}patch_embed.proj");
         Ok(Self {
-            embedding: Linear::load(device, checkpoint, &embedding, (width, patches.values()), true)?,
-            positions: PositionGrid::load(checkpoint, &vision, &format!("{prefix}pos_embed.weight"), width)?,
+            embedding: Linear::load(source, &embedding, (width, patches.values()), true)?,
+            positions: PositionGrid::load(source, &vision, &format!("{prefix}pos_embed.weight"), width)?,
             blocks: (0..depth).map(block).collect::<Result<_>>()?,
             merger: merger(format!("{prefix}merger"), false)?,
             deepstack: deepstack.collect::<Result<_>>()?,

@@ -6,6 +6,20 @@ use crate::model::decoder::{Layout, Projection};
 use crate::quantize::importance::Unusable;
 use crate::quantize::{Finding, FindingKind};
 use anyhow::{Result, bail};
+use std::fmt;
+
+/// The error of a sample whose activations are not finite. It is of the input: the same comes of it again, and other data or other
+/// weights make another run.
+#[derive(Debug)]
+pub struct NotFinite(String);
+
+impl fmt::Display for NotFinite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for NotFinite {}
 
 impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
     /// Says which sample's inputs leave no statistics. What reaches a layer that is not finite reaches all layers behind it:
@@ -19,12 +33,12 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         self.pass(false, None).run(calibrated(chunks), |_, chunk| {
             let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
             let Some(row) = self.device.first_non_finite_row(&u)? else { return Ok(()) };
-            bail!(
+            bail!(NotFinite(format!(
                 "{}: its inputs hold a NaN or an infinity on the quantized path (sample {}); check the checkpoint's \
                  weights and that sample's image, or leave the sample out",
                 self.place(projection),
                 sample_of(&chunk.layout, &chunk.samples, row)
-            )
+            )))
         })
     }
 
@@ -38,13 +52,13 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         path: &str,
     ) -> Result<()> {
         let Some(row) = self.device.first_non_finite_row(x)? else { return Ok(()) };
-        bail!(
+        bail!(NotFinite(format!(
             "activations behind {} of block {} hold a NaN or an infinity on the {path} path (sample {}); check the \
              checkpoint's weights and that sample's image",
             residual.module(),
             self.index,
             sample_of(layout, samples, row)
-        )
+        )))
     }
 }
 

@@ -20,6 +20,7 @@ use crate::model::config::DecoderConfig;
 use crate::model::decoder::{Block, Layout, Projection};
 use crate::progress::Stop;
 use anyhow::{Context, Result, bail};
+pub use checks::NotFinite;
 use checks::{Distance, without_importance};
 use std::time::Instant;
 

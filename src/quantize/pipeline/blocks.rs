@@ -7,6 +7,7 @@ use crate::checkpoint::write::Writer;
 use crate::device::{ModelOps, SolveOps};
 use crate::heap;
 use crate::model::decoder::{Block, module_name};
+use crate::model::source::Weights;
 use crate::progress::{Stage, Stop};
 use crate::quantize::QuantizedLinear;
 use crate::quantize::block::{BlockOutcome, BlockQuantizer, Chunk, SolvedLayer, round_to_nearest};
@@ -43,7 +44,7 @@ impl Blocks {
         stop.check()?;
         let start = Instant::now();
         let (config, solver, importance) = (&input.config.decoder, &input.solver, input.importance);
-        let float = Block::load(device, &input.checkpoint, config, &input.config.names, index)?;
+        let float = Block::load(&Weights::new(device, &input.checkpoint), config, &input.config.names, index)?;
         heap::trim();
         let shared = RefCell::new(&mut *observer);
         let layers = &mut self.layers;

@@ -28,7 +28,7 @@ pub(super) fn encode<D: ModelOps>(
     if packed.chunks.is_empty() {
         return Ok(chunks);
     }
-    let embedder = Embedder::load(device, &input.checkpoint, &input.config, input.text_only)?;
+    let embedder = Embedder::load(device, &input.checkpoint, &input.config, !input.text_only)?;
     let clock = StageClock::start(Stage::Vision, data.all().count() as u64, observer);
     let (mut done, stop) = (0, observer.stop());
     let all = needs_float_path(&settings.solver, settings.importance);

@@ -3,6 +3,7 @@
 use super::PipelineSettings;
 use super::resume::StateBytes;
 use crate::calibration::TakesTooLong;
+use crate::calibration::chunks::chunks;
 use crate::calibration::dataset;
 use crate::calibration::sequence::{Collected, Sequence, SequenceBuilder, VisionInput, collect};
 use crate::checkpoint::Checkpoint;
@@ -11,16 +12,20 @@ use crate::checkpoint::write::Writer;
 use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Projection, module_name};
 use crate::model::families::{self, Head, ModelConfig, VisionLoad};
+use crate::model::language_model::check_headers;
+use crate::model::parts::{Part, part_of};
+use crate::plan::{ChunkSize, Costs, Process};
 use crate::progress::{Observer, Stage, StageClock, StageTime};
 use crate::quantize::check::{self, HELD_OUT, Packed, Places};
 use crate::quantize::inspect::{DecoderShape, embedder_size};
-use crate::quantize::plan::{CheckSize, ChunkSize, Costs, DiskPlan, Job, MemoryPlan, Process};
+use crate::quantize::plan::{CheckSize, DiskPlan, Job, MemoryPlan};
 use crate::quantize::report::samples::{self, ReportSample};
 use crate::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
 use anyhow::{Result, bail};
 use rayon::prelude::*;
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::Arc;
 
 /// The samples of a run.
 #[derive(Default)]
@@ -48,7 +53,7 @@ impl Data {
 
 /// A checkpoint and what is to be done with it, read and checked.
 pub(super) struct Input {
-    pub(super) checkpoint: Checkpoint,
+    pub(super) checkpoint: Arc<Checkpoint>,
     pub(super) family: &'static str,
     /// See [`Family::support`](families::Family::support).
     pub(super) support: FamilySupport,
@@ -72,7 +77,7 @@ impl Input {
         stages: &mut Vec<StageTime>,
         observer: &mut dyn Observer,
     ) -> Result<(Self, Data)> {
-        let checkpoint = Checkpoint::open(&settings.model)?;
+        let checkpoint = Arc::new(Checkpoint::open(&settings.model)?);
         checkpoint.refuse_quantized()?;
         let family = families::of::<D>(&checkpoint)?;
         let config = family.config(&checkpoint)?;
@@ -96,6 +101,7 @@ impl Input {
             }
         };
         let text_only = data.all().all(|sequence| sequence.images.is_empty());
+        check_headers::<D>(&checkpoint, &config, !text_only)?;
         let input = Self {
             checkpoint,
             family: family.model_type(),
@@ -128,31 +134,9 @@ impl Input {
             false => families::of::<D>(&self.checkpoint)?.vision_load(&self.checkpoint)?,
         };
         let packed = data.packed(chunk_tokens);
-        let size = |(i, sequences): (usize, &Vec<&Sequence>)| {
-            let crops = || {
-                let images = sequences.iter().flat_map(|s| &s.images);
-                images.flat_map(|image| image.crops().iter().map(|_| image.grid_height * image.grid_width))
-            };
-            let tiles = || sequences.iter().flat_map(|s| &s.images).filter_map(|image| image.tiles.as_ref());
-            let lengths = || sequences.iter().map(|s| s.tokens.len());
-            let together = load.crops.unwrap_or(usize::MAX);
-            ChunkSize {
-                tokens: lengths().sum(),
-                longest: lengths().max().unwrap_or(0),
-                pairs: lengths().map(|length| length * length).sum(),
-                all_patches: crops().sum(),
-                longest_image: crops().max().unwrap_or(0),
-                joined: tiles().map(|tiles| tiles.kept.joined()).max().unwrap_or(0),
-                reducing: tiles().map(|tiles| tiles.kept.reducing()).max().unwrap_or(0),
-                patch_pairs: crops().map(|patches| patches * patches).sum(),
-                image_tokens: sequences
-                    .iter()
-                    .flat_map(|s| &s.tokens)
-                    .filter(|&&token| token == self.config.image_token)
-                    .count(),
-                patches: crops().take(together).sum(),
-                checked: packed.is_checked(i),
-            }
+        let size = |(i, sequences): (usize, &Vec<&Sequence>)| ChunkSize {
+            checked: packed.is_checked(i),
+            ..ChunkSize::of(sequences, &load, self.config.image_token)
         };
         let chunks: Vec<ChunkSize> = packed.chunks.iter().enumerate().map(size).collect();
         let asked = self.places(&packed).iter().map(|places| places.rows.len()).sum();
@@ -182,9 +166,13 @@ impl Input {
         let mut process =
             Process::now(&self.checkpoint, &data.all().collect::<Vec<_>>(), |name| !replaced.contains(name))?;
         if job.embedder.is_some() {
-            let table = self.checkpoint.tensor(&format!("{}embed_tokens.weight", self.config.names.prefix))?;
-            process.largest_embedding = table.bytes.len() as u64;
+            let table = self.checkpoint.tensor(&self.config.table_name())?;
             process.stored = (table.bytes.len() / table.shape.iter().product::<usize>().max(1)) as u64;
+            let of_tower = |name: &&str| !self.text_only && part_of(name, &self.config) == Part::VisionTower;
+            for name in self.checkpoint.names().filter(of_tower) {
+                let bytes = self.checkpoint.tensor(name)?.bytes.len() as u64;
+                process.largest_embedding = process.largest_embedding.max(bytes);
+            }
         }
         MemoryPlan::fit(&job, &costs, device.memory_limit())?.with_host(&job, &costs, &process)
     }
@@ -242,20 +230,6 @@ fn read_data(
 
 /// Cuts the samples, in order, into chunks of at most `most` tokens.
 fn pack(sequences: &[Sequence], most: usize) -> Vec<Vec<&Sequence>> {
-    let mut chunks: Vec<Vec<&Sequence>> = Vec::new();
-    let mut tokens = usize::MAX;
-    for sequence in sequences {
-        let length = sequence.tokens.len();
-        match chunks.last_mut() {
-            Some(chunk) if tokens.saturating_add(length) <= most => {
-                chunk.push(sequence);
-                tokens += length;
-            }
-            _ => {
-                chunks.push(vec![sequence]);
-                tokens = length;
-            }
-        }
-    }
-    chunks
+    let lengths = sequences.iter().map(|sequence| sequence.tokens.len() as u64);
+    chunks(lengths, most as u64).into_iter().map(|chunk| sequences[chunk].iter().collect()).collect()
 }

@@ -13,6 +13,7 @@ pub use dry_run::{DryRun, dry_run};
 pub use input::linear_specs;
 pub use resume::{StateBytes, Unfinished};
 
+use super::block::NotFinite;
 use super::card::Card;
 use super::check;
 use super::inspect::DecoderShape;
@@ -149,7 +150,8 @@ pub fn plan<D: ModelOps + SolveOps>(device: &D, settings: &PipelineSettings) -> 
 ///
 /// The output grows in the folder `.NAME.vlmq` beside it. A run that ends early, in whatever way, leaves that folder if a block
 /// was done, or if it was [`Interrupted`] or could not write once the images were encoded: then a run of the same settings goes
-/// on behind the last finished block, and the error has the context [`Unfinished`]. Otherwise it leaves nothing.
+/// on behind the last finished block, and the error has the context [`Unfinished`]. Otherwise it leaves nothing; nor does one that ends at
+/// activations which are not finite: no run could go on from there.
 pub fn run<D: ModelOps + SolveOps>(
     device: &D,
     settings: &PipelineSettings,
@@ -168,6 +170,10 @@ pub fn run<D: ModelOps + SolveOps>(
         Err(error) => error,
     };
     let Some(unfinished) = saved.filter(|_| !error.is::<Unusable>()) else { return Err(error) };
+    if error.is::<NotFinite>() {
+        work.keep(false);
+        return Err(if unfinished.finished > 0 { error.context(unfinished.lost()) } else { error });
+    }
     // What comes of the input comes again, and is told again, in no time.
     let not_of_the_input = || error.is::<Interrupted>() || error.chain().any(|cause| cause.is::<std::io::Error>());
     work.keep(unfinished.finished > 0 || error.is::<Foreign>() || not_of_the_input());

@@ -64,6 +64,13 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
             observer.stage_advanced(Stage::Write, copied / MEGA, "");
             Ok(stop.check()?)
         })?;
+        // A weight that is not finite ends a run: better now than at its block.
+        for linear in &input.linears {
+            stop.check()?;
+            let weight = format!("{}.weight", linear.module);
+            source.check_finite(&weight)?;
+            source.release(&weight);
+        }
         writer.sync()?;
         stages.push(clock.finish(observer));
 

@@ -1,17 +1,14 @@
 //! Counting: [`BlockQuantizer`](crate::quantize::block), [`solve`](crate::quantize::solve) and
 //! [`importance`](crate::quantize::importance), allocation by allocation.
 
-use super::{Activations, ChunkSize, Costs, EmbedderSize, Entry, Job};
+use super::{Activations, EmbedderSize, Job};
 use crate::device::{AttentionShape, BLOCK, LOSS_SHRINKS, LOSS_STRETCHES, Work};
 use crate::model::decoder::Projection;
-use crate::model::families::VisionLoad;
+use crate::model::language_model::HEAD_ROWS;
+use crate::plan::{ChunkSize, Costs, Entry, F32, Step, encoding, entry, tables, worst};
 use crate::quantize::block::needs_float_path;
-use crate::quantize::check::HEAD_ROWS;
 use crate::quantize::order::{Span, spans};
 use crate::quantize::settings::{CrossTerm, Grid, Importance, Solver};
-
-/// A step and what it holds.
-pub(super) type Step = (String, Vec<Entry>);
 
 /// Counts one job. Sizes are in values unless they say bytes.
 pub(super) struct Counter<'a> {
@@ -26,9 +23,6 @@ pub(super) struct Counter<'a> {
     key: u64,
     attention: AttentionShape,
 }
-
-/// Bytes of a float32 value, in which statistics and the solver are kept.
-pub(super) const F32: u64 = 4;
 
 impl<'a> Counter<'a> {
     pub(super) fn new(job: &'a Job<'a>, costs: &'a Costs<'a>, activations: Activations) -> Self {
@@ -53,12 +47,12 @@ impl<'a> Counter<'a> {
     }
 
     fn workspace(&self, work: Work) -> u64 {
-        (self.costs.workspace)(work)
+        self.costs.workspace(work)
     }
 
     /// Bytes of weights or activations.
     fn stored(&self, values: u64) -> u64 {
-        values * self.costs.element_bytes
+        self.costs.stored(values)
     }
 
     /// Bytes of a chunk's residual streams and rotary tables.
@@ -81,11 +75,6 @@ impl<'a> Counter<'a> {
         self.job.chunks.iter().map(|chunk| self.chunk(chunk)).sum()
     }
 
-    /// Bytes of small tables for kernels: importance factors, row numbers, bounds of samples and images.
-    fn tables(rows: u64) -> u64 {
-        4096 + 16 * rows
-    }
-
     /// A pass over all chunks at its worst: what is held of them, and what `temporary` says of the chunk at work, by tokens.
     /// A pass that leaves the block brings a level of image features.
     fn pass(&self, leaves: bool, temporary: impl Fn(&ChunkSize) -> u64) -> [Entry; 2] {
@@ -97,7 +86,7 @@ impl<'a> Counter<'a> {
                 true => chunks[i..].iter().take(2).map(brought).sum(),
                 false => self.all_chunks(),
             };
-            (held, temporary(&chunks[i]) + Self::tables(chunks[i].tokens as u64))
+            (held, temporary(&chunks[i]) + tables(chunks[i].tokens as u64))
         };
         let (held, temporary) =
             (0..chunks.len()).map(at).max_by_key(|(held, temporary)| held + temporary).unwrap_or_default();
@@ -160,10 +149,9 @@ impl<'a> Counter<'a> {
             let entries = vec![self.between_passes(), hessian, factors, state];
             steps.push((format!("solving {module}"), entries));
         }
-        let bytes = |(_, entries): &Step| entries.iter().map(|e| e.bytes).sum::<u64>();
-        let (step, entries) = steps.into_iter().max_by_key(bytes).unwrap_or_default();
+        let (step, entries) = worst(steps);
         let in_a_block = (step, [weights].into_iter().chain(entries).collect());
-        [in_a_block, self.comparison()].into_iter().max_by_key(bytes).unwrap_or_default()
+        worst([in_a_block, self.comparison()])
     }
 
     /// [`compare`](crate::quantize::check::compare), behind the last block: what is left of it is in the residual streams.
@@ -171,7 +159,7 @@ impl<'a> Counter<'a> {
         let tokens = self.job.check.tokens as u64;
         let rows = |copies: u64| {
             let bytes = copies * self.stored(tokens * self.hidden);
-            entry("tokens that are predicted, on both paths", bytes + Self::tables(tokens))
+            entry("tokens that are predicted, on both paths", bytes + tables(tokens))
         };
         // While a path's rows grow or are normalised, they are there once more.
         let one = self.job.chunks.iter().map(|chunk| self.streams(chunk)).max().unwrap_or(0);
@@ -181,8 +169,7 @@ impl<'a> Counter<'a> {
         let logits = tokens * part * if self.costs.host { 3 * F32 } else { self.costs.element_bytes };
         let workspace = if tokens > 0 { self.workspace(Work::Linear { inner: self.job.shape.hidden }) } else { 0 };
         let predicting = vec![self.between_passes(), rows(2), head, entry("their logits", logits + workspace)];
-        let bytes = |entries: &Vec<Entry>| entries.iter().map(|entry| entry.bytes).sum::<u64>();
-        ("comparing the paths".into(), [gathering, predicting].into_iter().max_by_key(bytes).unwrap_or_default())
+        worst([gathering, predicting].map(|entries| ("comparing the paths".into(), entries)))
     }
 
     /// Rows of the output head that are looked at together.
@@ -289,35 +276,14 @@ impl<'a> Counter<'a> {
         self.workspace(Work::Bias { rows, outputs: outputs as usize })
     }
 
-    /// What the tower holds of a chunk at once, with the work space of attention or of the widest product, or a bias on its way.
-    fn tower(&self, chunk: &ChunkSize, load: &VisionLoad) -> u64 {
-        let head_dim = load.rotary.max(1);
-        let heads = load.width / head_dim;
-        let shape = AttentionShape { heads, kv_heads: heads, head_dim, causal: false };
-        let longest = if load.windowed == load.depth { load.window } else { chunk.longest_image };
-        let attention = Work::Attention { tokens: chunk.patches, longest, shape };
-        let outputs = load.inner.max(load.width).max(load.projected) as u64;
-        let product = self.workspace(Work::Linear { inner: load.inner.max(4 * load.width) });
-        let held = |values: usize| self.stored((chunk.patches * values) as u64);
-        let computing = held(load.per_patch()) + self.workspace(attention).max(product);
-        computing.max(held(load.per_biased_patch()) + self.bias(chunk.patches, outputs))
-    }
-
-    /// Embedding table and tower throughout; chunk by chunk the tower's activations, then the features and their stream.
+    /// The tower throughout; chunk by chunk its activations, then the features and their stream.
     pub(super) fn vision(&self, embedder: &EmbedderSize) -> Step {
         let mut before = 0;
         let mut worst = ("embedding", [0, 0]);
         for chunk in &self.job.chunks {
-            let (tokens, patches) = (chunk.tokens as u64, chunk.patches as u64);
-            let load = &embedder.load;
             let features = self.features(chunk, 1 + self.job.deepstack);
-            let rotary = F32 * patches * load.rotary as u64;
-            let encoding = self.tower(chunk, load) + rotary + Self::tables(patches);
-            // Tiles that are reduced: beside the crops of them, and once more behind the tower, with its last output.
-            let rows = |rows: usize| self.stored((rows * load.projected) as u64);
-            let encoding = rows(chunk.joined) + encoding;
-            let encoding = features + encoding.max(rows(chunk.reducing + chunk.patches));
-            let features = features + Self::tables(tokens);
+            let encoding = encoding(self.costs, chunk, &embedder.load, features);
+            let features = features + tables(chunk.tokens as u64);
             let own = self.chunk(chunk);
             for (step, at) in [("encoding images", [before, encoding]), ("embedding", [before + own, features])] {
                 if at[0] + at[1] > worst.1[0] + worst.1[1] {
@@ -330,7 +296,6 @@ impl<'a> Counter<'a> {
         }
         let (step, [held, temporary]) = worst;
         let entries = vec![
-            entry("embedding table", self.stored(embedder.table as u64)),
             entry("vision tower", self.stored(embedder.tower as u64)),
             entry("residual streams so far", held),
             entry("intermediate results of a chunk", temporary),
@@ -344,8 +309,4 @@ impl<'a> Counter<'a> {
 /// while it takes the place of the one before.
 pub fn state_bytes(tokens: u64, hidden: usize, element_bytes: usize, with_float: bool) -> u64 {
     tokens * (hidden * element_bytes) as u64 * if with_float { 2 } else { 1 }
-}
-
-pub(super) fn entry(name: &str, bytes: u64) -> Entry {
-    Entry { name: name.into(), bytes }
 }

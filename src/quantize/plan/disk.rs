@@ -1,6 +1,6 @@
 //! Room on disk.
 
-use super::system::free_bytes;
+use crate::plan::system::free_bytes;
 use anyhow::{Result, ensure};
 use indicatif::HumanBytes;
 use serde::Serialize;

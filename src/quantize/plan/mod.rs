@@ -9,23 +9,20 @@ mod count;
 mod disk;
 mod host;
 mod rates;
-pub(crate) mod system;
 mod time;
 
 pub use count::state_bytes;
 pub use disk::DiskPlan;
-pub use host::{HostPlan, Process};
-pub use rates::Rates;
+pub use time::TimePlan;
 pub(crate) use time::blocks as block_work;
-pub use time::{Load, StageEstimate, TimePlan};
 
 use super::inspect::DecoderShape;
 use super::settings::{Importance, Solver, SolverSettings};
-use crate::device::{ModelOps, SolveOps, Work};
 use crate::model::families::VisionLoad;
+use crate::plan::{ChunkSize, Costs, HostPlan, Process, StagePlan, told};
 use crate::progress::Stage;
 use anyhow::{Result, bail};
-use count::{Counter, F32};
+use count::Counter;
 use indicatif::HumanBytes;
 use serde::Serialize;
 
@@ -38,44 +35,6 @@ pub enum Activations {
     Resident,
     /// In page-locked host memory; a chunk is fetched while the one before it is worked on, and parked behind it.
     Streamed,
-}
-
-/// A name and its bytes of device memory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Entry {
-    /// What it is.
-    pub name: String,
-    /// Bytes.
-    pub bytes: u64,
-}
-
-/// A stage of the run at its worst step.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct StagePlan {
-    /// Which.
-    pub stage: Stage,
-    /// The step that takes most, such as `factoring mlp.down_proj`.
-    pub step: String,
-    /// What is in device memory then.
-    pub entries: Vec<Entry>,
-    /// Their sum.
-    pub bytes: u64,
-    /// Most that the stage had in use; `None` before it ran, and on a device whose memory is the host's.
-    pub measured_bytes: Option<u64>,
-}
-
-impl StagePlan {
-    fn new(stage: Stage, (step, entries): (String, Vec<Entry>)) -> Self {
-        let bytes = entries.iter().map(|entry| entry.bytes).sum();
-        let entries = entries.into_iter().filter(|entry| entry.bytes > 0).collect();
-        Self { stage, step, entries, bytes, measured_bytes: None }
-    }
-
-    fn lines(&self) -> Vec<String> {
-        let first = format!("  {}, at {}: {}", self.stage, self.step, HumanBytes(self.bytes));
-        let rest = self.entries.iter().map(|entry| format!("    {} {}", HumanBytes(entry.bytes), entry.name));
-        [first].into_iter().chain(rest).collect()
-    }
 }
 
 /// Memory of a run.
@@ -97,38 +56,9 @@ pub struct MemoryPlan {
     pub host: HostPlan,
 }
 
-/// Samples that go through a block together.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ChunkSize {
-    /// Their tokens.
-    pub tokens: usize,
-    /// Those that stand for image features.
-    pub image_tokens: usize,
-    /// Tokens of the longest of them.
-    pub longest: usize,
-    /// Products of their lengths by themselves, summed.
-    pub pairs: usize,
-    /// Patches of their images that the vision tower encodes together.
-    pub patches: usize,
-    /// Patches of all their images.
-    pub all_patches: usize,
-    /// Patches of the largest image, or crop of one.
-    pub longest_image: usize,
-    /// Features of an image's tiles that are put together before they are reduced, at most.
-    pub joined: usize,
-    /// Those and what a first reduction makes of them, at most.
-    pub reducing: usize,
-    /// Products of the numbers of patches of images, or crops, by themselves, summed.
-    pub patch_pairs: usize,
-    /// Whether both paths are run for it whatever the method, see [`Packed::is_checked`](super::check::Packed::is_checked).
-    pub checked: bool,
-}
-
 /// What embeds samples. Counts are of values, not of bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EmbedderSize {
-    /// Values of the embedding table.
-    pub table: usize,
     /// Values of the vision tower and its projector; 0 where no sample has an image.
     pub tower: usize,
     /// Sizes of the tower.
@@ -163,37 +93,6 @@ pub struct Job<'a> {
     pub check: CheckSize,
 }
 
-/// What numbers take on a device.
-pub struct Costs<'a> {
-    element_bytes: u64,
-    /// Whether the device's memory is the host's.
-    host: bool,
-    workspace: Box<dyn Fn(Work) -> u64 + 'a>,
-    triangle: Box<dyn Fn(usize) -> u64 + 'a>,
-}
-
-impl<'a> Costs<'a> {
-    /// Of a device.
-    pub fn of<D: ModelOps + SolveOps>(device: &'a D) -> Self {
-        Self {
-            element_bytes: device.element_bytes() as u64,
-            host: device.peak_bytes().is_none(),
-            workspace: Box::new(|work| device.workspace(work)),
-            triangle: Box::new(|features| device.triangle_bytes(features)),
-        }
-    }
-
-    /// Of a device with memory of its own, weights and activations of so many bytes, and no work space.
-    pub fn plain(element_bytes: usize) -> Self {
-        Self {
-            element_bytes: element_bytes as u64,
-            host: false,
-            workspace: Box::new(|_| 0),
-            triangle: Box::new(|features| F32 * (features as u64).pow(2)),
-        }
-    }
-}
-
 impl MemoryPlan {
     /// The plan of a job under a limit: activations resident where they fit, else streamed. Errors, with the numbers, where
     /// even that does not fit.
@@ -208,15 +107,13 @@ impl MemoryPlan {
             return Ok(plan);
         }
         let Some(worst) = plan.stages.iter().max_by_key(|stage| stage.bytes) else { bail!("a plan without stages") };
-        let parts: Vec<String> =
-            worst.entries.iter().map(|entry| format!("{} {}", entry.name, HumanBytes(entry.bytes))).collect();
         bail!(
             "the run does not fit into {} of GPU memory: {} takes {} with activations in host memory ({}){}; allow more \
              with --max-gpu-memory where the GPU has it (fewer samples would not help)",
             HumanBytes(limit_bytes.unwrap_or(u64::MAX)),
             worst.step,
             HumanBytes(worst.bytes),
-            parts.join(", "),
+            told(&worst.entries),
             cheaper(job, costs, &plan)
         )
     }
@@ -248,8 +145,8 @@ impl MemoryPlan {
 
     /// The same with the memory of `process` on the host. Errors, with the numbers, where the machine has not as much.
     pub fn with_host(mut self, job: &Job<'_>, costs: &Costs<'_>, process: &Process) -> Result<Self> {
-        self.host = HostPlan::new(job, costs, &self, process);
-        self.host.check()?;
+        self.host = host::count(job, costs, &self, process);
+        self.host.check("the run", "fewer samples, --solver gptq or --solver rtn take less")?;
         Ok(self)
     }
 

@@ -1,9 +1,9 @@
 //! What a device does in a moment of each kind of work.
 
 use super::Job;
-use super::time::ByKind;
 use crate::checkpoint::checksum;
 use crate::device::{AttentionShape, BLOCK, ModelOps, PermuteSymmetric, SolveOps, Span};
+use crate::plan::Rates;
 use crate::quantize::settings::Solver;
 use crate::quantize::solve;
 use crate::quantize::statistics::Statistics;
@@ -12,9 +12,6 @@ use anyhow::Result;
 use rayon::prelude::*;
 use std::hint::black_box;
 use std::time::Instant;
-
-/// Work a second by kind, all threads together.
-pub type Rates = ByKind;
 
 /// A probe that took so long, in seconds, is long enough.
 const ENOUGH: f64 = 0.04;

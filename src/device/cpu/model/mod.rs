@@ -74,6 +74,10 @@ impl ModelOps for Cpu {
         let rows = x.rows() + more.rows();
         let cols = x.cols();
         let mut data = std::mem::take(x).into_data();
+        if data.capacity() < rows * cols {
+            // With room for some more, but not for as many again.
+            data.reserve_exact(more.data().len().max(data.len() / 8));
+        }
         data.extend_from_slice(more.data());
         *x = Matrix::new(rows, cols, data)?;
         Ok(())

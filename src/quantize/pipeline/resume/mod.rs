@@ -118,6 +118,14 @@ impl fmt::Display for Unfinished {
 }
 
 impl Unfinished {
+    /// What is told of a run that ended in a way that no run can go on from.
+    pub(super) fn lost(&self) -> String {
+        let Self { finished, blocks, .. } = self;
+        format!(
+            "the run ended behind {finished} of {blocks} blocks; with other data or weights it is another run, so they are not kept"
+        )
+    }
+
     /// What there is to go on from: `12 of 28 blocks are done and kept in FOLDER`.
     pub fn kept(&self) -> String {
         let Self { folder, finished, blocks } = self;

@@ -3,8 +3,8 @@
 use super::super::RunReport;
 use super::charts::{Axis, Bars, block_labels, legend};
 use super::markup::{Cell, or_dash, table};
+use crate::plan::StagePlan;
 use crate::progress::human_seconds;
-use crate::quantize::plan::StagePlan;
 use anyhow::Result;
 use indicatif::HumanBytes;
 

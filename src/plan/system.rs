@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 /// Memory that this process may come to hold, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Room {
+pub(crate) struct Room {
     /// With nothing else running: memory and swap, or the limit of a control group.
-    pub(super) total: u64,
+    pub(crate) total: u64,
     /// More than it holds now.
-    pub(super) available: u64,
+    pub(crate) available: u64,
 }
 
 /// `field` of this process's status, in bytes: `VmRSS`, memory that it holds, or `VmHWM`, the most that it ever held.
@@ -23,7 +23,7 @@ fn kibibytes(text: &str, field: &str) -> Option<u64> {
 }
 
 /// What memory there is: the system's, or that of the tightest control group that this process is in.
-pub(super) fn room() -> Option<Room> {
+pub(crate) fn room() -> Option<Room> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let field = |name| kibibytes(&text, name);
     let system = Room {
@@ -69,7 +69,7 @@ fn group(folder: &Path) -> Option<Room> {
 }
 
 /// Bytes that this user may still write to the file system of `folder`.
-pub(super) fn free_bytes(folder: &Path) -> Option<u64> {
+pub(crate) fn free_bytes(folder: &Path) -> Option<u64> {
     #[cfg(target_os = "linux")]
     return rustix::fs::statvfs(folder).ok().map(|there| there.f_bavail.saturating_mul(there.f_frsize));
     #[cfg(not(target_os = "linux"))]

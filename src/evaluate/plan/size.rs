@@ -1,0 +1,92 @@
+//! A model's weights in numbers.
+
+use crate::checkpoint::{Checkpoint, Quantization};
+use crate::device::{AttentionShape, ModelOps};
+use crate::model::decoder::Projection;
+use crate::model::families::{self, ModelConfig, VisionLoad};
+use crate::model::parts::{Part, part_of};
+use anyhow::Result;
+
+/// A model's weights, in values.
+#[derive(Clone, Debug)]
+pub(in crate::evaluate) struct ModelSize {
+    pub(super) config: ModelConfig,
+    /// Bytes of all tensors in the file.
+    pub(super) file: u64,
+    pub(super) load: VisionLoad,
+    pub(super) tower: u64,
+    pub(super) block: u64,
+    /// The widest linear layer of a block.
+    pub(super) layer: u64,
+    /// Bytes of the file's largest tensors of the vision tower, of a block and of the head.
+    pub(super) mapped: [u64; 3],
+    /// Bytes of a value of the widest layer beside its float32 while it is unpacked.
+    pub(super) unpacking: f64,
+}
+
+impl ModelSize {
+    /// By a checkpoint's headers. `bits`: as if its layers were stored so.
+    pub(in crate::evaluate) fn of<D: ModelOps>(
+        checkpoint: &Checkpoint,
+        config: &ModelConfig,
+        bits: Option<u32>,
+    ) -> Result<Self> {
+        let decoder = &config.decoder;
+        let shapes = Projection::ALL.map(|projection| projection.shape(decoder));
+        let values = |(rows, cols): (usize, usize)| (rows * cols) as u64;
+        let norms = 2 * decoder.hidden + shapes[..3].iter().map(|shape| shape.0).sum::<usize>();
+        let (mut file, mut tower, mut mapped) = (0, 0, [0; 3]);
+        for name in checkpoint.names() {
+            let tensor = checkpoint.tensor(name)?;
+            let part = part_of(name, config);
+            file += tensor.bytes.len() as u64;
+            if part == Part::VisionTower {
+                tower += tensor.shape.iter().product::<usize>() as u64;
+            }
+            let place = match part {
+                Part::VisionTower => 0,
+                Part::Blocks => 1,
+                Part::Head | Part::Embedding | Part::LastNorm => 2,
+            };
+            mapped[place] = tensor.bytes.len().max(mapped[place] as usize) as u64;
+        }
+        let stored = match checkpoint.quantization()? {
+            Some(Quantization::CompressedTensors(packing) | Quantization::Gptq(packing, _)) => Some(packing.bits),
+            None => None,
+        };
+        Ok(Self {
+            config: config.clone(),
+            file,
+            load: families::of::<D>(checkpoint)?.vision_load(checkpoint)?,
+            tower,
+            block: shapes.into_iter().map(values).sum::<u64>() + norms as u64,
+            layer: shapes.into_iter().map(values).max().unwrap_or(0),
+            mapped,
+            // Codes, and the words that they are in.
+            unpacking: bits.or(stored).map_or(0.0, |bits| 1.0 + f64::from(bits) / 8.0),
+        })
+    }
+
+    pub(super) fn layers(&self) -> u64 {
+        self.config.decoder.layers as u64
+    }
+
+    pub(super) fn hidden(&self) -> u64 {
+        self.config.decoder.hidden as u64
+    }
+
+    pub(super) fn head(&self) -> u64 {
+        self.config.decoder.vocab as u64 * self.hidden()
+    }
+
+    /// All that is held where all is.
+    pub(super) fn values(&self) -> u64 {
+        self.tower + self.layers() * self.block + self.head() + self.hidden()
+    }
+
+    /// Widths of queries and of keys.
+    pub(super) fn widths(&self) -> (u64, u64) {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.config.decoder.attention;
+        ((heads * head_dim) as u64, (kv_heads * head_dim) as u64)
+    }
+}
