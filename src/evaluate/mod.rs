@@ -107,7 +107,6 @@ impl Opened {
         let checkpoint = Arc::new(Checkpoint::open(folder)?);
         let family = families::of::<D>(&checkpoint)?;
         let config = family.config(&checkpoint)?;
-        config.remarks(&checkpoint).iter().for_each(|remark| log::warn!("{remark}"));
         config.head_name().with_context(|| folder.display().to_string())?;
         let vision = family.vision_input(&checkpoint, settings.image_options)?;
         let builder = SequenceBuilder::with_template(folder, vision, &settings.chat_template)?;
@@ -125,6 +124,7 @@ impl Opened {
     }
 
     fn load<D: ModelOps>(self, device: &D, residency: Residency) -> Result<Evaluated<D>> {
+        self.config.remarks(&self.checkpoint).iter().for_each(|remark| log::warn!("{remark}"));
         Ok(Evaluated { model: LanguageModel::load(device, &self.checkpoint, residency)?, opened: self })
     }
 }
