@@ -124,6 +124,12 @@ impl Script<'_> {
     }
 }
 
+/// Writes a file in the place of what has its name: through a link it would be this target's own doing.
+fn put(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let _ = fs::remove_file(path);
+    fs::write(path, bytes)
+}
+
 /// Does to a work folder what the script says, a few steps of it.
 fn touch(work: &Path, victim: &Path, script: &mut Script<'_>) {
     let files = &base().work;
@@ -141,25 +147,25 @@ fn touch(work: &Path, victim: &Path, script: &mut Script<'_>) {
                 let place = script.place(bytes.len());
                 let change = script.byte().max(1);
                 bytes.get_mut(place).into_iter().for_each(|byte| *byte ^= change);
-                fs::write(&path, bytes)
+                put(&path, &bytes)
             }
             1 => {
                 bytes.truncate(script.place(bytes.len()));
-                fs::write(&path, bytes)
+                put(&path, &bytes)
             }
             2 => fs::remove_file(&path),
             3 => {
                 bytes.extend(vec![0; usize::from(script.byte())]);
-                fs::write(&path, bytes)
+                put(&path, &bytes)
             }
             4 => {
                 let length = usize::from(script.byte()).min(script.0.len());
                 let (text, rest) = script.0.split_at(length);
                 script.0 = rest;
-                fs::write(&path, text)
+                put(&path, text)
             }
             5 => fs::rename(&path, &added),
-            6 => fs::create_dir_all(added.parent().expect("the work folder")).and_then(|()| fs::write(&added, bytes)),
+            6 => fs::create_dir_all(added.parent().expect("the work folder")).and_then(|()| put(&added, &bytes)),
             7 => {
                 let _ = fs::remove_file(&path);
                 link(victim, &path)
