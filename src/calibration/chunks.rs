@@ -1,5 +1,6 @@
 //! Which samples go through a model together.
 
+use super::sequence::Sequence;
 use std::ops::Range;
 
 /// Cuts what has these sizes, in order, into runs of at most `most` together; what is larger by itself is a run alone.
@@ -19,6 +20,11 @@ pub fn chunks(sizes: impl IntoIterator<Item = u64>, most: u64) -> Vec<Range<usiz
         }
     }
     chunks
+}
+
+/// [`chunks`] of samples by their tokens.
+pub fn chunks_of_tokens(sequences: &[Sequence], most: u64) -> Vec<Range<usize>> {
+    chunks(sequences.iter().map(|sequence| sequence.tokens.len() as u64), most)
 }
 
 #[cfg(test)]

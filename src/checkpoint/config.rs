@@ -55,6 +55,14 @@ pub struct Packing {
     pub symmetric: bool,
 }
 
+impl Packing {
+    /// Columns that share a scale, and how many such groups a row of `inputs` columns has.
+    pub(crate) fn groups(&self, inputs: usize) -> (usize, usize) {
+        let columns = self.group_size.unwrap_or(inputs);
+        (columns, inputs.div_ceil(columns))
+    }
+}
+
 impl fmt::Display for Quantization {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (name, packing) = match self {

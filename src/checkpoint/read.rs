@@ -180,13 +180,18 @@ impl Checkpoint {
         let tensor = self.shaped(name, rows, cols)?;
         let float = self.float_type_of(name, tensor.dtype)?;
         let row_bytes = tensor.bytes.len() / rows;
-        let bytes = &tensor.bytes[some.start * row_bytes..some.end * row_bytes];
+        let values = self.finite(name, float, &tensor.bytes[some.start * row_bytes..some.end * row_bytes])?;
+        self.release(name);
+        Matrix::new(some.len(), cols, values)
+    }
+
+    /// Some of a tensor's bytes as float32. Errors, naming the first of the whole tensor, where one of them is not finite.
+    #[cfg(feature = "run")]
+    fn finite(&self, name: &str, float: ScaleType, bytes: &[u8]) -> Result<Vec<f32>> {
         if first_non_finite(float, bytes).is_some() {
             self.check_finite(name)?;
         }
-        let values = floats_from_bytes(float, bytes);
-        self.release(name);
-        Matrix::new(some.len(), cols, values)
+        Ok(floats_from_bytes(float, bytes))
     }
 
     /// Rows of [`matrix`](Self::matrix) by their numbers, each as often as it is asked for. Errors as
@@ -203,11 +208,7 @@ impl Checkpoint {
             for &index in some {
                 let index = index as usize;
                 ensure!(index < rows, "row {index} of tensor {name} is asked for, which has {rows}");
-                let bytes = &tensor.bytes[index * row_bytes..][..row_bytes];
-                if first_non_finite(float, bytes).is_some() {
-                    self.check_finite(name)?;
-                }
-                values.extend(floats_from_bytes(float, bytes));
+                values.extend(self.finite(name, float, &tensor.bytes[index * row_bytes..][..row_bytes])?);
             }
             self.release(name);
         }

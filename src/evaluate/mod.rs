@@ -12,7 +12,7 @@ pub use comparison::{ComparedAnswer, ComparedScores, Comparison};
 pub use plan::EvaluationPlan;
 pub use report::{Answer, Conditions, Evaluation, GroupResult, SampleResult};
 
-use crate::calibration::chunks::chunks;
+use crate::calibration::chunks::chunks_of_tokens;
 use crate::calibration::dataset::{self, Conversation, Part};
 use crate::calibration::sequence::{Sequence, SequenceBuilder};
 use crate::calibration::template::TemplateChoice;
@@ -299,7 +299,7 @@ struct Seen<T> {
 impl<D: ModelOps> Evaluated<D> {
     /// Looks at the images of some sequences.
     fn see(&self, device: &D, sequences: &[Sequence]) -> Result<Seen<D::Tensor>> {
-        let chunks = chunks(sequences.iter().map(|sequence| sequence.tokens.len() as u64), CHUNK_TOKENS);
+        let chunks = chunks_of_tokens(sequences, CHUNK_TOKENS);
         let groups: Vec<Vec<&Sequence>> =
             chunks.iter().map(|chunk| sequences[chunk.clone()].iter().collect()).collect();
         Ok(Seen { features: self.model.embedder().features_of_each(device, &groups)?, chunks })

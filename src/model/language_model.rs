@@ -83,14 +83,10 @@ impl<D: ModelOps> Embedder<D> {
         device: &D,
         groups: &[impl AsRef<[&'s Sequence]>],
     ) -> Result<Vec<Option<Features<D::Tensor>>>> {
-        let images = |group: &[&'s Sequence]| -> Vec<&'s ImagePatches> {
-            let sequences: Vec<&'s Sequence> = group.to_vec();
-            sequences.into_iter().flat_map(|s| &s.images).collect()
-        };
         let mut loaded = None;
         let mut features = Vec::with_capacity(groups.len());
         for group in groups {
-            let images = images(group.as_ref());
+            let images: Vec<&ImagePatches> = group.as_ref().iter().flat_map(|s| &s.images).collect();
             if images.is_empty() {
                 features.push(None);
                 continue;
@@ -281,12 +277,11 @@ pub struct LanguageModel<D: ModelOps> {
 }
 
 impl<D: ModelOps> LanguageModel<D> {
-    /// Reads a float checkpoint, or a quantized one in any format that this crate writes. Errors as [`check_headers`], and where
-    /// there is no output head.
+    /// Reads a float checkpoint, or a quantized one in any format that this crate writes. Errors where there is no output head.
+    /// What is wrong with a tensor that is streamed shows when it is read: [`check_headers`] finds it before.
     pub fn load(device: &D, checkpoint: &Arc<Checkpoint>, residency: Residency) -> Result<Self> {
         let config = families::of::<D>(checkpoint)?.config(checkpoint)?;
         config.head_name()?;
-        check_headers::<D>(checkpoint, &config, true)?;
         let weights = Weights::new(device, checkpoint);
         let (resident, held) = match residency {
             Residency::Resident => (true, config.decoder.layers),

@@ -1,6 +1,7 @@
 //! Parts of a checkpoint, by the names of their tensors.
 
 use super::families::ModelConfig;
+use crate::checkpoint::{Checkpoint, StoredTensor};
 use std::fmt;
 
 /// A part of a model.
@@ -44,4 +45,24 @@ pub fn part_of(name: &str, config: &ModelConfig) -> Part {
         Some(rest) if rest.starts_with("norm.") => Part::LastNorm,
         _ => Part::VisionTower,
     }
+}
+
+/// The tensors of a part, as the headers have them.
+pub fn tensors_of<'a>(
+    checkpoint: &'a Checkpoint,
+    config: &'a ModelConfig,
+    part: Part,
+) -> impl Iterator<Item = StoredTensor<'a>> {
+    let names = checkpoint.names().filter(move |name| part_of(name, config) == part);
+    names.filter_map(|name| checkpoint.tensor(name).ok())
+}
+
+/// Values of a part.
+pub fn values_of(checkpoint: &Checkpoint, config: &ModelConfig, part: Part) -> usize {
+    tensors_of(checkpoint, config, part).map(|tensor| tensor.shape.iter().product::<usize>()).sum()
+}
+
+/// Bytes of the largest tensor of a part in the file; 0 where it has none.
+pub fn largest_of(checkpoint: &Checkpoint, config: &ModelConfig, part: Part) -> u64 {
+    tensors_of(checkpoint, config, part).map(|tensor| tensor.bytes.len() as u64).max().unwrap_or(0)
 }

@@ -1,7 +1,7 @@
 //! What a checkpoint holds, what would be quantized, and what that would cost.
 
 use super::pipeline::CHUNK_TOKENS;
-use super::plan::{CheckSize, EmbedderSize, Job, MemoryPlan, block_work};
+use super::plan::{CheckSize, Job, MemoryPlan, block_work};
 use super::settings::{Importance, Solver, SolverSettings};
 use super::split::largest_split;
 use crate::checkpoint::Checkpoint;
@@ -10,7 +10,7 @@ use crate::checkpoint::{Packing, Quantization};
 use crate::device::{ModelOps, SolveOps};
 use crate::model::config::{DecoderConfig, Section};
 use crate::model::decoder::{Projection, module_name};
-use crate::model::families::{self, ModelConfig, VisionLoad};
+use crate::model::families::{self, ModelConfig};
 use crate::model::language_model::check_headers;
 use crate::model::parts::{self, part_of};
 use crate::plan::{ChunkSize, Costs, Rates};
@@ -278,20 +278,6 @@ fn parts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Part>> {
         }
     }
     Ok(parts.into_iter().filter(|part| part.tensors > 0).collect())
-}
-
-/// What the vision tower takes, unless `text_only`, from tensor headers alone.
-pub(super) fn embedder_size(
-    checkpoint: &Checkpoint,
-    config: &ModelConfig,
-    load: VisionLoad,
-    text_only: bool,
-) -> Result<EmbedderSize> {
-    let mut tower = 0;
-    for name in checkpoint.names().filter(|name| !text_only && part_of(name, config) == parts::Part::VisionTower) {
-        tower += checkpoint.tensor(name)?.shape.iter().product::<usize>();
-    }
-    Ok(EmbedderSize { tower, load })
 }
 
 #[cfg(test)]

@@ -109,7 +109,6 @@ pub(crate) struct Headers<'a> {
     /// `[words, groups]`; `None` where the zero is the middle.
     zeros: Option<Words<'a>>,
     has_index: bool,
-    groups: usize,
 }
 
 /// Finds a layer's tensors. Errors where one is missing, or of another shape or type.
@@ -121,7 +120,7 @@ pub(crate) fn headers<'a>(
     packing: Packing,
 ) -> Result<Headers<'a>> {
     let bits = packing.bits;
-    let groups = inputs.div_ceil(packing.group_size.unwrap_or(inputs));
+    let (_, groups) = packing.groups(inputs);
     let words = |suffix: &str, shape: &[usize]| words_of(checkpoint, module, suffix, shape);
     let weight = words("weight_packed", &[out, packed_words(inputs, bits)])?;
     let shape_name = format!("{module}.weight_shape");
@@ -141,7 +140,7 @@ pub(crate) fn headers<'a>(
     if has_index {
         words("weight_g_idx", &[inputs])?;
     }
-    Ok(Headers { weight, zeros, has_index, groups })
+    Ok(Headers { weight, zeros, has_index })
 }
 
 /// Reads a layer back.
@@ -153,8 +152,8 @@ pub(crate) fn decode(
     packing: Packing,
 ) -> Result<QuantizedLinear> {
     let bits = packing.bits;
-    let group_columns = packing.group_size.unwrap_or(inputs);
-    let Headers { weight, zeros: stored_zeros, has_index, groups } = headers(checkpoint, module, out, inputs, packing)?;
+    let (group_columns, groups) = packing.groups(inputs);
+    let Headers { weight, zeros: stored_zeros, has_index } = headers(checkpoint, module, out, inputs, packing)?;
     let packed = weight.read();
     let mut codes = vec![0; out * inputs];
     let rows = packed.par_chunks_exact(packed_words(inputs, bits)).zip(codes.par_chunks_exact_mut(inputs));

@@ -123,7 +123,6 @@ pub(crate) struct Headers<'a> {
     weight: Words<'a>,
     /// `[groups, words]`.
     zeros: Words<'a>,
-    groups: usize,
 }
 
 /// Finds a layer's tensors. Errors where one is missing, or of another shape or type.
@@ -135,12 +134,12 @@ pub(crate) fn headers<'a>(
     packing: Packing,
 ) -> Result<Headers<'a>> {
     let bits = packing.bits;
-    let groups = inputs.div_ceil(packing.group_size.unwrap_or(inputs));
+    let (_, groups) = packing.groups(inputs);
     let weight = words_of(checkpoint, module, "qweight", &[packed_words(inputs, bits), out])?;
     let zeros = words_of(checkpoint, module, "qzeros", &[groups, packed_words(out, bits)])?;
     checkpoint.check_matrix(&format!("{module}.scales"), groups, out)?;
     words_of(checkpoint, module, "g_idx", &[inputs])?;
-    Ok(Headers { weight, zeros, groups })
+    Ok(Headers { weight, zeros })
 }
 
 /// Reads a layer back, whose file config.json says to be of this `version`. A symmetric one tells itself, as all its zeros are the
@@ -154,8 +153,8 @@ pub(crate) fn decode(
     version: GptqVersion,
 ) -> Result<QuantizedLinear> {
     let bits = packing.bits;
-    let group_columns = packing.group_size.unwrap_or(inputs);
-    let Headers { weight, zeros, groups } = headers(checkpoint, module, out, inputs, packing)?;
+    let (group_columns, groups) = packing.groups(inputs);
+    let Headers { weight, zeros } = headers(checkpoint, module, out, inputs, packing)?;
     let weight = weight.read();
     let mut codes = vec![0; out * inputs];
     for (row, codes) in codes.chunks_exact_mut(inputs).enumerate() {

@@ -5,7 +5,7 @@ mod size;
 pub(super) use size::ModelSize;
 
 use super::CHUNK_TOKENS;
-use crate::calibration::chunks::chunks;
+use crate::calibration::chunks::{chunks, chunks_of_tokens};
 use crate::calibration::sequence::Sequence;
 use crate::device::{ModelOps, Work};
 use crate::model::language_model::{HEAD_ROWS, Residency};
@@ -172,7 +172,7 @@ impl<'a> Planner<'a> {
         let runs = chunks(sequences.iter().zip(most_new).map(|(s, &new)| self.lasting(s, new)), RUN_BYTES);
         for run in &runs {
             let (own, new) = (&sequences[run.clone()], &most_new[run.clone()]);
-            let groups = chunks(own.iter().map(|s| s.tokens.len() as u64), CHUNK_TOKENS);
+            let groups = chunks_of_tokens(own, CHUNK_TOKENS);
             let size = |group: Range<usize>| {
                 ChunkSize::of(&own[group].iter().collect::<Vec<_>>(), &self.model.load, image_token)
             };

@@ -4,7 +4,7 @@ use crate::checkpoint::{Checkpoint, Quantization};
 use crate::device::{AttentionShape, ModelOps};
 use crate::model::decoder::Projection;
 use crate::model::families::{self, ModelConfig, VisionLoad};
-use crate::model::parts::{Part, part_of};
+use crate::model::parts::{Part, largest_of, tensors_of, values_of};
 use anyhow::Result;
 
 /// A model's weights, in values.
@@ -35,33 +35,24 @@ impl ModelSize {
         let shapes = Projection::ALL.map(|projection| projection.shape(decoder));
         let values = |(rows, cols): (usize, usize)| (rows * cols) as u64;
         let norms = 2 * decoder.hidden + shapes[..3].iter().map(|shape| shape.0).sum::<usize>();
-        let (mut file, mut tower, mut mapped) = (0, 0, [0; 3]);
-        for name in checkpoint.names() {
-            let tensor = checkpoint.tensor(name)?;
-            let part = part_of(name, config);
-            file += tensor.bytes.len() as u64;
-            if part == Part::VisionTower {
-                tower += tensor.shape.iter().product::<usize>() as u64;
-            }
-            let place = match part {
-                Part::VisionTower => 0,
-                Part::Blocks => 1,
-                Part::Head | Part::Embedding | Part::LastNorm => 2,
-            };
-            mapped[place] = tensor.bytes.len().max(mapped[place] as usize) as u64;
-        }
+        let largest = |part| largest_of(checkpoint, config, part);
+        let of_head = [Part::Head, Part::Embedding, Part::LastNorm].map(largest).into_iter().max().unwrap_or(0);
         let stored = match checkpoint.quantization()? {
             Some(Quantization::CompressedTensors(packing) | Quantization::Gptq(packing, _)) => Some(packing.bits),
             None => None,
         };
         Ok(Self {
             config: config.clone(),
-            file,
+            file: Part::ALL
+                .iter()
+                .flat_map(|&part| tensors_of(checkpoint, config, part))
+                .map(|t| t.bytes.len() as u64)
+                .sum(),
             load: families::of::<D>(checkpoint)?.vision_load(checkpoint)?,
-            tower,
+            tower: values_of(checkpoint, config, Part::VisionTower) as u64,
             block: shapes.into_iter().map(values).sum::<u64>() + norms as u64,
             layer: shapes.into_iter().map(values).max().unwrap_or(0),
-            mapped,
+            mapped: [largest(Part::VisionTower), largest(Part::Blocks), of_head],
             // Codes, and the words that they are in.
             unpacking: bits.or(stored).map_or(0.0, |bits| 1.0 + f64::from(bits) / 8.0),
         })

@@ -3,7 +3,7 @@
 use super::PipelineSettings;
 use super::resume::StateBytes;
 use crate::calibration::TakesTooLong;
-use crate::calibration::chunks::chunks;
+use crate::calibration::chunks::chunks_of_tokens;
 use crate::calibration::dataset;
 use crate::calibration::sequence::{Collected, Sequence, SequenceBuilder, VisionInput, collect};
 use crate::checkpoint::Checkpoint;
@@ -13,12 +13,12 @@ use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Projection, module_name};
 use crate::model::families::{self, Head, ModelConfig, VisionLoad};
 use crate::model::language_model::check_headers;
-use crate::model::parts::{Part, part_of};
+use crate::model::parts::{Part, largest_of, values_of};
 use crate::plan::{ChunkSize, Costs, Process};
 use crate::progress::{Observer, Stage, StageClock, StageTime};
 use crate::quantize::check::{self, HELD_OUT, Packed, Places};
-use crate::quantize::inspect::{DecoderShape, embedder_size};
-use crate::quantize::plan::{CheckSize, DiskPlan, Job, MemoryPlan};
+use crate::quantize::inspect::DecoderShape;
+use crate::quantize::plan::{CheckSize, DiskPlan, EmbedderSize, Job, MemoryPlan};
 use crate::quantize::report::samples::{self, ReportSample};
 use crate::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
 use anyhow::{Result, bail};
@@ -140,8 +140,11 @@ impl Input {
         };
         let chunks: Vec<ChunkSize> = packed.chunks.iter().enumerate().map(size).collect();
         let asked = self.places(&packed).iter().map(|places| places.rows.len()).sum();
-        let size = || embedder_size(&self.checkpoint, &self.config, load, self.text_only);
-        let embedder = (!chunks.is_empty()).then(size).transpose()?;
+        let tower = || match self.text_only {
+            true => 0,
+            false => values_of(&self.checkpoint, &self.config, Part::VisionTower),
+        };
+        let embedder = (!chunks.is_empty()).then(|| EmbedderSize { tower: tower(), load });
         let shape = DecoderShape::of(&self.config.decoder);
         Ok(Job {
             shape,
@@ -168,10 +171,8 @@ impl Input {
         if job.embedder.is_some() {
             let table = self.checkpoint.tensor(&self.config.table_name())?;
             process.stored = (table.bytes.len() / table.shape.iter().product::<usize>().max(1)) as u64;
-            let of_tower = |name: &&str| !self.text_only && part_of(name, &self.config) == Part::VisionTower;
-            for name in self.checkpoint.names().filter(of_tower) {
-                let bytes = self.checkpoint.tensor(name)?.bytes.len() as u64;
-                process.largest_embedding = process.largest_embedding.max(bytes);
+            if !self.text_only {
+                process.largest_embedding = largest_of(&self.checkpoint, &self.config, Part::VisionTower);
             }
         }
         MemoryPlan::fit(&job, &costs, device.memory_limit())?.with_host(&job, &costs, &process)
@@ -230,6 +231,5 @@ fn read_data(
 
 /// Cuts the samples, in order, into chunks of at most `most` tokens.
 fn pack(sequences: &[Sequence], most: usize) -> Vec<Vec<&Sequence>> {
-    let lengths = sequences.iter().map(|sequence| sequence.tokens.len() as u64);
-    chunks(lengths, most as u64).into_iter().map(|chunk| sequences[chunk].iter().collect()).collect()
+    chunks_of_tokens(sequences, most as u64).into_iter().map(|chunk| sequences[chunk].iter().collect()).collect()
 }
