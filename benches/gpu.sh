@@ -3,8 +3,8 @@
 #
 #   benches/gpu.sh pack            here, with Rust and a CUDA toolkit: builds everything into .gpu/, which git ignores
 #   benches/gpu.sh a DIR           there, in a copy of this tree with .gpu/: is it right, and how fast? within 300 s
-#   benches/gpu.sh b DIR [FILE]    there: proofs, and a whole 7B model, within 440 s; FILE: the probe.jsonl that times are
-#                                  compared with (default: the newest below benches/results)
+#   benches/gpu.sh b DIR [FILE]    there: proofs, and a whole 7B model, within 440 s; FILE: the probe.jsonl, or that as .xz, that
+#                                  times are compared with (default: the newest below benches/results)
 #   benches/gpu.sh pack-table      here: the table of methods alone, as .gpu/methods_table, which has the kernels in it
 #   benches/gpu.sh table BED ...   there: the same table as by cargo (benches/methods_table), of a test bed that was made elsewhere
 #   benches/gpu.sh rehearse DIR    here, without a GPU: both parts in small, on emulated kernels and the CPU, and what the script
@@ -555,7 +555,7 @@ case ${1:-} in
     find_cublas
     [[ -n ${GPU_REHEARSAL:-} ]] || export VLMQ_TEST_GPU=0
     # Their folders begin with the date.
-    GPU_AGAINST=${3:-$(find benches -path 'benches/results/*/a/probe.jsonl' | sort | tail -n 1)}
+    GPU_AGAINST=${3:-$(find benches -path 'benches/results/*/a/probe.jsonl.xz' | sort | tail -n 1)}
     export GPU_AGAINST
     part "$1" "${GPU_SECONDS:-$([[ $1 == a ]] && echo 300 || echo 440)}" "$2"
     ;;

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import lzma
 import math
 import os
 import re
@@ -438,7 +439,7 @@ def different(got, exact):
 
 def read_lines(path):
     try:
-        with open(path) as file:
+        with (lzma.open(path, "rt") if str(path).endswith(".xz") else open(path)) as file:
             return [json.loads(line) for line in file if line.strip()]
     except FileNotFoundError:
         return []

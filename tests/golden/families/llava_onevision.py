@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from .base import TEMPLATE, VOCABULARY, Draw, Family, write_json
+from .base import TEMPLATE, VOCABULARY, Draw, Family, write_json, write_tokenizer
 
 # The template of the hub's checkpoints: no line break after a turn, a space behind the role.
 CHAT = (
@@ -125,9 +125,14 @@ class LlavaOnevision(Family):
 
     def write_processor(self, name, folder):
         v = self.variants[name]
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            text = (TEMPLATE / file).read_text().replace("<|image_pad|>", "<image>").replace("<|video_pad|>", "<video>")
-            (folder / file).write_text(text.replace("Qwen2VLProcessor", "LlavaOnevisionProcessor"))
+
+        def rename(text):
+            text = text.replace("<|image_pad|>", "<image>").replace("<|video_pad|>", "<video>")
+            return text.replace("Qwen2VLProcessor", "LlavaOnevisionProcessor")
+
+        write_tokenizer(folder, rename)
+        config = (TEMPLATE / "tokenizer_config.json").read_text()
+        (folder / "tokenizer_config.json").write_text(rename(config))
         shutil.copyfile(TEMPLATE / "generation_config.json", folder / "generation_config.json")
         size = {"height": v["side"], "width": v["side"]}
         images = {

@@ -5,7 +5,7 @@ import shutil
 
 import torch
 
-from .base import TEMPLATE, VOCABULARY, Family, write_json
+from .base import TEMPLATE, VOCABULARY, Family, write_json, write_tokenizer
 
 IDS = {"image_token_id": 613, "video_token_id": 614, "vision_start_token_id": 610, "vision_end_token_id": 611}
 MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -72,7 +72,8 @@ class Qwen(Family):
 
     def write_processor(self, name, folder):
         v = self.variants[name]
-        for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        write_tokenizer(folder)
+        for file in ("tokenizer_config.json", "generation_config.json"):
             shutil.copyfile(TEMPLATE / file, folder / file)
         base = {
             "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": MEAN,
