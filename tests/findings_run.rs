@@ -16,7 +16,7 @@ use vlmq::model::source::Weights;
 use vlmq::progress::Stop;
 use vlmq::quantize::block::{BlockOutcome, BlockQuantizer, Chunk, SolvedLayer};
 use vlmq::quantize::plan::Activations;
-use vlmq::quantize::settings::{Importance, ImportancePower, SolverSettings};
+use vlmq::quantize::settings::{Importance, ImportancePower, Refit, SolverSettings};
 use vlmq::quantize::{Finding, FindingKind};
 use vlmq::tensor::Matrix;
 
@@ -212,6 +212,7 @@ fn block(index: usize, chunk: Chunk<Matrix>) -> anyhow::Result<(BlockOutcome, Ve
         settings: &SolverSettings { group_size: Some(32), ..SolverSettings::default() },
         importance: Importance::Vlmq,
         importance_power: ImportancePower::default(),
+        refit: Refit::default(),
         activations: Activations::Resident,
         stop: &Stop::default(),
         index,

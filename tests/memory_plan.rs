@@ -10,7 +10,7 @@ use vlmq::plan::{ChunkSize, Costs, StagePlan};
 use vlmq::progress::Stage;
 use vlmq::quantize::inspect::DecoderShape;
 use vlmq::quantize::plan::{Activations, CheckSize, EmbedderSize, Job, MemoryPlan};
-use vlmq::quantize::settings::{Grid, Importance, Order, Solver, SolverSettings};
+use vlmq::quantize::settings::{Grid, Importance, Order, Refit, Solver, SolverSettings};
 
 const SHAPE: DecoderShape =
     DecoderShape { blocks: 28, hidden: 3584, intermediate: 18944, heads: 28, kv_heads: 4, head_dim: 128 };
@@ -41,6 +41,7 @@ fn job(solver: &SolverSettings, importance: Importance) -> Job<'_> {
         shape: SHAPE,
         solver,
         importance,
+        refit: Refit::None,
         chunks: vec![chunk; 128],
         deepstack: 0,
         embedder: None,
@@ -118,6 +119,7 @@ fn wide_layers_of_small_inputs_are_seen_too() {
         shape,
         solver: &solver,
         importance: Importance::Vlmq,
+        refit: Refit::None,
         chunks,
         deepstack: 0,
         embedder: None,
@@ -184,7 +186,8 @@ fn the_output_head_comes_part_by_part() {
     let mut chunks = vec![ChunkSize { tokens: 300, ..ChunkSize::default() }; 5];
     chunks[4].checked = true;
     let check = CheckSize { tokens: 512, vocab: 150_000 };
-    let job = Job { shape, solver: &solver, importance: Importance::None, chunks, deepstack: 0, embedder: None, check };
+    let (importance, refit) = (Importance::None, Refit::None);
+    let job = Job { shape, solver: &solver, importance, refit, chunks, deepstack: 0, embedder: None, check };
     let plan = fit(&job, None);
     let stage = &plan.stages[0];
     assert_eq!(stage.step, "comparing the paths");

@@ -10,7 +10,7 @@ use vlmq::checkpoint::Checkpoint;
 use vlmq::device::cpu::Cpu;
 use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::report::RunReport;
-use vlmq::quantize::settings::{Grid, Importance, ImportancePower, Solver, SolverSettings};
+use vlmq::quantize::settings::{Grid, Importance, ImportancePower, Refit, Solver, SolverSettings};
 
 /// A checkpoint, how the files of its goldens begin, and what its decoder holds.
 struct Case {
@@ -71,6 +71,38 @@ fn codes_of_every_layer_equal_the_float64_pipeline() {
     }
 }
 
+/// Their codes, of which the golden script makes sure, follow from the same scales.
+#[test]
+fn refitted_scales_of_every_layer_equal_the_float64_pipeline() {
+    for (case, solver, run) in [(QWEN2, Solver::Gptaq, "gptaq-vlmq-refit"), (QWEN3, Solver::Gptq, "gptq-vlmq-refit")] {
+        let golden = Golden::read(&format!("model/{}.{run}.safetensors", case.files));
+        let work = tempfile::tempdir().unwrap();
+        let out = work.path().join("out");
+        let usual = settings(&case, out.clone(), solver, Importance::Vlmq);
+        let report =
+            pipeline::run(&Cpu, &PipelineSettings { refit: Refit::Residual, ..usual.clone() }, &mut ()).unwrap();
+        let scales = |folder: &std::path::Path, name: &str, (rows, cols)| {
+            Checkpoint::open(folder).unwrap().packed(name, rows, cols).unwrap().scales
+        };
+        for layer in &report.layers {
+            let key = &layer.name[layer.name.find("layers.").unwrap()..];
+            let found = scales(&out, &layer.name, (layer.rows, layer.cols));
+            let off = relative_error(&found, &golden.values(&format!("{key}.scales")));
+            assert!(off < 1e-5, "{run} {key}: scales off by {off:e}");
+        }
+        // Without it the first layer is the same, its output projection is not, and the paths are further apart.
+        let plain = work.path().join("plain");
+        let without = pipeline::run(&Cpu, &PipelineSettings { out: plain.clone(), ..usual }, &mut ()).unwrap();
+        for (layer, same) in [("q_proj", true), ("o_proj", false), ("down_proj", false)] {
+            let layer = report.layers.iter().find(|found| found.name.ends_with(layer)).unwrap();
+            let shape = (layer.rows, layer.cols);
+            assert_eq!(scales(&out, &layer.name, shape) == scales(&plain, &layer.name, shape), same, "{}", layer.name);
+        }
+        let apart = |report: &RunReport| report.blocks.last().unwrap().path_error.unwrap();
+        assert!(apart(&report) < apart(&without), "{} and {}", apart(&report), apart(&without));
+    }
+}
+
 #[test]
 fn same_bytes_whatever_the_number_of_threads() {
     let run = |threads: usize| -> (Vec<(String, Vec<u8>)>, RunReport) {
@@ -78,6 +110,7 @@ fn same_bytes_whatever_the_number_of_threads() {
         let out = work.path().join("out");
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let settings = settings(&QWEN2, out.clone(), Solver::Gptaq, Importance::Vlmq);
+        let settings = PipelineSettings { refit: Refit::Residual, ..settings };
         let report = pool.install(|| pipeline::run(&Cpu, &settings, &mut ())).unwrap();
         let files = lasting_files_of(&out);
         (files, report)

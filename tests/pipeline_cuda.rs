@@ -231,6 +231,31 @@ fn given_the_same_statistics_the_codes_are_the_same() {
     assert!(1000 * different <= total, "{different} of {total} codes differ");
 }
 
+/// In float32 both devices compute nearly the same, up to a code at a tie. A layer whose codes agree has the same scales before they are
+/// refitted, and so the same factors; without a refit its scales are others.
+#[test]
+fn refitted_scales_are_those_of_the_cpu() {
+    let work = tempfile::tempdir().unwrap();
+    let model = work.path().join("float32");
+    float32_copy(&model);
+    let [cuda, cpu, plain] = [("cuda", "residual"), ("cpu", "residual"), ("cpu", "none")].map(|(device, refit)| {
+        let (from, calib, out) = (text(&model), text(data("vqa/calib.jsonl")), work.path().join(device).join(refit));
+        std::fs::create_dir_all(out.parent().unwrap()).unwrap();
+        let flags = ["--samples", "4", "--refit", refit, "--device", device, "--quiet"];
+        let output =
+            emulated_run(&[["quantize", &from, "--calib", &calib, "--out", &text(&out)].as_slice(), &flags].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        let report = read_json(out.join("report.json"));
+        let mut names = report["layers"].as_array().unwrap().iter().map(|layer| layer["name"].as_str().unwrap());
+        let layer = names.find(|name| name.ends_with("layers.0.self_attn.o_proj")).unwrap();
+        Checkpoint::open(&out).unwrap().packed(layer, 128, 128).unwrap()
+    });
+    let off = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from((a / b - 1.0).abs())).fold(0.0, f64::max);
+    assert!(cuda.codes == cpu.codes, "other codes: nothing can be said of the scales");
+    assert!(off(&cuda.scales, &cpu.scales) < 1e-4, "{}", off(&cuda.scales, &cpu.scales));
+    assert!(cpu.codes == plain.codes && off(&cpu.scales, &plain.scales) > 1e-3, "{}", off(&cpu.scales, &plain.scales));
+}
+
 #[test]
 fn eval_and_inspect_run_on_the_device_too() {
     let (model, questions) = (text(data(MODEL)), text(data("vqa/eval.jsonl")));

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 use std::str::FromStr;
 use vlmq::quantize::pipeline::PipelineSettings;
-use vlmq::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
+use vlmq::quantize::settings::{Importance, ImportancePower, Refit, Solver, SolverSettings};
 
 /// One row's way to quantize.
 #[derive(Clone, Debug, PartialEq)]
@@ -15,6 +15,7 @@ pub(crate) struct Row {
     pub(crate) solver: SolverSettings,
     pub(crate) importance: Importance,
     pub(crate) importance_power: ImportancePower,
+    pub(crate) refit: Refit,
 }
 
 impl Row {
@@ -31,6 +32,7 @@ impl Row {
             solver: self.solver.clone(),
             importance: self.importance,
             importance_power: self.importance_power,
+            refit: self.refit,
             samples,
             seed,
             // A run is too short to be gone on with.
@@ -94,7 +96,8 @@ fn method(name: &str) -> Result<Row> {
     };
     let solver = SolverSettings { solver: *solver, ..SolverSettings::default() };
     let importance_power = ImportancePower::default();
-    Ok(Row { name: (*title).to_owned(), solver, importance: *importance, importance_power })
+    let refit = Refit::default();
+    Ok(Row { name: (*title).to_owned(), solver, importance: *importance, importance_power, refit })
 }
 
 /// `row` with `changes` such as `grid=mse alpha=0.5`: settings as report.json names them, a `-` for a `_` allowed.
@@ -121,12 +124,14 @@ fn changed(row: &Row, changes: &str) -> Result<Row> {
     }
     let importance = serde_json::from_value(settings["importance"].take()).with_context(wrong)?;
     settings.remove("importance");
+    let refit =
+        settings.remove("refit").map(serde_json::from_value).transpose().with_context(wrong)?.unwrap_or_default();
     let power = settings.remove(IMPORTANCE_POWER).map(|power| power.to_string()).unwrap_or_default();
     let importance_power =
         ImportancePower::from_str(power.trim_matches('"')).map_err(Error::msg).with_context(wrong)?;
     let solver: SolverSettings = serde_json::from_value(Value::Object(settings)).with_context(wrong)?;
     solver.validate().with_context(wrong)?;
-    Ok(Row { name: row.name.clone(), solver, importance, importance_power })
+    Ok(Row { name: row.name.clone(), solver, importance, importance_power, refit })
 }
 
 /// All that decides what a row computes.
@@ -137,6 +142,7 @@ pub(crate) fn settings(row: &Row) -> Map<String, Value> {
     };
     settings.insert("importance".into(), json!(row.importance));
     settings.insert(IMPORTANCE_POWER.into(), json!(row.importance_power));
+    settings.insert("refit".into(), json!(row.refit));
     settings
 }
 

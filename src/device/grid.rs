@@ -136,7 +136,7 @@ impl GridRule {
     }
 
     /// `scale` in its storage type, and not 0.
-    fn stored(&self, scale: f32) -> f32 {
+    pub(crate) fn stored(&self, scale: f32) -> f32 {
         match self.scale_type.round(scale) {
             0.0 => self.scale_type.smallest(),
             scale => scale,

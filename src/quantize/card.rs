@@ -5,7 +5,7 @@
 //! same run gives the same card.
 
 use super::report::RunReport;
-use super::settings::{Grid, Importance, ImportancePower, Order, Solver, SolverSettings};
+use super::settings::{Grid, Importance, ImportancePower, Order, Refit, Solver, SolverSettings};
 use super::split;
 use crate::checkpoint::formats::{FamilySupport, Format, shell};
 use crate::checkpoint::sums::SUMS;
@@ -33,6 +33,8 @@ pub struct Card<'a> {
     pub importance: Importance,
     /// The power of their factors.
     pub importance_power: ImportancePower,
+    /// Whether scales were refitted.
+    pub refit: Refit,
     /// What was written.
     pub format: Format,
     /// See [`Format::loaders`].
@@ -180,6 +182,10 @@ impl Card<'_> {
             Solver::Gptaq => format!("GPTAQ (arXiv 2504.02692), α {}", self.solver.alpha),
         };
         let damp = self.solver.damp;
+        let damp = match self.refit {
+            Refit::None => damp.to_string(),
+            Refit::Residual => format!("{damp}, scales refitted to the residual stream"),
+        };
         match self.importance {
             Importance::None => format!("{solver}, damping {damp}"),
             Importance::Vlmq => {
@@ -319,9 +325,8 @@ mod tests {
     fn card(model: &str, name: &str, format: Format, base: Option<(&str, &str)>) -> String {
         let report = report(model);
         let (solver, importance_power) = (&SolverSettings::default(), ImportancePower::default());
-        let importance = Importance::Vlmq;
-        let support = FamilySupport::default();
-        Card { report: &report, solver, importance, importance_power, format, support }.text(name, base)
+        let (importance, refit, support) = (Importance::Vlmq, Refit::None, FamilySupport::default());
+        Card { report: &report, solver, importance, importance_power, refit, format, support }.text(name, base)
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::pipeline::CHUNK_TOKENS;
 use super::plan::{CheckSize, Job, MemoryPlan, block_work};
-use super::settings::{Importance, Solver, SolverSettings};
+use super::settings::{Importance, Refit, Solver, SolverSettings};
 use super::split::largest_split;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::Format;
@@ -137,8 +137,8 @@ pub fn estimate(
     };
     let chunks = vec![chunk; workload.samples.div_ceil(per_chunk)];
     let importance = workload.importance;
-    let (embedder, check) = (None, CheckSize::default());
-    let job = Job { shape: *shape, solver: &solver, importance, chunks, deepstack: 0, embedder, check };
+    let (embedder, check, refit) = (None, CheckSize::default(), Refit::default());
+    let job = Job { shape: *shape, solver: &solver, importance, refit, chunks, deepstack: 0, embedder, check };
     let (work, rates) = (block_work(&job), rates(&job)?);
     Ok(Estimate {
         workload: *workload,

@@ -29,6 +29,18 @@ pub enum Importance {
     Vlmq,
 }
 
+/// Whether scales are refitted once a layer has its codes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Refit {
+    /// They stay as the solve had them.
+    #[default]
+    None,
+    /// Those of the layers that write to the residual stream, `o_proj` and `down_proj`, are: each output channel's by one factor, so
+    /// that it adds as much as the quantized path lacks.
+    Residual,
+}
+
 /// The power that importance factors are raised to before they weigh tokens: below 1 it brings them closer together.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum ImportancePower {

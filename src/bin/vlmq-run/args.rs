@@ -13,7 +13,7 @@ use vlmq::evaluate::EvaluationSettings;
 use vlmq::evaluate::presets::Preset;
 use vlmq::model::families::{ImageMode, ImageOptions};
 use vlmq::quantize::pipeline::PipelineSettings;
-use vlmq::quantize::settings::{CrossTerm, Importance, ImportancePower, Order, Solver, SolverSettings};
+use vlmq::quantize::settings::{CrossTerm, Importance, ImportancePower, Order, Refit, Solver, SolverSettings};
 
 /// Quantizes vision-language models after training (VLMQ, arXiv 2508.03351) and measures what that costs.
 #[derive(Debug, Parser)]
@@ -154,6 +154,12 @@ struct MethodArgs {
     /// leaves every input enough tokens
     #[arg(long, default_value_t, value_name = "P|auto", allow_negative_numbers = true)]
     importance_power: ImportancePower,
+    /// Scales that are refitted once a layer has its codes.
+    #[arg(long, default_value = "none", value_parser = named::<Refit>(&[
+        ("none", "all stay as the solve had them"),
+        ("residual", "those of o_proj and down_proj, so that the residual stream gets what it lacks"),
+    ]))]
+    refit: Refit,
     /// Order in which columns are quantized.
     #[arg(long, default_value = "act-group", value_parser = named::<Order>(&[
         ("none", "left to right"),
@@ -328,6 +334,7 @@ impl QuantizeArgs {
             solver: self.solver_settings(),
             importance: self.method.importance,
             importance_power: self.method.importance_power,
+            refit: self.method.refit,
             samples: self.data.samples,
             seed: self.data.seed,
             max_tokens: self.data.max_tokens,

@@ -5,13 +5,14 @@
 //! kept, so memory holds the two residual streams, the block and one layer's statistics; [`plan`](super::plan) counts it.
 
 mod checks;
+mod refit;
 
 use super::Finding;
 use super::importance::{Factors, attention_importance, normalise, temper};
 use super::layer::{QuantizedLinear, SolveReport};
 use super::plan::Activations;
 use super::report::ImportanceSpread;
-use super::settings::{Importance, ImportancePower, Solver, SolverSettings};
+use super::settings::{Importance, ImportancePower, Refit, Solver, SolverSettings};
 use super::solve;
 use super::statistics::Statistics;
 use crate::device::{Device, ModelOps, SolveOps};
@@ -106,8 +107,8 @@ impl<D: Device> Pass<'_, D> {
 }
 
 /// Whether any part of the method looks at the float path.
-pub fn needs_float_path(settings: &SolverSettings, importance: Importance) -> bool {
-    settings.solver == Solver::Gptaq || importance == Importance::Vlmq
+pub fn needs_float_path(settings: &SolverSettings, importance: Importance, refit: Refit) -> bool {
+    settings.solver == Solver::Gptaq || importance == Importance::Vlmq || refit == Refit::Residual
 }
 
 /// A set of layers that read the same input.
@@ -193,6 +194,8 @@ pub struct BlockQuantizer<'a, D: ModelOps + SolveOps> {
     pub importance: Importance,
     /// The power of their factors.
     pub importance_power: ImportancePower,
+    /// Whether scales are refitted.
+    pub refit: Refit,
     /// Where the chunks are between passes.
     pub activations: Activations,
     /// Ends the work between chunks and layers.
@@ -232,6 +235,9 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
                     }
                     let weight = self.device.dequantize(&layer.linear.weight())?;
                     self.quantized.set_weight(layer.projection, weight);
+                    if self.refit == Refit::Residual && set.residual().is_some() {
+                        self.refit_scales(set, &mut layer, chunks)?;
+                    }
                     finished(layer)?;
                 }
             }

@@ -74,6 +74,7 @@ impl Blocks {
                     settings: solver,
                     importance,
                     importance_power: input.importance_power,
+                    refit: input.refit,
                     activations,
                     stop,
                     index,

@@ -31,7 +31,7 @@ pub(super) fn encode<D: ModelOps>(
     let embedder = Embedder::load(device, &input.checkpoint, &input.config, !input.text_only)?;
     let clock = StageClock::start(Stage::Vision, data.all().count() as u64, observer);
     let (mut done, stop) = (0, observer.stop());
-    let all = needs_float_path(&settings.solver, settings.importance);
+    let all = needs_float_path(&input.solver, input.importance, input.refit);
     for (i, sequences) in packed.chunks.iter().enumerate() {
         stop.check()?;
         let with_float = all || packed.is_checked(i);

@@ -20,7 +20,7 @@ use crate::quantize::check::{self, HELD_OUT, Packed, Places};
 use crate::quantize::inspect::DecoderShape;
 use crate::quantize::plan::{CheckSize, DiskPlan, EmbedderSize, Job, MemoryPlan};
 use crate::quantize::report::samples::{self, ReportSample};
-use crate::quantize::settings::{Importance, ImportancePower, Solver, SolverSettings};
+use crate::quantize::settings::{Importance, ImportancePower, Refit, Solver, SolverSettings};
 use anyhow::{Result, bail};
 use rayon::prelude::*;
 use std::collections::HashSet;
@@ -61,6 +61,7 @@ pub(super) struct Input {
     pub(super) solver: SolverSettings,
     pub(super) importance: Importance,
     pub(super) importance_power: ImportancePower,
+    pub(super) refit: Refit,
     pub(super) format: Format,
     pub(super) linears: Vec<LinearSpec>,
     /// Whether no sample has an image, so that the vision tower is not needed.
@@ -91,6 +92,7 @@ impl Input {
             Importance::None => ImportancePower::PAPER,
             Importance::Vlmq => settings.importance_power,
         };
+        let refit = if solver.solver == Solver::Rtn { Refit::None } else { settings.refit };
         let linears = linear_specs(&config);
         Writer::check(&checkpoint, &linears, settings.format, &solver)?;
         let (data, samples) = match solver.solver {
@@ -110,6 +112,7 @@ impl Input {
             solver,
             importance,
             importance_power,
+            refit,
             format: settings.format,
             linears,
             text_only,
@@ -150,6 +153,7 @@ impl Input {
             shape,
             solver: &self.solver,
             importance: self.importance,
+            refit: self.refit,
             chunks,
             deepstack: load.deepstack,
             embedder,

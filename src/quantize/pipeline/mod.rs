@@ -21,7 +21,7 @@ use super::plan::MemoryPlan;
 use super::provenance::{self, Provenance};
 use super::report::importance::bin_edges;
 use super::report::{RunObserver, RunReport};
-use super::settings::{Importance, ImportancePower, Solver, SolverSettings};
+use super::settings::{Importance, ImportancePower, Refit, Solver, SolverSettings};
 use super::split::largest_split;
 use crate::calibration::template::TemplateChoice;
 use crate::checkpoint::Checkpoint;
@@ -62,6 +62,8 @@ pub struct PipelineSettings {
     pub importance: Importance,
     /// The power of their factors; the run takes 1 where all weigh alike.
     pub importance_power: ImportancePower,
+    /// Whether scales are refitted; the run takes [`Refit::None`] where no sample is run.
+    pub refit: Refit,
     /// Samples to draw from the calibration data; all, when it has fewer.
     pub samples: usize,
     /// Seed of the draw.
@@ -103,6 +105,7 @@ impl PipelineSettings {
             solver: SolverSettings::default(),
             importance: Importance::Vlmq,
             importance_power: ImportancePower::default(),
+            refit: Refit::default(),
             samples: 512,
             seed: 0,
             max_tokens: 2048,
@@ -199,6 +202,7 @@ fn quantize<D: ModelOps + SolveOps>(
         solver: input.solver.clone(),
         importance: input.importance,
         importance_power: input.importance_power,
+        refit: input.refit,
         ..settings.clone()
     };
     let clock = StageClock::start(Stage::Checksums, 1, observer);
@@ -292,6 +296,7 @@ fn quantize<D: ModelOps + SolveOps>(
         solver: &input.solver,
         importance: input.importance,
         importance_power: input.importance_power,
+        refit: input.refit,
         format: settings.format,
         support: input.support,
     };

@@ -8,7 +8,7 @@ use crate::model::language_model::HEAD_ROWS;
 use crate::plan::{ChunkSize, Costs, Entry, F32, Step, encoding, entry, tables, worst};
 use crate::quantize::block::needs_float_path;
 use crate::quantize::order::{Span, spans};
-use crate::quantize::settings::{CrossTerm, Grid, Importance, Solver};
+use crate::quantize::settings::{CrossTerm, Grid, Importance, Refit, Solver};
 
 /// Counts one job. Sizes are in values unless they say bytes.
 pub(super) struct Counter<'a> {
@@ -32,7 +32,7 @@ impl<'a> Counter<'a> {
             costs,
             streamed: activations == Activations::Streamed,
             cross: job.solver.solver == Solver::Gptaq,
-            both_paths: needs_float_path(job.solver, job.importance),
+            both_paths: needs_float_path(job.solver, job.importance, job.refit),
             hidden: shape.hidden as u64,
             inner: shape.intermediate as u64,
             query: (shape.heads * shape.head_dim) as u64,
@@ -149,6 +149,14 @@ impl<'a> Counter<'a> {
             let entries = vec![self.between_passes(), hessian, factors, state];
             steps.push((format!("solving {module}"), entries));
         }
+        if self.job.refit == Refit::Residual {
+            let hessian = (self.costs.triangle)(hidden as usize);
+            let sums = entry("H and C of the outputs", hessian + F32 * hidden * hidden);
+            for (projection, inputs, _, computed, _) in sets.into_iter().filter(|(.., advances)| *advances) {
+                let [held, temporaries] = self.pass(false, |chunk| self.refitting(chunk, inputs, computed));
+                steps.push((format!("refitting {}", projection.module()), vec![held, temporaries, sums.clone()]));
+            }
+        }
         let (step, entries) = worst(steps);
         let in_a_block = (step, [weights].into_iter().chain(entries).collect());
         worst([in_a_block, self.comparison()])
@@ -250,18 +258,7 @@ impl<'a> Counter<'a> {
     fn accumulation(&self, chunk: &ChunkSize, inputs: u64, computed: u64, float: bool, advances: bool) -> u64 {
         let tokens = chunk.tokens as u64;
         let first = if float { inputs } else { 0 };
-        let (shape, longest) = (self.attention, chunk.longest);
-        let own = match advances {
-            true if inputs == self.inner => self.workspace(Work::Linear { inner: self.hidden as usize }),
-            true => self.workspace(Work::Attention { tokens: chunk.tokens, longest, shape }),
-            false => 0,
-        };
-        let mut computing = tokens * self.stored(first + computed) + own;
-        if advances && inputs != self.inner {
-            // Queries, keys and values get their bias before anything is attended.
-            let projecting = tokens * self.stored(first + computed - self.query);
-            computing = computing.max(projecting + self.bias(chunk.tokens, self.query.max(self.key)));
-        }
+        let computing = self.computing(chunk, inputs, first, computed, advances);
         let features = inputs as usize;
         let workspace = self.workspace(Work::Statistics { tokens: chunk.tokens, features, cross: self.cross });
         let adding = tokens * self.stored(first + inputs) + workspace;
@@ -270,6 +267,36 @@ impl<'a> Counter<'a> {
             false => 0,
         };
         computing.max(adding).max(advancing)
+    }
+
+    /// A chunk's inputs of a set of layers while they are computed, `first` of another path being there.
+    fn computing(&self, chunk: &ChunkSize, inputs: u64, first: u64, computed: u64, advances: bool) -> u64 {
+        let tokens = chunk.tokens as u64;
+        let (shape, longest) = (self.attention, chunk.longest);
+        let own = match advances {
+            true if inputs == self.inner => self.workspace(Work::Linear { inner: self.hidden as usize }),
+            true => self.workspace(Work::Attention { tokens: chunk.tokens, longest, shape }),
+            false => 0,
+        };
+        let computing = tokens * self.stored(first + computed) + own;
+        if advances && inputs != self.inner {
+            // Queries, keys and values get their bias before anything is attended.
+            let projecting = tokens * self.stored(first + computed - self.query);
+            return computing.max(projecting + self.bias(chunk.tokens, self.query.max(self.key)));
+        }
+        computing
+    }
+
+    /// A chunk's outputs of a layer that writes to the residual stream, and what is lacking there, on their way into sums.
+    fn refitting(&self, chunk: &ChunkSize, inputs: u64, computed: u64) -> u64 {
+        let tokens = chunk.tokens as u64;
+        let putting_out =
+            tokens * self.stored(inputs + self.hidden) + self.workspace(Work::Linear { inner: inputs as usize });
+        let sums = Work::Statistics { tokens: chunk.tokens, features: self.hidden as usize, cross: true };
+        let adding = tokens * self.stored(2 * self.hidden) + self.workspace(sums);
+        // The outputs, what is lacking, and the stream with what is met behind the block.
+        let differing = tokens * self.stored(3 * self.hidden);
+        self.computing(chunk, inputs, 0, computed, true).max(putting_out).max(differing).max(adding)
     }
 
     fn bias(&self, rows: usize, outputs: u64) -> u64 {

@@ -17,7 +17,7 @@ pub use time::TimePlan;
 pub(crate) use time::blocks as block_work;
 
 use super::inspect::DecoderShape;
-use super::settings::{Importance, Solver, SolverSettings};
+use super::settings::{Importance, Refit, Solver, SolverSettings};
 use crate::model::families::VisionLoad;
 use crate::plan::{ChunkSize, Costs, HostPlan, Process, StagePlan, told};
 use crate::progress::Stage;
@@ -83,6 +83,8 @@ pub struct Job<'a> {
     pub solver: &'a SolverSettings,
     /// How tokens are weighted.
     pub importance: Importance,
+    /// Whether scales are refitted.
+    pub refit: Refit,
     /// The calibration data, in order.
     pub chunks: Vec<ChunkSize>,
     /// Levels of image features that are added behind the first blocks; see [`DeepStack`](crate::model::decoder::DeepStack).
@@ -193,6 +195,7 @@ fn cheaper(job: &Job<'_>, costs: &Costs<'_>, plan: &MemoryPlan) -> String {
         if kind == Solver::Rtn {
             // It reads no data.
             (job.chunks, job.embedder, job.check) = (Vec::new(), None, CheckSize::default());
+            job.refit = Refit::None;
         }
         let bytes = MemoryPlan::new(&job, costs, None, Activations::Streamed).device_bytes;
         (bytes < plan.device_bytes).then(|| format!("; {name} would take {}", HumanBytes(bytes)))

@@ -4,7 +4,7 @@ use super::Job;
 use crate::plan::{Load, Rates, StageEstimate};
 use crate::progress::Stage;
 use crate::quantize::block::needs_float_path;
-use crate::quantize::settings::{Importance, Solver};
+use crate::quantize::settings::{Importance, Refit, Solver};
 use serde::Serialize;
 
 /// An estimate of a run's time. It does not know what else the machine will do, or how fast its disk is.
@@ -68,8 +68,10 @@ fn block(job: &Job<'_>, importance: Importance) -> Load {
     let pairs: f64 = job.chunks.iter().map(|chunk| chunk.pairs as f64).sum();
     let gptaq = if job.solver.solver == Solver::Gptaq { 1.0 } else { 0.0 };
     let weighted = if importance == Importance::Vlmq { 1.0 } else { 0.0 };
+    // Scales of o and down are refitted by what these put out, and by statistics of that.
+    let refitted = if job.refit == Refit::Residual { 1.0 } else { 0.0 };
     // Paths: the quantized one, and the float one where something looks at it.
-    let all = needs_float_path(job.solver, job.importance);
+    let all = needs_float_path(job.solver, job.importance, job.refit);
     let float = job.chunks.iter().filter(|chunk| all || chunk.checked).map(|chunk| chunk.tokens as f64);
     let paths = 1.0 + float.sum::<f64>() / tokens.max(1.0);
 
@@ -77,10 +79,10 @@ fn block(job: &Job<'_>, importance: Importance) -> Load {
     let (projected, output, mlp, down) =
         (hidden * (query + 2.0 * key), query * hidden, 2.0 * hidden * inner, hidden * inner);
     // Inputs of o and down on every path; the float path advances with them, the quantized one once its codes are there.
-    let passes = (paths + 1.0) * (projected + mlp) + paths * (output + down);
+    let passes = (paths + 1.0 + refitted) * (projected + mlp) + (paths + refitted) * (output + down);
     // Importance looks through the attention module on both paths and once back.
     let importance = weighted * (2.0 * (projected + output) + output);
-    let attended = paths + 1.0 + weighted * (2.0 + 2.5);
+    let attended = paths + 1.0 + weighted * (2.0 + 2.5) + refitted;
 
     // H of each distinct input, q, k and v apart where each has its own importance; half of it, being symmetric. C is not.
     let distinct = 1.0 + 2.0 * weighted;
@@ -92,7 +94,7 @@ fn block(job: &Job<'_>, importance: Importance) -> Load {
 
     // Norms, results of products, nonlinearities; reading, copying, permuting and dequantizing weights; statistics made,
     // checked and brought into order.
-    let computed = (paths + 1.0) * (3.0 * hidden + 2.0 * query + 2.0 * key + 5.0 * inner)
+    let computed = (paths + 1.0 + refitted) * (3.0 * hidden + 2.0 * query + 2.0 * key + 5.0 * inner)
         + (distinct + 1.0) * (1.0 + gptaq) * hidden
         + weighted * (6.0 * hidden + 8.0 * query + 6.0 * key);
     let values = tokens * computed + 6.0 * weights + squares * 4.0 * (1.0 + gptaq);
@@ -100,7 +102,7 @@ fn block(job: &Job<'_>, importance: Importance) -> Load {
     Load {
         products: 2.0 * tokens * (passes + importance) + rows_squares * (2.0 + gptaq),
         attention: 2.0 * pairs * query * attended,
-        statistics: 2.0 * tokens * squares * (0.5 + gptaq),
+        statistics: 2.0 * tokens * (squares * (0.5 + gptaq) + refitted * 2.0 * 1.5 * hidden.powi(2)),
         factors: cubes / 3.0 * (1.0 + gptaq),
         codes: weights,
         values,

@@ -192,7 +192,8 @@ fn carry<D: SolveOps>(
     Ok(())
 }
 
-fn rule_of(settings: &SolverSettings) -> GridRule {
+/// How a layer's ranges become grids.
+pub(crate) fn rule_of(settings: &SolverSettings) -> GridRule {
     GridRule {
         bits: settings.bits,
         symmetric: settings.symmetric,

@@ -147,7 +147,7 @@ impl StateBytes {
     pub fn of(job: &Job<'_>, element_bytes: usize) -> Self {
         let tokens = job.chunks.iter().map(|chunk| chunk.tokens as u64).sum::<u64>();
         let image_tokens = job.chunks.iter().map(|chunk| chunk.image_tokens as u64).sum::<u64>();
-        let all = needs_float_path(job.solver, job.importance);
+        let all = needs_float_path(job.solver, job.importance, job.refit);
         let float = job.chunks.iter().filter(|chunk| all || chunk.checked);
         let float_tokens = float.map(|chunk| chunk.tokens as u64).sum::<u64>();
         let (hidden, chunks, levels) = (job.shape.hidden, job.chunks.len() as u64, job.deepstack as u64);

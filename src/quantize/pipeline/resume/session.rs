@@ -113,7 +113,7 @@ impl<D: ModelOps> Session<'_, D> {
         let levels = (self.deepstack > 0).then(|| Sealed::open(levels)).transpose().context(Unusable)?;
         let positions = Positions::new(&config.decoder);
         let float = device.element_type();
-        let all = needs_float_path(&input.solver, input.importance);
+        let all = needs_float_path(&input.solver, input.importance, input.refit);
         let mut chunks = Vec::with_capacity(packed.chunks.len());
         for (i, sequences) in packed.chunks.iter().enumerate() {
             stop.check()?;
