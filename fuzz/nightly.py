@@ -4,17 +4,19 @@
     python3 fuzz/nightly.py --hours 6            # processor hours, over all targets
     python3 fuzz/nightly.py --table              # the table, of what was done so far
 
-One target after the other runs for some minutes, round after round, on one core, until the hours are spent. It ends at the
-first finding, whose input then lies in fuzz/artifacts/TARGET/.
+One target after the other runs for some minutes, round after round, until the hours are spent; with `--jobs 2` two at once, each on a
+core of its own. It ends at the first finding, whose input then lies in fuzz/artifacts/TARGET/.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
+import threading
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 FUZZ = Path(__file__).resolve().parent
@@ -42,11 +44,6 @@ def targets():
     return sorted(path.stem for path in (FUZZ / "fuzz_targets").glob("*.rs"))
 
 
-def processor_seconds():
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def fuzz(target, seconds):
     """Runs one target; returns its exit code, executions, processor seconds and edges."""
     corpus = FUZZ / "corpus" / target
@@ -54,14 +51,17 @@ def fuzz(target, seconds):
     line = ["cargo", "fuzz", "run", "-s", "none", target, str(corpus), str(FUZZ / "seeds" / target), "--"]
     line += ["-fork=1", "-rss_limit_mb=2048", "-malloc_limit_mb=1024", "-timeout=25", f"-max_len={LONGEST.get(target, 8192)}"]
     line += [f"-max_total_time={seconds}"]
-    before = processor_seconds()
-    done = subprocess.run(line, cwd=FUZZ.parent, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, errors="replace")
-    found = STATUS.findall(done.stderr)
-    if done.returncode != 0:
-        sys.stderr.write(done.stderr[-8000:])
+    program = subprocess.Popen(line, cwd=FUZZ.parent, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, errors="replace")
+    said = program.stderr.read()
+    # Of this program and all that it started, whatever runs beside it.
+    _, status, used = os.wait4(program.pid, 0)
+    program.returncode = os.waitstatus_to_exitcode(status)
+    found = STATUS.findall(said)
+    if program.returncode != 0:
+        sys.stderr.write(said[-8000:])
     executions = max((int(count) for count, _ in found), default=0)
     edges = max((int(edges) for _, edges in found), default=0)
-    return done.returncode, executions, processor_seconds() - before, edges
+    return program.returncode, executions, used.ru_utime + used.ru_stime, edges
 
 
 def read_totals():
@@ -85,6 +85,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=6.0, help="processor hours to spend over all targets")
     parser.add_argument("--minutes", type=float, default=5.0, help="minutes of a target in a round")
+    parser.add_argument("--jobs", type=int, default=1, help="targets at once")
     parser.add_argument("--only", nargs="*", help="targets, instead of all")
     parser.add_argument("--table", action="store_true", help="print the table and do nothing else")
     arguments = parser.parse_args()
@@ -94,19 +95,34 @@ def main():
         return
     # Its time is not fuzzing's.
     subprocess.run(["cargo", "fuzz", "build", "-s", "none"], cwd=FUZZ.parent, env=ENVIRONMENT, check=True)
-    spent, chosen = 0.0, arguments.only or targets()
-    while spent < 3600 * arguments.hours:
-        for target in chosen:
+    spent, lock, stop = 0.0, threading.Lock(), threading.Event()
+    queue = itertools.cycle(arguments.only or targets())
+
+    def work():
+        nonlocal spent
+        while spent < 3600 * arguments.hours and not stop.is_set():
+            with lock:
+                target = next(queue)
             code, executions, seconds, edges = fuzz(target, max(1, int(60 * arguments.minutes)))
-            spent += seconds
-            row = totals.setdefault(target, {"executions": 0, "seconds": 0.0, "edges": 0})
-            row["executions"] += executions
-            row["seconds"] = round(row["seconds"] + seconds, 1)
-            row["edges"] = max(row["edges"], edges)
-            TOTALS.write_text(json.dumps(totals, indent=2, sort_keys=True) + "\n")
-            print(f"{target}: {executions:,} executions, {seconds:.0f} s, {edges:,} edges; {spent / 3600:.2f} hours", flush=True)
+            with lock:
+                spent += seconds
+                row = totals.setdefault(target, {"executions": 0, "seconds": 0.0, "edges": 0})
+                row["executions"] += executions
+                row["seconds"] = round(row["seconds"] + seconds, 1)
+                row["edges"] = max(row["edges"], edges)
+                TOTALS.write_text(json.dumps(totals, indent=2, sort_keys=True) + "\n")
+                done = f"{executions:,} executions, {seconds:.0f} s, {edges:,} edges"
+                print(f"{target}: {done}; {spent / 3600:.2f} hours", flush=True)
             if code != 0:
-                sys.exit(f"{target} found something: see fuzz/artifacts/{target}")
+                raise SystemExit(f"{target} found something: see fuzz/artifacts/{target}")
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        workers = [pool.submit(work) for _ in range(arguments.jobs)]
+        wait(workers, return_when=FIRST_EXCEPTION)
+        # The others end with the target that they are at.
+        stop.set()
+    for worker in workers:
+        worker.result()
     print(table(totals))
 
 
