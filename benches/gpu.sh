@@ -555,7 +555,7 @@ case ${1:-} in
     find_cublas
     [[ -n ${GPU_REHEARSAL:-} ]] || export VLMQ_TEST_GPU=0
     # Their folders begin with the date.
-    GPU_AGAINST=${3:-$(find benches -path 'benches/results/*/a/probe.jsonl.xz' | sort | tail -n 1)}
+    GPU_AGAINST=${3:-$(find benches -path 'benches/results/*/a/probe.jsonl*' | sort | tail -n 1)}
     export GPU_AGAINST
     part "$1" "${GPU_SECONDS:-$([[ $1 == a ]] && echo 300 || echo 440)}" "$2"
     ;;

@@ -40,12 +40,10 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             let y = self.device.linear(&u, weight, None)?;
             drop(u);
             // The float path has left the block; what it met there is not for the layer to make up.
-            let (tokens, _) = self.device.shape(&y);
-            let mut x_quantized = self.device.slice_rows(&chunk.x_quantized, 0..tokens)?;
-            self.leave(&chunk.layout, &mut x_quantized, layer.projection)?;
-            let mut wanted = self.device.scaled_difference(x_float, &x_quantized, 1.0)?;
-            drop(x_quantized);
-            self.device.add_assign(&mut wanted, &y)?;
+            let mut too_much = self.device.scaled_difference(&chunk.x_quantized, x_float, 1.0)?;
+            self.leave(&chunk.layout, &mut too_much, layer.projection)?;
+            let wanted = self.device.scaled_difference(&y, &too_much, 1.0)?;
+            drop(too_much);
             sums.accumulate(self.device, &y, Some(&wanted), None)
         })?;
         let cross = sums.cross.as_ref().context("statistics without a cross term")?;

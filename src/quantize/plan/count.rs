@@ -294,7 +294,7 @@ impl<'a> Counter<'a> {
             tokens * self.stored(inputs + self.hidden) + self.workspace(Work::Linear { inner: inputs as usize });
         let sums = Work::Statistics { tokens: chunk.tokens, features: self.hidden as usize, cross: true };
         let adding = tokens * self.stored(2 * self.hidden) + self.workspace(sums);
-        // The outputs, what is lacking, and the stream with what is met behind the block.
+        // The outputs, how far the paths are apart, and what both make.
         let differing = tokens * self.stored(3 * self.hidden);
         self.computing(chunk, inputs, 0, computed, true).max(putting_out).max(differing).max(adding)
     }

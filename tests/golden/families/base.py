@@ -18,14 +18,14 @@ TEMPLATE = DATA / "tiny-qwen2-vl"
 VOCABULARY = 640
 
 
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path, value, indent=2, separators=None):
+    path.write_text(json.dumps(value, indent=indent, separators=separators, ensure_ascii=False) + "\n")
 
 
 def write_tokenizer(folder, rename=lambda text: text):
     """The template's tokenizer.json in one line, which is less than half as long: the tree must stay small."""
     tokenizer = json.loads(rename((TEMPLATE / "tokenizer.json").read_text()))
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")) + "\n")
+    write_json(folder / "tokenizer.json", tokenizer, indent=None, separators=(",", ":"))
 
 
 class Draw:
