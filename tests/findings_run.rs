@@ -212,7 +212,7 @@ fn block(index: usize, chunk: Chunk<Matrix>) -> anyhow::Result<(BlockOutcome, Ve
         settings: &SolverSettings { group_size: Some(32), ..SolverSettings::default() },
         importance: Importance::Vlmq,
         importance_power: ImportancePower::default(),
-        refit: Refit::default(),
+        refit: Refit::None,
         activations: Activations::Resident,
         stop: &Stop::default(),
         index,

@@ -230,11 +230,14 @@ fn streamed_runs_write_the_same_bytes_within_their_plan() {
     let gptaq = SolverSettings::default();
     let gptq = SolverSettings { solver: Solver::Gptq, group_size: Some(32), ..SolverSettings::default() };
     let (none, vlmq, narrow) = (Importance::None, Importance::Vlmq, SolverSettings::default());
+    // Their scales are refitted.
+    let refitted = SolverSettings { solver: Solver::Gptq, bits: 2, ..SolverSettings::default() };
     let cases = [
         ("narrow", narrow.clone(), vlmq, "comparing the paths"),
         ("long", narrow, vlmq, "importance"),
         ("gptaq", gptaq, vlmq, "solving mlp.down_proj"),
         ("gptq", gptq, none, "solving mlp.down_proj"),
+        ("refitted", refitted, none, "solving mlp.down_proj"),
     ];
     for (name, solver, importance, step) in cases {
         let settings = |out: &Path| {

@@ -39,8 +39,13 @@ fn write_wide(folder: &str, sizes: &[&str]) {
     wide_checkpoint::write(&wide_checkpoint::Arguments::parse_from(arguments)).unwrap();
 }
 
-const METHODS: &[(&str, &[&str])] =
-    &[("gptaq vlmq", &[]), ("gptq none", &["--solver", "gptq", "--importance", "none"]), ("rtn", &["--solver", "rtn"])];
+const METHODS: &[(&str, &[&str])] = &[
+    ("gptaq vlmq", &[]),
+    // With scales refitted.
+    ("gptaq vlmq w2", &["--bits", "2"]),
+    ("gptq none", &["--solver", "gptq", "--importance", "none"]),
+    ("rtn", &["--solver", "rtn"]),
+];
 
 #[test]
 fn wide_runs_hold_what_was_planned() {

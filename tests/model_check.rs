@@ -65,8 +65,8 @@ fn figures_are_those_of_an_evaluation() {
     let data = bench.outputs().join("asked.jsonl");
     for (samples, extra) in [
         ("3", &["--bits", "2"][..]),
-        ("3", &["--bits", "2", "--solver", "gptq", "--importance", "none"]),
-        ("6", &["--bits", "2", "--solver", "gptq", "--importance", "none"]),
+        ("3", &["--bits", "2", "--solver", "gptq", "--importance", "none", "--refit", "none"]),
+        ("6", &["--bits", "2", "--solver", "gptq", "--importance", "none", "--refit", "none"]),
     ] {
         let (report, summary) = quantized(&bench, &[&["--samples", samples][..], extra].concat(), false);
         let [lines, others] = drawn(&bench, samples.parse().unwrap());

@@ -80,7 +80,7 @@ fn refitted_scales_of_every_layer_equal_the_float64_pipeline() {
         let out = work.path().join("out");
         let usual = settings(&case, out.clone(), solver, Importance::Vlmq);
         let report =
-            pipeline::run(&Cpu, &PipelineSettings { refit: Refit::Residual, ..usual.clone() }, &mut ()).unwrap();
+            pipeline::run(&Cpu, &PipelineSettings { refit: Some(Refit::Residual), ..usual.clone() }, &mut ()).unwrap();
         let scales = |folder: &std::path::Path, name: &str, (rows, cols)| {
             Checkpoint::open(folder).unwrap().packed(name, rows, cols).unwrap().scales
         };
@@ -104,13 +104,30 @@ fn refitted_scales_of_every_layer_equal_the_float64_pipeline() {
 }
 
 #[test]
+fn scales_are_refitted_at_two_bits_unless_it_is_said_otherwise() {
+    let run = |bits: u32, refit: Option<Refit>| {
+        let work = tempfile::tempdir().unwrap();
+        let usual = settings(&QWEN2, work.path().join("out"), Solver::Gptaq, Importance::Vlmq);
+        let solver = SolverSettings { bits, ..usual.solver.clone() };
+        let settings = PipelineSettings { solver, refit, ..usual };
+        let report = pipeline::run(&Cpu, &settings, &mut ()).unwrap();
+        (report.provenance.settings["refit"].clone(), std::fs::read(settings.out.join("model.safetensors")).unwrap())
+    };
+    for (bits, expected, other) in [(2, Refit::Residual, Refit::None), (3, Refit::None, Refit::Residual)] {
+        let usual = run(bits, None);
+        assert_eq!(usual.0, serde_json::to_value(expected).unwrap());
+        assert!(run(bits, Some(expected)) == usual && run(bits, Some(other)).1 != usual.1, "{bits} bits");
+    }
+}
+
+#[test]
 fn same_bytes_whatever_the_number_of_threads() {
     let run = |threads: usize| -> (Vec<(String, Vec<u8>)>, RunReport) {
         let work = tempfile::tempdir().unwrap();
         let out = work.path().join("out");
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let settings = settings(&QWEN2, out.clone(), Solver::Gptaq, Importance::Vlmq);
-        let settings = PipelineSettings { refit: Refit::Residual, ..settings };
+        let settings = PipelineSettings { refit: Some(Refit::Residual), ..settings };
         let report = pool.install(|| pipeline::run(&Cpu, &settings, &mut ())).unwrap();
         let files = lasting_files_of(&out);
         (files, report)

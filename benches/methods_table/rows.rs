@@ -15,7 +15,8 @@ pub(crate) struct Row {
     pub(crate) solver: SolverSettings,
     pub(crate) importance: Importance,
     pub(crate) importance_power: ImportancePower,
-    pub(crate) refit: Refit,
+    /// `None`: as is usual at the width.
+    pub(crate) refit: Option<Refit>,
 }
 
 impl Row {
@@ -60,6 +61,9 @@ const OTHERWISE: [&str; 4] = ["bits", "group_size", "scale_type", "smallest_zero
 /// The key of [`Row::importance_power`].
 const IMPORTANCE_POWER: &str = "importance_power";
 
+/// The key of [`Row::refit`].
+const REFIT: &str = "refit";
+
 /// The rows in the table's order: methods, then variations of the default. `all`: changes of every row. No methods and no
 /// variations: all methods; variations alone are shown below the default.
 pub(crate) fn rows(methods: &[String], variations: &[String], all: &[String]) -> Result<Vec<Row>> {
@@ -96,14 +100,15 @@ fn method(name: &str) -> Result<Row> {
     };
     let solver = SolverSettings { solver: *solver, ..SolverSettings::default() };
     let importance_power = ImportancePower::default();
-    let refit = Refit::default();
-    Ok(Row { name: (*title).to_owned(), solver, importance: *importance, importance_power, refit })
+    Ok(Row { name: (*title).to_owned(), solver, importance: *importance, importance_power, refit: None })
 }
 
 /// `row` with `changes` such as `grid=mse alpha=0.5`: settings as report.json names them, a `-` for a `_` allowed.
 fn changed(row: &Row, changes: &str) -> Result<Row> {
     let wrong = || format!("`{changes}`");
     let mut settings = settings(row);
+    // As it is asked for: what is usual is known once the width is.
+    settings.insert(REFIT.into(), json!(row.refit));
     ensure!(!changes.trim().is_empty(), "a variation without a change, such as grid=mse");
     for change in changes.split_whitespace() {
         let (key, value) = change.split_once('=').with_context(|| format!("`{change}` is not KEY=VALUE"))?;
@@ -117,15 +122,15 @@ fn changed(row: &Row, changes: &str) -> Result<Row> {
             _ if key == IMPORTANCE_POWER => {
                 json!(ImportancePower::from_str(value).map_err(Error::msg).with_context(|| format!("`{change}`"))?)
             }
-            Value::String(_) => value.into(),
+            Value::String(_) | Value::Null => value.into(),
             _ => serde_json::from_str(value)
                 .with_context(|| format!("`{change}`: neither a number nor true or false"))?,
         };
     }
     let importance = serde_json::from_value(settings["importance"].take()).with_context(wrong)?;
     settings.remove("importance");
-    let refit =
-        settings.remove("refit").map(serde_json::from_value).transpose().with_context(wrong)?.unwrap_or_default();
+    let refit = serde_json::from_value(settings[REFIT].take()).with_context(wrong)?;
+    settings.remove(REFIT);
     let power = settings.remove(IMPORTANCE_POWER).map(|power| power.to_string()).unwrap_or_default();
     let importance_power =
         ImportancePower::from_str(power.trim_matches('"')).map_err(Error::msg).with_context(wrong)?;
@@ -142,7 +147,7 @@ pub(crate) fn settings(row: &Row) -> Map<String, Value> {
     };
     settings.insert("importance".into(), json!(row.importance));
     settings.insert(IMPORTANCE_POWER.into(), json!(row.importance_power));
-    settings.insert("refit".into(), json!(row.refit));
+    settings.insert(REFIT.into(), json!(row.refit.unwrap_or_else(|| Refit::usual(&row.solver))));
     settings
 }
 
@@ -178,6 +183,18 @@ mod tests {
     }
 
     #[test]
+    fn a_refit_is_the_widths_unless_it_is_asked_for() {
+        let refit = |changes: &[&str], bits: u32| {
+            let row = &rows(&[], &texts(&["grid=mse"]), &texts(changes)).unwrap()[1];
+            let solver = SolverSettings { bits, ..row.solver.clone() };
+            settings(&Row { solver, ..row.clone() })[REFIT].clone()
+        };
+        assert_eq!([2, 3, 4].map(|bits| refit(&[], bits)), ["residual", "none", "none"]);
+        assert_eq!([2, 3].map(|bits| refit(&["refit=residual"], bits)), ["residual", "residual"]);
+        assert_eq!(refit(&["refit=none"], 2), "none");
+    }
+
+    #[test]
     fn what_no_row_can_be_is_refused() {
         for (changes, word) in [
             ("grid", "KEY=VALUE"),
@@ -185,6 +202,7 @@ mod tests {
             ("gird=mse", "there are"),
             ("bits=3", "no setting of a row"),
             ("alpha=much", "neither a number"),
+            ("refit=much", "residual"),
             ("alpha=2", "from 0 to 1"),
             (" ", "without a change"),
         ] {

@@ -137,7 +137,7 @@ pub fn estimate(
     };
     let chunks = vec![chunk; workload.samples.div_ceil(per_chunk)];
     let importance = workload.importance;
-    let (embedder, check, refit) = (None, CheckSize::default(), Refit::default());
+    let (embedder, check, refit) = (None, CheckSize::default(), Refit::usual(&solver));
     let job = Job { shape: *shape, solver: &solver, importance, refit, chunks, deepstack: 0, embedder, check };
     let (work, rates) = (block_work(&job), rates(&job)?);
     Ok(Estimate {

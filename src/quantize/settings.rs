@@ -30,15 +30,25 @@ pub enum Importance {
 }
 
 /// Whether scales are refitted once a layer has its codes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Refit {
     /// They stay as the solve had them.
-    #[default]
     None,
     /// Those of the layers that write to the residual stream, `o_proj` and `down_proj`, are: each output channel's by one factor, so
     /// that it adds as much as the quantized path lacks.
     Residual,
+}
+
+impl Refit {
+    /// What did best on the test bed (benches/testbed/RESULTS.md) at the solver's width: a refit at 2 bits. Above, it brings nothing and
+    /// costs a pass. Rounding to nearest runs no samples, so it has nothing to refit by.
+    pub fn usual(solver: &SolverSettings) -> Self {
+        match (solver.solver, solver.bits) {
+            (Solver::Gptq | Solver::Gptaq, 2) => Self::Residual,
+            _ => Self::None,
+        }
+    }
 }
 
 /// The power that importance factors are raised to before they weigh tokens: below 1 it brings them closer together.

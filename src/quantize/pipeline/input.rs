@@ -92,7 +92,10 @@ impl Input {
             Importance::None => ImportancePower::PAPER,
             Importance::Vlmq => settings.importance_power,
         };
-        let refit = if solver.solver == Solver::Rtn { Refit::None } else { settings.refit };
+        let refit = match solver.solver {
+            Solver::Rtn => Refit::None,
+            Solver::Gptq | Solver::Gptaq => settings.refit.unwrap_or_else(|| Refit::usual(&solver)),
+        };
         let linears = linear_specs(&config);
         Writer::check(&checkpoint, &linears, settings.format, &solver)?;
         let (data, samples) = match solver.solver {

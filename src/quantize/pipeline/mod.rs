@@ -62,8 +62,9 @@ pub struct PipelineSettings {
     pub importance: Importance,
     /// The power of their factors; the run takes 1 where all weigh alike.
     pub importance_power: ImportancePower,
-    /// Whether scales are refitted; the run takes [`Refit::None`] where no sample is run.
-    pub refit: Refit,
+    /// Whether scales are refitted; `None`: as is usual at the width ([`Refit::usual`]). The run takes [`Refit::None`] where no sample
+    /// is run.
+    pub refit: Option<Refit>,
     /// Samples to draw from the calibration data; all, when it has fewer.
     pub samples: usize,
     /// Seed of the draw.
@@ -105,7 +106,7 @@ impl PipelineSettings {
             solver: SolverSettings::default(),
             importance: Importance::Vlmq,
             importance_power: ImportancePower::default(),
-            refit: Refit::default(),
+            refit: None,
             samples: 512,
             seed: 0,
             max_tokens: 2048,
@@ -202,7 +203,7 @@ fn quantize<D: ModelOps + SolveOps>(
         solver: input.solver.clone(),
         importance: input.importance,
         importance_power: input.importance_power,
-        refit: input.refit,
+        refit: Some(input.refit),
         ..settings.clone()
     };
     let clock = StageClock::start(Stage::Checksums, 1, observer);
