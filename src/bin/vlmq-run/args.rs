@@ -154,7 +154,7 @@ struct MethodArgs {
     /// leaves every input enough tokens
     #[arg(long, default_value_t, value_name = "P|auto", allow_negative_numbers = true)]
     importance_power: ImportancePower,
-    /// Scales that are refitted once a layer has its codes. Default: residual at 2 bits, none above, where it changes nothing.
+    /// Scales that are refitted once a layer has its codes. Default: residual at 2 bits, none above, where it brings nothing.
     #[arg(long, value_parser = named::<Refit>(&[
         ("none", "all stay as the solve had them"),
         ("residual", "those of o_proj and down_proj, so that the residual stream gets what it lacks"),
