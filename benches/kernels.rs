@@ -14,7 +14,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use vlmq::device::cpu::Cpu;
-use vlmq::device::cuda::{Cuda, PackedAlong, Packing, Precision};
+use vlmq::device::cuda::{Cuda, PackedAlong, Packing};
 use vlmq::device::{
     Activation, AttentionShape, BLOCK, Device, ModelOps, PermuteSymmetric, ProductRange, QuantizedWeight, Rotary,
     SolveOps, Span,
@@ -22,6 +22,7 @@ use vlmq::device::{
 use vlmq::quantize::settings::{Grid, Solver, SolverSettings};
 use vlmq::quantize::solve::{enqueue, prepare, solve};
 use vlmq::quantize::statistics::Statistics;
+use vlmq::tensor::Float;
 use vlmq::tensor::Matrix;
 
 /// Time spent on one line, at most about; a line is sampled twice at least.
@@ -43,7 +44,7 @@ fn main() -> Result<()> {
     }
     let filter = filter.unwrap_or_default();
     let mut lines = 0;
-    match Cuda::open(0, Precision::Bf16) {
+    match Cuda::open(0, Float::Bf16) {
         _ if cpu => {}
         Ok(cuda) => {
             let layers = [(4096, 4096), (3584, 18944), (18944, 3584)];

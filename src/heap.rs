@@ -2,7 +2,7 @@
 //!
 //! Left to itself, glibc lets the largest array that was given back decide which later ones come from a heap, and keeps what is
 //! free there for as long as anything behind it is in use: a process then holds up to a quarter more than it uses, and
-//! another amount in each run. A memory [`plan`](crate::quantize::plan) could not be kept to.
+//! another amount in each run. A memory [`plan`](crate::plan) could not be kept to.
 
 /// Bytes from which an array is mapped by itself and goes back to the system when it is dropped. Arrays of a few MiB come and
 /// go with every operation on small models: mapped, each would cost the time of clearing its pages (all of them from 4 MiB:
@@ -14,7 +14,7 @@ const MAPPED_FROM: i32 = 16 << 20;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const KEPT: i32 = 2 * MAPPED_FROM;
 
-/// Makes what a program holds the same in every run, as [`quantize::plan`](crate::quantize::plan) counts it. For the beginning
+/// Makes what a program holds the same in every run, as [`plan`](crate::plan) counts it. For the beginning
 /// of a program; one that links the library and does not call it holds somewhat more than is planned.
 pub fn fix_thresholds() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]

@@ -3,7 +3,7 @@
 //! The pipeline, in the order in which data walks through it:
 //!
 //! 1. [`checkpoint`] maps a Hugging Face folder into memory and hands out tensors when they are asked for.
-//! 2. `calibration` reads conversations and images and turns each into token ids, pixel patches and positions.
+//! 2. `data` reads conversations and images and turns each into token ids, pixel patches and positions.
 //! 3. `model` runs the vision tower once and then the decoder, one block at a time, on two paths: the *float path*,
 //!    where nothing is quantized, and the *quantized path*, where every earlier layer is.
 //! 4. [`quantize`] reads every token's importance off the gradient of a local attention loss, accumulates the weighted
@@ -16,6 +16,7 @@
 //! Without the default feature `run` the crate holds what quantizing plain matrices needs and nothing else.
 
 pub mod checkpoint;
+pub mod codes;
 pub mod device;
 mod input;
 pub mod progress;
@@ -23,7 +24,7 @@ pub mod quantize;
 pub mod tensor;
 
 #[cfg(feature = "run")]
-pub mod calibration;
+pub mod data;
 #[cfg(feature = "run")]
 pub mod evaluate;
 #[cfg(feature = "run")]
@@ -32,3 +33,7 @@ pub mod heap;
 pub mod model;
 #[cfg(feature = "run")]
 pub mod plan;
+#[cfg(feature = "run")]
+pub mod report;
+#[cfg(feature = "run")]
+pub mod run;

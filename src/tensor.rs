@@ -1,7 +1,49 @@
-//! Dense row-major matrices on the host, the currency between modules.
+//! Dense row-major matrices on the host, the currency between modules, and the float types that tensors are stored in.
 
 use anyhow::{Result, ensure};
+use half::{bf16, f16};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+/// A float type that tensors are stored in: weights and activations of a model, and scales, which are rounded to it before they are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Float {
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Single precision.
+    F32,
+}
+
+impl Float {
+    /// Bytes of a value.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => 4,
+        }
+    }
+
+    /// `value` rounded (to nearest, ties to even) to this type.
+    pub fn round(self, value: f32) -> f32 {
+        match self {
+            Self::F16 => f16::from_f32(value).to_f32(),
+            Self::Bf16 => bf16::from_f32(value).to_f32(),
+            Self::F32 => value,
+        }
+    }
+
+    /// Smallest positive value of this type.
+    pub fn smallest(self) -> f32 {
+        match self {
+            Self::F16 => f16::from_bits(1).to_f32(),
+            Self::Bf16 => bf16::from_bits(1).to_f32(),
+            Self::F32 => f32::from_bits(1),
+        }
+    }
+}
 
 /// A dense row-major float32 matrix on the host: element (r, c) is `data[r * cols + c]`.
 ///

@@ -6,8 +6,8 @@ mod support;
 
 use std::time::{Duration, Instant};
 use support::program::Bench;
-use vlmq::calibration::dataset::{Message, Part};
-use vlmq::calibration::template::ChatTemplate;
+use vlmq::data::dataset::{Message, Part};
+use vlmq::data::template::ChatTemplate;
 
 /// Most time for one template on a shared machine; the longest take a second alone.
 const MAX_TIME: Duration = Duration::from_secs(30);

@@ -15,10 +15,10 @@ use support::program::{
     succeed, vlmq_run,
 };
 use support::{data, golden};
-use vlmq::calibration::dataset::{self, Message, Part};
-use vlmq::calibration::sequence::{Sequence, SequenceBuilder};
-use vlmq::calibration::template::ChatTemplate;
 use vlmq::checkpoint::Checkpoint;
+use vlmq::data::dataset::{self, Message, Part};
+use vlmq::data::sequence::{Sequence, SequenceBuilder};
+use vlmq::data::template::ChatTemplate;
 use vlmq::device::cpu::Cpu;
 use vlmq::model::families::{self, ImageOptions};
 

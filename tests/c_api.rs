@@ -6,12 +6,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use support::kernels::{Variant, build, text};
+use vlmq::codes::QuantizedLinear;
+use vlmq::codes::pack::{pack, packed_words};
 use vlmq::device::ModelOps;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{Cuda, Precision};
-use vlmq::quantize::QuantizedLinear;
-use vlmq::quantize::pack::{pack, packed_words};
-use vlmq::quantize::settings::{Order, ScaleType, Solver, SolverSettings};
+use vlmq::quantize::settings::{Float, Order, Solver, SolverSettings};
 use vlmq::quantize::solve::{prepare, solve_layer};
 use vlmq::quantize::statistics::Statistics;
 use vlmq::tensor::Matrix;
@@ -67,7 +67,7 @@ fn by_the_library<D: ModelOps + vlmq::device::SolveOps>(device: &D) -> Quantized
         group_size: Some(GROUP),
         order: Order::None,
         damp: 0.01,
-        scale_type: ScaleType::Bf16,
+        scale_type: Float::Bf16,
         smallest_zero: 0,
         ..SolverSettings::default()
     };

@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 use std::fs;
 use support::{golden, message};
 use tempfile::TempDir;
-use vlmq::calibration::anyres::{Anyres, ImageMode, TileLayout};
-use vlmq::calibration::dataset::ImageSource;
-use vlmq::calibration::image::decode;
-use vlmq::calibration::sequence::VisionInput;
+use vlmq::data::anyres::{Anyres, ImageMode, TileLayout};
+use vlmq::data::dataset::ImageSource;
+use vlmq::data::image::decode;
+use vlmq::data::sequence::VisionInput;
 
 fn cases() -> Value {
     serde_json::from_slice(&fs::read(golden("anyres.json")).unwrap()).unwrap()

@@ -5,11 +5,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
-use vlmq::calibration::dataset::{self, Conversation, ImageSource, Message, Part};
-use vlmq::calibration::image::decode;
-use vlmq::calibration::native_resolution::{NativeResolution, NativeVision};
-use vlmq::calibration::sequence::SequenceBuilder;
-use vlmq::calibration::template::ChatTemplate;
+use vlmq::data::dataset::{self, Conversation, ImageSource, Message, Part};
+use vlmq::data::image::decode;
+use vlmq::data::native_resolution::{NativeResolution, NativeVision};
+use vlmq::data::sequence::SequenceBuilder;
+use vlmq::data::template::ChatTemplate;
 
 fn folder() -> TempDir {
     tempfile::tempdir().unwrap()

@@ -7,11 +7,11 @@ mod support;
 use serde_json::Value;
 use std::path::PathBuf;
 use support::{data, golden};
-use vlmq::calibration::dataset::{self, Conversation, ImageSource, Message, Part};
-use vlmq::calibration::image::decode;
-use vlmq::calibration::native_resolution::{NativeResolution, NativeVision};
-use vlmq::calibration::sequence::{Sequence, SequenceBuilder, collect};
-use vlmq::calibration::template::ChatTemplate;
+use vlmq::data::dataset::{self, Conversation, ImageSource, Message, Part};
+use vlmq::data::image::decode;
+use vlmq::data::native_resolution::{NativeResolution, NativeVision};
+use vlmq::data::sequence::{Sequence, SequenceBuilder, collect};
+use vlmq::data::template::ChatTemplate;
 
 fn cases() -> Value {
     serde_json::from_slice(&std::fs::read(golden("calibration/cases.json")).unwrap()).unwrap()

@@ -6,7 +6,7 @@ use std::path::Path;
 use support::checkpoint::settings;
 use vlmq::checkpoint::formats::FamilySupport;
 use vlmq::checkpoint::{Format, GptqVersion};
-use vlmq::quantize::settings::Order;
+use vlmq::codes::Order;
 
 const TF: &str = "transformers + compressed-tensors";
 const TG: &str = "transformers + optimum + gptqmodel";

@@ -6,7 +6,7 @@ use std::fs;
 use support::checkpoint::*;
 use support::message;
 use vlmq::checkpoint::Checkpoint;
-use vlmq::quantize::settings::ScaleType;
+use vlmq::tensor::Float;
 
 const CONFIG: (&str, &[u8]) = ("config.json", b"{\"model_type\": \"qwen2_vl\"}");
 
@@ -32,9 +32,9 @@ fn all_float_types_become_float32_exactly() {
     assert_eq!((brain.rows(), brain.cols(), brain.data()), (3, 2, rounded.as_slice()));
     let single = checkpoint.vector("single", 6).unwrap();
     assert_eq!((single.rows(), single.cols(), single.data()), (1, 6, values.as_slice()));
-    assert_eq!(checkpoint.float_type("half").unwrap(), ScaleType::F16);
-    assert_eq!(checkpoint.float_type("brain").unwrap(), ScaleType::Bf16);
-    assert_eq!(checkpoint.float_type("single").unwrap(), ScaleType::F32);
+    assert_eq!(checkpoint.float_type("half").unwrap(), Float::F16);
+    assert_eq!(checkpoint.float_type("brain").unwrap(), Float::Bf16);
+    assert_eq!(checkpoint.float_type("single").unwrap(), Float::F32);
     assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["odd", "half", "brain", "single"]);
     assert_eq!(checkpoint.tensor("odd").unwrap().bytes, [7]);
     assert_eq!(checkpoint.folder(), files.path());

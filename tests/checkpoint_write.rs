@@ -8,7 +8,7 @@ use std::path::Path;
 use support::checkpoint::*;
 use support::{data, message};
 use vlmq::checkpoint::{Checkpoint, Format, GptqVersion, LinearSpec, WorkFolder, Writer};
-use vlmq::quantize::settings::Order;
+use vlmq::codes::Order;
 
 const GPTQ: Format = Format::Gptq(GptqVersion::V1);
 
@@ -295,7 +295,7 @@ fn refusals_come_before_anything_is_created() {
     let error = create(&target, &source, &linears, GPTQ, &good);
     assert!(error.contains("gptq files start at 1"), "{error}");
     let mut half = settings(GPTQ, 3, Some(128), false, Order::None);
-    half.scale_type = vlmq::quantize::settings::ScaleType::Bf16;
+    half.scale_type = vlmq::tensor::Float::Bf16;
     let error = create(&target, &source, &linears, GPTQ, &half);
     assert!(error.contains("scales of type F16"), "{error}");
 
@@ -352,7 +352,7 @@ fn a_broken_run_leaves_nothing() {
     let error = message(writer.write(&linears[1].module, &rounded(&linears[0])));
     assert!(error.contains("announced as 768 x 256"), "{error}");
     for (change, cause) in [
-        ((|q| q.scales[3] = 1.0 + f32::EPSILON) as fn(&mut vlmq::quantize::QuantizedLinear), "cannot hold"),
+        ((|q| q.scales[3] = 1.0 + f32::EPSILON) as fn(&mut vlmq::codes::QuantizedLinear), "cannot hold"),
         (|q| q.scales[3] = f32::INFINITY, "not finite"),
         (|q| q.codes[5] = 8, "above 7"),
         (|q| q.bits = 4, "other settings"),

@@ -9,15 +9,15 @@ mod support;
 use support::devices::{Case, device, difference, norm_error, numbers, on_gpu, own_device, tolerance, whole};
 use support::ties::Layer;
 use support::{message, noise};
+use vlmq::codes::pack::pack;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{Cuda, CudaTensor, PackedAlong, Packing, Precision};
 use vlmq::device::{
     Activation, AttentionShape, BLOCK, Block, BlockCodes, BlockShape, Device, Factored, GridRule, ModelOps,
     PermuteSymmetric, ProductRange, QuantizedWeight, Rotary, SolveOps, SolveState, Span,
 };
-use vlmq::quantize::pack::pack;
 use vlmq::quantize::plain::quantize_layer;
-use vlmq::quantize::settings::{CrossTerm, Grid, Order, ScaleType, Solver, SolverSettings};
+use vlmq::quantize::settings::{CrossTerm, Float, Grid, Order, Solver, SolverSettings};
 use vlmq::tensor::Matrix;
 
 #[test]
@@ -480,8 +480,7 @@ fn a_narrow_layer_gets_the_same_codes() {
 fn weights_are_rounded_to_nearest_alike() {
     let cuda = device(Precision::Bf16);
     let w = noise(9, 96, 1);
-    let rule =
-        GridRule { bits: 3, symmetric: false, grid: Grid::Minmax, scale_type: ScaleType::Bf16, smallest_zero: 0 };
+    let rule = GridRule { bits: 3, symmetric: false, grid: Grid::Minmax, scale_type: Float::Bf16, smallest_zero: 0 };
     fn rounded<D: SolveOps>(device: &D, w: &Matrix, rule: GridRule) -> Vec<BlockCodes> {
         let residual = device.upload(w.clone()).unwrap();
         let error = device.zeros(w.rows(), 0).unwrap();
@@ -512,15 +511,15 @@ fn layers_get_the_same_codes() {
         SolverSettings { group_size: Some(320), symmetric: true, bits: 4, grid: Grid::Minmax, ..base.clone() },
         SolverSettings { group_size: Some(320), bits: 2, ..base.clone() },
         SolverSettings { group_size: None, ..base },
-        SolverSettings { group_size: None, bits: 8, scale_type: ScaleType::F32, grid: Grid::Minmax, ..gptq.clone() },
-        SolverSettings { group_size: Some(64), smallest_zero: 1, bits: 4, scale_type: ScaleType::F16, ..gptq },
+        SolverSettings { group_size: None, bits: 8, scale_type: Float::F32, grid: Grid::Minmax, ..gptq.clone() },
+        SolverSettings { group_size: Some(64), smallest_zero: 1, bits: 4, scale_type: Float::F16, ..gptq },
     ] {
         same_codes(&cuda, &w, [&u, &f], &g, &settings);
     }
     // The same words for the same failure.
     let mut huge = w;
     huge.row_mut(17)[5] = 1e30;
-    let settings = SolverSettings { scale_type: ScaleType::F16, ..SolverSettings::default() };
+    let settings = SolverSettings { scale_type: Float::F16, ..SolverSettings::default() };
     let expected = message(quantize_layer(&Cpu, &huge, &u, Some(&f), Some(&g), &settings));
     assert!(expected.contains("row 17"), "{expected}");
     assert_eq!(message(quantize_layer(&cuda, &huge, &u, Some(&f), Some(&g), &settings)), expected);

@@ -6,7 +6,7 @@ use support::devices::device;
 use support::{message, noise};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::Precision;
-use vlmq::device::{ScaleType, SolveOps};
+use vlmq::device::{Float, SolveOps};
 use vlmq::quantize::plain::{QuantizedLayer, quantize_layer};
 use vlmq::quantize::settings::{Order, Solver, SolverSettings};
 use vlmq::quantize::solve::{prepare, round_to_nearest, solve, solve_layer};
@@ -226,7 +226,7 @@ fn corrections_that_outgrow_the_type_of_scales() {
             let row = u.row_mut(token);
             (32..64).for_each(|i| row[i] = 1e-3 * (row[i - 32] + 1e-3 * row[i]));
         }
-        let settings = SolverSettings { bits: 2, scale_type: ScaleType::F16, damp: 1e-9, ..gptq() };
+        let settings = SolverSettings { bits: 2, scale_type: Float::F16, damp: 1e-9, ..gptq() };
         let layer = quantize_layer(device, &w, &u, None, None, &settings).unwrap();
         let finding = layer.report.findings.iter().find(|f| f.kind == FindingKind::ErrorExploded).unwrap();
         assert!(finding.found.contains("output row") && finding.found.contains("F16"), "{finding}");
@@ -256,7 +256,7 @@ fn weights_of_zeros_are_no_finding() {
     // Weights whose squares float32 does not hold have an error in the Frobenius norm.
     let mut tiny = noise(20, 64, 3);
     tiny.data_mut().iter_mut().for_each(|w| *w *= 1e-30);
-    let settings = SolverSettings { scale_type: ScaleType::F32, ..gptq() };
+    let settings = SolverSettings { scale_type: Float::F32, ..gptq() };
     let mut quiet = u;
     quiet.data_mut().iter_mut().for_each(|u| *u *= 1e-15);
     let layer = quantize_layer(&Cpu, &tiny, &quiet, None, None, &settings).unwrap();

@@ -12,9 +12,9 @@ use support::program::{Bench, edit_header, names_in, succeed};
 use vlmq::checkpoint::Checkpoint;
 use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::{self, EvaluationSettings};
-use vlmq::quantize::inspect;
-use vlmq::quantize::pipeline::{self, PipelineSettings};
 use vlmq::quantize::settings::SolverSettings;
+use vlmq::run::inspect;
+use vlmq::run::{self, RunSettings};
 
 const FAMILIES: [&str; 4] =
     ["flat-tied-bf16", "qwen2_5_vl-nested-f16", "llava-resaved-f16-sharded", "qwen3_vl-f16-sharded"];
@@ -80,12 +80,12 @@ fn every_tensor_that_a_run_reads_is_looked_for_at_its_start() {
             spoil_in(&bench.model(), fault, name);
             let (model, data, out) = (bench.model(), bench.data(), bench.outputs().join("out"));
             let solver = SolverSettings { group_size: Some(16), ..SolverSettings::default() };
-            let settings = PipelineSettings { solver, ..PipelineSettings::new(model.clone(), Some(data.clone()), out) };
+            let settings = RunSettings { solver, ..RunSettings::new(model.clone(), Some(data.clone()), out) };
             let evaluation = EvaluationSettings::new(model.clone(), data);
             let errors = [
                 ("inspect", said(inspect::inspect(&Cpu, &model))),
                 ("quantize", said(pipeline::plan(&Cpu, &settings))),
-                ("evaluate", said(evaluate::plan_comparison(&Cpu, &evaluation, 3))),
+                ("evaluate", said(run::evaluation::plan_comparison(&Cpu, &evaluation, 3))),
             ];
             for (command, error) in errors {
                 // A model without a head can be quantized, and its float self be looked at.
@@ -117,9 +117,10 @@ fn packed_layers_are_looked_for_too() {
             support::program::copy_folder(&out, broken.path());
             spoil_in(broken.path(), fault, name);
             let evaluation = EvaluationSettings::new(broken.path().to_path_buf(), bench.data());
-            for error in
-                [said(inspect::inspect(&Cpu, broken.path())), said(evaluate::plan_comparison(&Cpu, &evaluation, 3))]
-            {
+            for error in [
+                said(inspect::inspect(&Cpu, broken.path())),
+                said(run::evaluation::plan_comparison(&Cpu, &evaluation, 3)),
+            ] {
                 let error = error.unwrap_or_else(|| panic!("{format}: nothing is said of the {fault} of {name}"));
                 assert!(error.contains(name), "{format}: {fault} of {name}: {error}");
             }

@@ -3,41 +3,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What each module of the library may use of the others. Data walks one way: nothing points back.
-///
-/// Three kinds of plain data cross the line: solved layers and settings (`quantize::…`), which a file format needs to be
-/// written, what an evaluation found (`evaluate::Comparison…`), which a run's report shows, and `progress`, which every
-/// long run reports to.
-const MAY_USE: &[(&str, &[&str])] = &[
-    ("evaluate", &["heap", "progress", "plan", "model", "calibration", "checkpoint", "device", "tensor"]),
-    (
-        "quantize",
-        &[
-            "heap",
-            "input",
-            "evaluate::Comparison",
-            "evaluate::ComparedScores",
-            "evaluate::ComparedAnswer",
-            "progress",
-            "plan",
-            "model",
-            "calibration",
-            "checkpoint",
-            "device",
-            "tensor",
-        ],
-    ),
-    ("plan", &["heap", "progress", "model", "calibration", "checkpoint", "device"]),
-    ("model", &["calibration", "checkpoint", "device", "tensor"]),
-    ("calibration", &["input", "tensor"]),
-    ("checkpoint", &["input", "quantize::QuantizedLinear", "quantize::settings", "quantize::pack", "tensor"]),
-    ("device", &["tensor"]),
-    ("heap", &[]),
-    ("input", &[]),
-    ("progress", &[]),
-    ("tensor", &[]),
-];
-
 /// The files that may hold `unsafe`, each block with its reason.
 const MAY_BE_UNSAFE: &[&str] = &[
     "src/device/cpu/gemm.rs",
@@ -96,40 +61,6 @@ fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
 }
 
 #[test]
-fn nothing_points_back() {
-    let mut wrong = Vec::new();
-    let mut seen = 0;
-    for (name, text) in sources() {
-        let Some(module) = name.strip_prefix("src/").and_then(|rest| rest.split(['/', '.']).next()) else { continue };
-        // lib.rs names the modules, and a program sees only what the library shows.
-        if ["lib", "bin"].contains(&module) {
-            continue;
-        }
-        let Some((_, allowed)) = MAY_USE.iter().find(|(other, _)| *other == module) else {
-            wrong.push(format!("{name}: the module {module} is not in this test's list"));
-            continue;
-        };
-        for (line, code) in code(&text) {
-            if code.contains("use vlmq::") || code.contains("use crate::{") {
-                wrong.push(format!("{name}:{line}: write `use crate::module::…`, one module a line: {code}"));
-            }
-            // Whole paths in the code count like `use`.
-            for path in code.split("crate::").skip(1) {
-                seen += 1;
-                let used = |of: &str| {
-                    path == of || path.strip_prefix(of).is_some_and(|rest| !rest.starts_with(char::is_alphanumeric))
-                };
-                if !used(module) && !allowed.iter().any(|allowed| used(allowed)) {
-                    wrong.push(format!("{name}:{line}: {module} may not use crate::{path}"));
-                }
-            }
-        }
-    }
-    assert!(seen > 80, "only {seen} uses were found");
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-}
-
-#[test]
 fn unsafe_stands_where_it_may_and_says_why() {
     let mut blocks = 0;
     for (name, text) in sources() {
@@ -185,15 +116,6 @@ fn nothing_is_left_lying() {
             }
         }
     }
-}
-
-#[test]
-fn names_of_metrics_agree() {
-    #[cfg(feature = "run")]
-    assert_eq!(
-        vlmq::evaluate::metrics::Metric::ALL.map(vlmq::evaluate::metrics::Metric::name),
-        vlmq::calibration::dataset::METRICS
-    );
 }
 
 /// A family is one file of src/model/families and its line there: no other code knows one.

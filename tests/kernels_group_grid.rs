@@ -9,7 +9,7 @@ use support::kernels::{Variant, pass_under_sanitizers, workspace_bytes};
 use support::solving::*;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
-use vlmq::device::{BLOCK, Factor, Grid, GridRule, Group, ScaleType, SolveOps, SolveState};
+use vlmq::device::{BLOCK, Factor, Float, Grid, GridRule, Group, SolveOps, SolveState};
 use vlmq::tensor::Matrix;
 
 #[test]
@@ -40,7 +40,7 @@ fn grids_of_wide_groups() {
                 state.error = matrix(rows, span.len(), 91);
                 state.error.data_mut().iter_mut().for_each(|x| *x *= 0.3);
                 state.cross = (mode != Mode::Gptq).then(|| matrix(rows, span.len(), 92));
-                let rule = GridRule { bits: 4, symmetric: turn == 1, grid, scale_type: ScaleType::F32, ..RULE };
+                let rule = GridRule { bits: 4, symmetric: turn == 1, grid, scale_type: Float::F32, ..RULE };
                 let inside: Vec<_> =
                     blocks.iter().filter(|b| span.start <= b.start && b.end <= span.end).cloned().collect();
                 let what = format!("{rows} rows, {span:?}, {mode:?}, {rule:?}");

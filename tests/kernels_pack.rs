@@ -6,8 +6,8 @@ use support::buffers::{Buffer, DTYPES, Element, F32, U8, U32, noise, rounded};
 use support::calls::{accepted, refused, refused_each};
 use support::kernels::{Variant, kernels, pass_under_sanitizers, set_seed};
 use support::uniform;
+use vlmq::codes::pack::{pack, packed_words, unpack};
 use vlmq::device::cuda::bindings::*;
-use vlmq::quantize::pack::{pack, packed_words, unpack};
 
 const WIDTHS: [u32; 4] = [2, 3, 4, 8];
 

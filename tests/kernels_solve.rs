@@ -11,7 +11,7 @@ use support::uniform;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
 use vlmq::device::{
-    BLOCK, Block, CrossFactor, Factor, Grid, GridRule, GroupGrid, ProductRange, ScaleType, SolveOps, SolveState,
+    BLOCK, Block, CrossFactor, Factor, Float, Grid, GridRule, GroupGrid, ProductRange, SolveOps, SolveState,
 };
 use vlmq::tensor::Matrix;
 
@@ -70,7 +70,7 @@ fn blocks_follow_the_cpu() {
     let features = blocks.last().unwrap().end;
     let prepared = Prepared::new(features, blocks);
     let mut tally = Tally::default();
-    let grids = [(2, ScaleType::F16), (3, ScaleType::Bf16), (4, ScaleType::F32), (8, ScaleType::F16)];
+    let grids = [(2, Float::F16), (3, Float::Bf16), (4, Float::F32), (8, Float::F16)];
     for (number, &rows) in rows.iter().enumerate() {
         let w = matrix(rows, features, 20 + number as u64);
         for mode in MODES {
@@ -95,7 +95,7 @@ fn rules(smallest_zero: u8) -> Vec<GridRule> {
     let mut rules = Vec::new();
     for bits in [2, 3, 4, 8] {
         for symmetric in [false, true] {
-            for scale_type in [ScaleType::F16, ScaleType::Bf16, ScaleType::F32] {
+            for scale_type in [Float::F16, Float::Bf16, Float::F32] {
                 let rule = |grid| GridRule { bits, symmetric, grid, scale_type, smallest_zero };
                 rules.extend([rule(Grid::Minmax), rule(Grid::Mse), rule(Grid::Loss)]);
             }
@@ -162,7 +162,7 @@ fn round_to_nearest_is_exact() {
         let w = matrix(rows, columns + 5, 41);
         for (turn, bits) in [2, 3, 4, 8].into_iter().enumerate() {
             for grid in [Grid::Minmax, Grid::Mse, Grid::Loss] {
-                let scale_type = [ScaleType::F16, ScaleType::Bf16, ScaleType::F32][turn % 3];
+                let scale_type = [Float::F16, Float::Bf16, Float::F32][turn % 3];
                 let rule = GridRule { bits, symmetric: turn % 2 == 0, grid, scale_type, smallest_zero: turn as u8 % 2 };
                 let given = GroupGrid { scales: vec![0.125; rows], zeros: vec![1; rows] };
                 for given in [None, Some(&given)] {

@@ -9,8 +9,8 @@ use std::fs;
 use std::path::Path;
 use support::data;
 use support::program::{Bench, edit_header, edit_json, read_json, succeed, text};
-use vlmq::calibration::dataset::{ImageSource, Message, Part};
-use vlmq::calibration::template::ChatTemplate;
+use vlmq::data::dataset::{ImageSource, Message, Part};
+use vlmq::data::template::ChatTemplate;
 
 /// Names and files as on the hub.
 const HUB: &str = "llava-hub-tied-f16";

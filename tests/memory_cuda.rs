@@ -14,11 +14,11 @@ use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{Cuda, Precision};
 use vlmq::device::{Device, ModelOps, SolveOps};
 use vlmq::model::families::{ImageMode, ImageOptions};
+use vlmq::plan::{Activations, MemoryPlan};
 use vlmq::progress::{Observer, Stage};
-use vlmq::quantize::pipeline::{self, PipelineSettings};
-use vlmq::quantize::plan::{Activations, MemoryPlan};
-use vlmq::quantize::report::{RunObserver, RunReport};
 use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
+use vlmq::report::{RunObserver, RunReport};
+use vlmq::run::{self, RunSettings};
 use vlmq::tensor::Matrix;
 
 fn device() -> Cuda {
@@ -179,26 +179,26 @@ fn the_cpu_parks_nothing() {
 }
 
 /// A few samples in several chunks. Twice as wide as anything else in it, the MLP makes the solve the worst step.
-fn settings(out: &Path, solver: SolverSettings, importance: Importance) -> PipelineSettings {
-    PipelineSettings {
+fn settings(out: &Path, solver: SolverSettings, importance: Importance) -> RunSettings {
+    RunSettings {
         solver,
         importance,
         samples: 5,
         chunk_tokens: 64,
-        ..PipelineSettings::new(data("tiny-qwen2-vl-narrow"), Some(data("vqa/calib.jsonl")), out.to_owned())
+        ..RunSettings::new(data("tiny-qwen2-vl-narrow"), Some(data("vqa/calib.jsonl")), out.to_owned())
     }
 }
 
 /// Chunks of plain text through a model so narrow that they are the worst of all: the predictions at the end, or with chunks
 /// some `times` as long a pass over them.
-fn long_chunks(settings: PipelineSettings, calib: PathBuf, times: usize) -> PipelineSettings {
+fn long_chunks(settings: RunSettings, calib: PathBuf, times: usize) -> RunSettings {
     let words = ["a red ring", "two blue squares", "what is the pink digit?", "describe the image."];
     let line = |i: usize| {
         let text: Vec<&str> = (0..times * (25 + i)).map(|j| words[(i + j * j) % 4]).collect();
         serde_json::json!({"text": text.join(" ")}).to_string()
     };
     std::fs::write(&calib, (0..8).map(line).collect::<Vec<_>>().join("\n")).unwrap();
-    PipelineSettings {
+    RunSettings {
         model: golden("model/rope-parameters-f32"),
         calib: Some(calib),
         samples: 8,
@@ -298,7 +298,7 @@ fn every_familys_tower_holds_what_was_planned() {
     let work = tempfile::tempdir().unwrap();
     for &(name, image_options, precision) in FAMILIES {
         let usual = settings(&work.path().join(name), SolverSettings::default(), Importance::None);
-        let settings = PipelineSettings {
+        let settings = RunSettings {
             model: golden("model").join(name),
             calib: Some(golden("model").join(format!("{name}.jsonl"))),
             solver: SolverSettings { solver: Solver::Gptq, group_size: Some(32), ..SolverSettings::default() },

@@ -6,10 +6,10 @@ mod support;
 
 use support::message;
 use vlmq::model::families::VisionLoad;
+use vlmq::plan::DecoderShape;
+use vlmq::plan::{Activations, CheckSize, EmbedderSize, Job, MemoryPlan};
 use vlmq::plan::{ChunkSize, Costs, StagePlan};
 use vlmq::progress::Stage;
-use vlmq::quantize::inspect::DecoderShape;
-use vlmq::quantize::plan::{Activations, CheckSize, EmbedderSize, Job, MemoryPlan};
 use vlmq::quantize::settings::{Grid, Importance, Order, Refit, Solver, SolverSettings};
 
 const SHAPE: DecoderShape =

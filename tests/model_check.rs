@@ -9,12 +9,12 @@ use std::path::PathBuf;
 use support::program::{Bench, edit_tensor, emulated_run, read_json, stderr, stdout, succeed, text, vlmq_run};
 use support::resuming::{PLAIN, Place};
 use support::{data, message};
-use vlmq::calibration::dataset;
+use vlmq::data::dataset;
 use vlmq::device::cpu::Cpu;
 use vlmq::progress::{Observer, Stage, StageTime};
-use vlmq::quantize::pipeline::{self, PipelineSettings};
-use vlmq::quantize::report::RunObserver;
 use vlmq::quantize::settings::{Importance, Solver};
+use vlmq::report::RunObserver;
+use vlmq::run::{self, RunSettings};
 
 const FLAT: &str = "flat-tied-bf16";
 
@@ -154,7 +154,7 @@ fn figures_are_kept_behind_the_last_block() {
     for solver in [Solver::Gptaq, Solver::Gptq] {
         let place = Place::new(PLAIN);
         let importance = if solver == Solver::Gptq { Importance::None } else { Importance::Vlmq };
-        let mut settings = PipelineSettings { samples: 2, importance, ..place.settings() };
+        let mut settings = RunSettings { samples: 2, importance, ..place.settings() };
         settings.solver.solver = solver;
         let expected = pipeline::run(&Cpu, &settings, &mut ()).unwrap().check.unwrap();
         assert!(expected.held_out > 0 && expected.tokens > 0, "{expected:?}");

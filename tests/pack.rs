@@ -7,8 +7,8 @@ use std::fs;
 use support::checkpoint::*;
 use support::{golden, message};
 use vlmq::checkpoint::{Checkpoint, Format, GptqVersion, LinearSpec};
-use vlmq::quantize::QuantizedLinear;
-use vlmq::quantize::pack::{pack, packed_words, unpack};
+use vlmq::codes::QuantizedLinear;
+use vlmq::codes::pack::{pack, packed_words, unpack};
 use vlmq::quantize::settings::{Order, SolverSettings};
 
 const GPTQ: Format = Format::Gptq(GptqVersion::V1);

@@ -8,9 +8,9 @@ use support::golden::{Golden, relative_error};
 use support::program::lasting_files_of;
 use vlmq::checkpoint::Checkpoint;
 use vlmq::device::cpu::Cpu;
-use vlmq::quantize::pipeline::{self, PipelineSettings};
-use vlmq::quantize::report::RunReport;
 use vlmq::quantize::settings::{Grid, Importance, ImportancePower, Refit, Solver, SolverSettings};
+use vlmq::report::RunReport;
+use vlmq::run::{self, RunSettings};
 
 /// A checkpoint, how the files of its goldens begin, and what its decoder holds.
 struct Case {
@@ -24,13 +24,13 @@ const QWEN2: Case = Case { model: "rope-parameters-f32", files: "pipeline", laye
 /// Norms of queries and keys, more heads than the residual stream is wide, and DeepStack behind both blocks.
 const QWEN3: Case = Case { model: "qwen3_vl-f32", files: "qwen3_vl-pipeline", layers: 14, codes: 69_632 };
 
-fn settings(case: &Case, out: std::path::PathBuf, solver: Solver, importance: Importance) -> PipelineSettings {
+fn settings(case: &Case, out: std::path::PathBuf, solver: Solver, importance: Importance) -> RunSettings {
     let (model, calib) = (golden("model").join(case.model), golden("model").join(format!("{}.jsonl", case.files)));
-    PipelineSettings {
+    RunSettings {
         solver: SolverSettings { solver, group_size: Some(32), grid: Grid::Minmax, ..SolverSettings::default() },
         importance,
         importance_power: ImportancePower::PAPER,
-        ..PipelineSettings::new(model, Some(calib), out)
+        ..RunSettings::new(model, Some(calib), out)
     }
 }
 
@@ -80,7 +80,7 @@ fn refitted_scales_of_every_layer_equal_the_float64_pipeline() {
         let out = work.path().join("out");
         let usual = settings(&case, out.clone(), solver, Importance::Vlmq);
         let report =
-            pipeline::run(&Cpu, &PipelineSettings { refit: Some(Refit::Residual), ..usual.clone() }, &mut ()).unwrap();
+            pipeline::run(&Cpu, &RunSettings { refit: Some(Refit::Residual), ..usual.clone() }, &mut ()).unwrap();
         let scales = |folder: &std::path::Path, name: &str, (rows, cols)| {
             Checkpoint::open(folder).unwrap().packed(name, rows, cols).unwrap().scales
         };
@@ -92,7 +92,7 @@ fn refitted_scales_of_every_layer_equal_the_float64_pipeline() {
         }
         // Without it the first layer is the same, its output projection is not, and the paths are further apart.
         let plain = work.path().join("plain");
-        let without = pipeline::run(&Cpu, &PipelineSettings { out: plain.clone(), ..usual }, &mut ()).unwrap();
+        let without = pipeline::run(&Cpu, &RunSettings { out: plain.clone(), ..usual }, &mut ()).unwrap();
         for (layer, same) in [("q_proj", true), ("o_proj", false), ("down_proj", false)] {
             let layer = report.layers.iter().find(|found| found.name.ends_with(layer)).unwrap();
             let shape = (layer.rows, layer.cols);
@@ -109,7 +109,7 @@ fn scales_are_refitted_at_two_bits_unless_it_is_said_otherwise() {
         let work = tempfile::tempdir().unwrap();
         let usual = settings(&QWEN2, work.path().join("out"), Solver::Gptaq, Importance::Vlmq);
         let solver = SolverSettings { bits, ..usual.solver.clone() };
-        let settings = PipelineSettings { solver, refit, ..usual };
+        let settings = RunSettings { solver, refit, ..usual };
         let report = pipeline::run(&Cpu, &settings, &mut ()).unwrap();
         (report.provenance.settings["refit"].clone(), std::fs::read(settings.out.join("model.safetensors")).unwrap())
     };
@@ -127,7 +127,7 @@ fn same_bytes_whatever_the_number_of_threads() {
         let out = work.path().join("out");
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let settings = settings(&QWEN2, out.clone(), Solver::Gptaq, Importance::Vlmq);
-        let settings = PipelineSettings { refit: Some(Refit::Residual), ..settings };
+        let settings = RunSettings { refit: Some(Refit::Residual), ..settings };
         let report = pool.install(|| pipeline::run(&Cpu, &settings, &mut ())).unwrap();
         let files = lasting_files_of(&out);
         (files, report)

@@ -13,12 +13,12 @@ use std::sync::Arc;
 use support::data;
 use support::kernels::{Variant, build};
 use support::program::{copy_folder, emulated_run, read_json, stderr, succeed, text, vlmq_run};
-use vlmq::calibration::dataset;
-use vlmq::calibration::sequence::{Sequence, SequenceBuilder};
 use vlmq::checkpoint::Checkpoint;
+use vlmq::data::dataset;
+use vlmq::data::sequence::{Sequence, SequenceBuilder};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{Cuda, CudaTensor, Precision};
-use vlmq::device::{Device, ModelOps, ScaleType};
+use vlmq::device::{Device, Float, ModelOps};
 use vlmq::evaluate::{self, Evaluation, EvaluationSettings};
 use vlmq::model::decoder::{Block, Layout, Projection};
 use vlmq::model::families::{self, ImageOptions, ModelConfig};
@@ -60,7 +60,7 @@ fn evaluate(model: &Path, questions: Option<usize>) -> Evaluation {
         limit: questions,
         ..EvaluationSettings::new(model.to_owned(), data("vqa/eval.jsonl"))
     };
-    evaluate::run(&Cpu, &settings, &mut ()).unwrap()
+    run::evaluation::evaluate(&Cpu, &settings, &mut ()).unwrap()
 }
 
 /// What the CPU device and the emulated one make of the images and a checkpoint.
@@ -205,7 +205,7 @@ fn given_the_same_statistics_the_codes_are_the_same() {
     quantize(&data(MODEL), "cpu", (SAMPLES, 0), &quantized);
     let device = Cuda::emulated(&library(), Precision::Bf16).unwrap();
     let paths = Paths::new(&device, &quantized);
-    let settings = SolverSettings { scale_type: ScaleType::Bf16, ..SolverSettings::default() };
+    let settings = SolverSettings { scale_type: Float::Bf16, ..SolverSettings::default() };
     let (mut different, mut total) = (0, 0);
     for projection in Projection::ALL {
         let [f, u] = paths.layer(&device, projection);

@@ -13,17 +13,17 @@ use std::path::Path;
 use std::sync::Arc;
 use support::golden;
 use support::program::{Bench, IMAGE, files_of, question, read_json, succeed, text};
-use vlmq::calibration::dataset;
-use vlmq::calibration::sequence::{Sequence, SequenceBuilder};
 use vlmq::checkpoint::Checkpoint;
+use vlmq::data::dataset;
+use vlmq::data::sequence::{Sequence, SequenceBuilder};
 use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::{ComparedAnswer, Comparison};
 use vlmq::model::families::{self, ImageOptions};
 use vlmq::model::language_model::Embedder;
-use vlmq::quantize::report::importance::{BINS, BlockImportance, bin_edges};
-use vlmq::quantize::report::samples::{self, Picture, ReportSample, TextToken};
-use vlmq::quantize::report::{BlockReport, LayerReport, RunReport};
 use vlmq::quantize::{Finding, FindingKind, SolveReport};
+use vlmq::report::samples::{self, Picture, ReportSample, TextToken};
+use vlmq::report::spread::{BINS, BlockImportance, bin_edges};
+use vlmq::report::{BlockReport, LayerReport, RunReport};
 
 const HOSTILE: &str =
     "</td><script>alert('1')</script><img src=\"http://example.org/x\" onerror=\"alert(2)\"/>&amp;\u{0}";

@@ -17,19 +17,16 @@ use vlmq::checkpoint::{Checkpoint, Format};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::Precision;
 use vlmq::progress::{Interrupted, Observer, Stage};
-use vlmq::quantize::pipeline::{self, PipelineSettings, Unfinished};
-use vlmq::quantize::plan::Activations;
-use vlmq::quantize::report::{LayerReport, RunObserver};
+use vlmq::quantize::block::Activations;
 use vlmq::quantize::settings::Solver;
+use vlmq::report::{LayerReport, RunObserver};
+use vlmq::run::{self, RunSettings, Unfinished};
 
 const BLOCKS: usize = 3;
 const LAYERS: usize = 7 * BLOCKS;
 
 /// The output of a run that nothing stops, and its report.
-fn whole(
-    settings: impl Fn(&Place) -> PipelineSettings,
-    checkpoint: &str,
-) -> (Vec<(String, Vec<u8>)>, serde_json::Value) {
+fn whole(settings: impl Fn(&Place) -> RunSettings, checkpoint: &str) -> (Vec<(String, Vec<u8>)>, serde_json::Value) {
     let place = Place::new(checkpoint);
     let report = pipeline::run(&Cpu, &settings(&place), &mut ()).unwrap();
     (place.finished(), facts(&serde_json::to_value(report).unwrap()))
@@ -85,7 +82,7 @@ fn stopped_at_any_layer_a_run_gives_the_same_bytes() {
 /// The last save counts, and what came behind it is done again; there are never more than a state and space for another.
 #[test]
 fn saved_seldom_a_run_goes_on_from_the_last_save() {
-    let seldom = |place: &Place| PipelineSettings { save_every: 1_000_000, ..place.settings() };
+    let seldom = |place: &Place| RunSettings { save_every: 1_000_000, ..place.settings() };
     let (expected, report) = whole(seldom, DEEPSTACK);
     for saved in [0, 1] {
         let place = if saved == 0 { Place::new(DEEPSTACK) } else { behind_a_block(DEEPSTACK) };
@@ -141,7 +138,7 @@ fn streamed_from_host_memory_or_not_a_run_goes_on_in_half_precision() {
     let more = tempfile::NamedTempFile::new().unwrap();
     fs::write(more.path(), lines.trim_end().to_owned() + "\n" + &lines.repeat(5)).unwrap();
     place.data = more.path().to_owned();
-    let settings = PipelineSettings { chunk_tokens: 64, ..place.settings() };
+    let settings = RunSettings { chunk_tokens: 64, ..place.settings() };
     let limits = {
         let resident = pipeline::plan(&device(None), &settings).unwrap();
         let streamed = pipeline::plan(&device(Some(resident.device_bytes - 1)), &settings).unwrap();

@@ -5,10 +5,10 @@ mod support;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use support::noise;
 use support::ties::Layer;
+use vlmq::codes::QuantizedLinear;
 use vlmq::device::cpu::Cpu;
-use vlmq::quantize::QuantizedLinear;
 use vlmq::quantize::plain::{QuantizedLayer, quantize_layer};
-use vlmq::quantize::settings::{CrossTerm, Grid, Order, ScaleType, Solver, SolverSettings};
+use vlmq::quantize::settings::{CrossTerm, Float, Grid, Order, Solver, SolverSettings};
 use vlmq::quantize::solve::{prepare, round_to_nearest, solve};
 use vlmq::quantize::statistics::Statistics;
 use vlmq::tensor::Matrix;
@@ -146,14 +146,14 @@ fn groups_of_zeros_and_scales_at_their_limits() {
     let settings = |scale_type| SolverSettings { scale_type, ..gptq(Some(32)) };
     let mut w = Matrix::zeros(2, 64);
     w.row_mut(1)[..32].fill(1e-9);
-    let (linear, report) = round_to_nearest(&w, &settings(ScaleType::F16)).unwrap();
+    let (linear, report) = round_to_nearest(&w, &settings(Float::F16)).unwrap();
     assert_eq!((linear.scales[0], linear.zeros[0], linear.codes[0]), (1.0, 4, 4));
-    assert_eq!(linear.scales[2], ScaleType::F16.smallest());
+    assert_eq!(linear.scales[2], Float::F16.smallest());
     assert!(report.relative_error.is_finite());
     w.row_mut(1)[0] = 1e6;
-    let error = round_to_nearest(&w, &settings(ScaleType::F16)).unwrap_err().to_string();
+    let error = round_to_nearest(&w, &settings(Float::F16)).unwrap_err().to_string();
     assert!(error.contains("output row 1") && error.contains("F16"), "{error}");
-    assert!(round_to_nearest(&w, &settings(ScaleType::Bf16)).is_ok());
+    assert!(round_to_nearest(&w, &settings(Float::Bf16)).is_ok());
 }
 
 #[test]

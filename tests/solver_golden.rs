@@ -5,7 +5,7 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use vlmq::device::cpu::Cpu;
 use vlmq::quantize::plain::quantize_layer;
-use vlmq::quantize::settings::{CrossTerm, Grid, Order, ScaleType, Solver, SolverSettings};
+use vlmq::quantize::settings::{CrossTerm, Float, Grid, Order, Solver, SolverSettings};
 use vlmq::quantize::solve::{Prepared, prepare, round_to_nearest, solve_layer};
 use vlmq::quantize::statistics::Statistics;
 use vlmq::quantize::{QuantizedLinear, SolveReport};
@@ -20,7 +20,7 @@ struct Case {
     bits: u32,
     group: Option<usize>,
     symmetric: bool,
-    scale_type: ScaleType,
+    scale_type: Float,
     smallest_zero: u8,
     wide: bool,
     error: f64,

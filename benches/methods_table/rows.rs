@@ -4,8 +4,8 @@ use anyhow::{Context, Error, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 use std::str::FromStr;
-use vlmq::quantize::pipeline::PipelineSettings;
 use vlmq::quantize::settings::{Importance, ImportancePower, Refit, Solver, SolverSettings};
+use vlmq::run::RunSettings;
 
 /// One row's way to quantize.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,15 +21,8 @@ pub(crate) struct Row {
 
 impl Row {
     /// A run its way, of `samples` out of `calib`.
-    pub(crate) fn run(
-        &self,
-        model: PathBuf,
-        calib: PathBuf,
-        out: PathBuf,
-        samples: usize,
-        seed: u64,
-    ) -> PipelineSettings {
-        PipelineSettings {
+    pub(crate) fn run(&self, model: PathBuf, calib: PathBuf, out: PathBuf, samples: usize, seed: u64) -> RunSettings {
+        RunSettings {
             solver: self.solver.clone(),
             importance: self.importance,
             importance_power: self.importance_power,
@@ -38,7 +31,7 @@ impl Row {
             seed,
             // A run is too short to be gone on with.
             save_every: u64::MAX,
-            ..PipelineSettings::new(model, Some(calib), out)
+            ..RunSettings::new(model, Some(calib), out)
         }
     }
 }

@@ -7,9 +7,10 @@ use super::rows::{self, Row};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 use vlmq::device::cpu::Cpu;
-use vlmq::evaluate::{self, Evaluation, EvaluationSettings};
-use vlmq::quantize::pipeline;
+use vlmq::evaluate::Evaluation;
 use vlmq::quantize::settings::{CrossTerm, Grid, Order, Solver, SolverSettings};
+use vlmq::run;
+use vlmq::run::evaluation::{self, EvaluationSettings};
 use vlmq::tensor::Matrix;
 
 pub(crate) const CHECKPOINTS: [&str; 2] = ["tiny-qwen2-vl", "tiny-qwen2-vl-narrow"];
@@ -23,8 +24,8 @@ pub(crate) fn methods(checkpoints: &[&str]) -> Result<()> {
     let methods = rows::rows(&[], &[], &[])?;
     header();
     for &checkpoint in checkpoints {
-        let reference = evaluate::answer_logits(&Cpu, &evaluation(data(checkpoint)))?;
-        let float = evaluate::run(&Cpu, &evaluation(data(checkpoint)), &mut ())?;
+        let reference = evaluation::answer_logits(&Cpu, &evaluation(data(checkpoint)))?;
+        let float = evaluation::evaluate(&Cpu, &evaluation(data(checkpoint)), &mut ())?;
         row(checkpoint, "float", "", &[float]);
         for bits in [4, 3, 2] {
             for method in &methods {
@@ -53,7 +54,7 @@ pub(crate) fn choices() -> Result<()> {
     // The checkpoint that low bits hurt.
     let checkpoint = CHECKPOINTS[1];
     let default = rows::default()?;
-    let reference = evaluate::answer_logits(&Cpu, &evaluation(data(checkpoint)))?;
+    let reference = evaluation::answer_logits(&Cpu, &evaluation(data(checkpoint)))?;
     for bits in [3, 2] {
         for (name, change) in choices {
             let mut changed = default.clone();
@@ -74,8 +75,8 @@ fn runs(checkpoint: &str, reference: &[Matrix], row: &Row) -> Result<Vec<Evaluat
         .map(|&seed| {
             let out = work.path().join(format!("seed-{seed}"));
             let settings = row.run(data(checkpoint), data("vqa/calib.jsonl"), out.clone(), SAMPLES, seed);
-            pipeline::run(&Cpu, &settings, &mut ())?;
-            evaluate::run_against(&Cpu, &evaluation(out), reference, &mut ())
+            run::run(&Cpu, &settings, &mut ())?;
+            evaluation::run_against(&Cpu, &evaluation(out), reference, &mut ())
         })
         .collect()
 }

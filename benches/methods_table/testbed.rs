@@ -18,14 +18,14 @@ use std::time::Instant;
 use vlmq::checkpoint::Checkpoint;
 use vlmq::checkpoint::checksum;
 use vlmq::device::cpu::Cpu;
-use vlmq::device::cuda::{Cuda, Precision};
+use vlmq::device::cuda::Cuda;
 use vlmq::device::{ModelOps, SolveOps};
-use vlmq::evaluate::{self, EvaluationSettings};
 use vlmq::model::families;
-use vlmq::quantize::pipeline::{self, CHUNK_TOKENS, PipelineSettings};
-use vlmq::quantize::provenance::COMMIT;
 use vlmq::quantize::settings::{Solver, SolverSettings};
-use vlmq::tensor::Matrix;
+use vlmq::report::provenance::COMMIT;
+use vlmq::run::evaluation::{self, EvaluationSettings};
+use vlmq::run::{self, CHUNK_TOKENS, RunSettings};
+use vlmq::tensor::{Float, Matrix};
 
 /// Compares methods on the test bed that benches/testbed/make.py makes, and prints a Markdown table for each width.
 #[derive(Parser)]
@@ -109,7 +109,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             // rounds by as much as 4 bits change.
             let precision = families::float_type(&Checkpoint::open(&arguments.bed.join("model"))?)?.into();
             let open = || {
-                let evaluating = Cuda::open(0, Precision::F32)?;
+                let evaluating = Cuda::open(0, Float::F32)?;
                 Ok(Devices { quantizing: evaluating.with_precision(precision), evaluating })
             };
             Table::new(&open, arguments)?.print()
@@ -259,7 +259,7 @@ impl<'a, D: ModelOps + SolveOps> Table<'a, D> {
         let device = (self.open)()?.evaluating;
         let start = Instant::now();
         let model = self.arguments.bed.join("model");
-        let reference = evaluate::answer_logits(&device, &self.evaluation(model.clone()))?;
+        let reference = evaluation::answer_logits(&device, &self.evaluation(model.clone()))?;
         let bytes: usize = reference.iter().map(|rows| size_of_val(rows.data())).sum();
         eprintln!("the float model's logits take {} MiB", bytes >> 20);
         let float = match found {
@@ -296,12 +296,12 @@ impl<'a, D: ModelOps + SolveOps> Table<'a, D> {
         let Job { row, bits, seed, .. } = *job;
         let work = tempfile::tempdir()?;
         let (bed, out) = (&self.arguments.bed, work.path().join("quantized"));
-        let settings = PipelineSettings {
+        let settings = RunSettings {
             chunk_tokens: self.arguments.chunk_tokens,
             ..self.whole(row, bits).run(bed.join("model"), bed.join(CALIB), out, self.arguments.samples, seed)
         };
         let start = Instant::now();
-        let report = pipeline::run(&devices.quantizing, &settings, &mut ())?;
+        let report = run::run(&devices.quantizing, &settings, &mut ())?;
         let quantizing = start.elapsed().as_secs_f64();
         let groups = self.evaluate(&devices.evaluating, settings.out, reference)?;
         let run = Run {
@@ -330,7 +330,7 @@ impl<'a, D: ModelOps + SolveOps> Table<'a, D> {
     }
 
     fn evaluate(&self, device: &D, model: PathBuf, reference: &[Matrix]) -> Result<BTreeMap<String, Figures>> {
-        Ok(figures(&evaluate::run_against(device, &self.evaluation(model), reference, &mut ())?))
+        Ok(figures(&evaluation::run_against(device, &self.evaluation(model), reference, &mut ())?))
     }
 }
 

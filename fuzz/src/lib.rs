@@ -10,17 +10,17 @@ use files::{folder, parts, sources};
 use models::{FAMILIES, look_through, see, sequence, settings};
 use serde_json::Value;
 use std::sync::{Arc, OnceLock};
-use vlmq::calibration::dataset::{self, Conversation, ImageSource, Message, Part};
-use vlmq::calibration::image;
-use vlmq::calibration::native_resolution::NativeVision;
-use vlmq::calibration::sequence::{SequenceBuilder, VisionInput};
-use vlmq::calibration::template::ChatTemplate;
 use vlmq::checkpoint::Checkpoint;
+use vlmq::data::dataset::{self, Conversation, ImageSource, Message, Part};
+use vlmq::data::image;
+use vlmq::data::native_resolution::NativeVision;
+use vlmq::data::sequence::{SequenceBuilder, VisionInput};
+use vlmq::data::template::ChatTemplate;
 use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::presets::{PRESETS, Preset};
 use vlmq::model::families::{self, ImageOptions};
 use vlmq::model::language_model::{LanguageModel, Residency};
-use vlmq::quantize::inspect;
+use vlmq::run::inspect;
 pub use work_folder::resume;
 
 /// A target's name and function.

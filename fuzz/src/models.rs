@@ -4,11 +4,11 @@ use super::files::{File, folder, sources};
 use anyhow::Result;
 use serde_json::Value;
 use std::sync::{Arc, OnceLock};
-use vlmq::calibration::image::ImagePatches;
-use vlmq::calibration::native_resolution::NativeResolution;
-use vlmq::calibration::patches::PatchSettings;
-use vlmq::calibration::sequence::{Sequence, VisionInput};
 use vlmq::checkpoint::Checkpoint;
+use vlmq::data::image::ImagePatches;
+use vlmq::data::native_resolution::NativeResolution;
+use vlmq::data::patches::PatchSettings;
+use vlmq::data::sequence::{Sequence, VisionInput};
 use vlmq::device::cpu::Cpu;
 use vlmq::model::families::{self, ImageMode, ImageOptions};
 

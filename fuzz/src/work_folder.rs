@@ -8,9 +8,9 @@ use std::sync::OnceLock;
 use tempfile::TempDir;
 use vlmq::device::cpu::Cpu;
 use vlmq::progress::{Observer, Stage, Stop};
-use vlmq::quantize::pipeline::{self, PipelineSettings};
-use vlmq::quantize::report::RunObserver;
 use vlmq::quantize::settings::SolverSettings;
+use vlmq::report::RunObserver;
+use vlmq::run::{self, RunSettings};
 
 /// Where the run keeps its work.
 const WORK: &str = ".out.vlmq";
@@ -58,13 +58,13 @@ struct Base {
     finished: BTreeMap<PathBuf, Vec<u8>>,
 }
 
-fn settings(folder: &Path) -> PipelineSettings {
+fn settings(folder: &Path) -> RunSettings {
     let golden = sources().join("tests/golden/model");
     let data = golden.join("flat-tied-bf16.jsonl");
-    PipelineSettings {
+    RunSettings {
         solver: SolverSettings { group_size: Some(32), ..SolverSettings::default() },
         samples: 2,
-        ..PipelineSettings::new(golden.join("flat-tied-bf16"), Some(data), folder.join("out"))
+        ..RunSettings::new(golden.join("flat-tied-bf16"), Some(data), folder.join("out"))
     }
 }
 

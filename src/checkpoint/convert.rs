@@ -1,6 +1,6 @@
 //! Numbers to and from the little-endian bytes of a safetensors file.
 
-use crate::quantize::settings::ScaleType;
+use crate::tensor::Float;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -9,30 +9,30 @@ use safetensors::Dtype;
 const CHUNK: usize = 1 << 16;
 
 /// The float type of a tensor's dtype, if it is one that weights come in.
-pub(crate) fn float_type(dtype: Dtype) -> Option<ScaleType> {
+pub(crate) fn float_type(dtype: Dtype) -> Option<Float> {
     match dtype {
-        Dtype::F16 => Some(ScaleType::F16),
-        Dtype::BF16 => Some(ScaleType::Bf16),
-        Dtype::F32 => Some(ScaleType::F32),
+        Dtype::F16 => Some(Float::F16),
+        Dtype::BF16 => Some(Float::Bf16),
+        Dtype::F32 => Some(Float::F32),
         _ => None,
     }
 }
 
 /// The file's name for a float type.
-pub(crate) fn dtype_of(float: ScaleType) -> Dtype {
+pub(crate) fn dtype_of(float: Float) -> Dtype {
     match float {
-        ScaleType::F16 => Dtype::F16,
-        ScaleType::Bf16 => Dtype::BF16,
-        ScaleType::F32 => Dtype::F32,
+        Float::F16 => Dtype::F16,
+        Float::Bf16 => Dtype::BF16,
+        Float::F32 => Dtype::F32,
     }
 }
 
 /// Bytes of `float` as float32, exactly.
-pub(crate) fn floats_from_bytes(float: ScaleType, bytes: &[u8]) -> Vec<f32> {
+pub(crate) fn floats_from_bytes(float: Float, bytes: &[u8]) -> Vec<f32> {
     match float {
-        ScaleType::F16 => widen::<2>(bytes, |b| f16::from_le_bytes(b).to_f32()),
-        ScaleType::Bf16 => widen::<2>(bytes, |b| bf16::from_le_bytes(b).to_f32()),
-        ScaleType::F32 => widen::<4>(bytes, f32::from_le_bytes),
+        Float::F16 => widen::<2>(bytes, |b| f16::from_le_bytes(b).to_f32()),
+        Float::Bf16 => widen::<2>(bytes, |b| bf16::from_le_bytes(b).to_f32()),
+        Float::F32 => widen::<4>(bytes, f32::from_le_bytes),
     }
 }
 
@@ -48,11 +48,11 @@ fn widen<const N: usize>(bytes: &[u8], decode: impl Fn([u8; N]) -> f32 + Sync) -
 }
 
 /// Index of the first NaN or infinity among the bytes of `float`: an exponent of all ones.
-pub(crate) fn first_non_finite(float: ScaleType, bytes: &[u8]) -> Option<usize> {
+pub(crate) fn first_non_finite(float: Float, bytes: &[u8]) -> Option<usize> {
     match float {
-        ScaleType::F16 => first::<2>(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
-        ScaleType::Bf16 => first::<2>(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-        ScaleType::F32 => first::<4>(bytes, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
+        Float::F16 => first::<2>(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
+        Float::Bf16 => first::<2>(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
+        Float::F32 => first::<4>(bytes, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
     }
 }
 
@@ -65,11 +65,11 @@ fn first<const N: usize>(bytes: &[u8], found: impl Fn([u8; N]) -> bool + Sync) -
 }
 
 /// `values` rounded to `float`, as bytes.
-pub(crate) fn bytes_from_floats(float: ScaleType, values: &[f32]) -> Vec<u8> {
+pub(crate) fn bytes_from_floats(float: Float, values: &[f32]) -> Vec<u8> {
     match float {
-        ScaleType::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
-        ScaleType::Bf16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
-        ScaleType::F32 => bytemuck::cast_slice(values).to_vec(),
+        Float::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
+        Float::Bf16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+        Float::F32 => bytemuck::cast_slice(values).to_vec(),
     }
 }
 

@@ -5,6 +5,7 @@ pub mod checksum;
 mod config;
 mod convert;
 pub mod formats;
+mod linear;
 pub mod own;
 mod plan;
 pub mod read;
@@ -21,6 +22,7 @@ pub mod write;
 
 pub use config::{GptqVersion, Packing, Quantization};
 pub use formats::{Format, LinearSpec, Loader};
-pub use read::{Checkpoint, MAX_TENSORS, StoredTensor};
+pub use read::{Checkpoint, StoredTensor};
+pub use shard::MAX_TENSORS;
 pub use work::WorkFolder;
 pub use write::Writer;

@@ -1,7 +1,6 @@
 //! Files that are this program's alone, in places where somebody else may have put something first: no link is followed on the way
 //! to one, what is written over is a plain file of ours without a second name, and what is replaced is replaced whole.
 
-use super::target::cannot_write;
 use crate::input;
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeSet;
@@ -201,7 +200,7 @@ fn fault(path: &Path, found: &Metadata) -> Result<Option<String>> {
 
 /// Whose something is, where it is not of the user whose folder it lies in.
 fn stranger(path: &Path, found: &Metadata) -> Result<Option<String>> {
-    let folder = super::target::parent_of(path);
+    let folder = parent_of(path);
     let home = fs::metadata(folder).with_context(|| format!("cannot read {}", folder.display()))?;
     Ok((owner(found) != owner(&home)).then(|| format!("another user's, number {}", owner(found))))
 }
@@ -252,6 +251,19 @@ pub fn check_writable(folder: &Path) -> std::io::Result<()> {
     #[cfg(not(unix))]
     let _ = folder;
     Ok(())
+}
+
+/// The folder that something of this name lies in.
+pub(crate) fn parent_of(target: &Path) -> &Path {
+    match target.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// The context of an error at something that was to be written.
+pub(crate) fn cannot_write(path: &Path) -> String {
+    format!("cannot write {}", path.display())
 }
 
 #[cfg(test)]

@@ -2,11 +2,9 @@
 
 use super::config::{Quantization, parse_quantization, quantization_entry, without_quantization};
 use super::convert::{first_non_finite, float_type, floats_from_bytes};
-use super::formats::{compressed_tensors, gptq};
-use super::shard::{INDEX, Shard, weight_files};
+use super::shard::{INDEX, MAX_TENSORS, Shard, weight_files};
 use crate::input;
-use crate::quantize::QuantizedLinear;
-use crate::quantize::settings::ScaleType;
+use crate::tensor::Float;
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, bail, ensure};
 use safetensors::Dtype;
@@ -16,9 +14,6 @@ use std::collections::HashMap;
 #[cfg(feature = "run")]
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-
-/// Most tensors of a checkpoint, over all its files: the largest published have some 200,000.
-pub const MAX_TENSORS: usize = 1 << 20;
 
 /// An opened checkpoint folder. Nothing but headers is read until a tensor is asked for.
 #[derive(Debug)]
@@ -187,7 +182,7 @@ impl Checkpoint {
 
     /// Some of a tensor's bytes as float32. Errors, naming the first of the whole tensor, where one of them is not finite.
     #[cfg(feature = "run")]
-    fn finite(&self, name: &str, float: ScaleType, bytes: &[u8]) -> Result<Vec<f32>> {
+    fn finite(&self, name: &str, float: Float, bytes: &[u8]) -> Result<Vec<f32>> {
         if first_non_finite(float, bytes).is_some() {
             self.check_finite(name)?;
         }
@@ -224,23 +219,6 @@ impl Checkpoint {
     #[cfg(feature = "run")]
     pub(crate) fn check_vector(&self, name: &str, len: usize) -> Result<()> {
         self.float_type_of(name, self.shaped_vector(name, len)?.dtype).map(drop)
-    }
-
-    /// What [`linear`](Self::linear) finds wrong with headers.
-    #[cfg(feature = "run")]
-    pub(crate) fn check_linear(&self, module: &str, out_features: usize, in_features: usize) -> Result<()> {
-        if self.is_plain(module) {
-            return self.check_matrix(&format!("{module}.weight"), out_features, in_features);
-        }
-        match self.quantization()? {
-            Some(Quantization::CompressedTensors(packing)) => {
-                compressed_tensors::headers(self, module, out_features, in_features, packing).map(drop)
-            }
-            Some(Quantization::Gptq(packing, _)) => {
-                gptq::headers(self, module, out_features, in_features, packing).map(drop)
-            }
-            None => self.not_quantized(module),
-        }
     }
 
     /// The tensor `name` as the file holds it. Errors where it is absent or not of the shape that [`matrix`](Self::matrix) asks.
@@ -305,14 +283,14 @@ impl Checkpoint {
         )
     }
 
-    fn float_type_of(&self, name: &str, dtype: Dtype) -> Result<ScaleType> {
+    fn float_type_of(&self, name: &str, dtype: Dtype) -> Result<Float> {
         float_type(dtype).with_context(|| {
             format!("tensor {name} in {} is of dtype {dtype:?}; weights must be F16, BF16 or F32", self.file_of(name))
         })
     }
 
     /// Storage type of the float tensor `name`. Errors when it is absent or not a float.
-    pub fn float_type(&self, name: &str) -> Result<ScaleType> {
+    pub fn float_type(&self, name: &str) -> Result<Float> {
         self.float_type_of(name, self.tensor(name)?.dtype)
     }
 
@@ -384,40 +362,6 @@ impl Checkpoint {
             self.folder.display()
         );
         Ok(())
-    }
-
-    /// Codes, scales and zeros of the linear layer `module` (its name on disk, without `.weight`).
-    ///
-    /// Errors when the layer is stored as plain floats, in a way that is not read here, or with tensors of wrong shape,
-    /// dtype or content.
-    pub fn packed(&self, module: &str, out_features: usize, in_features: usize) -> Result<QuantizedLinear> {
-        match self.quantization()? {
-            Some(Quantization::CompressedTensors(packing)) => {
-                compressed_tensors::decode(self, module, out_features, in_features, packing)
-            }
-            Some(Quantization::Gptq(packing, version)) => {
-                gptq::decode(self, module, out_features, in_features, packing, version)
-            }
-            None => self.not_quantized(module),
-        }
-    }
-
-    fn not_quantized<T>(&self, module: &str) -> Result<T> {
-        bail!("{} is not quantized; {module} has no codes", self.folder.display())
-    }
-
-    /// Whether the weight of a linear layer is stored as plain numbers.
-    fn is_plain(&self, module: &str) -> bool {
-        self.contains(&format!("{module}.weight")) || !self.is_quantized()
-    }
-
-    /// The weight of the linear layer `module` (its name on disk, without `.weight`) in float32, `[out, in]`: as stored,
-    /// or what its codes stand for. Errors as [`matrix`](Self::matrix) and [`packed`](Self::packed) do.
-    pub fn linear(&self, module: &str, out_features: usize, in_features: usize) -> Result<Matrix> {
-        if self.is_plain(module) {
-            return self.matrix(&format!("{module}.weight"), out_features, in_features);
-        }
-        self.packed(module, out_features, in_features)?.dequantize()
     }
 }
 

@@ -5,7 +5,7 @@ use super::convert::{bytes_from_floats, dtype_of, floats_from_bytes};
 use super::formats::TensorSpec;
 use super::plan::header;
 use super::shard::Shard;
-use crate::quantize::settings::ScaleType;
+use crate::tensor::Float;
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, ensure};
 use safetensors::Dtype;
@@ -31,7 +31,7 @@ pub(crate) fn spec(name: String, dtype: Dtype, shape: Vec<usize>) -> TensorSpec 
 }
 
 /// A matrix of floats to be written.
-pub(crate) fn matrix_spec(name: String, float: ScaleType, (rows, cols): (usize, usize)) -> TensorSpec {
+pub(crate) fn matrix_spec(name: String, float: Float, (rows, cols): (usize, usize)) -> TensorSpec {
     spec(name, dtype_of(float), vec![rows, cols])
 }
 
@@ -65,7 +65,7 @@ pub(crate) fn write(
 }
 
 /// The bytes of `values`, which are exact in `float`.
-pub(crate) fn bytes_of(float: ScaleType, values: &Matrix) -> Vec<u8> {
+pub(crate) fn bytes_of(float: Float, values: &Matrix) -> Vec<u8> {
     bytes_from_floats(float, values.data())
 }
 
@@ -108,7 +108,7 @@ impl Sealed {
     }
 
     /// A matrix of floats. Errors where it has another type or shape.
-    pub(crate) fn matrix(&self, name: &str, float: ScaleType, (rows, cols): (usize, usize)) -> Result<Matrix> {
+    pub(crate) fn matrix(&self, name: &str, float: Float, (rows, cols): (usize, usize)) -> Result<Matrix> {
         let bytes = self.bytes(name)?;
         let info = self.shard.header.info(name).filter(|i| i.dtype == dtype_of(float) && i.shape == [rows, cols]);
         ensure!(info.is_some(), "{}: {name} is not {rows}x{cols} of {float:?}", self.path().display());

@@ -1,6 +1,5 @@
 //! One safetensors file, mapped into memory, and which files make up a checkpoint.
 
-use super::MAX_TENSORS;
 use crate::input;
 use anyhow::{Context, Result, bail, ensure};
 use memmap2::Mmap;
@@ -8,6 +7,9 @@ use safetensors::tensor::{Metadata, SafeTensorError, SafeTensors};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Component, Path, PathBuf};
+
+/// Most tensors of a checkpoint, over all its files: the largest published have some 200,000.
+pub const MAX_TENSORS: usize = 1 << 20;
 
 /// The one weight file of a small checkpoint.
 pub(crate) const SINGLE: &str = "model.safetensors";

@@ -1,7 +1,6 @@
 //! What stands beside the weights of a checkpoint and goes into a copy as it is.
 
-use super::own;
-use super::target::{cannot_write, parent_of};
+use super::own::{self, cannot_write, parent_of};
 use crate::input::{self, check_link};
 use anyhow::{Context, Result};
 use std::fs::{self, File};

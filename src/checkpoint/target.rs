@@ -1,6 +1,6 @@
 //! The name of an output and of the hidden folder beside it.
 
-use super::own;
+use super::own::{self, parent_of};
 use anyhow::{Context, Result, bail, ensure};
 use std::ffi::OsString;
 use std::fs;
@@ -15,14 +15,6 @@ pub fn plain(path: &Path) -> PathBuf {
         [] => path.to_path_buf(),
         [b'-', ..] => Path::new(".").join(short),
         _ => short,
-    }
-}
-
-/// The folder that something of this name lies in.
-pub(crate) fn parent_of(target: &Path) -> &Path {
-    match target.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
     }
 }
 
@@ -64,10 +56,6 @@ pub(super) fn check_place(target: &Path) -> Result<()> {
     exists(&work_folder_of(target)?.join("checkpoint").join(super::shard::INDEX)).map(drop)?;
     own::check_writable(parent)
         .with_context(|| format!("cannot create a folder in {}; choose another --out", parent.display()))
-}
-
-pub(crate) fn cannot_write(path: &Path) -> String {
-    format!("cannot write {}", path.display())
 }
 
 #[cfg(test)]

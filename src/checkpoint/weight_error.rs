@@ -7,7 +7,7 @@
 use super::convert::{float_type, floats_from_bytes};
 use super::formats::Format;
 use super::read::StoredTensor;
-use crate::quantize::QuantizedLinear;
+use crate::codes::QuantizedLinear;
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
 use rayon::prelude::*;

@@ -1,7 +1,8 @@
 //! The hidden folder beside an output in which it grows: `.NAME.vlmq`. It is all that a killed run leaves behind.
 
 use super::own::{self, Foreign};
-use super::target::{cannot_write, check_place, exists, parent_of, plain, work_folder_of};
+use super::own::{cannot_write, parent_of};
+use super::target::{check_place, exists, plain, work_folder_of};
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeSet;
 use std::ffi::OsStr;

@@ -3,14 +3,13 @@
 use super::config::with_key;
 use super::formats::{Format, LinearSpec, TensorSpec};
 use super::own;
+use super::own::cannot_write;
 use super::plan::{Place, Plan};
 use super::read::Checkpoint;
 use super::shard::INDEX;
 use super::side_files::SideFiles;
-use super::target::cannot_write;
 use super::work::{reserve, sync_folder};
-use crate::quantize::QuantizedLinear;
-use crate::quantize::settings::SolverSettings;
+use crate::codes::{CodeLayout, QuantizedLinear};
 use anyhow::{Context, Result, bail, ensure};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -31,7 +30,7 @@ pub const SHARD_BYTES: u64 = 5_000_000_000;
 pub struct Writer {
     folder: PathBuf,
     format: Format,
-    settings: SolverSettings,
+    layout: CodeLayout,
     linears: HashMap<String, LinearSpec>,
     plan: Plan,
     beside: SideFiles,
@@ -57,9 +56,9 @@ impl Writer {
         checkpoint: &Checkpoint,
         quantized: &[LinearSpec],
         format: Format,
-        settings: &SolverSettings,
+        layout: &CodeLayout,
     ) -> Result<Self> {
-        Self::with_shards_of(SHARD_BYTES, folder, checkpoint, quantized, format, settings)
+        Self::with_shards_of(SHARD_BYTES, folder, checkpoint, quantized, format, layout)
     }
 
     /// [`create`](Self::create) with shards of at most `shard_bytes` of tensors.
@@ -69,9 +68,9 @@ impl Writer {
         checkpoint: &Checkpoint,
         quantized: &[LinearSpec],
         format: Format,
-        settings: &SolverSettings,
+        layout: &CodeLayout,
     ) -> Result<Self> {
-        let mut writer = Self::planned(shard_bytes, folder, checkpoint, quantized, format, settings)?;
+        let mut writer = Self::planned(shard_bytes, folder, checkpoint, quantized, format, layout)?;
         writer.begin(checkpoint, quantized)?;
         Ok(writer)
     }
@@ -84,14 +83,14 @@ impl Writer {
         checkpoint: &Checkpoint,
         quantized: &[LinearSpec],
         format: Format,
-        settings: &SolverSettings,
+        layout: &CodeLayout,
     ) -> Result<Self> {
-        let (linears, plan) = Self::plan(shard_bytes, checkpoint, quantized, format, settings)?;
+        let (linears, plan) = Self::plan(shard_bytes, checkpoint, quantized, format, layout)?;
         let beside = SideFiles::of(checkpoint.folder())?;
-        let (folder, settings) = (folder.to_path_buf(), settings.clone());
+        let (folder, layout) = (folder.to_path_buf(), layout.clone());
         let names = BTreeSet::new();
         let mut writer =
-            Self { folder, format, settings, linears, plan, beside, names, files: Vec::new(), written: HashSet::new() };
+            Self { folder, format, layout, linears, plan, beside, names, files: Vec::new(), written: HashSet::new() };
         let shards: Vec<String> = writer.plan.shards.iter().map(|shard| shard.name.clone()).collect();
         writer.announce(shards);
         writer.announce([CONFIG]);
@@ -161,7 +160,7 @@ impl Writer {
     /// What config.json is to be, and the entry that it gets.
     fn config(&self, checkpoint: &Checkpoint, quantized: &[LinearSpec]) -> Result<(String, Option<serde_json::Value>)> {
         let others = other_matrices(checkpoint, &self.linears);
-        let quantization = self.format.quantization_config(quantized, &others, &self.settings);
+        let quantization = self.format.quantization_config(quantized, &others, &self.layout);
         Ok((new_config(checkpoint, quantization.as_ref())?, quantization))
     }
 
@@ -209,9 +208,9 @@ impl Writer {
         checkpoint: &Checkpoint,
         quantized: &[LinearSpec],
         format: Format,
-        settings: &SolverSettings,
+        layout: &CodeLayout,
     ) -> Result<(HashMap<String, LinearSpec>, Plan)> {
-        let (linears, tensors) = Self::check(checkpoint, quantized, format, settings)?;
+        let (linears, tensors) = Self::check(checkpoint, quantized, format, layout)?;
         let mut metadata: BTreeMap<String, String> = checkpoint.metadata().into_iter().collect();
         metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
         Ok((linears, Plan::new(&tensors, shard_bytes, &metadata)?))
@@ -223,9 +222,9 @@ impl Writer {
         checkpoint: &Checkpoint,
         quantized: &[LinearSpec],
         format: Format,
-        settings: &SolverSettings,
+        layout: &CodeLayout,
     ) -> Result<u64> {
-        let (_, plan) = Self::plan(SHARD_BYTES, checkpoint, quantized, format, settings)?;
+        let (_, plan) = Self::plan(SHARD_BYTES, checkpoint, quantized, format, layout)?;
         let mut bytes = plan.shards.iter().map(|shard| shard.length).sum::<u64>();
         for name in SideFiles::of(checkpoint.folder())?.kept.into_iter().chain([CONFIG.into()]) {
             let path = checkpoint.folder().join(name);
@@ -234,18 +233,18 @@ impl Writer {
         Ok(bytes + plan.index().map_or(0, |index| index.len() as u64))
     }
 
-    /// What the headers alone can tell of a plan: [`create`](Self::create)'s errors about checkpoint, layers and settings.
+    /// What the headers alone can tell of a plan: [`create`](Self::create)'s errors about checkpoint, layers and layout.
     /// Returns the layers by name, and the new checkpoint's tensors in the order of the old.
     pub(crate) fn check(
         checkpoint: &Checkpoint,
         quantized: &[LinearSpec],
         format: Format,
-        settings: &SolverSettings,
+        layout: &CodeLayout,
     ) -> Result<(HashMap<String, LinearSpec>, Vec<TensorSpec>)> {
         checkpoint.refuse_quantized()?;
-        format.check(quantized, settings)?;
+        format.check(quantized, layout)?;
         let linears = check_linears(checkpoint, quantized)?;
-        let tensors = planned_tensors(checkpoint, &linears, format, settings)?;
+        let tensors = planned_tensors(checkpoint, &linears, format, layout)?;
         Ok((linears, tensors))
     }
 
@@ -261,8 +260,8 @@ impl Writer {
         let Some(linear) = self.linears.get(module) else {
             bail!("the layer {module} was not announced to the writer");
         };
-        let specs = self.format.specs(linear, &self.settings);
-        let tensors = self.format.encode(linear, &self.settings, quantized)?;
+        let specs = self.format.specs(linear, &self.layout);
+        let tensors = self.format.encode(linear, &self.layout, quantized)?;
         for (spec, bytes) in specs.iter().zip(&tensors) {
             ensure!(self.written.insert(spec.name.clone()), "the layer {module} was written before");
             self.put(self.plan.places[&spec.name], bytes)?;
@@ -301,7 +300,7 @@ impl Writer {
 
     /// Names of the tensors that stand for the layer `module`, one of those announced.
     pub fn tensors_of(&self, module: &str) -> Vec<String> {
-        let specs = self.linears.get(module).map(|linear| self.format.specs(linear, &self.settings));
+        let specs = self.linears.get(module).map(|linear| self.format.specs(linear, &self.layout));
         specs.into_iter().flatten().map(|spec| spec.name).collect()
     }
 
@@ -359,12 +358,12 @@ fn planned_tensors(
     checkpoint: &Checkpoint,
     linears: &HashMap<String, LinearSpec>,
     format: Format,
-    settings: &SolverSettings,
+    layout: &CodeLayout,
 ) -> Result<Vec<TensorSpec>> {
     let mut tensors = Vec::new();
     for name in checkpoint.names() {
         match name.strip_suffix(".weight").and_then(|module| linears.get(module)) {
-            Some(linear) => tensors.extend(format.specs(linear, settings)),
+            Some(linear) => tensors.extend(format.specs(linear, layout)),
             None => {
                 let tensor = checkpoint.tensor(name)?;
                 tensors.push(TensorSpec { name: name.to_owned(), dtype: tensor.dtype, shape: tensor.shape.to_vec() });

@@ -1,7 +1,7 @@
 //! The grid of codes that a group of weights is rounded to, as every device has to build it.
 
+use crate::tensor::Float;
 use anyhow::Error;
-use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -30,53 +30,13 @@ pub const LOSS_SHRINKS: usize = 16;
 /// Factors of the scale, of candidates of [`Grid::Loss`] that move the zero.
 pub const LOSS_STRETCHES: [f32; 4] = [0.875, 1.0, 1.125, 1.25];
 
-/// Storage type of scales; scales are rounded to it before they are used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ScaleType {
-    /// IEEE half precision.
-    F16,
-    /// bfloat16.
-    Bf16,
-    /// Single precision.
-    F32,
-}
-
-impl ScaleType {
-    /// Bytes of a value.
-    pub fn bytes(self) -> usize {
-        match self {
-            Self::F16 | Self::Bf16 => 2,
-            Self::F32 => 4,
-        }
-    }
-
-    /// `value` rounded (to nearest, ties to even) to this type.
-    pub fn round(self, value: f32) -> f32 {
-        match self {
-            Self::F16 => f16::from_f32(value).to_f32(),
-            Self::Bf16 => bf16::from_f32(value).to_f32(),
-            Self::F32 => value,
-        }
-    }
-
-    /// Smallest positive value of this type.
-    pub fn smallest(self) -> f32 {
-        match self {
-            Self::F16 => f16::from_bits(1).to_f32(),
-            Self::Bf16 => bf16::from_bits(1).to_f32(),
-            Self::F32 => f32::from_bits(1),
-        }
-    }
-}
-
 /// The error of a scale that its storage type cannot hold, because weights are too large or not finite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScaleMisfit {
     /// Output row of the weights.
     pub row: usize,
     /// Storage type of the scale.
-    pub scale_type: ScaleType,
+    pub scale_type: Float,
 }
 
 impl fmt::Display for ScaleMisfit {
@@ -104,7 +64,7 @@ pub struct GridRule {
     /// Full range or the best of 80 shrunken ones.
     pub grid: Grid,
     /// Storage type of scales.
-    pub scale_type: ScaleType,
+    pub scale_type: Float,
     /// Smallest zero that the file format can hold.
     pub smallest_zero: u8,
 }

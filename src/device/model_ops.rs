@@ -1,7 +1,7 @@
 //! What running a model needs of a device: calibration forward and backward, evaluation.
 
-use super::{Device, ScaleType};
-use crate::tensor::Matrix;
+use super::Device;
+use crate::tensor::{Float, Matrix};
 use anyhow::{Result, ensure};
 use std::ops::Range;
 
@@ -107,7 +107,7 @@ pub trait ModelOps: Device {
     fn dequantize(&self, weight: &QuantizedWeight<'_>) -> Result<Self::Tensor>;
 
     /// That precision: what [`download`](Device::download) gives of an activation is exact in it.
-    fn element_type(&self) -> ScaleType;
+    fn element_type(&self) -> Float;
 
     /// Bytes of a value in that precision.
     fn element_bytes(&self) -> usize {

@@ -1,6 +1,6 @@
 //! Greedy decoding with a key/value cache, several sequences at a time.
 
-use crate::calibration::sequence::Sequence;
+use crate::data::sequence::Sequence;
 use crate::device::ModelOps;
 use crate::model::language_model::{Cache, LanguageModel, Stream};
 use crate::tensor::Matrix;

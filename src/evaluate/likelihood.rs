@@ -2,7 +2,7 @@
 //! them.
 
 use super::generate::argmax;
-use crate::calibration::sequence::Sequence;
+use crate::data::sequence::Sequence;
 use crate::device::ModelOps;
 use crate::model::language_model::{LanguageModel, Stream};
 use crate::tensor::Matrix;

@@ -2,8 +2,8 @@
 
 use super::system::{Room, room, status_bytes};
 use super::{StagePlan, told};
-use crate::calibration::sequence::Sequence;
 use crate::checkpoint::Checkpoint;
+use crate::data::sequence::Sequence;
 use crate::heap;
 use anyhow::{Result, ensure};
 use indicatif::HumanBytes;

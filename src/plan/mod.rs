@@ -1,11 +1,26 @@
-//! What work takes of a machine: memory by stage and step, operations by kind. What a run consists of is counted beside the run.
+//! What a run takes of a machine before it starts: memory by stage and step, work by kind and time, room on the disk.
 
+mod disk;
+pub mod evaluation;
 mod host;
+mod job;
+mod memory;
+mod rates;
+mod sizes;
+mod state;
 pub(crate) mod system;
+mod time;
 mod vision;
 mod work;
 
+pub use disk::DiskPlan;
 pub use host::{HostPlan, Process};
+pub use job::{CheckSize, EmbedderSize, Job};
+pub use memory::MemoryPlan;
+pub use sizes::DecoderShape;
+pub use state::{StateBytes, state_bytes};
+pub use time::TimePlan;
+pub(crate) use time::blocks as block_work;
 pub use vision::ChunkSize;
 pub(crate) use vision::encoding;
 pub use work::{ByKind, Load, Rates, StageEstimate};

@@ -1,7 +1,7 @@
 //! What samples that go through a model together, and their images in a vision tower, take.
 
 use super::{Costs, F32, tables};
-use crate::calibration::sequence::Sequence;
+use crate::data::sequence::Sequence;
 use crate::device::{AttentionShape, Work};
 use crate::model::families::VisionLoad;
 

@@ -12,6 +12,7 @@ use crate::model::config::DecoderConfig;
 use crate::model::decoder::{Attended, Block, Layout, Projection};
 use anyhow::Result;
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 /// One importance factor a token, for each projection of the attention module; all `>= 0`.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -180,6 +181,45 @@ fn not_finite(chunks: &[Factors], projection: usize) -> Option<Unusable> {
     });
     let (chunk, token) = places.next()?;
     Some(Unusable::NotFinite { count: 1 + places.count(), chunk, token })
+}
+
+/// Spread of a layer's importance factors g, raised to their power, over the calibration tokens, scaled so that the mean of g² is 1 (paper
+/// section 4). All alike is 1 everywhere.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImportanceSpread {
+    /// Mean of g over vision tokens.
+    pub vision_mean: f64,
+    /// Mean of g over text tokens.
+    pub text_mean: f64,
+    /// Largest g.
+    pub largest: f64,
+    /// The power: 1 where g is what the gradient says.
+    pub power: f64,
+}
+
+impl ImportanceSpread {
+    /// The spread of `projection`'s factors, raised to `powers`, over tokens of which `is_vision` tells chunk by chunk.
+    pub(super) fn of<'a>(
+        factors: &[Factors],
+        projection: Projection,
+        powers: [f64; 4],
+        is_vision: impl Iterator<Item = &'a [bool]> + Clone,
+    ) -> Self {
+        let tokens = || {
+            let weighted = factors.iter().zip(is_vision.clone());
+            weighted.flat_map(|(factors, is_vision)| factors.of(projection).into_iter().flatten().zip(is_vision))
+        };
+        let mean = |vision: bool| {
+            let (sum, count) = tokens()
+                .filter(|&(_, &is_vision)| is_vision == vision)
+                .fold((0.0, 0usize), |(sum, count), (&g, _)| (sum + f64::from(g), count + 1));
+            if count == 0 { 0.0 } else { sum / count as f64 }
+        };
+        let largest = tokens().map(|(&g, _)| f64::from(g)).fold(0.0, f64::max);
+        // Layers without factors of their own have power 1.
+        let power = powers.get(projection as usize).copied().unwrap_or(1.0);
+        Self { vision_mean: mean(true), text_mean: mean(false), largest, power }
+    }
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
 //! The solver as a library call on plain matrices, with no model around it.
 
+use super::SolveReport;
 use super::settings::{Solver, SolverSettings};
 use super::solve::{prepare, round_to_nearest, solve_layer};
 use super::statistics::Statistics;
-use super::{QuantizedLinear, SolveReport};
+use crate::codes::QuantizedLinear;
 use crate::device::SolveOps;
 use crate::tensor::Matrix;
 use anyhow::{Result, bail, ensure};

@@ -1,7 +1,10 @@
 //! What a user may choose about the solver, and the names those choices have on the command line and in reports.
 
-pub use crate::device::{Grid, ScaleType};
+pub use crate::codes::Order;
+pub use crate::device::Grid;
 
+use crate::codes::CodeLayout;
+use crate::tensor::Float;
 use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize, Serializer};
 use std::fmt;
@@ -102,18 +105,6 @@ impl Serialize for ImportancePower {
     }
 }
 
-/// In which order columns are quantized.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Order {
-    /// Left to right.
-    None,
-    /// Columns by falling `H_ii` inside their group, whole groups by their largest `H_ii`: the file needs no `g_idx`.
-    ActGroup,
-    /// All columns by falling `H_ii`; groups form in that order, so the file needs `g_idx`.
-    Act,
-}
-
 /// Which weights the GPTAQ term carries from one block of columns to the later ones.
 ///
 /// The derivation has the weights just before rounding; the reference implementation, by overwriting them in place, the
@@ -149,7 +140,7 @@ pub struct SolverSettings {
     /// See [`CrossTerm`].
     pub cross_term: CrossTerm,
     /// Storage type of scales.
-    pub scale_type: ScaleType,
+    pub scale_type: Float,
     /// Smallest zero that the file format can hold: 1 for GPTQ v1, which stores `zero − 1`; else 0.
     pub smallest_zero: u8,
 }
@@ -166,7 +157,7 @@ impl Default for SolverSettings {
             damp: 0.01,
             alpha: 0.25,
             cross_term: CrossTerm::Unquantized,
-            scale_type: ScaleType::Bf16,
+            scale_type: Float::Bf16,
             smallest_zero: 0,
         }
     }
@@ -188,12 +179,24 @@ impl SolverSettings {
         self.solver != Solver::Rtn && self.order == Order::Act && self.group_size.is_some()
     }
 
+    /// What a file has to know of layers that are solved so.
+    pub fn layout(&self) -> CodeLayout {
+        CodeLayout {
+            bits: self.bits,
+            group_size: self.group_size,
+            symmetric: self.symmetric,
+            group_index: self.has_group_index(),
+            scale_type: self.scale_type,
+            smallest_zero: self.smallest_zero,
+            order: self.order,
+            damp: self.damp,
+            grid: self.grid,
+        }
+    }
+
     /// Refuses settings that no solve can honour.
     pub fn validate(&self) -> Result<()> {
-        ensure!(matches!(self.bits, 2 | 3 | 4 | 8), "bits must be 2, 3, 4 or 8, not {}", self.bits);
-        if let Some(group) = self.group_size {
-            ensure!(group >= 8 && group % 8 == 0, "group size must be a positive multiple of 8, not {group}");
-        }
+        self.layout().validate()?;
         ensure!(self.damp > 0.0 && self.damp <= 1.0, "damp must be above 0 and at most 1, not {}", self.damp);
         if !(0.0..=1.0).contains(&self.alpha) {
             bail!("alpha must be from 0 to 1, not {}", self.alpha);

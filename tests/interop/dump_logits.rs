@@ -12,14 +12,14 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use std::path::Path;
 use std::sync::Arc;
-use vlmq::calibration::dataset;
-use vlmq::calibration::sequence::{Sequence, SequenceBuilder};
 use vlmq::checkpoint::Checkpoint;
+use vlmq::codes::QuantizedLinear;
+use vlmq::data::dataset;
+use vlmq::data::sequence::{Sequence, SequenceBuilder};
 use vlmq::device::cpu::Cpu;
 use vlmq::model::decoder::{Projection, module_name};
 use vlmq::model::families::{self, ImageOptions};
 use vlmq::model::language_model::{LanguageModel, Residency};
-use vlmq::quantize::QuantizedLinear;
 
 /// Tensors of the file: name, dtype, shape, little-endian bytes.
 #[derive(Default)]

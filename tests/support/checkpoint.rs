@@ -2,8 +2,8 @@
 
 use std::path::Path;
 use vlmq::checkpoint::{Checkpoint, Format, LinearSpec, WorkFolder, Writer};
-use vlmq::quantize::QuantizedLinear;
-use vlmq::quantize::settings::{Order, ScaleType, SolverSettings};
+use vlmq::codes::QuantizedLinear;
+use vlmq::quantize::settings::{Float, Order, SolverSettings};
 use vlmq::tensor::Matrix;
 
 /// All linear layers of the decoder.
@@ -29,7 +29,7 @@ pub fn settings(format: Format, bits: u32, group_size: Option<usize>, symmetric:
         group_size,
         symmetric,
         order,
-        scale_type: format.scale_type(ScaleType::Bf16),
+        scale_type: format.scale_type(Float::Bf16),
         smallest_zero: format.smallest_zero(),
         ..SolverSettings::default()
     }

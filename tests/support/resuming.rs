@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use vlmq::device::{ModelOps, SolveOps};
 use vlmq::progress::{Observer, Stage, Stop};
-use vlmq::quantize::pipeline::{self, PipelineSettings};
-use vlmq::quantize::report::{LayerReport, RunObserver, RunReport};
 use vlmq::quantize::settings::SolverSettings;
+use vlmq::report::{LayerReport, RunObserver, RunReport};
+use vlmq::run::{self, RunSettings};
 
 /// Three blocks, images of several sizes.
 pub const PLAIN: &str = "rope-parameters-f32";
@@ -80,11 +80,11 @@ impl Place {
     }
 
     /// Settings that equal those of [`arguments`](Self::arguments) without further flags.
-    pub fn settings(&self) -> PipelineSettings {
-        PipelineSettings {
+    pub fn settings(&self) -> RunSettings {
+        RunSettings {
             image_root: Some(self.images.clone()),
             solver: SolverSettings { group_size: Some(32), ..SolverSettings::default() },
-            ..PipelineSettings::new(self.model.clone(), Some(self.data.clone()), self.out())
+            ..RunSettings::new(self.model.clone(), Some(self.data.clone()), self.out())
         }
     }
 

@@ -8,7 +8,7 @@ use std::ops::Range;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
 use vlmq::device::{
-    Block, BlockCodes, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid, ScaleType, SolveOps, SolveState,
+    Block, BlockCodes, CrossFactor, Factor, Factored, Float, Grid, GridRule, Group, GroupGrid, SolveOps, SolveState,
 };
 use vlmq::tensor::Matrix;
 
@@ -18,7 +18,7 @@ pub fn matrix(rows: usize, cols: usize, seed: u64) -> Matrix {
 }
 
 pub const RULE: GridRule =
-    GridRule { bits: 3, symmetric: false, grid: Grid::Minmax, scale_type: ScaleType::F16, smallest_zero: 0 };
+    GridRule { bits: 3, symmetric: false, grid: Grid::Minmax, scale_type: Float::F16, smallest_zero: 0 };
 
 pub fn c_rule(rule: &GridRule) -> vlmq_grid_rule {
     vlmq_grid_rule {
@@ -30,9 +30,9 @@ pub fn c_rule(rule: &GridRule) -> vlmq_grid_rule {
             Grid::Loss => vlmq_grid::VLMQ_LOSS,
         },
         scale_type: match rule.scale_type {
-            ScaleType::F32 => vlmq_dtype::VLMQ_F32,
-            ScaleType::Bf16 => vlmq_dtype::VLMQ_BF16,
-            ScaleType::F16 => vlmq_dtype::VLMQ_F16,
+            Float::F32 => vlmq_dtype::VLMQ_F32,
+            Float::Bf16 => vlmq_dtype::VLMQ_BF16,
+            Float::F16 => vlmq_dtype::VLMQ_F16,
         },
         smallest_zero: rule.smallest_zero.into(),
     }

@@ -5,11 +5,11 @@
 //! says all. Here the weights before rounding are computed again from the codes before them.
 
 use std::ops::Range;
+use vlmq::codes::QuantizedLinear;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::{BLOCK, CrossFactor, Factored, PermuteSymmetric, SolveOps};
-use vlmq::quantize::QuantizedLinear;
 use vlmq::quantize::plain::QuantizedLayer;
-use vlmq::quantize::settings::{CrossTerm, ScaleType, Solver, SolverSettings};
+use vlmq::quantize::settings::{CrossTerm, Float, Solver, SolverSettings};
 use vlmq::quantize::statistics::Statistics;
 use vlmq::tensor::Matrix;
 
@@ -146,9 +146,9 @@ impl<'a> Layer<'a> {
         let grids_differ = (zero, scale) != (wanted_zero, wanted_scale);
         let (explained, why) = if grids_differ {
             let step = match self.settings.scale_type {
-                ScaleType::Bf16 => 1.0 / 128.0,
-                ScaleType::F16 => 1.0 / 1024.0,
-                ScaleType::F32 => 0.0,
+                Float::Bf16 => 1.0 / 128.0,
+                Float::F16 => 1.0 / 1024.0,
+                Float::F32 => 0.0,
             };
             let off = (f64::from(scale) / f64::from(wanted_scale) - 1.0).abs();
             let near = off <= step + 1e-5 && (zero - wanted_zero).abs() <= 1.0;

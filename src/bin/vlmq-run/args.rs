@@ -2,18 +2,18 @@
 
 use crate::grid_args::GridArgs;
 use crate::values::{DeviceChoice, log_level, named, positive, presets, threads};
-use crate::{eval, text};
+use crate::{json_file, text};
 use anyhow::Context;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use std::path::{Path, PathBuf};
-use vlmq::calibration::template::TemplateChoice;
 use vlmq::checkpoint::{Format, target};
-use vlmq::evaluate::EvaluationSettings;
+use vlmq::data::template::TemplateChoice;
 use vlmq::evaluate::presets::Preset;
 use vlmq::model::families::{ImageMode, ImageOptions};
-use vlmq::quantize::pipeline::PipelineSettings;
 use vlmq::quantize::settings::{CrossTerm, Importance, ImportancePower, Order, Refit, Solver, SolverSettings};
+use vlmq::run::RunSettings;
+use vlmq::run::evaluation::EvaluationSettings;
 
 /// Quantizes vision-language models after training (VLMQ, arXiv 2508.03351) and measures what that costs.
 #[derive(Debug, Parser)]
@@ -43,7 +43,7 @@ impl Command {
         match self {
             Self::Quantize(args) => args.settings().check(),
             Self::Eval(EvalArgs { json, .. }) | Self::Verify(VerifyArgs { json, .. }) => {
-                json.as_deref().map_or(Ok(()), eval::check_target)
+                json.as_deref().map_or(Ok(()), json_file::check_target)
             }
             Self::Inspect(_) => Ok(()),
         }
@@ -328,8 +328,8 @@ impl QuantizeArgs {
         }
     }
 
-    pub(crate) fn settings(&self) -> PipelineSettings {
-        PipelineSettings {
+    pub(crate) fn settings(&self) -> RunSettings {
+        RunSettings {
             format: self.grid.format(),
             solver: self.solver_settings(),
             importance: self.method.importance,
@@ -345,7 +345,7 @@ impl QuantizeArgs {
             strict: self.strict,
             restart: self.restart,
             save_every: self.save_every,
-            ..PipelineSettings::new(self.model.clone(), self.calib.clone(), self.out.clone())
+            ..RunSettings::new(self.model.clone(), self.calib.clone(), self.out.clone())
         }
     }
 
@@ -412,7 +412,7 @@ mod tests {
     fn defaults_are_the_librarys() {
         let cli = Cli::try_parse_from(["vlmq-run", "quantize", "m", "--calib", "c", "--out", "o"]).unwrap();
         let Command::Quantize(args) = cli.command else { panic!("not quantize") };
-        assert_eq!(args.settings(), PipelineSettings::new("m".into(), Some("c".into()), "o".into()));
+        assert_eq!(args.settings(), RunSettings::new("m".into(), Some("c".into()), "o".into()));
     }
 
     #[test]

@@ -5,8 +5,9 @@ use anyhow::{Context, Result, bail};
 use std::path::Path;
 use vlmq::checkpoint::Checkpoint;
 use vlmq::device::Device;
-use vlmq::device::cuda::{Cuda, Precision};
+use vlmq::device::cuda::Cuda;
 use vlmq::model::families;
+use vlmq::tensor::Float;
 
 /// Names a library of emulated kernels, which `--device cuda` then runs on the host: for tests (kernels/README.md).
 const EMULATED_KERNELS: &str = "VLMQ_EMULATED_KERNELS";
@@ -26,7 +27,7 @@ pub(crate) fn choose(choice: DeviceChoice, model: &Path, limit: Option<u64>) -> 
         None => Ok(Chosen::Cpu),
     };
     // The checkpoint is read once there is a device to read it for.
-    let any = Precision::F32;
+    let any = Float::F32;
     let device = match choice {
         DeviceChoice::Cpu => return no_limit(),
         DeviceChoice::Auto => match Cuda::open(0, any) {
@@ -45,7 +46,7 @@ pub(crate) fn choose(choice: DeviceChoice, model: &Path, limit: Option<u64>) -> 
     if let Some(limit) = limit {
         device.limit_memory(limit).context("--max-gpu-memory")?;
     }
-    let precision = families::float_type(&Checkpoint::open(model)?)?.into();
+    let precision = families::float_type(&Checkpoint::open(model)?)?;
     log::info!("computing on {}, the model in {precision:?}", device.name());
     Ok(Chosen::Cuda(device.with_precision(precision)))
 }

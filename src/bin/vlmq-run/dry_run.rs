@@ -5,9 +5,9 @@ use crate::{print_json, print_lines, text};
 use anyhow::Result;
 use serde::Serialize;
 use vlmq::device::{ModelOps, SolveOps};
-use vlmq::evaluate::EvaluationPlan;
+use vlmq::plan::evaluation::EvaluationPlan;
 use vlmq::progress::Observer;
-use vlmq::quantize::pipeline::{self, DryRun, PipelineSettings};
+use vlmq::run::{self, DryRun, RunSettings};
 
 /// What a run would take, with the evaluations of `--eval` behind it.
 #[derive(Serialize)]
@@ -29,12 +29,12 @@ struct PlannedEvaluation {
 
 pub(crate) fn run<D: ModelOps + SolveOps>(
     device: &D,
-    settings: &PipelineSettings,
+    settings: &RunSettings,
     evaluations: Option<[EvaluationPlan; 2]>,
     format: DryRunFormat,
     observer: &mut dyn Observer,
 ) -> Result<()> {
-    let run = pipeline::dry_run(device, settings, observer)?;
+    let run = run::dry_run(device, settings, observer)?;
     let rates = run.time.rates;
     let timed = |plan: EvaluationPlan| PlannedEvaluation { seconds: plan.load.seconds(&rates), plan };
     let planned = Planned { run, evaluations: evaluations.map(|plans| plans.map(timed)) };
@@ -44,7 +44,7 @@ pub(crate) fn run<D: ModelOps + SolveOps>(
     }
 }
 
-fn describe(settings: &PipelineSettings, planned: &Planned) -> Vec<String> {
+fn describe(settings: &RunSettings, planned: &Planned) -> Vec<String> {
     let plan = &planned.run;
     let calibration = &plan.calibration;
     let mut lines = vec![format!(

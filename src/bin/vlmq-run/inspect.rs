@@ -4,8 +4,8 @@ use crate::args::InspectArgs;
 use crate::{print_json, print_lines, text};
 use anyhow::Result;
 use vlmq::device::{ModelOps, SolveOps};
-use vlmq::quantize::inspect::{self, Inspection};
-use vlmq::quantize::split;
+use vlmq::report::split;
+use vlmq::run::inspect::{self, Inspection};
 
 pub(crate) fn run<D: ModelOps + SolveOps>(device: &D, args: &InspectArgs) -> Result<()> {
     let inspection = inspect::inspect(device, &args.model)?;
@@ -72,8 +72,9 @@ fn describe(inspection: &Inspection) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vlmq::quantize::inspect::{DecoderShape, Estimate, LinearKind, Part, Split, Workload, group_sizes};
+    use vlmq::plan::DecoderShape;
     use vlmq::quantize::settings::{Importance, Solver};
+    use vlmq::run::inspect::{Estimate, LinearKind, Part, Split, Workload, group_sizes};
 
     #[test]
     fn descriptions_are_tables() {

@@ -8,6 +8,7 @@ mod dry_run;
 mod eval;
 mod grid_args;
 mod inspect;
+mod json_file;
 mod progress;
 mod quantize;
 mod signals;
@@ -27,7 +28,7 @@ use values::MAX_THREADS;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::{ModelOps, SolveOps};
 use vlmq::progress::Interrupted;
-use vlmq::quantize::pipeline::Unfinished;
+use vlmq::run::Unfinished;
 
 /// Stack of the thread that does the work, and of those that help it, whatever limits the program was started under.
 const STACK_BYTES: usize = 8 << 20;

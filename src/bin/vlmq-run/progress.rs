@@ -8,8 +8,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vlmq::progress::{Observer, Stage, StageTime, Stop};
-use vlmq::quantize::report::{LayerReport, RunObserver};
 use vlmq::quantize::{Finding, FindingKind};
+use vlmq::report::{LayerReport, RunObserver};
 
 /// Time between two lines of progress where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);

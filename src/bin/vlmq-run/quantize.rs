@@ -8,13 +8,13 @@ use anyhow::{Context, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use vlmq::device::{ModelOps, SolveOps};
-use vlmq::evaluate::{self, ComparedScores, Comparison};
+use vlmq::evaluate::{ComparedScores, Comparison};
 use vlmq::progress::Stop;
 use vlmq::quantize::FindingKind;
-use vlmq::quantize::pipeline::{self, PipelineSettings};
-use vlmq::quantize::report::{LayerReport, RunReport};
 use vlmq::quantize::settings::Solver;
-use vlmq::quantize::split;
+use vlmq::report::split;
+use vlmq::report::{LayerReport, RunReport};
+use vlmq::run::{self, RunSettings};
 
 pub(crate) fn run<D: ModelOps + SolveOps>(
     device: &D,
@@ -25,11 +25,12 @@ pub(crate) fn run<D: ModelOps + SolveOps>(
     let settings = args.settings();
     // What is wrong with the questions should not show after hours of quantizing.
     let asked = args.eval.clone().map(|data| args.evaluation_before(data));
-    let evaluations = asked.map(|asked| evaluate::plan_comparison(device, &asked, settings.solver.bits)).transpose()?;
+    let evaluations =
+        asked.map(|asked| run::evaluation::plan_comparison(device, &asked, settings.solver.bits)).transpose()?;
     if let Some(format) = args.dry_run {
         return dry_run::run(device, &settings, evaluations, format, &mut screen.observer(Stop::default()));
     }
-    let mut report = signals.wait_for(|stop| pipeline::run(device, &settings, &mut screen.observer(stop)))?;
+    let mut report = signals.wait_for(|stop| run::run(device, &settings, &mut screen.observer(stop)))?;
     print_lines(&summary(&settings, &report)).with_context(|| format!("{} is finished", settings.out.display()))?;
     if let Some(data) = args.eval.clone() {
         let compared = compare(device, args, data, screen).with_context(|| {
@@ -44,14 +45,14 @@ pub(crate) fn run<D: ModelOps + SolveOps>(
 
 /// The float model's answers and those of the finished one.
 fn compare<D: ModelOps>(device: &D, args: &QuantizeArgs, data: PathBuf, screen: &Screen) -> Result<Comparison> {
-    let evaluate = |settings| evaluate::run(device, &settings, &mut screen.observer(Stop::default()));
+    let evaluate = |settings| run::evaluation::evaluate(device, &settings, &mut screen.observer(Stop::default()));
     let float = evaluate(args.evaluation_before(data.clone()))?;
     let quantized = evaluate(args.evaluation_after(data))?;
     Ok(Comparison::new(&float, &quantized))
 }
 
 /// The end of a run in a few lines.
-fn summary(settings: &PipelineSettings, report: &RunReport) -> Vec<String> {
+fn summary(settings: &RunSettings, report: &RunReport) -> Vec<String> {
     let mut lines = vec![format!("wrote {} ({})", settings.out.display(), report.format)];
     let mut say = |name: &str, value: String| lines.push(format!("  {name:<12} {value}"));
 
@@ -162,13 +163,13 @@ mod tests {
     use vlmq::checkpoint::formats::Loader;
     use vlmq::device::PoolPeak;
     use vlmq::evaluate::{Evaluation, SampleResult};
+    use vlmq::plan::MemoryPlan;
     use vlmq::progress::{Stage, StageTime};
-    use vlmq::quantize::check::ModelCheck;
-    use vlmq::quantize::plan::MemoryPlan;
-    use vlmq::quantize::report::{BlockReport, CalibrationCounts};
     use vlmq::quantize::{Finding, SolveReport};
+    use vlmq::report::check::ModelCheck;
+    use vlmq::report::{BlockReport, CalibrationCounts};
 
-    fn settings() -> PipelineSettings {
+    fn settings() -> RunSettings {
         let line = ["vlmq-run", "quantize", "m", "--calib", "c", "--out", "o"];
         match crate::args::Cli::parse_from(line).command {
             crate::args::Command::Quantize(args) => args.settings(),

@@ -2,10 +2,10 @@
 
 use crate::args::VerifyArgs;
 use crate::progress::Screen;
-use crate::{eval, print_lines, text};
+use crate::{json_file, print_lines, text};
 use anyhow::{Result, bail};
 use vlmq::progress::Stop;
-use vlmq::quantize::verify::{self, Verification};
+use vlmq::run::verify::{self, Verification};
 
 /// Differences that are printed; all are in `--json`.
 const SHOWN: usize = 20;
@@ -15,7 +15,7 @@ const WORST: usize = 5;
 pub(crate) fn run(args: &VerifyArgs, screen: &Screen) -> Result<()> {
     let found = verify::run(&args.out, &args.against, &mut screen.observer(Stop::default()))?;
     if let Some(path) = &args.json {
-        eval::write_json(path, &found)?;
+        json_file::write_json(path, &found)?;
     }
     print_lines(&describe(&found))?;
     match found.differences.len() {
@@ -49,7 +49,7 @@ fn describe(found: &Verification) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vlmq::quantize::verify::LayerCheck;
+    use vlmq::run::verify::LayerCheck;
 
     #[test]
     fn differences_come_first_and_are_counted() {

@@ -9,35 +9,35 @@ use super::{LinearSpec, TensorSpec, Words, group_index, words_of};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::Packing;
 use crate::checkpoint::convert::{bytes_from_floats, bytes_from_words, dtype_of};
-use crate::quantize::QuantizedLinear;
-use crate::quantize::pack::{pack, packed_words, unpack};
-use crate::quantize::settings::{Order, SolverSettings};
+use crate::codes::Order;
+use crate::codes::pack::{pack, packed_words, unpack};
+use crate::codes::{CodeLayout, QuantizedLinear};
 use anyhow::{Result, ensure};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
 /// Tensors of a layer.
-pub(super) fn specs(linear: &LinearSpec, settings: &SolverSettings) -> Vec<TensorSpec> {
-    let (out, inputs, bits) = (linear.out_features, linear.in_features, settings.bits);
-    let groups = inputs.div_ceil(settings.group_columns(inputs));
+pub(super) fn specs(linear: &LinearSpec, layout: &CodeLayout) -> Vec<TensorSpec> {
+    let (out, inputs, bits) = (linear.out_features, linear.in_features, layout.bits);
+    let groups = inputs.div_ceil(layout.group_columns(inputs));
     let spec = |suffix: &str, dtype, shape: &[usize]| TensorSpec::new(&linear.module, suffix, dtype, shape);
     let mut specs = vec![
         spec("weight_packed", Dtype::I32, &[out, packed_words(inputs, bits)]),
-        spec("weight_scale", dtype_of(settings.scale_type), &[out, groups]),
+        spec("weight_scale", dtype_of(layout.scale_type), &[out, groups]),
         spec("weight_shape", Dtype::I64, &[2]),
     ];
-    if !settings.symmetric {
+    if !layout.symmetric {
         specs.push(spec("weight_zero_point", Dtype::I32, &[packed_words(out, bits), groups]));
     }
-    if settings.has_group_index() {
+    if layout.group_index {
         specs.push(spec("weight_g_idx", Dtype::I32, &[inputs]));
     }
     specs
 }
 
 /// Bytes of [`specs`].
-pub(super) fn encode(settings: &SolverSettings, quantized: &QuantizedLinear) -> Vec<Vec<u8>> {
+pub(super) fn encode(layout: &CodeLayout, quantized: &QuantizedLinear) -> Vec<Vec<u8>> {
     let (out, inputs, bits, groups) =
         (quantized.out_features, quantized.in_features, quantized.bits, quantized.groups());
     let row = packed_words(inputs, bits);
@@ -46,8 +46,8 @@ pub(super) fn encode(settings: &SolverSettings, quantized: &QuantizedLinear) -> 
         pack(codes, 1, inputs, bits, words, 1);
     });
     let shape = [out as i64, inputs as i64].iter().flat_map(|size| size.to_le_bytes()).collect();
-    let mut tensors = vec![bytes_from_words(&packed), bytes_from_floats(settings.scale_type, &quantized.scales), shape];
-    if !settings.symmetric {
+    let mut tensors = vec![bytes_from_words(&packed), bytes_from_floats(layout.scale_type, &quantized.scales), shape];
+    if !layout.symmetric {
         let mut zeros = vec![0; packed_words(out, bits) * groups];
         for group in 0..groups {
             pack(&quantized.zeros[group..], groups, out, bits, &mut zeros[group..], groups);
@@ -61,21 +61,21 @@ pub(super) fn encode(settings: &SolverSettings, quantized: &QuantizedLinear) -> 
 }
 
 /// `quantization_config`. `left_alone` are regular expressions for the linear layers that are not quantized.
-pub(super) fn config(left_alone: &[String], settings: &SolverSettings) -> Value {
+pub(super) fn config(left_alone: &[String], layout: &CodeLayout) -> Value {
     let ignore: Vec<String> = left_alone.iter().map(|pattern| format!("re:{pattern}")).collect();
     let mut weights = json!({
-        "num_bits": settings.bits,
+        "num_bits": layout.bits,
         "type": "int",
-        "symmetric": settings.symmetric,
-        "strategy": if settings.group_size.is_some() { "group" } else { "channel" },
-        "group_size": settings.group_size,
+        "symmetric": layout.symmetric,
+        "strategy": if layout.group_size.is_some() { "group" } else { "channel" },
+        "group_size": layout.group_size,
         "dynamic": false,
     });
     // "static" only documents how the codes came about, and packages before 0.16 refuse it of whole rows; "group" says that
     // there is a weight_g_idx, and packages from 0.20 on refuse it instead of reading the columns in the wrong groups.
-    let actorder = match (settings.order, settings.group_size) {
+    let actorder = match (layout.order, layout.group_size) {
         (Order::None, _) | (_, None) => None,
-        _ if settings.has_group_index() => Some("group"),
+        _ if layout.group_index => Some("group"),
         _ => Some("static"),
     };
     if let Some(actorder) = actorder {

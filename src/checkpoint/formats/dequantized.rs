@@ -2,17 +2,16 @@
 
 use super::{LinearSpec, TensorSpec};
 use crate::checkpoint::convert::{bytes_from_floats, dtype_of};
-use crate::quantize::QuantizedLinear;
-use crate::quantize::settings::SolverSettings;
+use crate::codes::{CodeLayout, QuantizedLinear};
 use anyhow::Result;
 
 /// One tensor, `weight` `[out, in]` of the scales' type, which is the checkpoint's.
-pub(super) fn specs(linear: &LinearSpec, settings: &SolverSettings) -> Vec<TensorSpec> {
+pub(super) fn specs(linear: &LinearSpec, layout: &CodeLayout) -> Vec<TensorSpec> {
     let shape = [linear.out_features, linear.in_features];
-    vec![TensorSpec::new(&linear.module, "weight", dtype_of(settings.scale_type), shape)]
+    vec![TensorSpec::new(&linear.module, "weight", dtype_of(layout.scale_type), shape)]
 }
 
 /// Bytes of [`specs`].
-pub(super) fn encode(settings: &SolverSettings, quantized: &QuantizedLinear) -> Result<Vec<Vec<u8>>> {
-    Ok(vec![bytes_from_floats(settings.scale_type, quantized.dequantize()?.data())])
+pub(super) fn encode(layout: &CodeLayout, quantized: &QuantizedLinear) -> Result<Vec<Vec<u8>>> {
+    Ok(vec![bytes_from_floats(layout.scale_type, quantized.dequantize()?.data())])
 }

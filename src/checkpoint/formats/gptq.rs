@@ -8,23 +8,23 @@ use super::{LinearSpec, TensorSpec, Words, group_index, words_of};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::config::{GptqVersion, Packing};
 use crate::checkpoint::convert::{bytes_from_floats, bytes_from_words, dtype_of};
-use crate::quantize::QuantizedLinear;
-use crate::quantize::pack::{pack, packed_words, unpack};
-use crate::quantize::settings::{Grid, SolverSettings};
+use crate::codes::pack::{pack, packed_words, unpack};
+use crate::codes::{CodeLayout, QuantizedLinear};
+use crate::device::Grid;
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 /// Tensors of a layer.
-pub(super) fn specs(linear: &LinearSpec, settings: &SolverSettings) -> Vec<TensorSpec> {
-    let (out, inputs, bits) = (linear.out_features, linear.in_features, settings.bits);
-    let groups = inputs.div_ceil(settings.group_columns(inputs));
+pub(super) fn specs(linear: &LinearSpec, layout: &CodeLayout) -> Vec<TensorSpec> {
+    let (out, inputs, bits) = (linear.out_features, linear.in_features, layout.bits);
+    let groups = inputs.div_ceil(layout.group_columns(inputs));
     let spec = |suffix: &str, dtype, shape: &[usize]| TensorSpec::new(&linear.module, suffix, dtype, shape);
     vec![
         spec("qweight", Dtype::I32, &[packed_words(inputs, bits), out]),
         spec("qzeros", Dtype::I32, &[groups, packed_words(out, bits)]),
-        spec("scales", dtype_of(settings.scale_type), &[groups, out]),
+        spec("scales", dtype_of(layout.scale_type), &[groups, out]),
         spec("g_idx", Dtype::I32, &[inputs]),
     ]
 }
@@ -32,7 +32,7 @@ pub(super) fn specs(linear: &LinearSpec, settings: &SolverSettings) -> Vec<Tenso
 /// Bytes of [`specs`].
 pub(super) fn encode(
     module: &str,
-    settings: &SolverSettings,
+    layout: &CodeLayout,
     quantized: &QuantizedLinear,
     version: GptqVersion,
 ) -> Result<Vec<Vec<u8>>> {
@@ -62,7 +62,7 @@ pub(super) fn encode(
     Ok(vec![
         bytes_from_words(&weight),
         bytes_from_words(&zeros),
-        bytes_from_floats(settings.scale_type, &scales),
+        bytes_from_floats(layout.scale_type, &scales),
         bytes_from_words(&index),
     ])
 }
@@ -71,17 +71,17 @@ pub(super) fn encode(
 pub(super) fn config(
     quantized: &[LinearSpec],
     left_alone: &[String],
-    settings: &SolverSettings,
+    layout: &CodeLayout,
     version: GptqVersion,
 ) -> Value {
     let dynamic: Map<String, Value> = left_alone.iter().map(|pattern| (format!("-:{pattern}"), json!({}))).collect();
     json!({
         "quant_method": "gptq",
-        "bits": settings.bits,
+        "bits": layout.bits,
         // Whole rows are written as a group of −1.
-        "group_size": settings.group_size.map_or(-1, |size| size as i64),
-        "desc_act": settings.has_group_index(),
-        "sym": settings.symmetric,
+        "group_size": layout.group_size.map_or(-1, |size| size as i64),
+        "desc_act": layout.group_index,
+        "sym": layout.symmetric,
         "lm_head": false,
         "checkpoint_format": version.name(),
         "pack_dtype": "int32",
@@ -91,8 +91,8 @@ pub(super) fn config(
         "dynamic": dynamic,
         "meta": {
             "quantizer": [concat!(env!("CARGO_PKG_NAME"), ":", env!("CARGO_PKG_VERSION"))],
-            "damp_percent": settings.damp,
-            "mse": if settings.grid == Grid::Mse { 2.4 } else { 0.0 },
+            "damp_percent": layout.damp,
+            "mse": if layout.grid == Grid::Mse { 2.4 } else { 0.0 },
         },
     })
 }

@@ -7,7 +7,7 @@
 
 use super::Format;
 use crate::checkpoint::config::GptqVersion;
-use crate::quantize::settings::SolverSettings;
+use crate::codes::CodeLayout;
 use serde::Serialize;
 use std::path::Path;
 
@@ -47,8 +47,8 @@ const VERSION_1: &str = "takes what GPTQ version 1 stores, the zero less 1, for 
 const ROWS: &str = "has no kernel for whole rows in this file; --group-size 128 or --format compressed-tensors has one";
 
 impl Format {
-    /// The loaders that take exactly the file written with these settings to `folder`, and how.
-    pub fn loaders(self, settings: &SolverSettings, family: FamilySupport, folder: &Path) -> Vec<Loader> {
+    /// The loaders that take exactly the file written with these layout to `folder`, and how.
+    pub fn loaders(self, layout: &CodeLayout, family: FamilySupport, folder: &Path) -> Vec<Loader> {
         let python = folder.display().to_string();
         let folder = shell(&python);
         let transformers =
@@ -59,8 +59,8 @@ impl Format {
         match self {
             Self::Dequantized => add("transformers", transformers("")),
             // compressed-tensors 0.20 refuses to read one.
-            Self::CompressedTensors if settings.has_group_index() => {}
-            Self::CompressedTensors if settings.symmetric && !family.must_dequantize => {
+            Self::CompressedTensors if layout.group_index => {}
+            Self::CompressedTensors if layout.symmetric && !family.must_dequantize => {
                 add("transformers + compressed-tensors", transformers(""));
             }
             Self::CompressedTensors => {
@@ -69,8 +69,8 @@ impl Format {
             }
             Self::Gptq(_) => {
                 // Sizes of gptqmodel's plain kernel. At 4 bits it chooses one for a CPU that fails with some of them.
-                let choice = format!(", quantization_config=GPTQConfig(bits={}, backend=\"torch\")", settings.bits);
-                let arguments = match (settings.bits, settings.group_size) {
+                let choice = format!(", quantization_config=GPTQConfig(bits={}, backend=\"torch\")", layout.bits);
+                let arguments = match (layout.bits, layout.group_size) {
                     (4, None | Some(16 | 512 | 1024)) => Some(choice.as_str()),
                     (_, None | Some(16 | 32 | 64 | 128 | 256 | 512 | 1024)) => Some(""),
                     _ => None,
@@ -80,20 +80,20 @@ impl Format {
                 }
             }
         }
-        if let With(name, options) = self.in_vllm(settings) {
+        if let With(name, options) = self.in_vllm(layout) {
             add(name, format!("vllm serve {folder}{options}"));
         }
-        if let (With(name, options), false) = (self.in_sglang(settings), family.unknown_to_sglang) {
+        if let (With(name, options), false) = (self.in_sglang(layout), family.unknown_to_sglang) {
             add(name, format!("python -m sglang.launch_server --model-path {folder}{options}"));
         }
         loaders
     }
 
-    /// The servers that another choice of settings would let load the file, each with what keeps it out.
-    pub fn shut_out(self, settings: &SolverSettings, family: FamilySupport) -> Vec<String> {
-        let mut servers = vec![("vLLM", self.in_vllm(settings))];
+    /// The servers that another choice of layout would let load the file, each with what keeps it out.
+    pub fn shut_out(self, layout: &CodeLayout, family: FamilySupport) -> Vec<String> {
+        let mut servers = vec![("vLLM", self.in_vllm(layout))];
         if !family.unknown_to_sglang {
-            servers.push(("SGLang", self.in_sglang(settings)));
+            servers.push(("SGLang", self.in_sglang(layout)));
         }
         let reason = |(server, served)| match served {
             Not(reason) => Some(format!("{server} {reason}")),
@@ -102,34 +102,34 @@ impl Format {
         servers.into_iter().filter_map(reason).collect()
     }
 
-    fn in_vllm(self, settings: &SolverSettings) -> Served {
-        let wide = matches!(settings.bits, 4 | 8);
+    fn in_vllm(self, layout: &CodeLayout) -> Served {
+        let wide = matches!(layout.bits, 4 | 8);
         match self {
             Self::Dequantized => With("vLLM", ""),
             // Since 0.30.
-            _ if settings.has_group_index() => Not(INDEX),
-            _ if settings.group_size.is_some_and(|size| size < 16) => Not(NARROW),
-            Self::CompressedTensors if wide || settings.symmetric => With("vLLM", ""),
+            _ if layout.group_index => Not(INDEX),
+            _ if layout.group_size.is_some_and(|size| size < 16) => Not(NARROW),
+            Self::CompressedTensors if wide || layout.symmetric => With("vLLM", ""),
             Self::CompressedTensors => With("vLLM 0.31 or newer", ""),
-            Self::Gptq(GptqVersion::V1) if settings.symmetric && wide && marlin_group(settings) => With("vLLM", ""),
-            Self::Gptq(GptqVersion::V1) if !settings.symmetric => Not(VERSION_1),
-            Self::Gptq(_) if settings.group_size.is_none() => Not(ROWS),
+            Self::Gptq(GptqVersion::V1) if layout.symmetric && wide && marlin_group(layout) => With("vLLM", ""),
+            Self::Gptq(GptqVersion::V1) if !layout.symmetric => Not(VERSION_1),
+            Self::Gptq(_) if layout.group_size.is_none() => Not(ROWS),
             Self::Gptq(_) => With("vLLM with Humming kernels", HUMMING),
         }
     }
 
-    fn in_sglang(self, settings: &SolverSettings) -> Served {
+    fn in_sglang(self, layout: &CodeLayout) -> Served {
         const HUMMING_NAME: &str = "SGLang 0.5.18 or newer with Humming kernels";
-        let marlin = matches!(settings.bits, 4 | 8) && marlin_group(settings);
+        let marlin = matches!(layout.bits, 4 | 8) && marlin_group(layout);
         match self {
             Self::Dequantized => With("SGLang", ""),
             // Whether its kernel has zeros of 8 bits is not known.
-            Self::CompressedTensors if marlin && (settings.bits == 4 || settings.symmetric) => With("SGLang", ""),
-            Self::Gptq(GptqVersion::V1) if marlin && settings.symmetric => With("SGLang", ""),
-            _ if settings.has_group_index() => Not(INDEX),
-            _ if settings.group_size.is_some_and(|size| size < 16) => Not(NARROW),
-            Self::Gptq(GptqVersion::V1) if !settings.symmetric => Not(VERSION_1),
-            _ if settings.group_size.is_none() => {
+            Self::CompressedTensors if marlin && (layout.bits == 4 || layout.symmetric) => With("SGLang", ""),
+            Self::Gptq(GptqVersion::V1) if marlin && layout.symmetric => With("SGLang", ""),
+            _ if layout.group_index => Not(INDEX),
+            _ if layout.group_size.is_some_and(|size| size < 16) => Not(NARROW),
+            Self::Gptq(GptqVersion::V1) if !layout.symmetric => Not(VERSION_1),
+            _ if layout.group_size.is_none() => {
                 Not("has no kernel for whole rows in this file; --group-size 128 has one")
             }
             _ => With(HUMMING_NAME, HUMMING),
@@ -138,8 +138,8 @@ impl Format {
 }
 
 /// Whether Marlin is built for these groups.
-fn marlin_group(settings: &SolverSettings) -> bool {
-    matches!(settings.group_size, None | Some(32 | 64 | 128))
+fn marlin_group(layout: &CodeLayout) -> bool {
+    matches!(layout.group_size, None | Some(32 | 64 | 128))
 }
 
 /// A word for a shell, in quotes where it must.

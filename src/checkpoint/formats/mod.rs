@@ -12,8 +12,8 @@ pub use loaders::{FamilySupport, Loader};
 use super::config::GptqVersion;
 use super::convert::words_from_bytes;
 use super::read::Checkpoint;
-use crate::quantize::QuantizedLinear;
-use crate::quantize::settings::{ScaleType, SolverSettings};
+use crate::codes::{CodeLayout, QuantizedLinear};
+use crate::tensor::Float;
 use anyhow::{Result, bail, ensure};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
@@ -100,9 +100,9 @@ impl Format {
     }
 
     /// Storage type of scales in this format, for a checkpoint whose weights are of type `weights`.
-    pub fn scale_type(self, weights: ScaleType) -> ScaleType {
+    pub fn scale_type(self, weights: Float) -> Float {
         match self {
-            Self::Gptq(_) => ScaleType::F16,
+            Self::Gptq(_) => Float::F16,
             Self::CompressedTensors | Self::Dequantized => weights,
         }
     }
@@ -115,18 +115,18 @@ impl Format {
         }
     }
 
-    /// Refuses layers and settings that the format cannot hold, naming the layers and the sizes that work.
-    pub fn check(self, linears: &[LinearSpec], settings: &SolverSettings) -> Result<()> {
-        settings.validate()?;
+    /// Refuses layers and layout that the format cannot hold, naming the layers and the sizes that work.
+    pub fn check(self, linears: &[LinearSpec], layout: &CodeLayout) -> Result<()> {
+        layout.validate()?;
         ensure!(!linears.is_empty(), "there is no layer to quantize");
         ensure!(
-            settings.smallest_zero >= self.smallest_zero(),
+            layout.smallest_zero >= self.smallest_zero(),
             "the solver may return zeros of {}, but {} files start at {}",
-            settings.smallest_zero,
+            layout.smallest_zero,
             self.name(),
             self.smallest_zero()
         );
-        if let Some(group) = settings.group_size {
+        if let Some(group) = layout.group_size {
             let misfits = layers(linears, |linear| linear.in_features % group != 0);
             if !misfits.is_empty() {
                 let sizes: Vec<String> = [8, 16, 32, 64, 128, 256, 512, 1024]
@@ -145,9 +145,9 @@ impl Format {
         match self {
             Self::Gptq(_) => {
                 ensure!(
-                    settings.scale_type == ScaleType::F16,
+                    layout.scale_type == Float::F16,
                     "gptq files hold scales of type F16, but the solver rounds them to {:?}",
-                    settings.scale_type
+                    layout.scale_type
                 );
                 let misfits = layers(linears, |linear| linear.in_features % 32 != 0 || linear.out_features % 32 != 0);
                 ensure!(
@@ -162,29 +162,24 @@ impl Format {
     }
 
     /// The tensors that take the place of `{module}.weight`, in the order of [`encode`](Self::encode).
-    pub fn specs(self, linear: &LinearSpec, settings: &SolverSettings) -> Vec<TensorSpec> {
+    pub fn specs(self, linear: &LinearSpec, layout: &CodeLayout) -> Vec<TensorSpec> {
         match self {
-            Self::CompressedTensors => compressed_tensors::specs(linear, settings),
-            Self::Gptq(_) => gptq::specs(linear, settings),
-            Self::Dequantized => dequantized::specs(linear, settings),
+            Self::CompressedTensors => compressed_tensors::specs(linear, layout),
+            Self::Gptq(_) => gptq::specs(linear, layout),
+            Self::Dequantized => dequantized::specs(linear, layout),
         }
     }
 
     /// Bytes of the tensors of [`specs`](Self::specs), in the same order.
     ///
-    /// Errors, naming the layer, when `quantized` is not what `linear` and `settings` announced, or when a scale or a
+    /// Errors, naming the layer, when `quantized` is not what `linear` and `layout` announced, or when a scale or a
     /// zero does not fit its field.
-    pub fn encode(
-        self,
-        linear: &LinearSpec,
-        settings: &SolverSettings,
-        quantized: &QuantizedLinear,
-    ) -> Result<Vec<Vec<u8>>> {
-        check_layer(linear, settings, quantized)?;
+    pub fn encode(self, linear: &LinearSpec, layout: &CodeLayout, quantized: &QuantizedLinear) -> Result<Vec<Vec<u8>>> {
+        check_layer(linear, layout, quantized)?;
         Ok(match self {
-            Self::CompressedTensors => compressed_tensors::encode(settings, quantized),
-            Self::Gptq(version) => gptq::encode(&linear.module, settings, quantized, version)?,
-            Self::Dequantized => dequantized::encode(settings, quantized)?,
+            Self::CompressedTensors => compressed_tensors::encode(layout, quantized),
+            Self::Gptq(version) => gptq::encode(&linear.module, layout, quantized, version)?,
+            Self::Dequantized => dequantized::encode(layout, quantized)?,
         })
     }
 
@@ -195,11 +190,11 @@ impl Format {
         self,
         quantized: &[LinearSpec],
         others: &[String],
-        settings: &SolverSettings,
+        layout: &CodeLayout,
     ) -> Option<Value> {
         match self {
-            Self::CompressedTensors => Some(compressed_tensors::config(&left_alone(quantized, others), settings)),
-            Self::Gptq(version) => Some(gptq::config(quantized, &left_alone(quantized, others), settings, version)),
+            Self::CompressedTensors => Some(compressed_tensors::config(&left_alone(quantized, others), layout)),
+            Self::Gptq(version) => Some(gptq::config(quantized, &left_alone(quantized, others), layout, version)),
             Self::Dequantized => None,
         }
     }
@@ -219,7 +214,7 @@ fn layers(linears: &[LinearSpec], wrong: impl Fn(&LinearSpec) -> bool) -> String
     }
 }
 
-fn check_layer(linear: &LinearSpec, settings: &SolverSettings, quantized: &QuantizedLinear) -> Result<()> {
+fn check_layer(linear: &LinearSpec, layout: &CodeLayout, quantized: &QuantizedLinear) -> Result<()> {
     let module = &linear.module;
     ensure!(
         (quantized.out_features, quantized.in_features) == (linear.out_features, linear.in_features),
@@ -230,11 +225,11 @@ fn check_layer(linear: &LinearSpec, settings: &SolverSettings, quantized: &Quant
         quantized.in_features
     );
     ensure!(
-        quantized.bits == settings.bits
-            && quantized.symmetric == settings.symmetric
-            && quantized.group_columns == settings.group_columns(linear.in_features)
-            && quantized.group_index.is_some() == settings.has_group_index(),
-        "{module} was quantized with other settings than the file was planned for"
+        quantized.bits == layout.bits
+            && quantized.symmetric == layout.symmetric
+            && quantized.group_columns == layout.group_columns(linear.in_features)
+            && quantized.group_index.is_some() == layout.group_index,
+        "{module} was quantized with other layout than the file was planned for"
     );
     let grid = linear.out_features * quantized.groups();
     ensure!(
@@ -244,22 +239,22 @@ fn check_layer(linear: &LinearSpec, settings: &SolverSettings, quantized: &Quant
             && quantized.group_index.as_ref().is_none_or(|index| index.len() == linear.in_features),
         "{module} has the wrong number of codes, scales, zeros or group indices"
     );
-    if let Some(scale) = quantized.scales.iter().find(|&&scale| settings.scale_type.round(scale) != scale) {
-        bail!("{module} has the scale {scale}, which {:?} cannot hold", settings.scale_type);
+    if let Some(scale) = quantized.scales.iter().find(|&&scale| layout.scale_type.round(scale) != scale) {
+        bail!("{module} has the scale {scale}, which {:?} cannot hold", layout.scale_type);
     }
     // An infinite or NaN scale: too large for its type, or out of a broken solve.
     ensure!(
         quantized.scales.iter().all(|scale| scale.is_finite()),
         "{module} has a scale that is not finite in {:?}; its weights are too large for this format",
-        settings.scale_type
+        layout.scale_type
     );
-    let largest = settings.largest_code();
+    let largest = layout.largest_code();
     ensure!(
         quantized.codes.iter().chain(&quantized.zeros).all(|&code| code <= largest),
         "{module} has a code or zero above {largest}"
     );
-    if settings.symmetric {
-        let middle = 1u8 << (settings.bits - 1);
+    if layout.symmetric {
+        let middle = 1u8 << (layout.bits - 1);
         ensure!(quantized.zeros.iter().all(|&zero| zero == middle), "{module} is symmetric with a zero off the middle");
     }
     Ok(())

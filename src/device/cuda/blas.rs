@@ -5,7 +5,7 @@
 #![allow(unsafe_code)]
 
 use super::runtime::Product;
-use super::tensor::Precision;
+use crate::tensor::Float;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use cudarc::driver::{CudaContext, CudaStream, result as driver};
 use libloading::Library;
@@ -232,9 +232,9 @@ impl Blas {
         let int = |size: usize| c_int::try_from(size).context("a matrix of more than 2^31 rows or columns");
         let (rows, cols, inner) = (int(product.rows)?, int(product.cols)?, int(product.inner)?);
         let kind = |precision| match precision {
-            Precision::F32 => CUDA_R_32F,
-            Precision::Bf16 => CUDA_R_16BF,
-            Precision::F16 => CUDA_R_16F,
+            Float::F32 => CUDA_R_32F,
+            Float::Bf16 => CUDA_R_16BF,
+            Float::F16 => CUDA_R_16F,
         };
         let (from, to) = (kind(product.precision), kind(product.rounded_to));
         let (alpha, beta) = (1.0f32, 0.0f32);

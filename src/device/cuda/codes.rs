@@ -3,7 +3,7 @@
 use super::Cuda;
 use super::bindings::vlmq_dequantize_args;
 use super::memory::Memory;
-use super::tensor::CudaTensor;
+use super::tensor::{CudaTensor, dtype_of};
 use crate::device::{BlockCodes, BlockShape, GridRule, GroupGrid, QuantizedWeight};
 use anyhow::Result;
 use std::ptr;
@@ -106,7 +106,7 @@ impl Cuda {
             rows: rows as i64,
             cols: cols as i64,
             groups: groups as i64,
-            dtype: self.precision.dtype(),
+            dtype: dtype_of(self.precision),
         })?;
         Ok(out)
     }

@@ -8,8 +8,9 @@ use super::heap::Heap;
 use super::kernels::{Arguments, Kernels, NeedsWorkspace};
 use super::memory::Memory;
 use super::runtime::{Product, Runtime};
-use super::tensor::{CudaTensor, Precision};
+use super::tensor::{CudaTensor, dtype_of, encode};
 use crate::device::{Device, PoolPeak, Work};
+use crate::tensor::Float;
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
@@ -26,7 +27,7 @@ use std::sync::Arc;
 pub struct Cuda {
     kernels: Arc<Kernels>,
     pub(super) runtime: Arc<Heap>,
-    pub(super) precision: Precision,
+    pub(super) precision: Float,
     /// Each call waits for its work, so that an error which comes late has a name.
     sync: bool,
 }
@@ -42,19 +43,19 @@ impl Cuda {
     /// where there is no driver, no such GPU or no cuBLAS, and where the GPU is older than compute capability 8.0.
     ///
     /// It uses what memory the GPU has free now, less a sixteenth; [`limit_memory`](Self::limit_memory) sets another limit.
-    pub fn open(ordinal: usize, precision: Precision) -> Result<Self> {
+    pub fn open(ordinal: usize, precision: Float) -> Result<Self> {
         let kernels = Arc::new(Kernels::linked()?);
         Self::new(kernels, Box::new(Driver::open(ordinal)?), precision)
     }
 
     /// Runs a library of kernels that was built for the emulator on host memory. For tests: it is slow.
-    pub fn emulated(library: &Path, precision: Precision) -> Result<Self> {
+    pub fn emulated(library: &Path, precision: Float) -> Result<Self> {
         let kernels = Arc::new(Kernels::load(library)?);
         let runtime = Box::new(Emulated::new(kernels.clone()));
         Self::new(kernels, runtime, precision)
     }
 
-    fn new(kernels: Arc<Kernels>, runtime: Box<dyn Runtime>, precision: Precision) -> Result<Self> {
+    fn new(kernels: Arc<Kernels>, runtime: Box<dyn Runtime>, precision: Float) -> Result<Self> {
         let sync = match std::env::var(SYNC).as_deref() {
             Err(_) | Ok("" | "0") => false,
             Ok("1") => true,
@@ -64,7 +65,7 @@ impl Cuda {
     }
 
     /// The same device for a model of another precision; tensors of both work with both.
-    pub fn with_precision(&self, precision: Precision) -> Self {
+    pub fn with_precision(&self, precision: Float) -> Self {
         Self { precision, ..self.clone() }
     }
 
@@ -117,17 +118,17 @@ impl Cuda {
     }
 
     /// A tensor with arbitrary contents.
-    pub(super) fn tensor(&self, rows: usize, cols: usize, precision: Precision) -> Result<CudaTensor> {
-        let Some(bytes) = rows.checked_mul(cols).and_then(|count| count.checked_mul(precision.size())) else {
+    pub(super) fn tensor(&self, rows: usize, cols: usize, precision: Float) -> Result<CudaTensor> {
+        let Some(bytes) = rows.checked_mul(cols).and_then(|count| count.checked_mul(precision.bytes())) else {
             bail!("a tensor of {rows}x{cols} is larger than memory can be");
         };
         Ok(CudaTensor { rows, cols, precision, memory: Memory::new(&self.runtime, bytes)? })
     }
 
     /// A tensor with the numbers of `matrix`.
-    pub(super) fn tensor_of(&self, matrix: &Matrix, precision: Precision) -> Result<CudaTensor> {
+    pub(super) fn tensor_of(&self, matrix: &Matrix, precision: Float) -> Result<CudaTensor> {
         let mut tensor = self.tensor(matrix.rows(), matrix.cols(), precision)?;
-        tensor.memory.write(0, &precision.encode(matrix.data()))?;
+        tensor.memory.write(0, &encode(precision, matrix.data()))?;
         Ok(tensor)
     }
 
@@ -146,7 +147,7 @@ impl Cuda {
 
     /// The same of a tensor that must be float32.
     pub(super) fn floats(&self, tensor: &CudaTensor) -> Result<*const f32> {
-        ensure!(tensor.precision == Precision::F32, "{} where float32 is needed", tensor.describe());
+        ensure!(tensor.precision == Float::F32, "{} where float32 is needed", tensor.describe());
         self.read(tensor)
     }
 
@@ -171,7 +172,7 @@ impl Cuda {
                 && c.rows <= a.rows - first
                 && c.cols == cols
                 && a.precision == b.precision
-                && [a.precision, Precision::F32].contains(&c.precision),
+                && [a.precision, Float::F32].contains(&c.precision),
             "product of {} and {}{}",
             a.describe(),
             b.describe(),
@@ -212,10 +213,10 @@ impl Cuda {
         bias: &CudaTensor,
         y: &mut CudaTensor,
     ) -> Result<()> {
-        let fit = self.runtime.sum_bytes() / (Precision::F32.size() * y.cols.max(1));
+        let fit = self.runtime.sum_bytes() / (Float::F32.bytes() * y.cols.max(1));
         // Whole tiles of cuBLAS's, where there is room for them.
         let rows = if fit < TILE_ROWS { fit.max(1) } else { fit / TILE_ROWS * TILE_ROWS };
-        let mut sums = self.tensor(rows.min(y.rows), y.cols, Precision::F32)?;
+        let mut sums = self.tensor(rows.min(y.rows), y.cols, Float::F32)?;
         // Without a row once, for what is checked.
         for first in (0..y.rows.max(1)).step_by(rows) {
             sums.rows = rows.min(y.rows - first);
@@ -229,7 +230,7 @@ impl Cuda {
                 cols: y.cols as i64,
                 sign: 1.0,
                 factor: 1.0,
-                dtype: y.precision.dtype(),
+                dtype: dtype_of(y.precision),
                 float_a: 1,
             })?;
         }
@@ -253,7 +254,7 @@ impl Cuda {
             cols: out.cols as i64,
             sign,
             factor,
-            dtype: out.precision.dtype(),
+            dtype: dtype_of(out.precision),
             float_a: 0,
         })
     }
@@ -271,7 +272,7 @@ impl Device for Cuda {
     }
 
     fn zeros(&self, rows: usize, cols: usize) -> Result<CudaTensor> {
-        let mut tensor = self.tensor(rows, cols, Precision::F32)?;
+        let mut tensor = self.tensor(rows, cols, Float::F32)?;
         tensor.memory.fill(0)?;
         Ok(tensor)
     }
@@ -281,7 +282,7 @@ impl Device for Cuda {
     }
 
     fn upload(&self, matrix: Matrix) -> Result<CudaTensor> {
-        self.tensor_of(&matrix, Precision::F32)
+        self.tensor_of(&matrix, Float::F32)
     }
 
     fn download(&self, tensor: &CudaTensor) -> Result<Matrix> {
@@ -295,7 +296,7 @@ impl Device for Cuda {
             row: row.at_mut(0),
             rows: tensor.rows as i64,
             cols: tensor.cols as i64,
-            dtype: tensor.precision.dtype(),
+            dtype: dtype_of(tensor.precision),
         })?;
         let row = row.read::<i32>(0, 1)?[0];
         Ok((row != i32::MAX).then_some(row as usize))
@@ -304,14 +305,14 @@ impl Device for Cuda {
     fn scaled_squares_rows(&self, tensor: &CudaTensor, scales: &[f32]) -> Result<Vec<f32>> {
         ensure!(tensor.cols == scales.len(), "{} scales for {} columns", scales.len(), tensor.cols);
         let scales = Memory::of(&self.runtime, scales)?;
-        let mut sums = self.tensor(tensor.rows, 1, Precision::F32)?;
+        let mut sums = self.tensor(tensor.rows, 1, Float::F32)?;
         self.launch(&vlmq_scaled_squares_rows_args {
             x: self.read(tensor)?,
             scales: scales.at(0),
             sums: self.floats_mut(&mut sums)?,
             rows: tensor.rows as i64,
             cols: tensor.cols as i64,
-            dtype: tensor.precision.dtype(),
+            dtype: dtype_of(tensor.precision),
         })?;
         sums.memory.read(0, tensor.rows)
     }
@@ -346,11 +347,11 @@ impl Device for Cuda {
             Work::Statistics { tokens, features, cross } => self.statistics_workspace(tokens, features, cross) as u64,
             // The output once more, log-sums of the forward pass, and as much work space.
             Work::AttentionBackward { tokens, shape, .. } => {
-                (tokens * shape.heads * (shape.head_dim * self.precision.size() + 2 * Precision::F32.size())) as u64
+                (tokens * shape.heads * (shape.head_dim * self.precision.bytes() + 2 * Float::F32.bytes())) as u64
             }
             // As many rows as fit, but one at least.
             Work::Bias { rows, outputs } => {
-                let row = outputs * Precision::F32.size();
+                let row = outputs * Float::F32.bytes();
                 (rows * row).min(self.runtime.sum_bytes().max(row)) as u64
             }
             _ => 0,

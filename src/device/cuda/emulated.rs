@@ -5,9 +5,10 @@ use super::bindings::vlmq_stream;
 use super::kernels::Kernels;
 use super::runtime::{Address, Arrival, LATE, Product, Runtime};
 use super::staging::{Engine, Staging};
-use super::tensor::{Precision, widen};
+use super::tensor::{encode, widen};
 use crate::device::cpu::Cpu;
 use crate::device::{ModelOps, PoolPeak};
+use crate::tensor::Float;
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, anyhow};
 use half::{bf16, f16};
@@ -224,7 +225,7 @@ impl Runtime for Emulated {
             unsafe { (floats(product.a, rows, inner, precision)?, floats(product.b, b_rows, b_cols, precision)?) };
         let sum = if product.transposed { Cpu.linear(&a, &b, None)? } else { Cpu.matmul(&a, &b)? };
         // SAFETY: `c` has room for as many elements as the sum.
-        unsafe { self.write(product.c, &rounded_to.encode(sum.data())) }
+        unsafe { self.write(product.c, &encode(rounded_to, sum.data())) }
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -264,14 +265,14 @@ fn layout(bytes: usize) -> Layout {
 
 /// # Safety
 /// `address` starts a live matrix of that shape.
-unsafe fn floats(address: Address, rows: usize, cols: usize, precision: Precision) -> Result<Matrix> {
+unsafe fn floats(address: Address, rows: usize, cols: usize, precision: Float) -> Result<Matrix> {
     let count = rows * cols;
     // SAFETY: the caller's promise; allocations are aligned for every element type, and all bits are numbers.
     let values = unsafe {
         match precision {
-            Precision::F32 => std::slice::from_raw_parts(address as *const f32, count).to_vec(),
-            Precision::Bf16 => widen(std::slice::from_raw_parts(address as *const bf16, count)),
-            Precision::F16 => widen(std::slice::from_raw_parts(address as *const f16, count)),
+            Float::F32 => std::slice::from_raw_parts(address as *const f32, count).to_vec(),
+            Float::Bf16 => widen(std::slice::from_raw_parts(address as *const bf16, count)),
+            Float::F16 => widen(std::slice::from_raw_parts(address as *const f16, count)),
         }
     };
     Matrix::new(rows, cols, values)

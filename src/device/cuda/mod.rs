@@ -34,4 +34,4 @@ pub use codes::CudaCodes;
 pub use device::Cuda;
 
 pub use standalone::{PackedAlong, Packing};
-pub use tensor::{CudaTensor, Precision};
+pub use tensor::CudaTensor;

@@ -1,13 +1,14 @@
 //! Calibration forward and backward on the GPU.
 
+use super::Cuda;
 use super::bindings::{
     vlmq_activate_args, vlmq_activation, vlmq_attention_args, vlmq_attention_backward_args, vlmq_gather_rows_args,
     vlmq_mean_abs_rows_args, vlmq_norm_args, vlmq_norm_backward_args, vlmq_rotate_args,
 };
 use super::memory::Memory;
-use super::tensor::CudaTensor;
-use super::{Cuda, Precision};
-use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, ScaleType, Span};
+use super::tensor::{CudaTensor, dtype_of};
+use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
+use crate::tensor::Float;
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, ensure};
 use std::ops::Range;
@@ -21,7 +22,7 @@ impl ModelOps for Cuda {
         self.tensor_of(&matrix, self.precision)
     }
 
-    fn element_type(&self) -> ScaleType {
+    fn element_type(&self) -> Float {
         self.precision.into()
     }
 
@@ -160,7 +161,7 @@ impl ModelOps for Cuda {
             rows: x.rows as i64,
             cols: x.cols as i64,
             eps,
-            dtype: x.precision.dtype(),
+            dtype: dtype_of(x.precision),
         })?;
         Ok(d_x)
     }
@@ -187,7 +188,7 @@ impl ModelOps for Cuda {
             heads: (x.cols / (2 * half)) as i64,
             head_dim: 2 * half as i64,
             transposed: transposed.into(),
-            dtype: x.precision.dtype(),
+            dtype: dtype_of(x.precision),
         })
     }
 
@@ -219,7 +220,7 @@ impl ModelOps for Cuda {
         ensure!(apart(spans.iter().map(|span| &span.k)), "spans that share keys have no gradients of their own");
         // Kept from the forward pass they would cost a chunk's activations; computing them again costs two products of five.
         let mut out = self.tensor(q.rows, q.cols, q.precision)?;
-        let mut log_sum = self.tensor(q.rows, shape.heads, Precision::F32)?;
+        let mut log_sum = self.tensor(q.rows, shape.heads, Float::F32)?;
         let forward =
             vlmq_attention_args { out: self.write(&mut out)?, log_sum: self.floats_mut(&mut log_sum)?, ..job.forward };
         self.launch(&forward)?;
@@ -267,13 +268,13 @@ impl ModelOps for Cuda {
     }
 
     fn mean_abs_rows(&self, x: &CudaTensor) -> Result<Vec<f32>> {
-        let mut means = self.tensor(x.rows, 1, Precision::F32)?;
+        let mut means = self.tensor(x.rows, 1, Float::F32)?;
         self.launch(&vlmq_mean_abs_rows_args {
             x: self.read(x)?,
             means: self.floats_mut(&mut means)?,
             rows: x.rows as i64,
             cols: x.cols as i64,
-            dtype: x.precision.dtype(),
+            dtype: dtype_of(x.precision),
         })?;
         means.memory.read(0, x.rows)
     }
@@ -293,7 +294,7 @@ impl Cuda {
             rows: x.rows as i64,
             cols: x.cols as i64,
             eps,
-            dtype: x.precision.dtype(),
+            dtype: dtype_of(x.precision),
         })?;
         Ok(y)
     }
@@ -311,7 +312,7 @@ impl Cuda {
                 Activation::GeluTanh => vlmq_activation::VLMQ_GELU_TANH,
                 Activation::QuickGelu => vlmq_activation::VLMQ_QUICK_GELU,
             },
-            dtype: x.precision.dtype(),
+            dtype: dtype_of(x.precision),
         })?;
         Ok(y)
     }
@@ -389,7 +390,7 @@ impl Attention {
             kv_heads: kv_heads as i64,
             head_dim: head_dim as i64,
             causal: causal.into(),
-            dtype: q.precision.dtype(),
+            dtype: dtype_of(q.precision),
         };
         Ok(Self { forward, _spans: spans_there })
     }

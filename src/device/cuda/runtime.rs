@@ -2,8 +2,8 @@
 #![allow(unsafe_code)]
 
 use super::bindings::vlmq_stream;
-use super::tensor::Precision;
 use crate::device::PoolPeak;
+use crate::tensor::Float;
 use anyhow::Result;
 use cudarc::driver::CudaEvent;
 use std::collections::BTreeMap;
@@ -26,9 +26,9 @@ pub(super) struct Product {
     pub(super) inner: usize,
     pub(super) transposed: bool,
     /// Of `a` and `b`.
-    pub(super) precision: Precision,
+    pub(super) precision: Float,
     /// Of `c`: the same, or float32.
-    pub(super) rounded_to: Precision,
+    pub(super) rounded_to: Float,
 }
 
 impl fmt::Display for Product {

@@ -1,5 +1,6 @@
 //! Statistics, factorization and blockwise error propagation on the GPU, all in float32.
 
+use super::Cuda;
 use super::bindings::{
     vlmq_cross_factor_args, vlmq_factor_args, vlmq_gather_rows_args, vlmq_grid, vlmq_grid_rule, vlmq_group_grid_args,
     vlmq_permute_args, vlmq_permute_columns_args, vlmq_product_args, vlmq_quantize_block_args, vlmq_squared_norm_args,
@@ -8,12 +9,12 @@ use super::bindings::{
 use super::checks::{check_block, check_factor, ends, shaped, square};
 use super::codes::{CudaCodes, Outputs};
 use super::memory::Memory;
-use super::tensor::CudaTensor;
-use super::{Cuda, Precision};
+use super::tensor::{CudaTensor, dtype_of};
 use crate::device::{
     BLOCK, Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid,
     PermuteSymmetric, ProductRange, SolveOps, SolveState,
 };
+use crate::tensor::Float;
 use anyhow::{Context, Result, ensure};
 use std::ops::Range;
 use std::ptr;
@@ -38,14 +39,14 @@ impl SolveOps for Cuda {
         dead.iter().for_each(|&i| from[i] = -1);
         let from: Option<Vec<i32>> = order.iter().map(|&column| from.get(column as usize).copied()).collect();
         let from = Memory::of(&self.runtime, &from.context("an order with a column that is not there")?)?;
-        let mut out = self.tensor(rows, cols, Precision::F32)?;
+        let mut out = self.tensor(rows, cols, Float::F32)?;
         self.launch(&vlmq_permute_columns_args {
             x: self.read(weight)?,
             order: from.at(0),
             out: self.floats_mut(&mut out)?,
             rows: rows as i64,
             cols: cols as i64,
-            dtype: weight.precision.dtype(),
+            dtype: dtype_of(weight.precision),
         })?;
         Ok(out)
     }
@@ -88,7 +89,7 @@ impl SolveOps for Cuda {
         // The matrix as a table of rows of one value.
         let places: Option<Vec<u32>> = (0..n).map(|i| u32::try_from(i * (n + 1)).ok()).collect();
         let places = Memory::of(&self.runtime, &places.context("a diagonal of more than 65535 values")?)?;
-        let mut diagonal = self.tensor(1, n, Precision::F32)?;
+        let mut diagonal = self.tensor(1, n, Float::F32)?;
         self.launch(&vlmq_gather_rows_args {
             table: self.floats(x)?.cast(),
             indices: places.at(0),
@@ -113,8 +114,8 @@ impl SolveOps for Cuda {
         let n = h.cols;
         square(&h, n)?;
         let ends = ends(blocks, 0..n)?;
-        let mut inverses = self.tensor(n, BLOCK, Precision::F32)?;
-        let mut diagonal = self.tensor(1, n, Precision::F32)?;
+        let mut inverses = self.tensor(n, BLOCK, Float::F32)?;
+        let mut diagonal = self.tensor(1, n, Float::F32)?;
         let mut status = Memory::of(&self.runtime, &[-1i32])?;
         self.launch_with_workspace(vlmq_factor_args {
             h: self.floats_mut(&mut h)?,
@@ -144,7 +145,7 @@ impl SolveOps for Cuda {
         square(&c, n)?;
         check_factor(factor, n)?;
         let ends = ends(blocks, 0..n)?;
-        let mut products = self.tensor(n, BLOCK, Precision::F32)?;
+        let mut products = self.tensor(n, BLOCK, Float::F32)?;
         self.launch_with_workspace(vlmq_cross_factor_args {
             c: self.floats_mut(&mut c)?,
             root: self.floats(&factor.root)?,
@@ -326,7 +327,7 @@ impl Cuda {
         let n = x.cols;
         square(x, n)?;
         ensure!(order.len() == n && order.iter().all(|&i| (i as usize) < n), "an order of another matrix than {n}x{n}");
-        let mut out = self.tensor(n, n, Precision::F32)?;
+        let mut out = self.tensor(n, n, Float::F32)?;
         let order = Memory::of(&self.runtime, order)?;
         let values = diagonal.map(|diagonal| Memory::of(&self.runtime, diagonal)).transpose()?;
         self.launch(&vlmq_permute_args {
@@ -356,7 +357,7 @@ impl Cuda {
 }
 
 /// Sizes of a weighted Hessian's call, without its pointers.
-fn statistics_arguments(tokens: usize, features: usize, precision: Precision) -> vlmq_weighted_hessian_args {
+fn statistics_arguments(tokens: usize, features: usize, precision: Float) -> vlmq_weighted_hessian_args {
     vlmq_weighted_hessian_args {
         u: ptr::null(),
         f: ptr::null(),
@@ -367,7 +368,7 @@ fn statistics_arguments(tokens: usize, features: usize, precision: Precision) ->
         features: features as i64,
         u_stride: features as i64,
         f_stride: features as i64,
-        dtype: precision.dtype(),
+        dtype: dtype_of(precision),
         fast: 0,
         workspace: ptr::null_mut(),
         workspace_bytes: 0,
@@ -383,7 +384,7 @@ fn rule_arguments(rule: &GridRule) -> vlmq_grid_rule {
             Grid::Mse => vlmq_grid::VLMQ_MSE,
             Grid::Loss => vlmq_grid::VLMQ_LOSS,
         },
-        scale_type: Precision::from(rule.scale_type).dtype(),
+        scale_type: dtype_of(rule.scale_type),
         smallest_zero: rule.smallest_zero.into(),
     }
 }

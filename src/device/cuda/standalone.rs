@@ -1,9 +1,10 @@
 //! What the C API offers beyond the operations of a run: packing, the full inverse's factor, conversion.
 
+use super::Cuda;
 use super::bindings::{vlmq_cholesky_inverse_args, vlmq_convert_args, vlmq_pack_args, vlmq_unpack_args};
 use super::memory::Memory;
-use super::tensor::CudaTensor;
-use super::{Cuda, Precision};
+use super::tensor::{CudaTensor, dtype_of};
+use crate::tensor::Float;
 use anyhow::{Result, ensure};
 use std::ptr;
 
@@ -136,14 +137,14 @@ impl Cuda {
     }
 
     /// The same numbers in another precision, rounded to nearest.
-    pub fn convert(&self, x: &CudaTensor, precision: Precision) -> Result<CudaTensor> {
+    pub fn convert(&self, x: &CudaTensor, precision: Float) -> Result<CudaTensor> {
         let mut out = self.tensor(x.rows, x.cols, precision)?;
         self.launch(&vlmq_convert_args {
             x: self.read(x)?,
             out: self.write(&mut out)?,
             count: (x.rows * x.cols) as i64,
-            from: x.precision.dtype(),
-            to: precision.dtype(),
+            from: dtype_of(x.precision),
+            to: dtype_of(precision),
         })?;
         Ok(out)
     }

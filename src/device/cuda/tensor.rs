@@ -2,50 +2,28 @@
 
 use super::bindings::vlmq_dtype;
 use super::memory::Memory;
-use crate::device::ScaleType;
-use crate::tensor::Matrix;
+use crate::tensor::{Float, Matrix};
 use anyhow::Result;
 use bytemuck::Pod;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::borrow::Cow;
 
-/// Element type of a tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
-    /// Single precision: statistics, factors, and everything that the solver works on.
-    F32,
-    /// bfloat16: weights and activations of a model stored so.
-    Bf16,
-    /// IEEE half precision: weights and activations of a model stored so.
-    F16,
+/// The bytes of `values` in this type, rounded to nearest, ties to even.
+pub(super) fn encode(float: Float, values: &[f32]) -> Cow<'_, [u8]> {
+    match float {
+        Float::F32 => Cow::Borrowed(bytemuck::cast_slice(values)),
+        Float::Bf16 => Cow::Owned(narrow(values, bf16::from_f32)),
+        Float::F16 => Cow::Owned(narrow(values, f16::from_f32)),
+    }
 }
 
-impl Precision {
-    /// Bytes of an element.
-    pub(super) fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::Bf16 | Self::F16 => 2,
-        }
-    }
-
-    /// The bytes of `values` in this type, rounded to nearest, ties to even.
-    pub(super) fn encode(self, values: &[f32]) -> Cow<'_, [u8]> {
-        match self {
-            Self::F32 => Cow::Borrowed(bytemuck::cast_slice(values)),
-            Self::Bf16 => Cow::Owned(narrow(values, bf16::from_f32)),
-            Self::F16 => Cow::Owned(narrow(values, f16::from_f32)),
-        }
-    }
-
-    /// As the C API names it.
-    pub(super) fn dtype(self) -> vlmq_dtype {
-        match self {
-            Self::F32 => vlmq_dtype::VLMQ_F32,
-            Self::Bf16 => vlmq_dtype::VLMQ_BF16,
-            Self::F16 => vlmq_dtype::VLMQ_F16,
-        }
+/// The float type as the C API names it.
+pub(super) fn dtype_of(float: Float) -> vlmq_dtype {
+    match float {
+        Float::F32 => vlmq_dtype::VLMQ_F32,
+        Float::Bf16 => vlmq_dtype::VLMQ_BF16,
+        Float::F16 => vlmq_dtype::VLMQ_F16,
     }
 }
 
@@ -67,32 +45,11 @@ pub(super) fn widen<T: Copy + Into<f32> + Send + Sync>(values: &[T]) -> Vec<f32>
     values.par_iter().with_min_len(TILE).map(|&value| value.into()).collect()
 }
 
-/// The types that checkpoints store are those that models run in.
-impl From<ScaleType> for Precision {
-    fn from(stored: ScaleType) -> Self {
-        match stored {
-            ScaleType::F32 => Self::F32,
-            ScaleType::Bf16 => Self::Bf16,
-            ScaleType::F16 => Self::F16,
-        }
-    }
-}
-
-impl From<Precision> for ScaleType {
-    fn from(precision: Precision) -> Self {
-        match precision {
-            Precision::F32 => Self::F32,
-            Precision::Bf16 => Self::Bf16,
-            Precision::F16 => Self::F16,
-        }
-    }
-}
-
 /// A dense row-major matrix `[rows, cols]` in the memory of a [`Cuda`](super::Cuda) device.
 pub struct CudaTensor {
     pub(super) rows: usize,
     pub(super) cols: usize,
-    pub(super) precision: Precision,
+    pub(super) precision: Float,
     /// At least `rows · cols` elements: more where rows are appended.
     pub(super) memory: Memory,
 }
@@ -109,13 +66,13 @@ impl CudaTensor {
     }
 
     /// Element type.
-    pub fn precision(&self) -> Precision {
+    pub fn precision(&self) -> Float {
         self.precision
     }
 
     /// Bytes of a row.
     pub(super) fn row_bytes(&self) -> usize {
-        self.cols * self.precision.size()
+        self.cols * self.precision.bytes()
     }
 
     /// Bytes of all rows.
@@ -127,9 +84,9 @@ impl CudaTensor {
     pub(super) fn to_host(&self) -> Result<Matrix> {
         let count = self.rows * self.cols;
         let values = match self.precision {
-            Precision::F32 => self.memory.read(0, count)?,
-            Precision::Bf16 => widen(&self.memory.read::<bf16>(0, count)?),
-            Precision::F16 => widen(&self.memory.read::<f16>(0, count)?),
+            Float::F32 => self.memory.read(0, count)?,
+            Float::Bf16 => widen(&self.memory.read::<bf16>(0, count)?),
+            Float::F16 => widen(&self.memory.read::<f16>(0, count)?),
         };
         Matrix::new(self.rows, self.cols, values)
     }

@@ -1,11 +1,11 @@
 //! LLaVA-OneVision (arXiv 2408.03326): images in tiles, SigLIP without its last layer and norm, projector, Qwen2 decoder.
 
 use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower};
-use crate::calibration::anyres::{Anyres, Kept, TileLayout};
-use crate::calibration::image::{ImagePatches, stacked_patches};
-use crate::calibration::sequence::VisionInput;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::FamilySupport;
+use crate::data::anyres::{Anyres, Kept, TileLayout};
+use crate::data::image::{ImagePatches, stacked_patches};
+use crate::data::sequence::VisionInput;
 use crate::device::{Activation, ModelOps, Span};
 use crate::model::config::{DecoderConfig, DecoderNames, Section};
 use crate::model::decoder::Linear;

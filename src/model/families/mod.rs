@@ -9,16 +9,17 @@ mod qwen2_5_vl;
 mod qwen2_vl;
 mod qwen3_vl;
 
-pub use crate::calibration::anyres::ImageMode;
+pub use crate::data::anyres::ImageMode;
 
 use super::config::{DecoderConfig, DecoderNames};
-use crate::calibration::image::ImagePatches;
-use crate::calibration::sequence::VisionInput;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::FamilySupport;
+use crate::data::image::ImagePatches;
+use crate::data::sequence::VisionInput;
+use crate::device::ModelOps;
 use crate::device::cpu::Cpu;
-use crate::device::{ModelOps, ScaleType};
 use crate::model::config::Section;
+use crate::tensor::Float;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
@@ -251,7 +252,7 @@ fn registry<D: ModelOps>() -> &'static [&'static dyn Family<D>] {
 }
 
 /// The type that a checkpoint stores its model in: that of the token embedding, which no format quantizes.
-pub fn float_type(checkpoint: &Checkpoint) -> Result<ScaleType> {
+pub fn float_type(checkpoint: &Checkpoint) -> Result<Float> {
     let config = of::<Cpu>(checkpoint)?.config(checkpoint)?;
     checkpoint.float_type(&config.table_name())
 }

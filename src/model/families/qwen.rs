@@ -1,10 +1,10 @@
 //! What the Qwen families have in common: config sections, names, images at their own resolution, the towers' positions.
 
 use super::{ImageOptions, ModelConfig};
-use crate::calibration::image::{ImagePatches, stacked_patches};
-use crate::calibration::native_resolution::{NativeResolution, NativeVision};
-use crate::calibration::sequence::VisionInput;
 use crate::checkpoint::Checkpoint;
+use crate::data::image::{ImagePatches, stacked_patches};
+use crate::data::native_resolution::{NativeResolution, NativeVision};
+use crate::data::sequence::VisionInput;
 use crate::device::{ModelOps, Rotary, Span};
 use crate::model::config::{DecoderConfig, DecoderNames, Section};
 use crate::model::rope;

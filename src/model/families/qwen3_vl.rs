@@ -3,9 +3,9 @@
 
 use super::qwen::{self, Packed, Patches, VISION_PREFIXES, text_section, vision_section};
 use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower};
-use crate::calibration::image::ImagePatches;
-use crate::calibration::sequence::VisionInput;
 use crate::checkpoint::Checkpoint;
+use crate::data::image::ImagePatches;
+use crate::data::sequence::VisionInput;
 use crate::device::{Activation, AttentionShape, ModelOps};
 use crate::model::config::{DecoderConfig, Section, mrope_sections, rope_section};
 use crate::model::decoder::Linear;

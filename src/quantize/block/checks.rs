@@ -1,6 +1,8 @@
 //! What is looked at while a block is quantized: that numbers stay finite, and how far the paths are apart.
 
-use super::{BlockQuantizer, Chunk, LayerSet, calibrated};
+use super::chunk::{Chunk, calibrated};
+use super::quantizer::BlockQuantizer;
+use super::set::LayerSet;
 use crate::device::{ModelOps, SolveOps};
 use crate::model::decoder::{Layout, Projection};
 use crate::quantize::importance::Unusable;
@@ -83,7 +85,7 @@ impl Distance {
         Ok(())
     }
 
-    /// See [`BlockOutcome::path_error`](super::BlockOutcome::path_error).
+    /// See [`BlockOutcome::path_error`](super::quantizer::BlockOutcome::path_error).
     pub(super) fn mean(&self) -> Option<f64> {
         // A difference may overflow in float16 where its terms do not.
         (self.tokens > 0).then(|| self.sum / self.tokens as f64).filter(|mean| mean.is_finite())

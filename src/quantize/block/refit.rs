@@ -1,8 +1,10 @@
 //! Scales of the layers that write to the residual stream, refitted to what the stream lacks.
 
-use super::{BlockQuantizer, Chunk, LayerSet, SolvedLayer, calibrated};
+use super::chunk::{Chunk, calibrated};
+use super::quantizer::{BlockQuantizer, SolvedLayer};
+use super::set::LayerSet;
+use crate::codes::QuantizedLinear;
 use crate::device::{GridRule, ModelOps, SolveOps};
-use crate::quantize::QuantizedLinear;
 use crate::quantize::solve::rule_of;
 use crate::quantize::statistics::Statistics;
 use anyhow::{Context, Result};
@@ -74,9 +76,10 @@ fn multiply_scales(linear: &mut QuantizedLinear, rule: &GridRule, own: &[f32], l
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{Grid, ScaleType};
+    use crate::device::Grid;
+    use crate::tensor::Float;
 
-    fn rule(scale_type: ScaleType) -> GridRule {
+    fn rule(scale_type: Float) -> GridRule {
         GridRule { bits: 3, symmetric: false, grid: Grid::Loss, scale_type, smallest_zero: 0 }
     }
 
@@ -97,16 +100,16 @@ mod tests {
     #[test]
     fn rows_get_factors_of_their_own_within_bounds() {
         let mut linear = layer(&[1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0]);
-        multiply_scales(&mut linear, &rule(ScaleType::F32), &[2.0, 2.0, 2.0, 0.0], &[2.2, 20.0, -1.0, 0.0]);
+        multiply_scales(&mut linear, &rule(Float::F32), &[2.0, 2.0, 2.0, 0.0], &[2.2, 20.0, -1.0, 0.0]);
         let tenth = (2.2f32 as f64 / 2.0) as f32;
         assert_eq!(linear.scales, [tenth, 2.0 * tenth, 1.25, 2.5, 0.8, 1.6, 1.0, 2.0]);
     }
 
     #[test]
     fn scales_are_rounded_to_their_type_and_stay_in_it() {
-        let smallest = ScaleType::F16.smallest();
+        let smallest = Float::F16.smallest();
         let mut linear = layer(&[1.0, 60000.0, smallest, 1.0]);
-        multiply_scales(&mut linear, &rule(ScaleType::F16), &[1.0, 1.0], &[1.2, 0.4]);
-        assert_eq!(linear.scales, [1.0, 60000.0, smallest, ScaleType::F16.round(0.8)]);
+        multiply_scales(&mut linear, &rule(Float::F16), &[1.0, 1.0], &[1.2, 0.4]);
+        assert_eq!(linear.scales, [1.0, 60000.0, smallest, Float::F16.round(0.8)]);
     }
 }

@@ -1,7 +1,7 @@
 //! A layer's codes, put together from blocks of columns in processing order.
 
+use crate::codes::QuantizedLinear;
 use crate::device::{BlockCodes, GroupGrid};
-use crate::quantize::QuantizedLinear;
 use crate::quantize::settings::SolverSettings;
 use rayon::prelude::*;
 

@@ -2,11 +2,12 @@
 //! suspicious.
 
 use super::prepare::{Prepared, ROUNDED, WITHOUT_CROSS};
+use super::propagation::solve_with;
 use super::round::{round_to_nearest, small_scales};
-use super::solve_with;
+use crate::codes::QuantizedLinear;
 use crate::device::{ScaleMisfit, SolveOps};
 use crate::quantize::settings::SolverSettings;
-use crate::quantize::{Finding, FindingKind, QuantizedLinear, SolveReport};
+use crate::quantize::{Finding, FindingKind, SolveReport};
 use anyhow::Result;
 use std::time::Instant;
 

@@ -1,6 +1,6 @@
 //! The part of a solve that depends on the statistics alone: dead inputs, order, damping, factorization, cross term.
 
-use super::checked_group;
+use super::checks::checked_group;
 use crate::device::{BLOCK, CrossFactor, Factor, Factored, PermuteSymmetric, SolveOps};
 use crate::quantize::finding::DEAD_SHARE;
 use crate::quantize::order::{Span, processing_order, spans};

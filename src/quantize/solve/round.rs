@@ -1,11 +1,12 @@
 //! Round to nearest: without statistics, and what the other solvers are held against.
 
 use super::assembly::Assembly;
-use super::{check_finite, check_shape, checked_group, rule_of};
+use super::checks::{check_finite, check_shape, checked_group, rule_of};
+use crate::codes::QuantizedLinear;
 use crate::device::cpu::Cpu;
 use crate::device::{Block, ScaleMisfit, SolveOps, SolveState};
 use crate::quantize::settings::SolverSettings;
-use crate::quantize::{Finding, FindingKind, QuantizedLinear, SolveReport};
+use crate::quantize::{Finding, FindingKind, SolveReport};
 use crate::tensor::Matrix;
 use anyhow::{Result, anyhow};
 use std::time::Instant;

@@ -7,8 +7,8 @@ mod product;
 pub(super) use attention::QUERY_BLOCK;
 
 use super::Cpu;
-use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, ScaleType, Span};
-use crate::tensor::Matrix;
+use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
+use crate::tensor::{Float, Matrix};
 use anyhow::{Result, ensure};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -36,8 +36,8 @@ impl ModelOps for Cpu {
         Ok(out)
     }
 
-    fn element_type(&self) -> ScaleType {
-        ScaleType::F32
+    fn element_type(&self) -> Float {
+        Float::F32
     }
 
     fn gather_rows(&self, table: &Matrix, indices: &[u32]) -> Result<Matrix> {

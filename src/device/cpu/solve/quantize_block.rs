@@ -4,7 +4,7 @@ use super::SLAB;
 use super::lanes::{LANES, Lane};
 use super::product::{part, part_of, scaled_square_sum};
 use super::search::{LossTerms, Part};
-use super::tile::{GridOf, check, gather, groups_of, quantize_tile};
+use super::tile::{GridOf, Slab, check, gather, groups_of, quantize_tile};
 use crate::device::cpu::gemm::{View, ViewMut, gemm};
 use crate::device::cpu::packed::Packed;
 use crate::device::{BLOCK, Block, BlockCodes, Factor, Group, GroupGrid, SolveState};
@@ -13,19 +13,6 @@ use anyhow::Result;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use std::ops::Range;
-
-/// One task's rows of everything that the block reads and writes.
-pub(super) struct Slab<'a> {
-    pub(super) first: usize,
-    pub(super) rows: usize,
-    pub(super) residual: &'a mut [f32],
-    pub(super) carried: Option<&'a mut [f32]>,
-    pub(super) shift: Option<&'a mut [f32]>,
-    pub(super) error: &'a mut [f32],
-    pub(super) codes: &'a mut [u8],
-    pub(super) scales: &'a mut [f32],
-    pub(super) zeros: &'a mut [u8],
-}
 
 /// See [`SolveOps::quantize_block`](crate::device::SolveOps::quantize_block).
 pub(super) fn quantize_block(block: &Block<'_, Matrix>, state: &mut SolveState<Matrix>) -> Result<BlockCodes> {

@@ -1,13 +1,25 @@
 //! Sixteen rows of a block, column by column.
 
 use super::lanes::{self, Column, LANES, Lane, LaneGrid};
-use super::quantize_block::Slab;
 use super::search::{LossTerms, Part, least_loss};
 use crate::device::{Block, Grid, GridRule, GroupGrid};
 use crate::tensor::Matrix;
 use anyhow::Result;
 use pulp::{Simd, WithSimd};
 use std::slice;
+
+/// One task's rows of everything that the block reads and writes.
+pub(super) struct Slab<'a> {
+    pub(super) first: usize,
+    pub(super) rows: usize,
+    pub(super) residual: &'a mut [f32],
+    pub(super) carried: Option<&'a mut [f32]>,
+    pub(super) shift: Option<&'a mut [f32]>,
+    pub(super) error: &'a mut [f32],
+    pub(super) codes: &'a mut [u8],
+    pub(super) scales: &'a mut [f32],
+    pub(super) zeros: &'a mut [u8],
+}
 
 /// The column loop on up to sixteen rows of a slab, from its row `first`. `current` `[rows, width]` brings the corrections
 /// of earlier blocks and comes back with each weight as it was just before rounding, `rounded` with the weight it became.

@@ -1,0 +1,54 @@
+//! The sets of layers that read the same input, in the order in which they are quantized.
+
+use crate::device::ModelOps;
+use crate::model::config::DecoderConfig;
+use crate::model::decoder::{Block, Layout, Projection};
+use anyhow::Result;
+
+/// A set of layers that read the same input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LayerSet {
+    Attention,
+    Output,
+    Mlp,
+    Down,
+}
+
+impl LayerSet {
+    pub(super) const ALL: [Self; 4] = [Self::Attention, Self::Output, Self::Mlp, Self::Down];
+
+    pub(super) fn projections(self) -> &'static [Projection] {
+        match self {
+            Self::Attention => &[Projection::Q, Projection::K, Projection::V],
+            Self::Output => &[Projection::O],
+            Self::Mlp => &[Projection::Gate, Projection::Up],
+            Self::Down => &[Projection::Down],
+        }
+    }
+
+    /// The output projection that ends the attention module or the MLP with this set, if it does.
+    pub(super) fn residual(self) -> Option<Projection> {
+        match self {
+            Self::Output => Some(Projection::O),
+            Self::Down => Some(Projection::Down),
+            Self::Attention | Self::Mlp => None,
+        }
+    }
+
+    /// The set's input, from the residual stream.
+    pub(super) fn input<D: ModelOps>(
+        self,
+        device: &D,
+        config: &DecoderConfig,
+        block: &Block<D::Tensor>,
+        x: &D::Tensor,
+        layout: &Layout<D::Tensor>,
+    ) -> Result<D::Tensor> {
+        match self {
+            Self::Attention => block.attention_input(device, config, x),
+            Self::Output => block.output_input(device, config, x, layout),
+            Self::Mlp => block.mlp_input(device, config, x),
+            Self::Down => block.down_input(device, config, x),
+        }
+    }
+}

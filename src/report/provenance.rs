@@ -1,0 +1,206 @@
+//! Where a quantized checkpoint comes from: program, settings, and checksums of all that was read.
+//!
+//! `report.json` holds all of it, paths as they were given. What goes out into the world with the weights, config.json and the
+//! model card, has the [summary](Provenance::summary): names without the folders that they lay in, no times, so that the same
+//! run gives the same bytes.
+
+use super::settings::RunSettings;
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::checksum::{self, Checksum};
+use crate::checkpoint::side_files::SideFiles;
+use crate::data::sequence::{Collected, Sequence};
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// The commit that this program was built from: `HASH`, `HASH-modified` where the sources had been changed since,
+/// `HASH-unchecked` where nobody could tell, or `unknown`.
+pub const COMMIT: &str = env!("VLMQ_COMMIT");
+
+/// The key of config.json that holds the [summary](Provenance::summary).
+pub const KEY: &str = "vlmq";
+
+/// Where a quantized checkpoint comes from.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Provenance {
+    /// Version of this crate.
+    pub vlmq_version: String,
+    /// The commit it was built from, see [`COMMIT`].
+    pub commit: String,
+    /// The float checkpoint's folder, as it was given.
+    pub model: String,
+    /// Every setting of the run under its command-line name, as they took effect.
+    pub settings: Value,
+    /// Checksums of what was read.
+    pub inputs: Inputs,
+}
+
+/// SHA-256 of what was read.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Inputs {
+    /// Files of the float checkpoint: config.json, weights, and all that is copied.
+    pub model: BTreeMap<String, String>,
+    /// The calibration file; `None` for round-to-nearest.
+    pub calibration: Option<String>,
+    /// The samples drawn from it as the model takes them: token ids, positions, resized images. Whatever of template,
+    /// tokenizer, image files or settings changes them changes this.
+    pub samples: Option<String>,
+    /// The samples held out of them, see [`check`](super::check), likewise; they decide no weight, and `None` is left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub held_out: Option<String>,
+}
+
+impl Provenance {
+    /// Of a run with `settings` as they take effect. Reads every file of the checkpoint once, as long as `check` lets it.
+    pub fn of(
+        settings: &RunSettings,
+        checkpoint: &Checkpoint,
+        data: &Collected,
+        held_out: &[Sequence],
+        check: checksum::Check<'_>,
+    ) -> Result<Self> {
+        let folder = checkpoint.folder();
+        let mut files: Vec<PathBuf> = SideFiles::of(folder)?.kept.iter().map(|name| folder.join(name)).collect();
+        files.push(folder.join("config.json"));
+        files.extend(checkpoint.weight_files().map(Path::to_path_buf));
+        let calibrated = !data.sequences.is_empty();
+        let calibration = settings.calib.as_deref().filter(|_| calibrated).map(checksum::of_file).transpose()?;
+        Ok(Self {
+            vlmq_version: env!("CARGO_PKG_VERSION").to_owned(),
+            commit: COMMIT.to_owned(),
+            model: settings.model.display().to_string(),
+            settings: serde_json::to_value(settings)?,
+            inputs: Inputs {
+                model: checksum::of_files_until(folder, &files, check)?,
+                calibration,
+                samples: calibrated.then(|| of_samples(&data.sequences)),
+                held_out: (!held_out.is_empty()).then(|| of_samples(held_out)),
+            },
+        })
+    }
+
+    /// What to call the float checkpoint: its repository's name where it lies in the Hub's cache, else its folder's.
+    pub fn base_model(&self) -> String {
+        let parts = || self.model.split(['/', '\\']).filter(|part| !["", ".", ".."].contains(part));
+        let cached = parts().find_map(|part| part.strip_prefix("models--")).map(|name| name.replacen("--", "/", 1));
+        cached.or_else(|| parts().next_back().map(str::to_owned)).unwrap_or_else(|| "model".into())
+    }
+
+    /// One checksum for all files of the float checkpoint: that of their lines as `sha256sum` prints them, in order of name.
+    pub fn base_model_sha256(&self) -> String {
+        let lines: String = self.inputs.model.iter().map(|(name, sum)| format!("{sum}  {name}\n")).collect();
+        checksum::of_bytes(lines.as_bytes())
+    }
+
+    /// What config.json says under [`KEY`].
+    pub fn summary(&self) -> Value {
+        let mut settings = self.settings.clone();
+        let mut format = Value::Null;
+        let mut seed = Value::Null;
+        if let Some(settings) = settings.as_object_mut() {
+            for folder in ["model", "calib", "out", "image_root"] {
+                settings.shift_remove(folder);
+            }
+            format = settings.shift_remove("format").unwrap_or_default();
+            seed = settings.shift_remove("seed").unwrap_or_default();
+            if let Some(Value::String(template)) = settings.get_mut("chat_template") {
+                *template = file_name(template);
+            }
+        }
+        let calibration = self.inputs.calibration.as_ref().map(|sum| {
+            let file = self.calibration_file();
+            json!({"file": file, "sha256": sum, "samples_sha256": self.inputs.samples})
+        });
+        json!({
+            "version": self.vlmq_version,
+            "commit": self.commit,
+            "base_model": self.base_model(),
+            "base_model_sha256": self.base_model_sha256(),
+            "format": format,
+            "settings": settings,
+            "seed": seed,
+            "calibration": calibration,
+        })
+    }
+
+    /// Name of the calibration file, without its folder.
+    pub fn calibration_file(&self) -> Option<String> {
+        self.settings["calib"].as_str().map(file_name)
+    }
+}
+
+/// The last part of a path, of either system's.
+fn file_name(path: &str) -> String {
+    path.rsplit(['/', '\\']).find(|part| !part.is_empty()).unwrap_or(path).to_owned()
+}
+
+fn of_samples(sequences: &[Sequence]) -> String {
+    let mut checksum = Checksum::default();
+    for sequence in sequences {
+        checksum.field(sequence.id.as_bytes());
+        checksum.field(bytemuck::cast_slice(&sequence.tokens));
+        checksum.field(bytemuck::cast_slice(&sequence.positions));
+        for image in &sequence.images {
+            let (rows, columns) = image.tiles.as_ref().map_or((0, 0), |tiles| (tiles.rows, tiles.columns));
+            let shape = [image.original.0, image.original.1, rows, columns, image.crops().len()];
+            checksum.field(bytemuck::cast_slice(&shape.map(|n| n as u64)));
+            for crop in image.crops() {
+                checksum.field(bytemuck::cast_slice(&[crop.width(), crop.height()]));
+                checksum.field(crop.as_raw());
+            }
+        }
+    }
+    checksum.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn provenance(model: &str) -> Provenance {
+        let model_sums = [("b", "2".repeat(64)), ("a", "1".repeat(64))].map(|(name, sum)| (name.to_owned(), sum));
+        Provenance {
+            vlmq_version: "1.2.3".into(),
+            commit: "unknown".into(),
+            model: model.into(),
+            settings: json!({"model": model, "calib": "/x/secret/c.jsonl", "out": "/x/secret/o", "format": "gptq", "seed": 7,
+                "image_root": "/x/secret", "chat_template": "/x/secret/t.jinja", "solver": {"bits": 3}}),
+            inputs: Inputs {
+                model: model_sums.into_iter().collect(),
+                calibration: Some("3".repeat(64)),
+                samples: Some("4".repeat(64)),
+                held_out: None,
+            },
+        }
+    }
+
+    #[test]
+    fn models_have_names_without_folders() {
+        for (path, name) in [
+            ("/x/models/Some-VL-2B", "Some-VL-2B"),
+            ("../Some-VL-2B/", "Some-VL-2B"),
+            ("/x/hub/models--Org--Some-VL--2B/snapshots/0123abcd", "Org/Some-VL--2B"),
+            ("M:\\models\\a b", "a b"),
+            (".", "model"),
+        ] {
+            assert_eq!(provenance(path).base_model(), name, "{path}");
+        }
+    }
+
+    #[test]
+    fn summaries_tell_no_folder() {
+        let summary = provenance("/x/secret/m").summary();
+        assert!(!summary.to_string().contains("secret"), "{summary}");
+        assert_eq!(summary["settings"], json!({"chat_template": "t.jinja", "solver": {"bits": 3}}));
+        assert_eq!(
+            (&summary["format"], &summary["seed"], &summary["base_model"]),
+            (&"gptq".into(), &7.into(), &"m".into())
+        );
+        assert_eq!(summary["calibration"]["file"], "c.jsonl");
+        // `sha256sum a b | sha256sum`.
+        let lines = format!("{}  a\n{}  b\n", "1".repeat(64), "2".repeat(64));
+        assert_eq!(summary["base_model_sha256"], checksum::of_bytes(lines.as_bytes()));
+    }
+}

@@ -1,0 +1,61 @@
+//! A run up to where the first weight would be read: every input checked, memory, disk and time counted.
+
+use super::encode;
+use super::input::{Input, Sizes};
+use crate::device::{ModelOps, SolveOps};
+use crate::plan::{DiskPlan, MemoryPlan, TimePlan};
+use crate::plan::{Rates, StageEstimate};
+use crate::progress::{Observer, Stage, StageTime};
+use crate::report::CalibrationCounts;
+use crate::report::settings::RunSettings;
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+/// What a run would take.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DryRun {
+    /// The checkpoint's `model_type`.
+    pub family: String,
+    /// Device that would compute, such as `cpu`.
+    pub device: String,
+    /// What became of the calibration data.
+    pub calibration: CalibrationCounts,
+    /// Memory of device and host.
+    pub memory: MemoryPlan,
+    /// Room on disk.
+    pub disk: DiskPlan,
+    /// Time, estimated.
+    pub time: TimePlan,
+}
+
+/// Everything that [`run`](super::run) does before it reads a weight or writes a byte, and what it would take: errors as it
+/// has them of settings, headers, templates, data and room. It takes seconds, whatever the size of the model: reading the
+/// data, and about a second of products that show how fast the device is.
+pub fn dry_run<D: ModelOps + SolveOps>(
+    device: &D,
+    settings: &RunSettings,
+    observer: &mut dyn Observer,
+) -> Result<DryRun> {
+    settings.check()?;
+    let settings = &settings.plain();
+    let mut stages: Vec<StageTime> = Vec::new();
+    let (input, data) = Input::read::<D>(settings, &mut stages, observer)?;
+    let memory = input.plan(device, &data, settings.chunk_tokens)?;
+    let job = input.job::<D>(&data, settings.chunk_tokens)?;
+    let disk = input.disk(&job, device.element_bytes(), settings.format, &settings.out)?;
+
+    let mut file_bytes = 0;
+    for file in input.checkpoint.weight_files() {
+        file_bytes += file.metadata().with_context(|| format!("cannot read {}", file.display()))?.len();
+    }
+    let sizes = Sizes::new(&input.checkpoint, &input.linears, settings.format, &input.solver)?;
+    let rates = Rates::measure(device, &job)?;
+    let mut time = TimePlan::new(&job, rates, file_bytes, sizes.before - sizes.float_layers);
+    // This stage has just been through.
+    for StageTime { stage, seconds } in stages.into_iter().filter(|time| time.stage == Stage::Data) {
+        time.seconds += seconds;
+        time.stages.insert(0, StageEstimate { stage, seconds, load: Default::default() });
+    }
+    let calibration = encode::counts(&data.calibration, input.config.image_token);
+    Ok(DryRun { family: input.family.into(), device: device.name(), calibration, memory, disk, time })
+}

@@ -1,0 +1,265 @@
+//! What a run reads, all of it checked before anything is on a device or written.
+
+use super::places::{self, Chunked, HELD_OUT, Places};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::formats::{FamilySupport, Format, LinearSpec};
+use crate::checkpoint::write::Writer;
+use crate::data::TakesTooLong;
+use crate::data::chunks::chunks_of_tokens;
+use crate::data::dataset;
+use crate::data::sequence::{Collected, Sequence, SequenceBuilder, VisionInput, collect};
+use crate::device::{ModelOps, SolveOps};
+use crate::model::decoder::{Projection, module_name};
+use crate::model::families::{self, Head, ModelConfig, VisionLoad};
+use crate::model::language_model::check_headers;
+use crate::model::parts::{Part, largest_of, values_of};
+use crate::plan::DecoderShape;
+use crate::plan::{CheckSize, DiskPlan, EmbedderSize, Job, MemoryPlan, StateBytes};
+use crate::plan::{ChunkSize, Costs, Process};
+use crate::progress::{Observer, Stage, StageClock, StageTime};
+use crate::quantize::settings::{Importance, ImportancePower, Refit, Solver, SolverSettings};
+use crate::report::samples::{self, ReportSample};
+use crate::report::settings::RunSettings;
+use anyhow::{Result, bail};
+use rayon::prelude::*;
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+
+/// The samples of a run.
+#[derive(Default)]
+pub(super) struct Data {
+    /// Those that the model is calibrated with, and how many were too long for it.
+    pub(super) calibration: Collected,
+    /// Those that tell what came of it.
+    pub(super) held_out: Vec<Sequence>,
+}
+
+impl Data {
+    /// All of them, in order.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Sequence> {
+        self.calibration.sequences.iter().chain(&self.held_out)
+    }
+
+    /// Cuts both kinds into chunks of at most so many tokens.
+    pub(super) fn packed(&self, chunk_tokens: usize) -> Chunked<'_> {
+        let mut chunks = pack(&self.calibration.sequences, chunk_tokens);
+        let calibrated = chunks.len();
+        chunks.extend(pack(&self.held_out, chunk_tokens));
+        Chunked { chunks, calibrated }
+    }
+}
+
+/// A checkpoint and what is to be done with it, read and checked.
+pub(super) struct Input {
+    pub(super) checkpoint: Arc<Checkpoint>,
+    pub(super) family: &'static str,
+    /// See [`Family::support`](families::Family::support).
+    pub(super) support: FamilySupport,
+    pub(super) config: ModelConfig,
+    pub(super) solver: SolverSettings,
+    pub(super) importance: Importance,
+    pub(super) importance_power: ImportancePower,
+    pub(super) refit: Refit,
+    pub(super) format: Format,
+    pub(super) linears: Vec<LinearSpec>,
+    /// Whether no sample has an image, so that the vision tower is not needed.
+    pub(super) text_only: bool,
+    /// Whether the first finding ends the run.
+    pub(super) strict: bool,
+    /// What the report shows of the data.
+    pub(super) samples: Vec<ReportSample>,
+}
+
+impl Input {
+    pub(super) fn read<D: ModelOps>(
+        settings: &RunSettings,
+        stages: &mut Vec<StageTime>,
+        observer: &mut dyn Observer,
+    ) -> Result<(Self, Data)> {
+        let checkpoint = Arc::new(Checkpoint::open(&settings.model)?);
+        checkpoint.refuse_quantized()?;
+        let family = families::of::<D>(&checkpoint)?;
+        let config = family.config(&checkpoint)?;
+        config.remarks(&checkpoint).iter().for_each(|remark| log::warn!("{remark}"));
+        let mut solver = settings.solver.clone();
+        solver.scale_type = settings.format.scale_type(families::float_type(&checkpoint)?);
+        solver.smallest_zero = settings.format.smallest_zero();
+        // Rounding to nearest weighs nothing, and the report should not say so.
+        let importance = if solver.solver == Solver::Rtn { Importance::None } else { settings.importance };
+        let importance_power = match importance {
+            Importance::None => ImportancePower::PAPER,
+            Importance::Vlmq => settings.importance_power,
+        };
+        let refit = match solver.solver {
+            Solver::Rtn => Refit::None,
+            Solver::Gptq | Solver::Gptaq => settings.refit.unwrap_or_else(|| Refit::usual(&solver)),
+        };
+        let linears = linear_specs(&config);
+        Writer::check(&checkpoint, &linears, settings.format, &solver.layout())?;
+        let (data, samples) = match solver.solver {
+            Solver::Rtn => (Data::default(), Vec::new()),
+            Solver::Gptq | Solver::Gptaq => {
+                let vision = family.vision_input(&checkpoint, settings.image_options)?;
+                read_data(settings, &checkpoint, vision, stages, observer)?
+            }
+        };
+        let text_only = data.all().all(|sequence| sequence.images.is_empty());
+        check_headers::<D>(&checkpoint, &config, !text_only)?;
+        let input = Self {
+            checkpoint,
+            family: family.model_type(),
+            support: family.support(),
+            config,
+            solver,
+            importance,
+            importance_power,
+            refit,
+            format: settings.format,
+            linears,
+            text_only,
+            strict: settings.strict,
+            samples,
+        };
+        Ok((input, data))
+    }
+
+    /// The tokens that both paths are to predict behind the last block: none without a head.
+    pub(super) fn places(&self, packed: &Chunked<'_>) -> Vec<Places> {
+        match self.config.head {
+            Head::Missing => Vec::new(),
+            Head::Embedding | Head::Stored => places::places(packed, self.config.image_token),
+        }
+    }
+
+    /// What is to be done, in sizes.
+    pub(super) fn job<D: ModelOps + SolveOps>(&self, data: &Data, chunk_tokens: usize) -> Result<Job<'_>> {
+        let load = match self.text_only {
+            true => VisionLoad::default(),
+            false => families::of::<D>(&self.checkpoint)?.vision_load(&self.checkpoint)?,
+        };
+        let packed = data.packed(chunk_tokens);
+        let size = |(i, sequences): (usize, &Vec<&Sequence>)| ChunkSize {
+            checked: packed.is_checked(i),
+            ..ChunkSize::of(sequences, &load, self.config.image_token)
+        };
+        let chunks: Vec<ChunkSize> = packed.chunks.iter().enumerate().map(size).collect();
+        let asked = self.places(&packed).iter().map(|places| places.rows.len()).sum();
+        let tower = || match self.text_only {
+            true => 0,
+            false => values_of(&self.checkpoint, &self.config, Part::VisionTower),
+        };
+        let embedder = (!chunks.is_empty()).then(|| EmbedderSize { tower: tower(), load });
+        let shape = DecoderShape::of(&self.config.decoder);
+        Ok(Job {
+            shape,
+            solver: &self.solver,
+            importance: self.importance,
+            refit: self.refit,
+            chunks,
+            deepstack: load.deepstack,
+            embedder,
+            check: CheckSize { tokens: asked, vocab: self.config.decoder.vocab },
+        })
+    }
+
+    /// Counts what memory a run will take, and refuses what cannot fit.
+    pub(super) fn plan<D: ModelOps + SolveOps>(
+        &self,
+        device: &D,
+        data: &Data,
+        chunk_tokens: usize,
+    ) -> Result<MemoryPlan> {
+        let (job, costs) = (self.job::<D>(data, chunk_tokens)?, Costs::of(device));
+        let replaced: HashSet<String> = self.linears.iter().map(|linear| format!("{}.weight", linear.module)).collect();
+        let mut process =
+            Process::now(&self.checkpoint, &data.all().collect::<Vec<_>>(), |name| !replaced.contains(name))?;
+        if job.embedder.is_some() {
+            let table = self.checkpoint.tensor(&self.config.table_name())?;
+            process.stored = (table.bytes.len() / table.shape.iter().product::<usize>().max(1)) as u64;
+            if !self.text_only {
+                process.largest_embedding = largest_of(&self.checkpoint, &self.config, Part::VisionTower);
+            }
+        }
+        MemoryPlan::fit(&job, &costs, device.memory_limit())?.with_host(&job, &costs, &process)
+    }
+
+    /// Counts what room a run will take on disk, and refuses what cannot fit.
+    pub(super) fn disk(&self, job: &Job<'_>, element_bytes: usize, format: Format, out: &Path) -> Result<DiskPlan> {
+        let output = Writer::planned_bytes(&self.checkpoint, &self.linears, format, &self.solver.layout())?;
+        let plan = DiskPlan::new(out, output, StateBytes::of(job, element_bytes).total());
+        plan.check(out)?;
+        Ok(plan)
+    }
+}
+
+/// Every linear layer of the decoder, under its on-disk name.
+pub fn linear_specs(config: &ModelConfig) -> Vec<LinearSpec> {
+    (0..config.decoder.layers)
+        .flat_map(|block| Projection::ALL.map(|projection| (block, projection)))
+        .map(|(block, projection)| {
+            let (out_features, in_features) = projection.shape(&config.decoder);
+            LinearSpec { module: module_name(&config.names, block, projection), out_features, in_features }
+        })
+        .collect()
+}
+
+/// Bytes of tensors.
+pub(super) struct Sizes {
+    pub(super) before: u64,
+    pub(super) float_layers: u64,
+    pub(super) quantized_layers: u64,
+}
+
+impl Sizes {
+    pub(super) fn new(
+        checkpoint: &Checkpoint,
+        linears: &[LinearSpec],
+        format: Format,
+        solver: &SolverSettings,
+    ) -> Result<Self> {
+        let layout = solver.layout();
+        let bytes = |name: &str| Ok(checkpoint.tensor(name)?.bytes.len() as u64);
+        Ok(Self {
+            before: checkpoint.names().map(bytes).sum::<Result<u64>>()?,
+            float_layers: linears.iter().map(|l| bytes(&format!("{}.weight", l.module))).sum::<Result<u64>>()?,
+            quantized_layers: linears.iter().flat_map(|l| format.specs(l, &layout)).map(|s| s.bytes() as u64).sum(),
+        })
+    }
+}
+
+/// Reads the calibration data, images included, and what the report shows of it. Samples to hold out are those that would be
+/// drawn next; what is wrong with one costs nothing but the sample, unless it takes too long: then it goes on taking time.
+fn read_data(
+    settings: &RunSettings,
+    checkpoint: &Checkpoint,
+    vision: Box<dyn VisionInput>,
+    stages: &mut Vec<StageTime>,
+    observer: &mut dyn Observer,
+) -> Result<(Data, Vec<ReportSample>)> {
+    let Some(calib) = &settings.calib else {
+        bail!("--solver gptq and gptaq need calibration data: give a file with --calib");
+    };
+    let conversations = dataset::read(calib, settings.image_root.as_deref())?;
+    let mut conversations =
+        dataset::select(conversations, Some(settings.samples.saturating_add(HELD_OUT)), settings.seed);
+    let others = conversations.split_off(settings.samples.min(conversations.len()));
+    let builder = SequenceBuilder::with_template(checkpoint.folder(), vision, &settings.chat_template)?;
+    let clock = StageClock::start(Stage::Data, conversations.len() as u64, observer);
+    let stop = observer.stop();
+    let collected =
+        collect(&builder, &conversations, settings.max_tokens, settings.skip_bad_images, || Ok(stop.check()?))?;
+    let samples = samples::choose(&builder, &collected.sequences)?;
+    let built = others.par_iter().filter_map(|conversation| match builder.build(conversation) {
+        Ok(sequence) => (sequence.tokens.len() <= settings.max_tokens).then_some(Ok(sequence)),
+        Err(error) => error.is::<TakesTooLong>().then_some(Err(error)),
+    });
+    let held_out = built.collect::<Result<_>>()?;
+    stages.push(clock.finish(observer));
+    Ok((Data { calibration: collected, held_out }, samples))
+}
+
+/// Cuts the samples, in order, into chunks of at most `most` tokens.
+fn pack(sequences: &[Sequence], most: usize) -> Vec<Vec<&Sequence>> {
+    chunks_of_tokens(sequences, most as u64).into_iter().map(|chunk| sequences[chunk].iter().collect()).collect()
+}
