@@ -1,7 +1,6 @@
 //! The CUDA device under test, numbers for it, and how its results are compared with the CPU's.
 
-use super::factors::widened;
-use super::golden::relative_error;
+use super::golden::{relative_error, widened};
 use super::kernels::{Variant, build};
 use super::noise;
 use std::sync::OnceLock;
