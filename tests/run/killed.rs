@@ -14,6 +14,9 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 use vlmq::device::cpu::Cpu;
 
+/// How long something is waited for that comes soon, or the test has failed.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Starts the program.
 fn start(place: &Place, extra: &[&str]) -> Child {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vlmq-run"));
@@ -39,9 +42,22 @@ fn ends_within(child: &mut Child, time: Duration) -> bool {
 fn wait_for_state(place: &Place, finished: usize) {
     let begin = Instant::now();
     while !place.work().join(format!("state-{finished}")).exists() {
-        assert!(begin.elapsed() < Duration::from_secs(60), "no state {finished} in {:?}", place.left());
+        assert!(begin.elapsed() < PATIENCE, "no state {finished} in {:?}", place.left());
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// The states that a run has left.
+fn states(place: &Place) -> Vec<String> {
+    let mut states = if place.work().exists() { names_in(&place.work()) } else { Vec::new() };
+    states.retain(|name| name.starts_with("state-"));
+    states
+}
+
+/// Blocks behind which it goes on.
+fn finished(place: &Place) -> usize {
+    let numbers = states(place).into_iter().map(|name| name["state-".len()..].parse().unwrap());
+    numbers.max().expect("a state")
 }
 
 fn send(signal: &str, child: &Child) {
@@ -87,9 +103,7 @@ fn kill(checkpoint: &str, extra: &[&str], kills: usize, seed: u64) -> BTreeMap<S
             killed += 1;
             let left = place.left();
             assert!(left.iter().all(|name| name == ".out.vlmq" || name == "out"), "{left:?}");
-            let mut states = if place.work().exists() { names_in(&place.work()) } else { Vec::new() };
-            states.retain(|name| name.starts_with("state-"));
-            *found.entry(states.join(" ")).or_default() += 1;
+            *found.entry(states(&place).join(" ")).or_default() += 1;
         }
         assert_eq!(differing(&place.finished(), &expected), [""; 0], "{checkpoint} {extra:?} behind {killed} kills");
     }
@@ -131,12 +145,15 @@ fn signals_end_a_run_where_nothing_is_lost() {
     let expected = whole.finished();
     for (signal, code) in [("INT", 130), ("TERM", 143)] {
         let place = Place::slow();
-        let child = start(&place, SLOW);
+        let mut child = start(&place, SLOW);
         wait_for_state(&place, 1);
+        // Held still, so that all it does from here on it does with the signal before it, however busy the machine is.
+        send("STOP", &child);
+        let before = finished(&place);
         send(signal, &child);
-        let asked = Instant::now();
+        send("CONT", &child);
+        assert!(ends_within(&mut child, PATIENCE), "SIG{signal} ends nothing");
         let output = child.wait_with_output().unwrap();
-        assert!(asked.elapsed() < Duration::from_secs(5));
         let errors = stderr(&output);
         assert_eq!(output.status.code(), Some(code), "{errors}");
         let last = errors.lines().last().unwrap();
@@ -144,6 +161,8 @@ fn signals_end_a_run_where_nothing_is_lost() {
         assert!(last.ends_with("; run the same command again to go on"), "{errors}");
         assert!(!errors.contains("error:"), "{errors}");
         assert_eq!(place.left(), [".out.vlmq"]);
+        let more = finished(&place) - before;
+        assert!(more <= 1, "{more} blocks are finished behind SIG{signal}");
         let output = place.run(&[SLOW, &["--quiet"]].concat());
         assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()));
         assert_eq!(differing(&place.finished(), &expected), [""; 0]);
@@ -154,7 +173,7 @@ fn signals_end_a_run_where_nothing_is_lost() {
         let place = Place::slow();
         let child = start(&place, &["--samples", "256"]);
         let begin = Instant::now();
-        while !place.work().join("lock").exists() && begin.elapsed() < Duration::from_secs(60) {}
+        while !place.work().join("lock").exists() && begin.elapsed() < PATIENCE {}
         signals.iter().for_each(|signal| send(signal, &child));
         let output = child.wait_with_output().unwrap();
         assert!([Some(130), Some(143)].contains(&output.status.code()), "{}", stderr(&output));

@@ -2,22 +2,17 @@
 //! is told in one message, and nothing but the work folder is left.
 
 use crate::resuming::{Moment, PLAIN, Place, differing};
-use crate::support::program::{Bench, names_in, stderr, stdout, succeed, text, vlmq_run};
+use crate::support::program::{Bench, names_in, run_behind, stderr, stdout, succeed, text, vlmq_run};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use vlmq::device::cpu::Cpu;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vlmq-run");
 const SMALL: &str = "flat-tied-bf16";
-
-/// Runs a command line of the program behind lines of a shell.
-fn behind(lines: &str, arguments: &[String]) -> Output {
-    let script = format!("{lines}; exec \"$@\"");
-    Command::new("sh").args(["-c", &script, "sh", PROGRAM]).args(arguments).output().unwrap()
-}
 
 /// Whether a run was good; if not, it must have said why in one line, and left nothing.
 fn good_or_told(bench: &Bench, output: &Output, what: &str) -> bool {
@@ -39,7 +34,7 @@ fn good_or_told(bench: &Bench, output: &Output, what: &str) -> bool {
 
 #[test]
 fn a_limit_on_the_size_of_files_is_like_a_full_disk() {
-    let limited = |place: &Place| behind("ulimit -f 100", &place.arguments(&[]));
+    let limited = |place: &Place| run_behind("ulimit -f 100", &place.arguments(&[]));
     let whole = Place::new(PLAIN);
     assert_eq!(whole.run(&[]).status.code(), Some(0));
     let place = Place::new(PLAIN);
@@ -73,7 +68,7 @@ fn a_small_stack_is_enough() {
     let commands = [bench.quantize(&[]), bench.eval(&["--threads", "1"]), bench.inspect()];
     for kilobytes in [64, 128, 512, 2048] {
         for arguments in &commands {
-            let output = behind(&format!("ulimit -s {kilobytes}"), arguments);
+            let output = run_behind(&format!("ulimit -s {kilobytes}"), arguments);
             assert!(good_or_told(&bench, &output, &format!("{kilobytes} kB: {arguments:?}")), "{}", stderr(&output));
         }
     }
@@ -87,7 +82,7 @@ fn too_few_open_files_are_told() {
     // With fewer the system's loader finds no library.
     for count in (4..12).chain([24]) {
         for (arguments, good) in commands.iter().zip(&mut good) {
-            let output = behind(&format!("ulimit -n {count}"), arguments);
+            let output = run_behind(&format!("ulimit -n {count}"), arguments);
             *good = good_or_told(&bench, &output, &format!("{count} open files: {arguments:?}"));
             assert!(!*good || count > 5, "{count} open files are enough?");
         }
@@ -102,7 +97,7 @@ fn too_little_memory_leaves_nothing_but_the_work_folder() {
     let mut ends = [0; 3];
     for megabytes in [20, 40, 60, 80, 120, 200, 400, 600, 700, 800, 1000, 2000] {
         let line = format!("ulimit -v {}", megabytes << 10);
-        let output = behind(&line, &bench.quantize(&["--threads", "2"]));
+        let output = run_behind(&line, &bench.quantize(&["--threads", "2"]));
         let errors = stderr(&output);
         if output.status.code() == Some(0) {
             fs::remove_dir_all(bench.outputs().join("out")).unwrap();
@@ -146,8 +141,9 @@ impl Crowded {
         }
         let probe = folder.join("probe");
         fs::write(&probe, "").unwrap();
-        // Numbers that no user has.
-        let user = 1_000_000 + std::process::id();
+        // Numbers that no user has, each once: a user's limit counts all that is the user's.
+        static USERS: AtomicU32 = AtomicU32::new(0);
+        let user = 1_000_000 + 8 * std::process::id() + USERS.fetch_add(1, Ordering::Relaxed);
         let may = std::os::unix::fs::chown(&probe, Some(user), None).is_ok();
         Self { bench, program, user: may.then_some(user) }
     }
