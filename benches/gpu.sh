@@ -40,7 +40,7 @@ pack() {
   }
   # One by one: a failure inside a list would not end the script.
   executables=$(built build --release --bin vlmq-run --example wide_checkpoint)
-  executables+=$'\n'$(built test --release --no-run --test device_cuda --test memory_cuda)
+  executables+=$'\n'$(built test --release --no-run --test gpu)
   executables+=$'\n'$(built bench --no-run --bench kernels)
   for executable in $executables; do
     strip -o "$folder/$(basename "$executable" | sed 's/-[0-9a-f]\{16\}$//')" "$executable"
@@ -220,13 +220,13 @@ PYTHON
 
 # The device's tests; every one runs, whatever the others find. On the emulator a few stand for all: CI runs them anyway.
 device_tests() {
-  local program code=0 counts="" tests=()
+  local module code=0 counts="" tests=("")
   [[ -z ${GPU_REHEARSAL:-} ]] || tests=(shared_rows products_and_norms the_limit_holds)
-  for program in device_cuda memory_cuda; do
-    "$scratch/$program" --test-threads 4 --show-output "${tests[@]}" 2>&1 | tee "$scratch/$program.txt" || code=1
-    counts+="$program: $(grep -o '[0-9]* passed; [0-9]* failed' "$scratch/$program.txt" || echo "no result"); "
+  for module in device memory; do
+    "$scratch/gpu" --test-threads 4 --show-output "${tests[@]/#/$module::}" 2>&1 | tee "$scratch/$module.txt" || code=1
+    counts+="$module: $(grep -o '[0-9]* passed; [0-9]* failed' "$scratch/$module.txt" || echo "no result"); "
   done
-  grep -h '^test .* FAILED' "$scratch"/{device,memory}_cuda.txt || true
+  grep -h '^test .* FAILED' "$scratch"/{device,memory}.txt || true
   echo "$counts"
   return $code
 }
@@ -338,20 +338,20 @@ print()
 PYTHON
 }
 
-# sanitize TOOL [FILTER...]: the device's tests, which launch every kernel, or those that FILTER leaves of them. Never wide layers,
-# which take a sanitizer minutes, nor the test that keeps a GPU busy for a while, which racecheck makes minutes of.
+# sanitize TOOL NAME [FILTER...]: the device's tests, which launch every kernel, whose names begin with NAME, or those that FILTER leaves of
+# them. Never wide layers, which take a sanitizer minutes, nor the test that keeps a GPU busy for a while, which racecheck makes minutes of.
 sanitize() {
-  local tool=$1 tests=(--skip missing --skip layers_get_the_same_codes --skip sources_may_change "${@:2}")
+  local tool=$1 tests=("device::$2" --skip missing --skip layers_get_the_same_codes --skip sources_may_change "${@:3}")
   if [[ -n ${GPU_LAUNCHES:-} ]]; then
     export VLMQ_EMULATOR_LOG=$GPU_LAUNCHES
   elif [[ -n ${GPU_REHEARSAL:-} ]]; then
-    tests=(products_and_norms)
+    tests=(device::products_and_norms)
   fi
-  compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 "$scratch/device_cuda" --test-threads 1 "${tests[@]}"
+  compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 "$scratch/gpu" --test-threads 1 "${tests[@]}"
 }
 
 section_memcheck() {
-  sanitize memcheck
+  sanitize memcheck ""
 }
 
 # By themselves, the small ones first: behind all the others their kernels were out of time.
@@ -360,16 +360,16 @@ section_racecheck-statistics() {
 }
 
 section_racecheck() {
-  sanitize racecheck --skip statistics
+  sanitize racecheck "" --skip statistics
 }
 
 section_synccheck() {
-  sanitize synccheck
+  sanitize synccheck ""
 }
 
 # It does not see what cuBLAS writes.
 section_initcheck() {
-  sanitize initcheck --skip products_agree
+  sanitize initcheck "" --skip products_agree
 }
 
 section_bench() {
@@ -449,9 +449,9 @@ rehearse() {
   unset VLMQ_TEST_GPU
   # The test program builds the emulated kernels.
   local built
-  built=$(cargo test --locked --release --no-run --test device_cuda --message-format=json-render-diagnostics |
+  built=$(cargo test --locked --release --no-run --test gpu --message-format=json-render-diagnostics |
     python3 -c 'import json, sys; print(*[m["executable"] for m in map(json.loads, sys.stdin) if m.get("executable") and m["target"]["kind"] == ["test"]])')
-  "$built" --quiet devices_do_not_share > /dev/null
+  "$built" --quiet device::devices_do_not_share > /dev/null
   VLMQ_EMULATED_KERNELS=$(realpath "$(find "${CARGO_TARGET_DIR:-target}" -path '*/emulator/plain/libvlmq_kernels.so')")
   export VLMQ_EMULATED_KERNELS
   bash benches/gpu.sh pack-rehearsal

@@ -1,5 +1,5 @@
 //! What is fuzzed. Each target is a function of some bytes from a stranger: it may refuse them, but never panic, hang, or
-//! take memory beyond its bound. `tests/fuzz_seeds.rs` includes this file and replays every committed input.
+//! take memory beyond its bound. `tests/run/fuzz_seeds.rs` includes this file and replays every committed input.
 
 mod files;
 mod models;

@@ -99,10 +99,10 @@ fn base() -> &'static Base {
     BASE.get_or_init(|| {
         let folder = tempfile::tempdir().expect("a folder for temporary files");
         let settings = settings(folder.path());
-        pipeline::run(&Cpu, &settings, &mut Stopper::default()).expect_err("a run that was stopped");
+        run::run(&Cpu, &settings, &mut Stopper::default()).expect_err("a run that was stopped");
         let work = files_of(&folder.path().join(WORK));
         assert!(work.iter().any(|(path, _)| path == Path::new("state-1")), "a state behind the first block");
-        pipeline::run(&Cpu, &settings, &mut ()).expect("the rest of it");
+        run::run(&Cpu, &settings, &mut ()).expect("the rest of it");
         Base { work, finished: lasting(&folder.path().join("out")) }
     })
 }
@@ -196,7 +196,7 @@ pub fn resume(bytes: &[u8]) {
         fs::write(path, content).expect("room for a small file");
     }
     touch(&work, &victim, &mut Script(bytes));
-    if super::done(pipeline::run(&Cpu, &settings(folder.path()), &mut ())).is_some() {
+    if super::done(run::run(&Cpu, &settings(folder.path()), &mut ())).is_some() {
         let found = lasting(&folder.path().join("out"));
         let differs = |path: &&PathBuf| found.get(*path) != base().finished.get(*path);
         let names: Vec<&PathBuf> = found.keys().chain(base().finished.keys()).filter(differs).collect();

@@ -1,4 +1,4 @@
-"""Goldens for tests/calibration_anyres.rs: what transformers' LLaVA-OneVision processor makes of images.
+"""Goldens for tests/samples/anyres.rs: what transformers' LLaVA-OneVision processor makes of images.
 
 Run from the repository root: python tests/golden/make_anyres.py
 Writes tests/golden/anyres.json:

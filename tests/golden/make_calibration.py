@@ -1,4 +1,4 @@
-"""Goldens for tests/calibration*.rs: what transformers and torchvision make of images, templates and conversations.
+"""Goldens for tests/samples: what transformers and torchvision make of images, templates and conversations.
 
 Needs torch, torchvision, pillow and transformers (made with 2.15, 0.29, 13.0 and 5.23). Run from the repository root:
     python tests/golden/make_calibration.py

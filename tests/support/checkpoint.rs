@@ -3,7 +3,8 @@
 use std::path::Path;
 use vlmq::checkpoint::{Checkpoint, Format, LinearSpec, WorkFolder, Writer};
 use vlmq::codes::QuantizedLinear;
-use vlmq::quantize::settings::{Float, Order, SolverSettings};
+use vlmq::quantize::settings::{Order, SolverSettings};
+use vlmq::tensor::Float;
 use vlmq::tensor::Matrix;
 
 /// All linear layers of the decoder.
@@ -90,7 +91,7 @@ pub fn write_rounded(
 ) -> anyhow::Result<Vec<(LinearSpec, QuantizedLinear)>> {
     let linears = decoder_linears(source);
     let mut work = WorkFolder::open(target)?;
-    let mut writer = Writer::create(&work.checkpoint(), source, &linears, format, settings)?;
+    let mut writer = Writer::create(&work.checkpoint(), source, &linears, format, &settings.layout())?;
     writer.copy_tensors(source, &mut |_| Ok(()))?;
     let mut written = Vec::new();
     for linear in linears {

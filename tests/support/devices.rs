@@ -1,22 +1,22 @@
 //! The CUDA device under test, numbers for it, and how its results are compared with the CPU's.
 
-use super::factors::widened;
-use super::golden::relative_error;
+use super::golden::{relative_error, widened};
 use super::kernels::{Variant, build};
 use super::noise;
 use std::sync::OnceLock;
-use vlmq::device::cuda::{Cuda, CudaTensor, Precision};
+use vlmq::device::cuda::{Cuda, CudaTensor};
 use vlmq::device::{Device, ModelOps};
+use vlmq::tensor::Float;
 use vlmq::tensor::Matrix;
 
-const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::F16];
+const PRECISIONS: [Float; 3] = [Float::F32, Float::Bf16, Float::F16];
 
 /// Whether the tests run on a GPU: the one that `VLMQ_TEST_GPU` names (benches/gpu.sh).
 pub fn on_gpu() -> bool {
     std::env::var_os("VLMQ_TEST_GPU").is_some()
 }
 
-fn open(precision: Precision) -> Cuda {
+fn open(precision: Float) -> Cuda {
     match std::env::var("VLMQ_TEST_GPU") {
         Ok(ordinal) => Cuda::open(ordinal.parse().unwrap(), precision).unwrap(),
         Err(_) => Cuda::emulated(&build("vlmq_kernels", "kernels", Variant::Plain), precision).unwrap(),
@@ -27,16 +27,16 @@ fn open(precision: Precision) -> Cuda {
 /// test takes seconds under a sanitizer, and gives each the modules and handles of another.
 fn kept() -> &'static Cuda {
     static KEPT: OnceLock<Cuda> = OnceLock::new();
-    KEPT.get_or_init(|| open(Precision::F32))
+    KEPT.get_or_init(|| open(Float::F32))
 }
 
 /// A device under test, which shares memory and stream with others on a GPU.
-pub fn device(precision: Precision) -> Cuda {
+pub fn device(precision: Float) -> Cuda {
     if on_gpu() { kept().with_precision(precision) } else { open(precision) }
 }
 
 /// A device with memory and a limit of its own.
-pub fn own_device(precision: Precision) -> Cuda {
+pub fn own_device(precision: Float) -> Cuda {
     if on_gpu() {
         kept();
     }
@@ -75,18 +75,18 @@ pub fn norm_error(found: &Matrix, expected: &Matrix) -> f64 {
 }
 
 /// One rounding to the precision, and sums in another order.
-pub fn tolerance(precision: Precision) -> f64 {
+pub fn tolerance(precision: Float) -> f64 {
     match precision {
-        Precision::F32 => 2e-6,
-        Precision::Bf16 => 1.0 / 256.0,
-        Precision::F16 => 1.0 / 2048.0,
+        Float::F32 => 2e-6,
+        Float::Bf16 => 1.0 / 256.0,
+        Float::F16 => 1.0 / 2048.0,
     }
 }
 
 /// A device with its precision, and what to do with results.
 pub struct Case {
     pub cuda: Cuda,
-    pub precision: Precision,
+    pub precision: Float,
 }
 
 impl Case {

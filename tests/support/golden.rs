@@ -92,6 +92,11 @@ impl Golden {
     }
 }
 
+/// Float32 values as float64 holds them.
+pub fn widened(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&v| f64::from(v)).collect()
+}
+
 /// ‖got − expected‖ / ‖expected‖.
 pub fn relative_error(got: &[f32], expected: &[f64]) -> f64 {
     assert_eq!(got.len(), expected.len());

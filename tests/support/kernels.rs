@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)]
 
+use super::alone::full_name;
 use libloading::Library;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -121,8 +122,8 @@ pub fn set_shared_kib(library: &Library, kib: u64) {
     unsafe { set(kib) };
 }
 
-/// Runs tests of this program, named by exact names, in a child process under a variant; what it prints comes back.
-pub fn run_under(variant: Variant, tests: &[&str], environment: &[(&str, &str)]) -> Output {
+/// Runs tests of this program, by their [`full_name`]s, in a child process under a variant; what it prints comes back.
+pub fn run_under(variant: Variant, tests: &[String], environment: &[(&str, &str)]) -> Output {
     let program = std::env::current_exe().unwrap();
     let runtime = match variant {
         Variant::Plain => None,
@@ -150,16 +151,17 @@ pub fn run_under(variant: Variant, tests: &[&str], environment: &[(&str, &str)])
     child.output().unwrap_or_else(|error| panic!("setarch (of util-linux) runs the sanitized tests: {error}"))
 }
 
-/// Runs tests of this program once more under both sanitizers. A child that fails, or runs none, fails the calling test.
+/// Runs tests of a module (`module_path!()`) once more under both sanitizers. A child that fails, or runs none, fails the calling test.
 ///
-/// `folders` are the libraries the tests open, by name and folder, built here so that no child runs a compiler.
-pub fn pass_under_sanitizers(tests: &[&str], libraries: &[(&str, &str)]) {
+/// `libraries` are those that the tests open, by name and folder, built here so that no child runs a compiler.
+pub fn pass_under_sanitizers(module: &str, tests: &[&str], libraries: &[(&str, &str)]) {
+    let tests: Vec<String> = tests.iter().map(|test| full_name(module, test)).collect();
     assert_eq!(Variant::current(), Variant::Plain, "a sanitized test must not start another");
     for variant in [Variant::Address, Variant::Thread] {
         for (name, folder) in libraries {
             build(name, folder, variant);
         }
-        let output = run_under(variant, tests, &[]);
+        let output = run_under(variant, &tests, &[]);
         let printed = text(&output);
         let all = printed.contains(&format!("test result: ok. {} passed", tests.len()));
         assert!(output.status.success() && all, "{tests:?} under {variant:?}:\n{printed}");

@@ -1,23 +1,16 @@
-//! What several test files share.
+//! What several test programs share; what one alone uses lies in its own folder.
 
-// Each test program includes this folder and uses a part of it.
+// Each program includes all of this and uses a part of it. Nowhere else is unused code of tests let through.
 #![allow(dead_code, unreachable_pub)]
 
-pub mod activations;
-pub mod buffers;
-pub mod calls;
+pub mod alone;
 pub mod checkpoint;
 pub mod devices;
-pub mod factors;
 pub mod golden;
 pub mod kernels;
+pub mod process;
 #[cfg(feature = "run")]
 pub mod program;
-#[cfg(feature = "run")]
-pub mod resuming;
-pub mod solving;
-#[cfg(feature = "run")]
-pub mod sparse;
 pub mod ties;
 
 use std::path::{Path, PathBuf};

@@ -11,13 +11,30 @@ pub fn vlmq_run<S: AsRef<OsStr>>(arguments: &[S]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vlmq-run")).args(arguments).output().unwrap()
 }
 
+/// Runs the program behind lines of a shell.
+#[cfg(unix)]
+pub fn run_behind<S: AsRef<OsStr>>(lines: &str, arguments: &[S]) -> Output {
+    let script = format!("{lines}; exec \"$0\" \"$@\"");
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &script, env!("CARGO_BIN_EXE_vlmq-run")]).args(arguments).output().unwrap()
+}
+
 /// Runs the program with no more address space, in MiB, and processor time, in seconds, than given: what needs more of either ends
 /// without a word of its own. The stack of a thread for templates and tokenizers takes 512 MiB of the former.
 #[cfg(unix)]
 pub fn limited_run<S: AsRef<OsStr>>(mebibytes: usize, seconds: u32, arguments: &[S]) -> Output {
-    let script = format!("ulimit -v {} && ulimit -t {seconds} && exec \"$0\" \"$@\"", mebibytes << 10);
-    let mut shell = Command::new("sh");
-    shell.args(["-c", &script, env!("CARGO_BIN_EXE_vlmq-run")]).args(arguments).output().unwrap()
+    run_behind(&format!("set -e; ulimit -v {}; ulimit -t {seconds}", mebibytes << 10), arguments)
+}
+
+/// Runs the program with no more processor time, in seconds, than given, where the system can see to that.
+pub fn brief_run<S: AsRef<OsStr>>(seconds: u32, arguments: &[S]) -> Output {
+    #[cfg(unix)]
+    return run_behind(&format!("set -e; ulimit -t {seconds}"), arguments);
+    #[cfg(not(unix))]
+    {
+        let _ = seconds;
+        vlmq_run(arguments)
+    }
 }
 
 /// Runs the program with emulated kernels at hand.

@@ -9,8 +9,9 @@ use vlmq::codes::QuantizedLinear;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::{BLOCK, CrossFactor, Factored, PermuteSymmetric, SolveOps};
 use vlmq::quantize::plain::QuantizedLayer;
-use vlmq::quantize::settings::{CrossTerm, Float, Solver, SolverSettings};
+use vlmq::quantize::settings::{CrossTerm, Solver, SolverSettings};
 use vlmq::quantize::statistics::Statistics;
+use vlmq::tensor::Float;
 use vlmq::tensor::Matrix;
 
 /// What float32 cannot tell from a tie, in steps of the grid. The factors of two devices are within 1e-5 of each other

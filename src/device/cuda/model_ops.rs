@@ -23,7 +23,7 @@ impl ModelOps for Cuda {
     }
 
     fn element_type(&self) -> Float {
-        self.precision.into()
+        self.precision
     }
 
     fn dequantize(&self, weight: &QuantizedWeight<'_>) -> Result<CudaTensor> {

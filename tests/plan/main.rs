@@ -1,0 +1,10 @@
+//! What a run will take, before it begins: memory, disk and time, and what it then took.
+#![cfg(feature = "run")]
+
+mod dry_run;
+mod host;
+mod inspect;
+mod memory;
+mod sparse;
+#[path = "../support/mod.rs"]
+mod support;
