@@ -107,7 +107,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         Where::Cuda => {
             // Models are quantized in their own precision, as users do. What they then say is compared in float32: a bfloat16 pass
             // rounds by as much as 4 bits change.
-            let precision = families::float_type(&Checkpoint::open(&arguments.bed.join("model"))?)?.into();
+            let precision = families::float_type(&Checkpoint::open(&arguments.bed.join("model"))?)?;
             let open = || {
                 let evaluating = Cuda::open(0, Float::F32)?;
                 Ok(Devices { quantizing: evaluating.with_precision(precision), evaluating })

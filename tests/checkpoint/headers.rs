@@ -8,7 +8,6 @@ use std::fs;
 use std::path::Path;
 use vlmq::checkpoint::Checkpoint;
 use vlmq::device::cpu::Cpu;
-use vlmq::evaluate;
 use vlmq::quantize::settings::SolverSettings;
 use vlmq::run::evaluation::EvaluationSettings;
 use vlmq::run::inspect;

@@ -10,7 +10,6 @@ use std::path::Path;
 use vlmq::checkpoint::Checkpoint;
 use vlmq::data::dataset::{self, Conversation, Part};
 use vlmq::device::cpu::Cpu;
-use vlmq::evaluate::metrics::Metric;
 use vlmq::evaluate::presets::{PRESETS, Preset};
 use vlmq::evaluate::{Conditions, Evaluation, SampleResult};
 use vlmq::model::families;
