@@ -2,8 +2,9 @@
 
 use crate::input;
 use anyhow::{Context, Result, bail, ensure};
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use image::RgbImage;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -124,12 +125,16 @@ impl PatchSettings {
 pub(super) fn resize(image: &RgbImage, width: u32, height: u32) -> Result<RgbImage> {
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom)).use_alpha(false);
     let mut resizer = Resizer::new();
-    let source = ImageRef::new(image.width(), image.height(), image.as_raw(), PixelType::U8x3)?;
-    let mut wide = Image::new(width, image.height(), PixelType::U8x3);
-    resizer.resize(&source, &mut wide, &options).context("cannot be resized")?;
-    let mut both = Image::new(width, height, PixelType::U8x3);
-    resizer.resize(&wide, &mut both, &options).context("cannot be resized")?;
-    RgbImage::from_raw(width, height, both.into_vec()).context("cannot be resized")
+    // Images of one type of pixel: else code for all types is compiled.
+    let mut resized = |from: &RgbImage, width, height| -> Result<RgbImage> {
+        let mut to = RgbImage::new(width, height);
+        let source = TypedImageRef::<U8x3>::from_buffer(from.width(), from.height(), from.as_raw())?;
+        let mut target = TypedImage::<U8x3>::from_buffer(width, height, &mut to)?;
+        resizer.resize_typed(&source, &mut target, &options).context("cannot be resized")?;
+        Ok(to)
+    };
+    let wide = resized(image, width, image.height())?;
+    resized(&wide, width, height)
 }
 
 /// Refuses an image one side of which is more than 200 times the other: Qwen's own limit, and beyond all real images.
