@@ -74,7 +74,7 @@ impl Observer for () {}
 pub struct Stop(Arc<AtomicBool>);
 
 impl Stop {
-    /// Wishes so.
+    /// Asks for the work to end.
     pub fn request(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -100,7 +100,7 @@ impl std::error::Error for Interrupted {}
 /// Time spent in a stage.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StageTime {
-    /// Which.
+    /// The stage.
     pub stage: Stage,
     /// Wall-clock seconds.
     pub seconds: f64,

@@ -116,7 +116,7 @@ impl Matrix {
         Some((row, column))
     }
 
-    /// The same values under another shape. Errors when the sizes disagree.
+    /// A matrix of the same values under another shape. Errors when the sizes disagree.
     pub fn reshaped(self, rows: usize, cols: usize) -> Result<Self> {
         Self::new(rows, cols, self.data)
     }

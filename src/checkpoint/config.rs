@@ -19,15 +19,15 @@ pub enum GptqVersion {
     /// As `zero − 1`, as AutoGPTQ does. Kernels that take what is stored for the zero are a step off, but for symmetric files, whose
     /// zeros they do not read.
     V1,
-    /// As they are.
+    /// Zeros are stored as they are.
     V2,
 }
 
 impl GptqVersion {
-    /// Both.
+    /// Both versions.
     pub const ALL: [Self; 2] = [Self::V1, Self::V2];
 
-    /// Its name in config.json, as `checkpoint_format`.
+    /// Name of the version in config.json, as `checkpoint_format`.
     pub fn name(self) -> &'static str {
         match self {
             Self::V1 => "gptq",
@@ -35,7 +35,7 @@ impl GptqVersion {
         }
     }
 
-    /// How much less than the zero is stored.
+    /// Difference of a zero and what is stored for it.
     pub fn stored_less(self) -> u8 {
         match self {
             Self::V1 => 1,

@@ -19,7 +19,7 @@ pub(crate) struct SideFiles {
 }
 
 impl SideFiles {
-    /// Of the checkpoint in `source`.
+    /// Side files of the checkpoint in `source`.
     pub(crate) fn of(source: &Path) -> Result<Self> {
         let mut found = Self::default();
         let code = names_code(source);

@@ -35,7 +35,7 @@ pub struct Sums {
 }
 
 impl Sums {
-    /// Of the checkpoint in `folder`, which is read from the disk, in parallel.
+    /// Checksums of the checkpoint in `folder`, which is read from the disk, in parallel.
     pub fn of(folder: &Path) -> Result<Self> {
         let checkpoint = Checkpoint::open(folder)?;
         let names: Vec<PathBuf> = files(folder)?.iter().map(|name| folder.join(name)).collect();

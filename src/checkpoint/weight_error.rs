@@ -30,7 +30,7 @@ pub fn of_layer(format: Format, weight: StoredTensor<'_>, layer: &QuantizedLinea
     })
 }
 
-/// The same of plain weights `stored`. Errors as [`of_layer`] does.
+/// Relative error of plain weights `stored`. Errors as [`of_layer`] does.
 pub fn of_tensor(weight: StoredTensor<'_>, stored: StoredTensor<'_>) -> Result<f64> {
     let &[rows, cols] = stored.shape else { anyhow::bail!("a weight of shape {:?} is no matrix", stored.shape) };
     of_rows(weight, rows, cols, |rows| floats(stored, rows, cols))

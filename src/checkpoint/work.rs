@@ -31,7 +31,7 @@ pub enum Kept {
 }
 
 impl Kept {
-    /// Its name in the folder.
+    /// Name of the file in the folder.
     pub fn name(self) -> String {
         match self {
             Self::Lock => "lock".to_owned(),
@@ -115,7 +115,7 @@ impl WorkFolder {
         &self.path
     }
 
-    /// Where it has something.
+    /// Path of something that the folder keeps.
     pub fn place(&self, kept: Kept) -> PathBuf {
         self.path.join(kept.name())
     }
@@ -135,7 +135,7 @@ impl WorkFolder {
         self.keep = keep;
     }
 
-    /// Whether it does.
+    /// Whether the folder is kept when the run ends.
     pub fn is_kept(&self) -> bool {
         self.keep
     }
@@ -154,7 +154,7 @@ impl WorkFolder {
         Ok(())
     }
 
-    /// The same, whatever lies in the checkpoint.
+    /// Begins anew, whatever lies in the checkpoint.
     pub fn restart(&mut self) -> Result<()> {
         let expected = self.expected.take();
         let cleared = self.clear();

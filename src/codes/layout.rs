@@ -5,7 +5,7 @@ use crate::tensor::Float;
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
-/// In which order columns are quantized.
+/// The order in which columns are quantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {

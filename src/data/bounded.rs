@@ -15,14 +15,14 @@ use std::{fmt, fs};
 /// fuel allows; both are walked through by recursion. Pages that nothing touches take no memory.
 const STACK_BYTES: usize = 512 << 20;
 
-/// How much longer the work may take by the clock where the system does not tell a thread's own time.
+/// Factor by which the work may take longer by the clock where the system does not tell a thread's own time.
 const WALL_TIME: u32 = 10;
 
 /// How often the time is asked for.
 const INTERVAL: Duration = Duration::from_millis(50);
 
 thread_local! {
-    /// Of the work that this thread does.
+    /// Flag of the work that this thread does.
     static OVER: RefCell<Option<Arc<AtomicBool>>> = const { RefCell::new(None) };
 }
 

@@ -12,7 +12,7 @@ pub(super) const BLOCK_BYTES: usize = 64 << 10;
 /// Why a file is not read any further.
 #[derive(Debug)]
 pub(super) enum Refused {
-    /// It is not UTF-8.
+    /// Bytes that are not UTF-8.
     NotText,
     /// A row has more bytes than it may.
     Row,

@@ -6,14 +6,14 @@ use std::io::{self, BufRead, Cursor, Read, Seek, SeekFrom};
 
 /// Bytes for a decoder.
 pub(super) enum Pixels<'a> {
-    /// As they are.
+    /// The bytes as they are.
     Whole(Cursor<&'a [u8]>),
     /// Put together of parts.
     Parts { part: &'a [u8], further: Box<dyn Iterator<Item = &'a [u8]> + 'a> },
 }
 
 impl<'a> Pixels<'a> {
-    /// Of a file. The other formats' decoders read no more than they are asked for.
+    /// Bytes of a file for its decoder. The other formats' decoders read no more than they are asked for.
     pub(super) fn of(bytes: &'a [u8], format: ImageFormat) -> Self {
         match format {
             ImageFormat::Png => Self::Parts { part: &[], further: Box::new(png_parts(bytes)) },
@@ -70,7 +70,7 @@ pub(super) struct Chunk<'a> {
     pub(super) kind: &'a [u8; 4],
     /// `None` where the file ends before.
     pub(super) data: Option<&'a [u8]>,
-    /// All of it: length, kind, data, checksum.
+    /// The whole chunk: length, kind, data, checksum.
     whole: &'a [u8],
 }
 

@@ -57,7 +57,7 @@ impl ImagePatches {
         }
     }
 
-    /// All of `image`, then `tiles` of it, row by row: `crops`, all of one size.
+    /// Patches of all of `image`, then of `tiles` of it, row by row: `crops`, all of one size.
     pub(super) fn tiled(image: &RgbImage, crops: Vec<RgbImage>, tiles: Tiles, settings: Arc<PatchSettings>) -> Self {
         debug_assert_eq!(crops.len(), 1 + tiles.rows * tiles.columns);
         let mut crops = crops.into_iter();
@@ -105,7 +105,7 @@ pub fn stacked_patches<'a>(crops: impl Iterator<Item = (&'a ImagePatches, usize)
     Matrix::new(rows, cols, values).expect("every patch of a crop, and of one size")
 }
 
-/// In front of an error of one image: that what is wrong is the image, and which it is.
+/// Context of an error of one image: that what is wrong is the image, and which it is.
 #[derive(Debug)]
 pub struct BadImage(pub(super) String);
 
@@ -168,7 +168,7 @@ fn decode_bytes(bytes: &[u8]) -> Result<RgbImage> {
     Ok(to_rgb(decoded))
 }
 
-/// Whether it is a HEIF container (ISO/IEC 23008-12), which no decoder here reads.
+/// Whether the file is a HEIF container (ISO/IEC 23008-12), which no decoder here reads.
 fn is_heif(bytes: &[u8]) -> bool {
     const BRANDS: [&[u8]; 8] = [b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif"];
     bytes.get(4..8) == Some(b"ftyp") && bytes.get(8..12).is_some_and(|brand| BRANDS.contains(&brand))

@@ -46,19 +46,19 @@ pub(super) fn metadata(bytes: &[u8]) -> [Option<&[u8]>; 2] {
 
 struct Segment<'a> {
     marker: u8,
-    /// Where it stands, its marker included.
+    /// Place of the segment, its marker included.
     range: Range<usize>,
     data: &'a [u8],
 }
 
 impl Segment<'_> {
-    /// Whether it is none of what a decoder needs: JFIF's says nothing of a pixel but is short, Adobe's says how colours are coded.
+    /// Whether the segment is none of what a decoder needs: JFIF's says nothing of a pixel but is short, Adobe's says how colours are coded.
     fn says_no_pixel(&self) -> bool {
         matches!(self.marker, APP0..=APP15 | COMMENT) && !matches!(self.marker, APP0 | APP14)
     }
 }
 
-/// All segments with a length, and the end of the image. Ends where one is cut short.
+/// Segments with a length, and the end of the image. Ends where one is cut short.
 fn segments(bytes: &[u8]) -> impl Iterator<Item = Segment<'_>> {
     let mut at = 2;
     std::iter::from_fn(move || {

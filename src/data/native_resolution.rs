@@ -13,7 +13,7 @@ use std::sync::Arc;
 /// How an image is resized before it is cut into patches.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NativeResolution {
-    /// How it is cut.
+    /// Sizes by which an image is cut.
     pub patches: Arc<PatchSettings>,
     /// Fewest pixels of a resized image.
     pub min_pixels: usize,
@@ -115,7 +115,7 @@ pub struct NativeVision {
 }
 
 impl NativeVision {
-    /// With the image processor's settings, and `image_token_id` and `video_token_id` of config.json.
+    /// Vision input of an image processor's settings, and of `image_token_id` and `video_token_id` of config.json.
     pub fn new(settings: NativeResolution, image_token_id: u32, video_token_id: Option<u32>) -> Self {
         Self { settings, image_token_id, video_token_id }
     }

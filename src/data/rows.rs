@@ -17,14 +17,14 @@ const LINE_BYTES: usize = 1 << 20;
 /// Where a row stands, counted from 1.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Place {
-    /// In a file of lines.
+    /// A line of a file.
     Line(usize),
-    /// In a list.
+    /// An entry of a list.
     Entry(usize),
 }
 
 impl Place {
-    /// As messages have it.
+    /// The place as messages name it.
     pub(super) fn of(self, path: &Path) -> String {
         match self {
             Self::Line(number) => format!("{}:{number}", path.display()),
@@ -32,7 +32,7 @@ impl Place {
         }
     }
 
-    /// Its number.
+    /// Number of the line or entry.
     pub(super) fn number(self) -> usize {
         match self {
             Self::Line(number) | Self::Entry(number) => number,

@@ -57,7 +57,7 @@ pub trait VisionInput: Send + Sync {
 /// A conversation as a model takes it.
 #[derive(Clone, Debug)]
 pub struct Sequence {
-    /// The conversation's.
+    /// Id of the conversation.
     pub id: String,
     /// Token ids, every image's placeholder repeated once for each of its tokens.
     pub tokens: Vec<u32>,
@@ -128,7 +128,7 @@ impl SequenceBuilder {
         &self.end_tokens
     }
 
-    /// As [`VisionInput::pixel_limits`].
+    /// Smallest and largest area of an image, see [`VisionInput::pixel_limits`].
     pub fn pixel_limits(&self) -> Option<[usize; 2]> {
         self.vision.pixel_limits()
     }
@@ -149,7 +149,7 @@ impl SequenceBuilder {
         (self.vision.image_tokens(image), self.vision.views(image))
     }
 
-    /// Which of a sequence's tokens stand for images.
+    /// The tokens of a sequence that stand for images.
     pub fn is_vision(&self, token: u32) -> bool {
         token == self.vision.image_token_id()
     }
@@ -330,7 +330,7 @@ fn answer_start(text: &str, prompt: &str) -> Result<usize> {
     Ok(text.len() - rest.trim_start().len())
 }
 
-/// See [`SequenceBuilder::end_tokens`].
+/// Tokens that end an answer, see [`SequenceBuilder::end_tokens`].
 fn end_tokens(folder: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
     let mut ids = Vec::new();
     let mut add = |value: Option<&serde_json::Value>| {
@@ -365,7 +365,7 @@ fn end_tokens(folder: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
 /// Sequences of a calibration set.
 #[derive(Debug, Default)]
 pub struct Collected {
-    /// Those short enough, in the order of their conversations.
+    /// Sequences that are short enough, in the order of their conversations.
     pub sequences: Vec<Sequence>,
     /// How many conversations were longer than the limit and left out.
     pub too_long: usize,

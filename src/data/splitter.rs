@@ -28,7 +28,7 @@ pub(super) enum Splitter {
         invert: bool,
     },
     Sequence(Vec<Self>),
-    /// Those without a regular expression of the file's.
+    /// Splitters without a regular expression of the file's.
     Plain(PreTokenizerWrapper),
 }
 

@@ -39,7 +39,7 @@ const CHATML: &str = "\
 {{ '<|im_end|>\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
 
-/// Which template turns conversations into text.
+/// The template that turns conversations into text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum TemplateChoice {
     /// The checkpoint's own.
@@ -84,9 +84,9 @@ pub struct ChatTemplate {
 /// How a template takes the content of a role's turns. Both as far as is known.
 #[derive(Clone, Copy, Debug)]
 struct Forms {
-    /// As a string.
+    /// Whether contents that are a string are taken.
     strings: bool,
-    /// As a list of parts.
+    /// Whether contents that are a list of parts are taken.
     lists: bool,
 }
 

@@ -5,20 +5,20 @@ use std::ops::Range;
 /// The tiles of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tiles {
-    /// From top to bottom.
+    /// Tiles from top to bottom.
     pub rows: usize,
-    /// From left to right.
+    /// Tiles from left to right.
     pub columns: usize,
     /// What is left of their features.
     pub kept: Kept,
 }
 
-/// Which features of an image's tiles, taken as one grid, become tokens.
+/// The features of an image's tiles, taken as one grid, that become tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kept {
     /// Rows of the grid that do not only show padding.
     pub rows: Range<usize>,
-    /// Its columns likewise.
+    /// Columns of the grid that do not only show padding.
     pub columns: Range<usize>,
     /// `(rows, columns)` to which those are then reduced, bilinearly.
     pub reduced: Option<(usize, usize)>,
@@ -41,7 +41,7 @@ impl Kept {
         self.reduced.map_or(0, |_| self.rows.len() * self.columns.len())
     }
 
-    /// Those and what the reduction along one side makes of them.
+    /// Features that are reduced, and what the reduction along one side makes of them, together.
     pub fn reducing(&self) -> usize {
         self.reduced.map_or(0, |(rows, _)| (self.rows.len() + rows) * self.columns.len())
     }

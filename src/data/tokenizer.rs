@@ -113,7 +113,7 @@ impl Tokenizer {
     }
 }
 
-/// All of a tokenizer.json, and apart from it what cuts text. Errors on parts that are not taken.
+/// The tokenizer of a tokenizer.json, and apart from it what cuts text. Errors on parts that are not taken.
 fn build(bytes: &[u8]) -> Result<(tokenizers::Tokenizer, Option<Splitter>)> {
     let mut all = input::json::value(bytes, input::MAX_TOKENIZER_VALUES)?;
     check(&all)?;

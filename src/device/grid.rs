@@ -13,7 +13,7 @@ pub enum Grid {
     Minmax,
     /// The shrunken range with the least `Σ|w − q|^2.4` out of 80.
     Mse,
-    /// Of 24 candidates (16 symmetric) the one that the group's own solve has the least loss with: the group's share of
+    /// The candidate, out of 24 (16 symmetric), that the group's own solve has the least loss with: the group's share of
     /// `‖(W − Ŵ)·R‖²`, its columns' errors carried on inside the group and each weighed by R's diagonal, as the solver
     /// weighs them. In a group wider than [`BLOCK`](super::BLOCK) errors are carried on inside blocks. Without
     /// statistics the loss is `Σ|w − q|²`.

@@ -68,7 +68,7 @@ pub enum Work {
     Statistics {
         /// Rows of the inputs.
         tokens: usize,
-        /// Their width.
+        /// Width of the inputs.
         features: usize,
         /// Whether there is a cross term.
         cross: bool,

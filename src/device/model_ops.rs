@@ -64,11 +64,11 @@ pub struct QuantizedWeight<'a> {
     pub rows: usize,
     /// Input features.
     pub cols: usize,
-    /// `[rows, cols]`.
+    /// Codes, `[rows, cols]`.
     pub codes: &'a [u8],
-    /// `[rows, groups]`.
+    /// Scales, `[rows, groups]`.
     pub scales: &'a [f32],
-    /// `[rows, groups]`.
+    /// Zeros, `[rows, groups]`.
     pub zeros: &'a [u8],
     /// Group of each column; `None`: equal runs of columns.
     pub group_index: Option<&'a [u32]>,
@@ -126,7 +126,7 @@ pub trait ModelOps: Device {
     /// Appends the rows of `more` to `x` (the key/value cache).
     fn append_rows(&self, x: &mut Self::Tensor, more: &Self::Tensor) -> Result<()>;
 
-    /// The same values under another shape.
+    /// A tensor of the same values under another shape.
     fn reshape(&self, x: Self::Tensor, rows: usize, cols: usize) -> Result<Self::Tensor>;
 
     /// `x · weightᵀ + bias`: x `[t, in]`, weight `[out, in]`, bias `[1, out]` → `[t, out]`.

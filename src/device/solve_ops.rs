@@ -61,7 +61,7 @@ pub struct PermuteSymmetric<'a> {
     pub diagonal: &'a [f32],
 }
 
-/// Which parts of `a` and `b` are multiplied into which columns of `c`.
+/// The parts of `a` and `b` that are multiplied, and the columns of `c` that they go into.
 #[derive(Clone, Debug)]
 pub struct ProductRange {
     /// Columns of `a`, and rows of `b`.
@@ -103,7 +103,7 @@ pub struct Block<'a, T> {
     pub rule: GridRule,
     /// Absent for round-to-nearest.
     pub factor: Option<&'a Factor<T>>,
-    /// GPTAQ.
+    /// The cross term of GPTAQ.
     pub cross: Option<&'a CrossFactor<T>>,
 }
 
@@ -118,7 +118,7 @@ pub struct Group<'a, T> {
     pub rule: GridRule,
     /// What corrections and losses are made of; may be absent where neither is asked for.
     pub factor: Option<&'a Factor<T>>,
-    /// GPTAQ.
+    /// The cross term of GPTAQ.
     pub cross: Option<&'a CrossFactor<T>>,
     /// Whether the group is the current span, so that its weights are corrected by the state's `error` and `cross`;
     /// otherwise they are the state's own.
@@ -128,7 +128,7 @@ pub struct Group<'a, T> {
 /// Codes of one block of columns.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct BlockCodes {
-    /// `[rows, block]`.
+    /// Codes, `[rows, block]`.
     pub codes: Vec<u8>,
     /// `[rows, block / group]`, or `[rows, 1]` repeating the given grid.
     pub grid: GroupGrid,
@@ -154,7 +154,7 @@ pub trait SolveOps: Device {
     /// Room for the codes of `rows` rows in `blocks`, in the order in which these will be quantized.
     fn room_for_codes(&self, rows: usize, blocks: &[BlockShape]) -> Result<Self::Codes>;
 
-    /// All codes, block by block. Waits. Errors where a scale did not fit its storage type.
+    /// The codes, block by block. Waits. Errors where a scale did not fit its storage type.
     fn take_codes(&self, codes: Self::Codes, rule: &GridRule) -> Result<Vec<BlockCodes>>;
 
     /// Columns of a weight `[rows, in]` of any storage in processing order, in float32; those of `dead` inputs (original
@@ -199,7 +199,7 @@ pub trait SolveOps: Device {
     fn add_product(&self, c: &mut Self::Tensor, a: &Self::Tensor, b: &Self::Tensor, range: &ProductRange)
     -> Result<()>;
 
-    /// `‖x‖²_F`.
+    /// The squared Frobenius norm `‖x‖²_F`.
     fn squared_norm(&self, x: &Self::Tensor) -> Result<f64>;
 
     /// `‖x‖²_H = tr(x·H·xᵀ)`: x `[rows, in]`, `h` by its upper triangle.

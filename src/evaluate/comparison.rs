@@ -12,7 +12,7 @@ pub struct Comparison {
     /// What the scores depend on.
     #[serde(flatten)]
     pub conditions: Conditions,
-    /// By group; samples without a group count in the total only.
+    /// Scores by group; samples without a group count in the total only.
     pub groups: BTreeMap<String, ComparedScores>,
     /// Answers in the data's order.
     pub answers: Vec<ComparedAnswer>,
@@ -67,7 +67,7 @@ impl ComparedScores {
 }
 
 impl Comparison {
-    /// Of the evaluations of both models on the same data, the quantized one's with the float model as reference.
+    /// Comparison of the evaluations of both models on the same data, the quantized one's with the float model as reference.
     pub fn new(float: &Evaluation, quantized: &Evaluation) -> Self {
         let groups = float.groups.iter().filter_map(|(name, float)| {
             let quantized = quantized.groups.get(name)?;

@@ -13,9 +13,9 @@ use rayon::prelude::*;
 
 /// Rows of both paths' residual streams behind the last block, and the tokens that come next.
 pub struct Paths<T> {
-    /// Of the float path, `[tokens, hidden]`.
+    /// Rows of the float path, `[tokens, hidden]`.
     pub float: T,
-    /// Of the quantized path, `[tokens, hidden]`.
+    /// Rows of the quantized path, `[tokens, hidden]`.
     pub quantized: T,
     /// The token behind each row.
     pub next: Vec<u32>,
@@ -28,9 +28,9 @@ pub struct PathComparison {
     pub tokens: usize,
     /// `−ln p` of the token on the float path.
     pub nll_float: f64,
-    /// The same on the quantized path.
+    /// `−ln p` of the token on the quantized path.
     pub nll_quantized: f64,
-    /// The same of guessing: `ln` of the vocabulary's size.
+    /// `−ln p` of the token to one who guesses: `ln` of the vocabulary's size.
     pub nll_guess: f64,
     /// Divergence of the quantized path's distribution from the float path's, `KL(float ‖ quantized)`.
     pub kl: f64,

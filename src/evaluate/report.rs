@@ -63,7 +63,7 @@ pub struct GroupResult {
     pub nll: Option<f64>,
     /// Mean divergence per answer token, in nats; `None` without reference or answer tokens.
     pub kl: Option<f64>,
-    /// See [`Evaluation::agreement`].
+    /// Agreement with the reference, see [`Evaluation::agreement`].
     pub agreement: Option<f64>,
 }
 
@@ -80,7 +80,7 @@ pub struct Conditions {
 }
 
 impl Conditions {
-    /// With the smallest and the largest area of an image.
+    /// Conditions of a preset, with the smallest and the largest area of an image.
     pub fn new(preset: Option<&'static Preset>, pixel_limits: Option<[usize; 2]>) -> Self {
         let [min_pixels, max_pixels] = pixel_limits.map_or([None; 2], |limits| limits.map(Some));
         Self { preset, min_pixels, max_pixels }
@@ -113,7 +113,7 @@ pub struct Evaluation {
     /// What the scores depend on.
     #[serde(flatten)]
     pub conditions: Conditions,
-    /// The same by group; samples without a group count in the total only. A preset may count a sample in a second one.
+    /// Results by group; samples without a group count in the total only. A preset may count a sample in a second one.
     pub groups: BTreeMap<String, GroupResult>,
     /// Answers in the data's order.
     pub answers: Vec<Answer>,

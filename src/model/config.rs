@@ -143,7 +143,7 @@ pub struct DecoderConfig {
     pub qk_norm: bool,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
-    /// Which position each of the `head_dim / 2` frequencies turns with.
+    /// The position that each of the `head_dim / 2` frequencies turns with.
     pub rope_axes: RopeAxes,
 }
 
@@ -246,7 +246,7 @@ pub fn mrope_sections(text: &Section<'_>, head_dim: usize) -> Result<[usize; 3]>
 /// Where a checkpoint keeps the decoder's tensors: on-disk names differ between generations, and output keeps them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderNames {
-    /// Before `layers.N.` and `norm.weight`, such as `model.` or `model.language_model.`.
+    /// Prefix of `layers.N.` and `norm.weight`, such as `model.` or `model.language_model.`.
     pub prefix: String,
     /// Name of the output head's weight, when it is not tied.
     pub head: String,

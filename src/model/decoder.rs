@@ -28,7 +28,7 @@ pub enum Projection {
 }
 
 impl Projection {
-    /// All seven.
+    /// All seven projections.
     pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
 
     /// Name of the module inside its block.
@@ -69,9 +69,9 @@ pub fn module_name(names: &DecoderNames, block: usize, projection: Projection) -
 
 /// A linear layer: weight `[out, in]`, bias `[1, out]`.
 pub struct Linear<T> {
-    /// `[out, in]`.
+    /// The weight, `[out, in]`.
     pub weight: T,
-    /// `[1, out]`.
+    /// The bias, `[1, out]`.
     pub bias: Option<T>,
 }
 
@@ -130,7 +130,7 @@ pub struct Attended<T> {
 
 /// RMS norm of every head's queries or keys.
 struct HeadNorm<T> {
-    /// `[1, head_dim]`.
+    /// The weight, `[1, head_dim]`.
     weight: T,
     eps: f32,
 }
@@ -161,7 +161,7 @@ impl<T> HeadNorm<T> {
 /// The weights of one decoder block.
 pub struct Block<T> {
     input_norm: T,
-    /// Of queries and keys, where the family has them.
+    /// Norms of queries and of keys, where the family has them.
     head_norms: Option<[HeadNorm<T>; 2]>,
     post_norm: T,
     linears: Vec<Linear<T>>,

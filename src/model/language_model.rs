@@ -25,7 +25,7 @@ pub struct Positions {
 }
 
 impl Positions {
-    /// Of a decoder.
+    /// Empty positions of a decoder.
     pub fn new(decoder: &DecoderConfig) -> Self {
         let frequencies = rope::inverse_frequencies(decoder.rope_theta, decoder.attention.head_dim);
         Self { frequencies, axes: decoder.rope_axes }
@@ -60,7 +60,7 @@ pub struct Embedder<D: ModelOps> {
 }
 
 impl<D: ModelOps> Embedder<D> {
-    /// Of a checkpoint, with the vision tower on the device. Without `tower` it is loaded whenever there are images, and given back
+    /// Embedder of a checkpoint, with the vision tower on the device. Without `tower` it is loaded whenever there are images, and given back
     /// behind them.
     pub fn load(device: &D, checkpoint: &Arc<Checkpoint>, config: &ModelConfig, tower: bool) -> Result<Self> {
         check_table(&Headers(checkpoint), config)?;
@@ -247,10 +247,10 @@ pub fn check_headers<D: ModelOps>(checkpoint: &Checkpoint, config: &ModelConfig,
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Residency {
-    /// All of them on the device.
+    /// All weights on the device.
     #[default]
     Resident,
-    /// In the file, but for the first blocks: the vision tower is loaded for the images, and for every pass one of the other blocks
+    /// Weights in the file, but for the first blocks: the vision tower is loaded for the images, and for every pass one of the other blocks
     /// after the other and the head part by part, so that no more than one of these is on the device.
     Streamed {
         /// Blocks that are held.

@@ -20,7 +20,7 @@ pub enum Part {
 }
 
 impl Part {
-    /// All, in the order in which data passes them.
+    /// All parts, in the order in which data passes them.
     pub const ALL: [Self; 5] = [Self::VisionTower, Self::Embedding, Self::Blocks, Self::LastNorm, Self::Head];
 }
 

@@ -9,7 +9,7 @@ pub fn inverse_frequencies(base: f64, dim: usize) -> Vec<f32> {
     (0..dim / 2).map(|j| (1.0 / base.powf(2.0 * j as f64 / dim as f64)) as f32).collect()
 }
 
-/// Which axis of a token's position (temporal, row, column) each rotary frequency turns with.
+/// The axis of a token's position (temporal, row, column) that each rotary frequency turns with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopeAxes {
     /// One axis: plain rotary embedding.

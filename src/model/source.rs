@@ -45,7 +45,7 @@ pub struct Weights<'a, D> {
 }
 
 impl<'a, D: ModelOps> Weights<'a, D> {
-    /// Those of `checkpoint`, for `device`.
+    /// The weights of `checkpoint`, for `device`.
     pub fn new(device: &'a D, checkpoint: &'a Checkpoint) -> Self {
         Self { device, checkpoint }
     }

@@ -11,7 +11,7 @@ const NORM_EPS: f32 = 1e-6;
 /// Sizes of a tower.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TowerSizes {
-    /// Of the stream.
+    /// Width of the stream.
     pub width: usize,
     /// Heads of the attention.
     pub heads: usize,
@@ -25,14 +25,14 @@ pub struct TowerSizes {
 pub enum Norm<T> {
     /// Mean taken off, with a bias.
     Layer {
-        /// `[1, width]`.
+        /// The weight, `[1, width]`.
         weight: T,
-        /// `[1, width]`.
+        /// The bias, `[1, width]`.
         bias: T,
     },
     /// Root mean square.
     Rms {
-        /// `[1, width]`.
+        /// The weight, `[1, width]`.
         weight: T,
     },
 }
@@ -44,7 +44,7 @@ impl<T> Norm<T> {
         Ok(Self::Layer { weight: part("weight")?, bias: part("bias")? })
     }
 
-    /// Reads `module.weight`.
+    /// The norm whose weight is `module.weight`.
     pub fn rms<S: Source<Tensor = T>>(source: &S, module: &str, width: usize) -> Result<Self> {
         Ok(Self::Rms { weight: source.vector(&format!("{module}.weight"), width)? })
     }
@@ -62,22 +62,22 @@ impl<T> Norm<T> {
 pub enum Mlp<T> {
     /// Two linear layers with a nonlinearity between them.
     Plain {
-        /// To the inner width.
+        /// Layer to the inner width.
         first: Linear<T>,
-        /// From it.
+        /// Layer back from the inner width.
         second: Linear<T>,
-        /// Between them.
+        /// Nonlinearity between the layers.
         activation: Activation,
     },
     /// `down(activation(gate(x)) ∘ up(x))`.
     Gated {
-        /// To the inner width, through the nonlinearity.
+        /// Layer to the inner width, through the nonlinearity.
         gate: Linear<T>,
-        /// To the inner width.
+        /// Layer to the inner width, which the gate multiplies.
         up: Linear<T>,
-        /// From it.
+        /// Layer back from the inner width.
         down: Linear<T>,
-        /// Of the gate.
+        /// Nonlinearity of the gate.
         activation: Activation,
     },
 }
@@ -188,13 +188,13 @@ fn bidirectional(width: usize, heads: usize) -> AttentionShape {
 
 /// A pre-norm transformer block.
 pub struct TowerBlock<T> {
-    /// Before the attention.
+    /// Norm before the attention.
     pub attention_norm: Norm<T>,
-    /// Mixes tokens.
+    /// Attention, which mixes tokens.
     pub attention: Attention<T>,
-    /// Before the MLP.
+    /// Norm before the MLP.
     pub mlp_norm: Norm<T>,
-    /// Mixes channels.
+    /// MLP, which mixes channels.
     pub mlp: Mlp<T>,
 }
 

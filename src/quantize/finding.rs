@@ -25,7 +25,7 @@ pub enum FindingKind {
     ScalesTooSmall,
     /// The solve came out far worse than rounding to nearest, or half of the layer's output is lost.
     ErrorExploded,
-    /// Of the whole model: the quantized path no longer predicts what the float path does.
+    /// A finding of the whole model: the quantized path no longer predicts what the float path does.
     ModelDestroyed,
 }
 
@@ -72,7 +72,7 @@ impl fmt::Display for FindingKind {
 /// Something that a user should know of a layer's numbers, or of the model's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Finding {
-    /// Which kind.
+    /// Kind of the finding.
     pub kind: FindingKind,
     /// What was found, with the figures.
     pub found: String,

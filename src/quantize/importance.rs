@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 /// One importance factor a token, for each projection of the attention module; all `>= 0`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Factors {
-    /// In the order q, k, v, o.
+    /// Factors of the tokens for q, k, v and o, in that order.
     pub projections: [Vec<f32>; 4],
 }
 
@@ -79,10 +79,10 @@ pub enum Unusable {
         count: usize,
         /// Chunk of the first one.
         chunk: usize,
-        /// Its token in that chunk.
+        /// The first such token in that chunk.
         token: usize,
     },
-    /// All are zero: the paths are equal, or no gradient comes through.
+    /// All factors are zero: the paths are equal, or no gradient comes through.
     Zero,
 }
 

@@ -18,7 +18,7 @@ pub enum Solver {
     Rtn,
     /// Second-order error propagation towards the layer's output on the quantized path (arXiv 2210.17323).
     Gptq,
-    /// The same towards the float path's output (arXiv 2504.02692).
+    /// Second-order error propagation towards the float path's output (arXiv 2504.02692).
     Gptaq,
 }
 
@@ -26,9 +26,9 @@ pub enum Solver {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Importance {
-    /// All alike.
+    /// All tokens weigh alike.
     None,
-    /// By the gradient of the local attention-block loss (arXiv 2508.03351, section 4).
+    /// Tokens weigh by the gradient of the local attention-block loss (arXiv 2508.03351, section 4).
     Vlmq,
 }
 
@@ -36,9 +36,9 @@ pub enum Importance {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Refit {
-    /// They stay as the solve had them.
+    /// Scales stay as the solve had them.
     None,
-    /// Those of the layers that write to the residual stream, `o_proj` and `down_proj`, are: each output channel's by one factor, so
+    /// Scales of the layers that write to the residual stream, `o_proj` and `down_proj`, are refitted: each output channel's by one factor, so
     /// that it adds as much as the quantized path lacks.
     Residual,
 }
@@ -105,7 +105,7 @@ impl Serialize for ImportancePower {
     }
 }
 
-/// Which weights the GPTAQ term carries from one block of columns to the later ones.
+/// The weights that the GPTAQ term carries from one block of columns to the later ones.
 ///
 /// The derivation has the weights just before rounding; the reference implementation, by overwriting them in place, the
 /// rounded ones.
@@ -137,7 +137,7 @@ pub struct SolverSettings {
     pub damp: f64,
     /// Strength α of the GPTAQ term.
     pub alpha: f64,
-    /// See [`CrossTerm`].
+    /// Weights that the GPTAQ term carries on, see [`CrossTerm`].
     pub cross_term: CrossTerm,
     /// Storage type of scales.
     pub scale_type: Float,

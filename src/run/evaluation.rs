@@ -125,7 +125,7 @@ struct Evaluated<D: ModelOps> {
 enum Reference<'a, D: ModelOps> {
     None,
     Model(Box<Evaluated<D>>),
-    /// Of every sample, `[answer tokens, vocab]`.
+    /// Logits of every sample, `[answer tokens, vocab]`.
     Kept(&'a [Matrix]),
 }
 
@@ -316,7 +316,7 @@ impl<D: ModelOps> Evaluated<D> {
 /// Samples that are answered together.
 struct Asked<'a> {
     conversations: &'a [Conversation],
-    /// With their right answers.
+    /// Samples with their right answers.
     whole: &'a [Sequence],
     /// Most tokens of an answer.
     limits: &'a [usize],

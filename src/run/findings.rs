@@ -33,7 +33,7 @@ fn ends(finding: &Finding) -> String {
     format!("{found}, and --strict is given; {}, or go on without --strict: {done}", kind.remedy())
 }
 
-/// The same of the model as a whole.
+/// Logs what was found of the model as a whole; in a strict run it is an error.
 pub(super) fn tell_of_model(check: &ModelCheck, strict: bool) -> Result<()> {
     for finding in &check.findings {
         if strict {

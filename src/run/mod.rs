@@ -81,7 +81,7 @@ pub fn run<D: ModelOps + SolveOps>(
     Err(if work.is_kept() { error.context(unfinished) } else { error })
 }
 
-/// All of a run but giving the output its name. `saved` is the last state on the disk that this process has found or made.
+/// The whole run, but for giving the output its name. `saved` is the last state on the disk that this process has found or made.
 fn quantize<D: ModelOps + SolveOps>(
     device: &D,
     settings: &RunSettings,

@@ -15,7 +15,7 @@ const CHUNKS: usize = 4;
 /// Tokens that are looked at, at most: with so many a share of one half is known to ± 2 %.
 pub(super) const MOST_TOKENS: usize = 512;
 
-/// With so many tokens of answers nothing else is asked: what a template repeats, every model knows.
+/// Tokens of answers with which nothing else is asked: what a template repeats, every model knows.
 const ENOUGH_ANSWERS: usize = 64;
 
 /// Samples, packed into chunks: those that the model is calibrated with, then those that are held out.
@@ -57,9 +57,9 @@ fn spread(chunks: usize) -> impl Iterator<Item = usize> {
 /// Places in a chunk, and what comes next there.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Places {
-    /// Which chunk.
+    /// Index of the chunk.
     pub(super) chunk: usize,
-    /// Its tokens, ascending.
+    /// Tokens of the chunk, ascending.
     pub(super) rows: Vec<u32>,
     /// The token behind each of them.
     pub(super) next: Vec<u32>,

@@ -14,14 +14,14 @@ use vlmq::run::{self, DryRun, RunSettings};
 struct Planned {
     #[serde(flatten)]
     run: DryRun,
-    /// Of the float model, and of the quantized one against it.
+    /// Evaluations of the float model, and of the quantized one against it.
     #[serde(skip_serializing_if = "Option::is_none")]
     evaluations: Option<[PlannedEvaluation; 2]>,
 }
 
 #[derive(Serialize)]
 struct PlannedEvaluation {
-    /// Estimated.
+    /// Seconds, estimated.
     seconds: f64,
     #[serde(flatten)]
     plan: EvaluationPlan,

@@ -19,7 +19,7 @@ use std::sync::Arc;
 /// The file that NVIDIA installs.
 const FILE: &str = "libcublas.so.13";
 
-/// What it needs beside it.
+/// The library that cuBLAS needs beside it.
 const COMPANION: &str = "libcublasLt.so.13";
 
 /// The major version whose products are tested.

@@ -88,7 +88,7 @@ impl Outputs {
 }
 
 impl Cuda {
-    /// See [`ModelOps::dequantize`](crate::device::ModelOps::dequantize).
+    /// Weights of codes, see [`ModelOps::dequantize`](crate::device::ModelOps::dequantize).
     pub(super) fn weight_of_codes(&self, weight: &QuantizedWeight<'_>) -> Result<CudaTensor> {
         let groups = weight.groups()?;
         let QuantizedWeight { rows, cols, codes, scales, zeros, group_index } = *weight;

@@ -64,7 +64,7 @@ impl Cuda {
         Ok(Self { kernels, runtime: Arc::new(Heap::new(runtime)?), precision, sync })
     }
 
-    /// The same device for a model of another precision; tensors of both work with both.
+    /// A handle of the same device for a model of another precision; tensors of both work with both.
     pub fn with_precision(&self, precision: Float) -> Self {
         Self { precision, ..self.clone() }
     }
@@ -103,7 +103,7 @@ impl Cuda {
         if self.sync { self.runtime.synchronize().with_context(what) } else { Ok(()) }
     }
 
-    /// The same of a call with a work space.
+    /// Launches a kernel that needs a work space.
     pub(super) fn launch_with_workspace<A: NeedsWorkspace>(&self, mut arguments: A) -> Result<()> {
         let bytes = self.workspace_bytes(&arguments);
         let mut workspace = Memory::new(&self.runtime, bytes)?;
@@ -139,19 +139,19 @@ impl Cuda {
         Ok(tensor.memory.at(0))
     }
 
-    /// The same, for a kernel to write.
+    /// Address of a tensor for a kernel to write.
     pub(super) fn write<T>(&self, tensor: &mut CudaTensor) -> Result<*mut T> {
         tensor.memory.settle_mut()?;
         Ok(self.read::<T>(tensor)?.cast_mut())
     }
 
-    /// The same of a tensor that must be float32.
+    /// Address of a tensor that must be float32.
     pub(super) fn floats(&self, tensor: &CudaTensor) -> Result<*const f32> {
         ensure!(tensor.precision == Float::F32, "{} where float32 is needed", tensor.describe());
         self.read(tensor)
     }
 
-    /// The same, for a kernel to write.
+    /// Address of a tensor that must be float32, for a kernel to write.
     pub(super) fn floats_mut(&self, tensor: &mut CudaTensor) -> Result<*mut f32> {
         self.floats(tensor)?;
         self.write(tensor)

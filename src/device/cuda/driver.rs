@@ -29,7 +29,7 @@ const LEAST_SHARED: i32 = 99 << 10;
 
 /// One GPU, one stream for its work and one for copies beside it.
 pub(super) struct Driver {
-    /// Before its stream, as fields are dropped in this order.
+    /// cuBLAS, before its stream, as fields are dropped in this order.
     blas: Mutex<Blas>,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,

@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Of the memory that a GPU has free when it is opened, and of a limit that is set, one part in so many is left alone: for
+/// The part, one in so many, of the memory that a GPU has free when it is opened, and of a limit that is set, that is left alone: for
 /// the code of kernels, and for what a pool loses as it holds whole blocks, some of them between allocations of different
 /// sizes.
 pub(super) const RESERVE: u64 = 16;
@@ -15,12 +15,12 @@ pub(super) struct Heap {
     runtime: Box<dyn Runtime>,
     live: AtomicU64,
     peak: AtomicU64,
-    /// `u64::MAX`: none.
+    /// The limit in bytes; `u64::MAX` where there is none.
     limit: AtomicU64,
 }
 
 impl Heap {
-    /// Of a runtime, limited to what it has free less a reserve of a sixteenth.
+    /// The heap of a runtime, limited to what it has free less a reserve of a sixteenth.
     pub(super) fn new(runtime: Box<dyn Runtime>) -> Result<Self> {
         let limit = runtime.free_bytes()?.map_or(u64::MAX, without_reserve);
         Ok(Self { runtime, live: AtomicU64::new(0), peak: AtomicU64::new(0), limit: AtomicU64::new(limit) })
@@ -72,7 +72,7 @@ impl Heap {
     }
 }
 
-/// Of a limit, what a pool may hold beside what the runtime holds for itself, and what of that may be out at once.
+/// The shares of a limit: what a pool may hold beside what the runtime holds for itself, and what of that may be out at once.
 fn shares(bytes: u64, own: u64, has_pool: bool) -> Result<(u64, u64)> {
     ensure!(bytes > own, "a limit of {bytes} bytes of GPU memory, of which cuBLAS alone takes {own}");
     let pool = bytes - own;

@@ -44,7 +44,7 @@ macro_rules! kernels {
         }
 
         impl Kernels {
-            /// Those of this program.
+            /// The kernels of this program.
             #[cfg(vlmq_kernels)]
             pub(super) fn linked() -> Result<Self> {
                 Ok(Self {
@@ -125,7 +125,7 @@ impl Kernels {
         )
     }
 
-    /// Those of a library, which must hold all.
+    /// The kernels of a library, which must hold all.
     pub(super) fn load(path: &Path) -> Result<Self> {
         // SAFETY: whoever names a library of kernels vouches for what it runs when it is opened, as for any program.
         let library = unsafe { Library::new(path) }.with_context(|| format!("{}: cannot be opened", path.display()))?;

@@ -25,7 +25,7 @@ pub(super) struct Memory {
     arrival: Mutex<Option<Arrival>>,
 }
 
-/// As many bytes of page-locked host memory.
+/// A copy in page-locked host memory, of as many bytes.
 struct HostCopy {
     address: Address,
     /// Whether they are the same as those on the device.
@@ -113,7 +113,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Where it starts.
+    /// Address of the first byte.
     pub(super) fn address(&self) -> Address {
         self.address
     }
@@ -124,7 +124,7 @@ impl Memory {
         (self.address + offset) as *const T
     }
 
-    /// The same, for a kernel to write.
+    /// Address of an element, for a kernel to write.
     pub(super) fn at_mut<T>(&mut self, offset: usize) -> *mut T {
         if let Some(host) = &mut self.host {
             host.same = false;

@@ -15,19 +15,19 @@ pub(super) type Address = usize;
 /// A plain product of dense row-major matrices, summed in float32 and rounded once: `c = a · op(b)`. Never `c += a · op(b)`:
 /// for some shapes cuBLAS rounds the product before it adds.
 pub(super) struct Product {
-    /// `[rows, inner]`.
+    /// Address of `a`, `[rows, inner]`.
     pub(super) a: Address,
     /// `[inner, cols]`, or `[cols, inner]` where `transposed`.
     pub(super) b: Address,
-    /// `[rows, cols]`.
+    /// Address of `c`, `[rows, cols]`.
     pub(super) c: Address,
     pub(super) rows: usize,
     pub(super) cols: usize,
     pub(super) inner: usize,
     pub(super) transposed: bool,
-    /// Of `a` and `b`.
+    /// Type of `a` and `b`.
     pub(super) precision: Float,
-    /// Of `c`: the same, or float32.
+    /// Type of `c`: that of `a` and `b`, or float32.
     pub(super) rounded_to: Float,
 }
 
@@ -126,7 +126,7 @@ pub(super) trait Runtime: Send + Sync {
     /// `address` comes from [`allocate_host`](Self::allocate_host) for as many bytes, and is freed once.
     unsafe fn free_host(&self, address: Address, bytes: usize);
 
-    /// Behind the work that was enqueued so far, copies device memory to page-locked memory, where that is given, and gives
+    /// Copies, behind the work that was enqueued so far, device memory to page-locked memory, where that is given, and gives
     /// it back. Work enqueued later does not wait for the copy.
     ///
     /// # Safety

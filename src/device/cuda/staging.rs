@@ -76,9 +76,9 @@ struct Ring<M> {
 }
 
 struct Slot<M> {
-    /// Where it is; `None` before its first use.
+    /// Address of the buffer; `None` before its first use.
     address: Option<Address>,
-    /// Behind the last copies from or to it.
+    /// Mark behind the last copies from or to the buffer.
     mark: Option<M>,
 }
 
@@ -97,7 +97,7 @@ impl<E: Engine> Staging<E> {
         Self { engine, size, up: Mutex::new(up), down: Mutex::new(down) }
     }
 
-    /// What copies.
+    /// The engine that copies.
     pub(super) fn engine(&self) -> &E {
         &self.engine
     }

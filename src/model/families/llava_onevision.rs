@@ -20,7 +20,7 @@ const DECODER_PLACES: [(&str, &str); 2] =
 /// Where they have put the vision tower.
 const TOWER_PREFIXES: [&str; 4] =
     ["vision_tower.vision_model.", "vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower."];
-/// Before the projector and the vector that ends a row.
+/// Prefixes of the projector and the vector that ends a row.
 const REST_PREFIXES: [&str; 2] = ["", "model."];
 /// Crops that go through the tower together: 5832 tokens of the real one, 100 MB inside its MLP in float32.
 const CROPS: usize = 8;
@@ -162,7 +162,7 @@ fn sizes(vision: &Section<'_>) -> Result<TowerSizes> {
 /// SigLIP, its last norm left out, and the projector.
 struct Tower<T> {
     embedding: Linear<T>,
-    /// `[patches, width]`.
+    /// Embeddings of positions, `[patches, width]`.
     positions: T,
     blocks: Vec<TowerBlock<T>>,
     projector: Mlp<T>,

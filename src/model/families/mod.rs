@@ -65,7 +65,7 @@ impl ImageOptions {
 
 /// What a vision tower makes of some images: one row an image token.
 pub struct Features<T> {
-    /// In the placeholders' places, `[image tokens, hidden]`.
+    /// Features in the placeholders' places, `[image tokens, hidden]`.
     pub tokens: T,
     /// Added to the residual stream at the same places behind the first decoder blocks, one tensor a block, each
     /// `[image tokens, hidden]` (DeepStack, arXiv 2406.04334); empty for families without.

@@ -136,11 +136,11 @@ pub(super) fn vision_frequencies(vision: &Section<'_>, key: &str, width: usize, 
 
 /// The patches of some images one after another, where they stand, and one span an image.
 pub(super) struct Packed<T> {
-    /// `[patches, values]`.
+    /// The patches, `[patches, values]`.
     pub(super) patches: T,
     /// (row, column) of every patch in its image.
     pub(super) positions: Vec<[u32; 2]>,
-    /// The images.
+    /// Rows of each image.
     pub(super) spans: Vec<Span>,
 }
 

@@ -101,7 +101,7 @@ impl Sizes {
 struct Tower<T> {
     embedding: Linear<T>,
     blocks: Vec<TowerBlock<T>>,
-    /// Of each block, whether it sees whole images.
+    /// Whether a block sees whole images, block by block.
     full_attention: Vec<bool>,
     merger_norm: Norm<T>,
     merger: Mlp<T>,

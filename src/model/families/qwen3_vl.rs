@@ -21,7 +21,7 @@ const PATCH_SIZE: usize = 16;
 const HEAD_DIM: usize = 128;
 /// Key of the vision config that says behind which blocks of the tower features for the decoder's first blocks are made.
 const DEEPSTACK_KEY: &str = "deepstack_visual_indexes";
-/// Those blocks where the vision config leaves them out.
+/// Blocks that hand on features, where the vision config leaves them out.
 const DEEPSTACK_INDEXES: [usize; 3] = [8, 16, 24];
 
 /// The dense models of the Qwen3-VL family.

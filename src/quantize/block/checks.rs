@@ -85,7 +85,7 @@ impl Distance {
         Ok(())
     }
 
-    /// See [`BlockOutcome::path_error`](super::quantizer::BlockOutcome::path_error).
+    /// Mean of the distances, see [`BlockOutcome::path_error`](super::quantizer::BlockOutcome::path_error).
     pub(super) fn mean(&self) -> Option<f64> {
         // A difference may overflow in float16 where its terms do not.
         (self.tokens > 0).then(|| self.sum / self.tokens as f64).filter(|mean| mean.is_finite())

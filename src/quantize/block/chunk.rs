@@ -11,10 +11,10 @@ use serde::Serialize;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Activations {
-    /// In device memory.
+    /// Activations in device memory.
     #[default]
     Resident,
-    /// In page-locked host memory; a chunk is fetched while the one before it is worked on, and parked behind it.
+    /// Activations in page-locked host memory; a chunk is fetched while the one before it is worked on, and parked behind it.
     Streamed,
 }
 

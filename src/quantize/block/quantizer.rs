@@ -13,7 +13,7 @@ use anyhow::Result;
 
 /// A layer that has its codes.
 pub struct SolvedLayer {
-    /// Which.
+    /// The layer's place in its block.
     pub projection: Projection,
     /// Codes, scales, zeros.
     pub linear: QuantizedLinear,

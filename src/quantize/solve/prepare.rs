@@ -10,7 +10,7 @@ use crate::quantize::{Finding, FindingKind};
 use anyhow::{Context, Result, bail, ensure};
 use std::time::Instant;
 
-/// All of a solve that depends on the statistics alone: layers that read the same inputs with the same importance
+/// The part of a solve that depends on the statistics alone: layers that read the same inputs with the same importance
 /// (gate and up; q, k and v without importance) share it.
 pub struct Prepared<T> {
     pub(super) order: Vec<u32>,

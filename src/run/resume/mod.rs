@@ -78,7 +78,7 @@ pub(super) struct Spent {
 }
 
 impl Spent {
-    /// With what this process has spent since `start`.
+    /// The sum of this and what this process has spent since `start`.
     pub(super) fn and(&self, start: Instant, stages: impl IntoIterator<Item = StageTime>) -> Self {
         let mut all = self.stages.clone();
         for time in stages {

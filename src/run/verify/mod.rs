@@ -40,18 +40,18 @@ pub struct Verification {
     pub tensors: usize,
     /// Quantized layers, in order.
     pub layers: Vec<LayerCheck>,
-    /// All that is not as it should be, a sentence each: empty for a sound checkpoint.
+    /// Differences from what should be, a sentence each: empty for a sound checkpoint.
     pub differences: Vec<String>,
 }
 
 /// A quantized layer's errors against the float weights.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LayerCheck {
-    /// Its name in the checkpoint, without `.weight`.
+    /// Name of the layer in the checkpoint, without `.weight`.
     pub name: String,
     /// `‖Ŵ − W‖ / ‖W‖` as the files have it; `None` where they cannot be read.
     pub weight_error: Option<f64>,
-    /// The same as the run recorded it; `None` where `report.json` does not know the layer.
+    /// The error as the run recorded it; `None` where `report.json` does not know the layer.
     pub recorded: Option<f64>,
 }
 

@@ -92,7 +92,7 @@ struct HeadGradients {
     values: Vec<f32>,
 }
 
-/// With P the probabilities, dO the output gradient and s the scale: dV = Pᵀ dO; dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O));
+/// Gradients of attention. With P the probabilities, dO the output gradient and s the scale: dV = Pᵀ dO; dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O));
 /// dQ = s dS K; dK = s dSᵀ Q. A task is one key/value head of one span, so that its sums have one fixed order.
 pub(super) fn backward(
     q: &Matrix,

@@ -16,7 +16,7 @@ pub(super) fn part(x: &Matrix, rows: Range<usize>, columns: Range<usize>) -> Vie
     part_of(x.data(), x.cols(), rows, columns)
 }
 
-/// The same of a row-major slice, rows `stride` apart.
+/// Part of a row-major slice, rows `stride` apart.
 pub(super) fn part_of(data: &[f32], stride: usize, rows: Range<usize>, columns: Range<usize>) -> View<'_> {
     if rows.is_empty() || columns.is_empty() {
         return View::new(&[], rows.len(), columns.len(), stride);
@@ -31,7 +31,7 @@ pub(super) fn add_product(c: &mut Matrix, a: &Matrix, b: &Matrix, range: &Produc
     packed.add_product(1.0, &a.data()[range.inner.start..], a.cols(), c.data_mut(), cols, range.target);
 }
 
-/// `‖x‖²`.
+/// The squared norm `‖x‖²`.
 pub(super) fn squared_norm(x: &Matrix) -> f64 {
     let sums: Vec<f64> = x.data().par_chunks(1 << 14).map(|part| dispatch(|| dot_in_f64(part, part))).collect();
     sums.iter().sum()

@@ -14,7 +14,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// See [`SolveOps::quantize_block`](crate::device::SolveOps::quantize_block).
+/// Quantizes a block of columns, see [`SolveOps::quantize_block`](crate::device::SolveOps::quantize_block).
 pub(super) fn quantize_block(block: &Block<'_, Matrix>, state: &mut SolveState<Matrix>) -> Result<BlockCodes> {
     let (rows, features) = (state.residual.rows(), state.residual.cols());
     let (width, groups, span) = (block.columns.len(), groups_of(block), state.error.cols());
@@ -61,13 +61,13 @@ pub(super) fn quantize_block(block: &Block<'_, Matrix>, state: &mut SolveState<M
 
 /// A block's triangles, packed once for all slabs.
 struct Products<'a> {
-    /// Ū_BB.
+    /// The block Ū_BB of the inverse's factor.
     inverse: Packed,
-    /// R̄_BB.
+    /// The block R̄_BB of the factor.
     root: Packed,
     /// P_BB, for GPTAQ.
     shift: Option<Packed>,
-    /// Of R.
+    /// Diagonal of R.
     diagonal: &'a [f32],
 }
 
@@ -149,7 +149,7 @@ fn add(to: &mut [f32], more: &[f32]) {
     to.iter_mut().zip(more).for_each(|(to, more)| *to += more);
 }
 
-/// See [`SolveOps::group_grid`](crate::device::SolveOps::group_grid).
+/// The grids of a group wider than a block, see [`SolveOps::group_grid`](crate::device::SolveOps::group_grid).
 pub(super) fn group_grid(state: &SolveState<Matrix>, group: &Group<'_, Matrix>) -> Result<GroupGrid> {
     let Group { columns, rule, .. } = group;
     let rows = state.residual.rows();

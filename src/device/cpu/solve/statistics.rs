@@ -26,7 +26,7 @@ pub(in crate::device::cpu) fn workspace(tokens: usize, features: usize, threads:
     8 * (tokens * features) as u64 + threads * one
 }
 
-/// See [`SolveOps::accumulate_statistics`](crate::device::SolveOps::accumulate_statistics).
+/// Adds some tokens to statistics, see [`SolveOps::accumulate_statistics`](crate::device::SolveOps::accumulate_statistics).
 pub(super) fn accumulate(
     hessian: &mut Matrix,
     mut cross: Option<&mut Matrix>,
