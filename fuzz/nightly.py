@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fuzzes all targets in turn and adds what was done to totals.json, from which the table of README.md is made.
+"""Fuzzes all targets in turn and adds what was done to totals.json, from which the table of docs/security.md is made.
 
     python3 fuzz/nightly.py --hours 6            # processor hours, over all targets
     python3 fuzz/nightly.py --table              # the table, of what was done so far

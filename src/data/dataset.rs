@@ -9,7 +9,7 @@ use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Reads all conversations of a file, whichever of the forms in README each line has.
+/// Reads all conversations of a file, whichever of the forms in docs/data.md each line has.
 ///
 /// A relative image path counts from `image_root`, or from the file's folder when there is none, and every path must lead
 /// below it. Images are not read yet. Errors name the file and line; a file without conversations is an error too.

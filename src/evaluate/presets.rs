@@ -2,7 +2,7 @@
 //! may be, and how it is scored.
 //!
 //! A data file for a preset holds one question a line under the column names of LMMs-Eval's data sets, with the image as
-//! `image` or `images` (README, "Benchmarks"). [`Preset::prepare`] makes a plain question of such a line. A preset only
+//! `image` or `images` (docs/benchmarks.md). [`Preset::prepare`] makes a plain question of such a line. A preset only
 //! words the user's turn, images first; the system's turn is the chat template's business.
 
 use super::metrics::{Metric, strip};

@@ -1,4 +1,4 @@
-//! Token importance from the gradient of the local attention-block loss (paper section 4; method of the README).
+//! Token importance from the gradient of the local attention-block loss (paper section 4; "The method in short" of docs/guide.md).
 //!
 //! With both paths through the block's *float* attention module `Attn(X) = X + o(attention(norm(X)))`, the loss of a
 //! sample is `L = ‖Attn(X_F) − Attn(X_U)‖²`, and token n's importance for projection j is the mean over channels of

@@ -5,4 +5,6 @@ mod alone;
 mod bench_timing;
 mod bindings;
 mod commit;
+mod links;
+mod rooms;
 mod rules;
