@@ -72,7 +72,7 @@ impl Command {
 #[command(next_help_heading = "Machine and messages")]
 pub(crate) struct MachineArgs {
     /// Where to compute: `cpu`, `cuda` or `cuda:N`, or `auto`: the first GPU where there is one.
-    // Not auto by default until the CUDA device has run on a GPU.
+    // Not auto by default until a published model has been quantized on a GPU.
     #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
     pub(crate) device: DeviceChoice,
     /// Threads to use; all cores when not given. Results do not depend on it.
