@@ -19,12 +19,11 @@ use vlmq::checkpoint::Checkpoint;
 use vlmq::checkpoint::checksum;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::Cuda;
-use vlmq::device::{ModelOps, SolveOps};
 use vlmq::model::families;
 use vlmq::quantize::settings::{Solver, SolverSettings};
 use vlmq::report::provenance::COMMIT;
 use vlmq::run::evaluation::{self, EvaluationSettings};
-use vlmq::run::{self, CHUNK_TOKENS, RunSettings};
+use vlmq::run::{self, CHUNK_TOKENS, RunSettings, Runs};
 use vlmq::tensor::{Float, Matrix};
 
 /// Compares methods on the test bed that benches/testbed/make.py makes, and prints a Markdown table for each width.
@@ -142,7 +141,7 @@ struct Job<'a> {
     seed: u64,
 }
 
-impl<'a, D: ModelOps + SolveOps> Table<'a, D> {
+impl<'a, D: Runs> Table<'a, D> {
     /// Refuses what can be refused before anything is computed.
     fn new(open: &'a (dyn Fn() -> Result<Devices<D>> + Sync), arguments: &'a Arguments) -> Result<Self> {
         ensure!(arguments.draws > 0, "a table of no draws");

@@ -28,10 +28,8 @@ pub struct DryRun {
     pub time: TimePlan,
 }
 
-/// Everything that [`run`](super::run) does before it reads a weight or writes a byte, and what it would take: errors as it
-/// has them of settings, headers, templates, data and room. It takes seconds, whatever the size of the model: reading the
-/// data, and about a second of products that show how fast the device is.
-pub fn dry_run<D: ModelOps + SolveOps>(
+/// Checks and counts a run, see [`dry_run`](super::dry_run).
+pub(super) fn dry_run<D: ModelOps + SolveOps>(
     device: &D,
     settings: &RunSettings,
     observer: &mut dyn Observer,

@@ -1,5 +1,7 @@
 //! The evaluation of a checkpoint: its memory planned, its samples answered together, scored, and compared with a reference.
 
+pub use super::devices::{answer_logits, evaluate, plan_comparison, run_against};
+
 use crate::checkpoint::Checkpoint;
 use crate::data::chunks::chunks_of_tokens;
 use crate::data::dataset::{self, Conversation, Part};
@@ -129,29 +131,8 @@ enum Reference<'a, D: ModelOps> {
     Kept(&'a [Matrix]),
 }
 
-/// Decodes and scores every sample. Errors, with the numbers, where there is not enough memory for it.
-pub fn evaluate<D: ModelOps>(
-    device: &D,
-    settings: &EvaluationSettings,
-    observer: &mut dyn Observer,
-) -> Result<Evaluation> {
-    score(device, settings, None, observer)
-}
-
-/// As [`evaluate`], against logits that [`answer_logits`] found before: one pass of the reference model serves many runs.
-pub fn run_against<D: ModelOps>(
-    device: &D,
-    settings: &EvaluationSettings,
-    reference: &[Matrix],
-    observer: &mut dyn Observer,
-) -> Result<Evaluation> {
-    score(device, settings, Some(reference), observer)
-}
-
-/// Refuses what [`evaluate`] would refuse of a float model, its data and memory, but for what it answers, and says what it would take to
-/// evaluate that model, and what its quantized self of so many `bits` against it. Reads the data and builds the sequences with the
-/// checkpoint's tokenizer, template and image processor, which leaves the weights alone.
-pub fn plan_comparison<D: ModelOps>(
+/// Plans both evaluations, see [`plan_comparison`](super::devices::plan_comparison).
+pub(super) fn plans_of_comparison<D: ModelOps>(
     device: &D,
     settings: &EvaluationSettings,
     bits: u32,
@@ -175,9 +156,8 @@ pub fn plan_comparison<D: ModelOps>(
     Ok(planners.map(Planner::plan))
 }
 
-/// Logits of `settings.model` that predict the answer of every sample, `[answer tokens, vocab]` each. All are kept in
-/// memory.
-pub fn answer_logits<D: ModelOps>(device: &D, settings: &EvaluationSettings) -> Result<Vec<Matrix>> {
+/// Logits of every answer, see [`answer_logits`](super::devices::answer_logits).
+pub(super) fn logits_of_answers<D: ModelOps>(device: &D, settings: &EvaluationSettings) -> Result<Vec<Matrix>> {
     let conversations = read(settings)?;
     let opened = Opened::read::<D>(&settings.model, settings)?;
     let planner = Planner::new(device, opened.size::<D>(None)?, None, false)?;
@@ -203,7 +183,8 @@ fn read(settings: &EvaluationSettings) -> Result<Vec<Conversation>> {
     Ok(conversations)
 }
 
-fn score<D: ModelOps>(
+/// Decodes and scores every sample, against the reference that the settings name or against logits that were `kept`.
+pub(super) fn score<D: ModelOps>(
     device: &D,
     settings: &EvaluationSettings,
     kept: Option<&[Matrix]>,

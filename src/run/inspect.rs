@@ -1,5 +1,7 @@
 //! What a checkpoint holds, what would be quantized, and what that would cost.
 
+pub use super::devices::inspect;
+
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::Format;
 use crate::checkpoint::{Packing, Quantization};
@@ -111,7 +113,7 @@ pub fn estimate(
     })
 }
 
-/// What [`inspect`] found.
+/// What [`inspect`](super::devices::inspect) found.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Inspection {
     /// The folder.
@@ -144,11 +146,8 @@ pub struct Split {
     pub gpus: usize,
 }
 
-/// Reads configuration and tensor headers of a checkpoint, no weights; the time of the estimate is from short probes of this
-/// machine.
-///
-/// Errors as [`Checkpoint::open`], and for a family that is not known or a tensor that is missing or of another shape.
-pub fn inspect<D: ModelOps + SolveOps>(device: &D, folder: &Path) -> Result<Inspection> {
+/// Reads a checkpoint's configuration and headers, see [`inspect`](super::devices::inspect).
+pub(super) fn of<D: ModelOps + SolveOps>(device: &D, folder: &Path) -> Result<Inspection> {
     let checkpoint = Checkpoint::open(folder)?;
     let config = families::of::<D>(&checkpoint)?.config(&checkpoint)?;
     check_headers::<D>(&checkpoint, &config, true)?;

@@ -142,7 +142,9 @@ fn uses(source: &Source) -> Vec<(bool, Vec<String>)> {
         for (i, _) in elsewhere.match_indices(start) {
             let before = elsewhere[..i].chars().next_back();
             // `pub(in crate::…)` uses nothing.
-            if elsewhere[..i].ends_with("(in ") || before.is_some_and(|letter| letter.is_alphanumeric() || letter == '_' || letter == ':') {
+            if elsewhere[..i].ends_with("(in ")
+                || before.is_some_and(|letter| letter.is_alphanumeric() || letter == '_' || letter == ':')
+            {
                 continue;
             }
             let end = elsewhere[i..].find(|letter: char| !letter.is_alphanumeric() && letter != '_' && letter != ':');
@@ -207,7 +209,9 @@ fn data_walks_one_way() {
         for (to, path) in uses {
             seen += 1;
             let (Some(above), Some(below)) = (floor(room(from)), floor(room(to))) else {
-                wrong.push(format!("src/{from} uses src/{to} ({path}), and one of their rooms stands on no floor of this test"));
+                wrong.push(format!(
+                    "src/{from} uses src/{to} ({path}), and one of their rooms stands on no floor of this test"
+                ));
                 continue;
             };
             if room(from) != room(to) && below <= above && !(room(from) == "bin" && to == "lib.rs") {
@@ -247,8 +251,10 @@ fn no_files_use_each_other_in_a_circle() {
             way.reverse();
             // Told once, by the file that is first by name.
             if way.iter().min() == Some(start) {
-                let told: Vec<String> =
-                    way.windows(2).map(|pair| format!("{} → {} ({})", pair[0], pair[1], edges[pair[0]][pair[1]])).collect();
+                let told: Vec<String> = way
+                    .windows(2)
+                    .map(|pair| format!("{} → {} ({})", pair[0], pair[1], edges[pair[0]][pair[1]]))
+                    .collect();
                 circles.push(told.join(", "));
             }
         }

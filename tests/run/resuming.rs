@@ -5,11 +5,11 @@ use crate::support::{data, golden};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use vlmq::device::{ModelOps, SolveOps};
+
 use vlmq::progress::{Observer, Stage, Stop};
 use vlmq::quantize::settings::SolverSettings;
 use vlmq::report::{LayerReport, RunObserver, RunReport};
-use vlmq::run::{self, RunSettings};
+use vlmq::run::{self, RunSettings, Runs};
 
 /// Three blocks, images of several sizes.
 pub(crate) const PLAIN: &str = "rope-parameters-f32";
@@ -89,7 +89,7 @@ impl Place {
     }
 
     /// Runs the same in this process, until `at`.
-    pub(crate) fn run_until<D: ModelOps + SolveOps>(&self, device: &D, at: Moment) -> anyhow::Result<RunReport> {
+    pub(crate) fn run_until<D: Runs>(&self, device: &D, at: Moment) -> anyhow::Result<RunReport> {
         run::run(device, &self.settings(), &mut Stopper::new(at))
     }
 

@@ -4,10 +4,9 @@ use crate::args::DryRunFormat;
 use crate::{print_json, print_lines, text};
 use anyhow::Result;
 use serde::Serialize;
-use vlmq::device::{ModelOps, SolveOps};
 use vlmq::plan::evaluation::EvaluationPlan;
 use vlmq::progress::Observer;
-use vlmq::run::{self, DryRun, RunSettings};
+use vlmq::run::{self, DryRun, RunSettings, Runs};
 
 /// What a run would take, with the evaluations of `--eval` behind it.
 #[derive(Serialize)]
@@ -27,7 +26,7 @@ struct PlannedEvaluation {
     plan: EvaluationPlan,
 }
 
-pub(crate) fn run<D: ModelOps + SolveOps>(
+pub(crate) fn run<D: Runs>(
     device: &D,
     settings: &RunSettings,
     evaluations: Option<[EvaluationPlan; 2]>,

@@ -5,12 +5,12 @@ use crate::json_file::write_json;
 use crate::progress::Screen;
 use crate::{print_lines, text};
 use anyhow::Result;
-use vlmq::device::ModelOps;
 use vlmq::evaluate::Evaluation;
 use vlmq::progress::Stop;
+use vlmq::run::Runs;
 use vlmq::run::evaluation::evaluate;
 
-pub(crate) fn run<D: ModelOps>(device: &D, args: &EvalArgs, screen: &Screen) -> Result<()> {
+pub(crate) fn run<D: Runs>(device: &D, args: &EvalArgs, screen: &Screen) -> Result<()> {
     let evaluation = evaluate(device, &args.settings(), &mut screen.observer(Stop::default()))?;
     if let Some(path) = &args.json {
         write_json(path, &evaluation)?;

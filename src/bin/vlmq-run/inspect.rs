@@ -3,11 +3,11 @@
 use crate::args::InspectArgs;
 use crate::{print_json, print_lines, text};
 use anyhow::Result;
-use vlmq::device::{ModelOps, SolveOps};
 use vlmq::report::split;
+use vlmq::run::Runs;
 use vlmq::run::inspect::{self, Inspection};
 
-pub(crate) fn run<D: ModelOps + SolveOps>(device: &D, args: &InspectArgs) -> Result<()> {
+pub(crate) fn run<D: Runs>(device: &D, args: &InspectArgs) -> Result<()> {
     let inspection = inspect::inspect(device, &args.model)?;
     if args.json {
         return print_json(&inspection);

@@ -26,8 +26,8 @@ use std::io::Write;
 use std::process::ExitCode;
 use values::MAX_THREADS;
 use vlmq::device::cpu::Cpu;
-use vlmq::device::{ModelOps, SolveOps};
 use vlmq::progress::Interrupted;
+use vlmq::run::Runs;
 use vlmq::run::Unfinished;
 
 /// Stack of the thread that does the work, and of those that help it, whatever limits the program was started under.
@@ -91,7 +91,7 @@ fn run(cli: &Cli, signals: &Signals) -> Result<()> {
     }
 }
 
-fn run_on<D: ModelOps + SolveOps>(device: &D, command: &Command, screen: &Screen, signals: &Signals) -> Result<()> {
+fn run_on<D: Runs>(device: &D, command: &Command, screen: &Screen, signals: &Signals) -> Result<()> {
     match command {
         Command::Quantize(args) => quantize::run(device, args, screen, signals),
         Command::Eval(args) => eval::run(device, args, screen),

@@ -7,21 +7,15 @@ use crate::{dry_run, eval, print_lines, text};
 use anyhow::{Context, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use vlmq::device::{ModelOps, SolveOps};
 use vlmq::evaluate::{ComparedScores, Comparison};
 use vlmq::progress::Stop;
 use vlmq::quantize::FindingKind;
 use vlmq::quantize::settings::Solver;
 use vlmq::report::split;
 use vlmq::report::{LayerReport, RunReport};
-use vlmq::run::{self, RunSettings};
+use vlmq::run::{self, RunSettings, Runs};
 
-pub(crate) fn run<D: ModelOps + SolveOps>(
-    device: &D,
-    args: &QuantizeArgs,
-    screen: &Screen,
-    signals: &Signals,
-) -> Result<()> {
+pub(crate) fn run<D: Runs>(device: &D, args: &QuantizeArgs, screen: &Screen, signals: &Signals) -> Result<()> {
     let settings = args.settings();
     // What is wrong with the questions should not show after hours of quantizing.
     let asked = args.eval.clone().map(|data| args.evaluation_before(data));
@@ -44,7 +38,7 @@ pub(crate) fn run<D: ModelOps + SolveOps>(
 }
 
 /// The float model's answers and those of the finished one.
-fn compare<D: ModelOps>(device: &D, args: &QuantizeArgs, data: PathBuf, screen: &Screen) -> Result<Comparison> {
+fn compare<D: Runs>(device: &D, args: &QuantizeArgs, data: PathBuf, screen: &Screen) -> Result<Comparison> {
     let evaluate = |settings| run::evaluation::evaluate(device, &settings, &mut screen.observer(Stop::default()));
     let float = evaluate(args.evaluation_before(data.clone()))?;
     let quantized = evaluate(args.evaluation_after(data))?;

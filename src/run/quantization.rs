@@ -1,0 +1,199 @@
+//! From a checkpoint and conversations to a quantized checkpoint: the `input` is read and checked, `encode`d into the decoder's
+//! input, and walks through the `blocks`. What is done is kept on the way, to `resume` from.
+
+use super::encode;
+use super::findings;
+use super::input::{Input, Sizes};
+use super::resume::{self, Spent, Unfinished, Unusable};
+use super::start::{Start, Started};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::own::Foreign;
+use crate::checkpoint::sums::{SUMS, Sums};
+use crate::checkpoint::work::WorkFolder;
+use crate::device::{ModelOps, SolveOps};
+use crate::evaluate::paths::{self, Paths};
+use crate::plan::{DecoderShape, MemoryPlan};
+use crate::progress::{Interrupted, Stage, StageClock};
+use crate::quantize::block::{NotFinite, rows_of_paths};
+use crate::report::card::Card;
+use crate::report::check::ModelCheck;
+use crate::report::provenance::{self, Provenance};
+use crate::report::settings::RunSettings;
+use crate::report::split::largest_split;
+use crate::report::spread::bin_edges;
+use crate::report::{RunObserver, RunReport};
+use anyhow::Result;
+use std::time::{Duration, Instant};
+
+/// Counts a run's memory, see [`plan`](super::plan).
+pub(super) fn plan<D: ModelOps + SolveOps>(device: &D, settings: &RunSettings) -> Result<MemoryPlan> {
+    settings.check()?;
+    let (input, data) = Input::read::<D>(settings, &mut Vec::new(), &mut ())?;
+    input.plan(device, &data, settings.chunk_tokens)
+}
+
+/// Quantizes a checkpoint, see [`run`](super::run).
+pub(super) fn run<D: ModelOps + SolveOps>(
+    device: &D,
+    settings: &RunSettings,
+    observer: &mut dyn RunObserver,
+) -> Result<RunReport> {
+    settings.check()?;
+    let settings = &settings.plain();
+    let mut work = WorkFolder::open(&settings.out)?;
+    if settings.restart {
+        work.restart()?;
+    }
+    let mut saved = None;
+    let report = quantize(device, settings, &mut work, &mut saved, observer);
+    let error = match report.and_then(|report| work.finish().map(|()| report)) {
+        Ok(report) => return Ok(report),
+        Err(error) => error,
+    };
+    let Some(unfinished) = saved.filter(|_| !error.is::<Unusable>()) else { return Err(error) };
+    if error.is::<NotFinite>() {
+        work.keep(false);
+        return Err(if unfinished.finished > 0 { error.context(unfinished.lost()) } else { error });
+    }
+    // What comes of the input comes again, and is told again, in no time.
+    let not_of_the_input = || error.is::<Interrupted>() || error.chain().any(|cause| cause.is::<std::io::Error>());
+    work.keep(unfinished.finished > 0 || error.is::<Foreign>() || not_of_the_input());
+    Err(if work.is_kept() { error.context(unfinished) } else { error })
+}
+
+/// The whole run, but for giving the output its name. `saved` is the last state on the disk that this process has found or made.
+fn quantize<D: ModelOps + SolveOps>(
+    device: &D,
+    settings: &RunSettings,
+    work: &mut WorkFolder,
+    saved: &mut Option<Unfinished>,
+    observer: &mut dyn RunObserver,
+) -> Result<RunReport> {
+    let time = Instant::now();
+    let stop = observer.stop();
+    let mut stages = Vec::new();
+    let (input, data) = Input::read::<D>(settings, &mut stages, observer)?;
+    let job = input.job::<D>(&data, settings.chunk_tokens)?;
+    let mut plan = input.plan(device, &data, settings.chunk_tokens)?;
+    plan.lines().iter().for_each(|line| log::info!("{line}"));
+    let used = RunSettings {
+        solver: input.solver.clone(),
+        importance: input.importance,
+        importance_power: input.importance_power,
+        refit: Some(input.refit),
+        ..settings.clone()
+    };
+    let clock = StageClock::start(Stage::Checksums, 1, observer);
+    let provenance =
+        Provenance::of(&used, &input.checkpoint, &data.calibration, &data.held_out, &|| Ok(stop.check()?))?;
+    stages.push(clock.finish(observer));
+    let identity = resume::identity(&provenance, &device.name(), device.libraries())?;
+    let calibration = encode::counts(&data.calibration, input.config.image_token);
+    let sizes = Sizes::new(&input.checkpoint, &input.linears, settings.format, &input.solver)?;
+
+    let blocks = input.config.decoder.layers;
+    let unfinished = |work: &WorkFolder, finished| Some(Unfinished { folder: work.path().into(), finished, blocks });
+    let start = Start { device, input: &input, settings: &used, data: &data, job: &job, stop: &stop, time };
+    let (started, before) = match resume::find(work, &identity)? {
+        None => (start.afresh(work, &identity, &mut plan, &mut stages, observer)?, Spent::default()),
+        Some(found) => {
+            *saved = unfinished(work, found.state.finished());
+            observer.resumed(found.state.finished(), blocks, work.path());
+            let before = found.state.spent.clone();
+            (start.again(work, found, &mut plan)?, before)
+        }
+    };
+    let Started { mut state, mut writer, mut chunks } = started;
+    let packed = data.packed(settings.chunk_tokens);
+    let (places, held_out) = (input.places(&packed), packed.held_out());
+    *saved = unfinished(work, state.finished());
+    let session = start.session(work, &plan);
+    let grown = Checkpoint::open(&work.checkpoint())?;
+    drop(data);
+
+    device.reset_peak();
+    let clock = StageClock::start(Stage::Blocks, blocks as u64, observer);
+    let (between_saves, mut last_save) = (Duration::from_secs(settings.save_every), Instant::now());
+    observer.stage_advanced(Stage::Blocks, state.finished() as u64, "");
+    for index in state.finished()..blocks {
+        state.done.quantize(device, &input, session.activations, &stop, index, &mut chunks, &mut writer, observer)?;
+        writer.sync()?;
+        state.add_checksums(index, &writer, &grown)?;
+        if index + 1 == blocks {
+            observer.stage_advanced(Stage::Blocks, blocks as u64, "comparing the paths");
+            let rows = places.iter().map(|places| (places.chunk, places.rows.as_slice()));
+            if let Some([float, quantized]) = rows_of_paths(device, &mut chunks, rows, session.activations, &stop)? {
+                let next = places.iter().flat_map(|places| &places.next).copied().collect();
+                let both = Paths { float, quantized, next };
+                let found = paths::compare(device, &input.checkpoint, &input.config, both, &stop)?;
+                state.check = Some(ModelCheck::of_paths(found, held_out));
+            }
+        }
+        plan.measured(Stage::Blocks, device.peak_bytes());
+        state.measured = plan.measurements();
+        state.spent = before.and(time, stages.iter().cloned().chain([clock.time()]));
+        let finished = index + 1;
+        if finished == blocks || last_save.elapsed() >= between_saves {
+            // Behind the last block nothing is left to go through another.
+            session.save(&state, if finished < blocks { &mut chunks } else { &mut [] })?;
+            *saved = unfinished(work, finished);
+            last_save = Instant::now();
+        }
+    }
+    stages.push(clock.finish(observer));
+    drop(chunks);
+    // Behind the last save: without --strict the same command writes what is there.
+    state.check.iter().try_for_each(|check| findings::tell_of_model(check, settings.strict))?;
+
+    let spent = before.and(time, stages);
+    plan.host.measured_bytes = spent.peak_memory_bytes;
+    let layout = input.solver.layout();
+    let report = RunReport {
+        provenance,
+        family: input.family.into(),
+        format: settings.format.name().into(),
+        device: device.name(),
+        calibration,
+        layers: state.done.layers,
+        blocks: state.done.blocks,
+        check: state.check,
+        importance_edges: bin_edges(),
+        samples: input.samples,
+        stages: spent.stages,
+        seconds: spent.seconds,
+        peak_memory_bytes: spent.peak_memory_bytes,
+        peak_device_bytes: plan.measured_bytes(),
+        device_pool: device.pool_peak()?,
+        memory_plan: plan,
+        bytes_before: sizes.before,
+        bytes_after: sizes.before - sizes.float_layers + sizes.quantized_layers,
+        quantized_bytes: sizes.quantized_layers,
+        loaders: settings.format.loaders(&layout, input.support, &settings.out),
+        shut_out: settings.format.shut_out(&layout, input.support),
+        largest_split: largest_split(&DecoderShape::of(&input.config.decoder), settings.format, &input.solver),
+        evaluation: None,
+    };
+    writer.add_to_config(provenance::KEY, &report.provenance.summary())?;
+    let card = Card {
+        report: &report,
+        solver: &input.solver,
+        importance: input.importance,
+        importance_power: input.importance_power,
+        refit: input.refit,
+        format: settings.format,
+        support: input.support,
+    };
+    for (name, bytes) in card.files(&settings.out, input.checkpoint.folder())? {
+        writer.add_file(&name, &bytes)?;
+    }
+    for (name, bytes) in report.files()? {
+        writer.add_file(name, &bytes)?;
+    }
+    // Checksums of all files are no place for one that is not ours.
+    writer.check_contents()?;
+    let clock = StageClock::start(Stage::Checksums, 1, observer);
+    writer.add_file(SUMS, Sums::of(writer.folder())?.text().as_bytes())?;
+    clock.finish(observer);
+    writer.finish()?;
+    Ok(report)
+}
