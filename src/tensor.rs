@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// A float type that tensors are stored in: weights and activations of a model, and scales, which are rounded to it before they are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +43,88 @@ impl Float {
             Self::Bf16 => bf16::from_bits(1).to_f32(),
             Self::F32 => f32::from_bits(1),
         }
+    }
+
+    /// The little-endian bytes of some values of this type as float32, exactly.
+    pub fn widen(self, bytes: &[u8]) -> Vec<f32> {
+        match self {
+            Self::F16 => widen::<2>(bytes, |b| f16::from_le_bytes(b).to_f32()),
+            Self::Bf16 => widen::<2>(bytes, |b| bf16::from_le_bytes(b).to_f32()),
+            Self::F32 => widen::<4>(bytes, f32::from_le_bytes),
+        }
+    }
+}
+
+/// Values that a thread widens at a time: large enough to hide the cost of a task, small enough to spread one embedding over
+/// all cores.
+const TILE: usize = 1 << 16;
+
+fn widen<const N: usize>(bytes: &[u8], decode: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
+    let mut values = vec![0.0; bytes.len() / N];
+    values.par_chunks_mut(TILE).zip(bytes.par_chunks(TILE * N)).for_each(|(values, bytes)| {
+        // Tensors start at any byte of the file, so no cast: the compiler turns this into plain unaligned loads.
+        for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<N>().0) {
+            *value = decode(*bytes);
+        }
+    });
+    values
+}
+
+/// A dense row-major matrix as it is stored, of any float type: borrowed bytes, which a device of that type takes as they are.
+///
+/// A vector is a matrix of one row.
+#[derive(Clone, Copy, Debug)]
+pub struct StoredMatrix<'a> {
+    float: Float,
+    rows: usize,
+    cols: usize,
+    bytes: &'a [u8],
+}
+
+impl<'a> StoredMatrix<'a> {
+    /// Wraps the little-endian `bytes`, of any alignment, of `rows * cols` values, row by row. Errors when their number disagrees
+    /// with the shape.
+    pub fn new(float: Float, rows: usize, cols: usize, bytes: &'a [u8]) -> Result<Self> {
+        let wanted = rows.checked_mul(cols).and_then(|values| values.checked_mul(float.bytes()));
+        ensure!(wanted == Some(bytes.len()), "{} bytes cannot form a {rows}x{cols} matrix of {float:?}", bytes.len());
+        Ok(Self { float, rows, cols, bytes })
+    }
+
+    /// The type of the values.
+    pub fn float(&self) -> Float {
+        self.float
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The bytes of all values, row by row.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// Some consecutive values, counted through all rows, as one row. Errors where there are not as many.
+    pub fn part(&self, values: Range<usize>) -> Result<Self> {
+        ensure!(
+            values.start <= values.end && values.end <= self.rows * self.cols,
+            "values {values:?} of a {}x{} matrix",
+            self.rows,
+            self.cols
+        );
+        let size = self.float.bytes();
+        Self::new(self.float, 1, values.len(), &self.bytes[values.start * size..values.end * size])
+    }
+
+    /// The same values in float32.
+    pub fn to_matrix(&self) -> Matrix {
+        Matrix { rows: self.rows, cols: self.cols, data: self.float.widen(self.bytes) }
     }
 }
 
@@ -119,5 +202,37 @@ impl Matrix {
     /// A matrix of the same values under another shape. Errors when the sizes disagree.
     pub fn reshaped(self, rows: usize, cols: usize) -> Result<Self> {
         Self::new(rows, cols, self.data)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stored_values_are_the_same_in_float32_at_any_alignment() {
+        let values = [1.5f32, -0.0, 3.0e-5, -640.0, 0.25, 7.0];
+        for float in [Float::F16, Float::Bf16, Float::F32] {
+            // A byte before them, so that one of both starts is not aligned.
+            let mut bytes = vec![0xaa];
+            for &value in &values {
+                match float {
+                    Float::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
+                    Float::Bf16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
+                    Float::F32 => bytes.extend(value.to_le_bytes()),
+                }
+            }
+            let rounded: Vec<u32> = values.iter().map(|&value| float.round(value).to_bits()).collect();
+            let bits = |matrix: Matrix| matrix.data().iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+            let stored = StoredMatrix::new(float, 2, 3, &bytes[1..]).unwrap();
+            assert_eq!((stored.float(), stored.to_matrix().rows(), stored.to_matrix().cols()), (float, 2, 3));
+            assert_eq!(bits(stored.to_matrix()), rounded, "{float:?}");
+            let part = stored.part(2..5).unwrap();
+            assert_eq!((part.rows(), part.cols()), (1, 3));
+            assert_eq!(bits(part.to_matrix()), rounded[2..5]);
+            assert!(stored.part(4..7).is_err());
+            assert!(StoredMatrix::new(float, 3, 3, &bytes[1..]).is_err());
+            assert!(StoredMatrix::new(float, usize::MAX, 3, &bytes[1..]).is_err());
+        }
     }
 }

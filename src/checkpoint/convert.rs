@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-/// Values per task: large enough to hide the cost of a task, small enough to spread one embedding over all cores.
+/// Values that a thread looks at together.
 const CHUNK: usize = 1 << 16;
 
 /// The float type of a tensor's dtype, if it is one that weights come in.
@@ -25,26 +25,6 @@ pub(crate) fn dtype_of(float: Float) -> Dtype {
         Float::Bf16 => Dtype::BF16,
         Float::F32 => Dtype::F32,
     }
-}
-
-/// Bytes of `float` as float32, exactly.
-pub(crate) fn floats_from_bytes(float: Float, bytes: &[u8]) -> Vec<f32> {
-    match float {
-        Float::F16 => widen::<2>(bytes, |b| f16::from_le_bytes(b).to_f32()),
-        Float::Bf16 => widen::<2>(bytes, |b| bf16::from_le_bytes(b).to_f32()),
-        Float::F32 => widen::<4>(bytes, f32::from_le_bytes),
-    }
-}
-
-fn widen<const N: usize>(bytes: &[u8], decode: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
-    let mut values = vec![0.0; bytes.len() / N];
-    values.par_chunks_mut(CHUNK).zip(bytes.par_chunks(CHUNK * N)).for_each(|(values, bytes)| {
-        // Tensors start at any byte of the file, so no cast: the compiler turns this into plain unaligned loads.
-        for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<N>().0) {
-            *value = decode(*bytes);
-        }
-    });
-    values
 }
 
 /// Index of the first NaN or infinity among the bytes of `float`: an exponent of all ones.

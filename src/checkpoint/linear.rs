@@ -2,10 +2,20 @@
 
 use super::config::Quantization;
 use super::formats::{compressed_tensors, gptq};
+use super::mapped::Mapped;
 use super::read::Checkpoint;
 use crate::codes::QuantizedLinear;
 use crate::tensor::Matrix;
 use anyhow::{Result, bail};
+
+/// A linear layer's weight as a checkpoint holds it.
+#[derive(Debug)]
+pub enum LinearWeight<'a> {
+    /// Plain numbers.
+    Plain(Mapped<'a>),
+    /// Codes, scales and zeros.
+    Quantized(QuantizedLinear),
+}
 
 impl Checkpoint {
     /// What [`linear`](Self::linear) finds wrong with headers.
@@ -50,12 +60,20 @@ impl Checkpoint {
         self.contains(&format!("{module}.weight")) || !self.is_quantized()
     }
 
-    /// The weight of the linear layer `module` (its name on disk, without `.weight`) in float32, `[out, in]`: as stored,
-    /// or what its codes stand for. Errors as [`matrix`](Self::matrix) and [`packed`](Self::packed) do.
+    /// The weight of the linear layer `module` (its name on disk, without `.weight`), `[out, in]`. Errors as
+    /// [`stored_matrix`](Self::stored_matrix) and [`packed`](Self::packed) do.
+    pub fn linear_weight(&self, module: &str, out_features: usize, in_features: usize) -> Result<LinearWeight<'_>> {
+        Ok(match self.is_plain(module) {
+            true => LinearWeight::Plain(self.stored_matrix(&format!("{module}.weight"), out_features, in_features)?),
+            false => LinearWeight::Quantized(self.packed(module, out_features, in_features)?),
+        })
+    }
+
+    /// [`linear_weight`](Self::linear_weight) in float32: as stored, or what its codes stand for.
     pub fn linear(&self, module: &str, out_features: usize, in_features: usize) -> Result<Matrix> {
-        if self.is_plain(module) {
-            return self.matrix(&format!("{module}.weight"), out_features, in_features);
+        match self.linear_weight(module, out_features, in_features)? {
+            LinearWeight::Plain(weight) => Ok(weight.to_matrix()),
+            LinearWeight::Quantized(codes) => codes.dequantize(),
         }
-        self.packed(module, out_features, in_features)?.dequantize()
     }
 }

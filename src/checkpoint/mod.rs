@@ -6,6 +6,7 @@ mod config;
 mod convert;
 pub mod formats;
 mod linear;
+mod mapped;
 pub mod own;
 mod plan;
 pub mod read;
@@ -22,6 +23,8 @@ pub mod write;
 
 pub use config::{GptqVersion, Packing, Quantization};
 pub use formats::{Format, LinearSpec, Loader};
+pub use linear::LinearWeight;
+pub use mapped::Mapped;
 pub use read::{Checkpoint, StoredTensor};
 pub use shard::MAX_TENSORS;
 pub use work::WorkFolder;

@@ -1,7 +1,7 @@
 //! Reading a checkpoint: config.json and tensors, mapped into memory and converted when they are asked for.
 
 use super::config::{Quantization, parse_quantization, quantization_entry, without_quantization};
-use super::convert::{first_non_finite, float_type, floats_from_bytes};
+use super::convert::{first_non_finite, float_type};
 use super::shard::{INDEX, MAX_TENSORS, Shard, weight_files};
 use crate::input;
 use crate::tensor::Float;
@@ -11,8 +11,6 @@ use safetensors::Dtype;
 use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::HashMap;
-#[cfg(feature = "run")]
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// An opened checkpoint folder. Nothing but headers is read until a tensor is asked for.
@@ -160,54 +158,9 @@ impl Checkpoint {
         Ok(StoredTensor { dtype: info.dtype, shape: &info.shape, bytes: shard.bytes(info.data_offsets) })
     }
 
-    /// The float tensor `name` as a float32 matrix `[rows, cols]`.
-    ///
-    /// Its first dimension is `rows`; all further ones together are `cols` (a convolution `[E, 3, 2, 14, 14]` is
-    /// `[E, 1176]`). Errors when it is absent, of another shape, not f16, bf16 or f32, or holds a NaN or an infinity.
+    /// [`stored_matrix`](Self::stored_matrix) in float32.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
-        self.floats(name, self.shaped(name, rows, cols)?, rows, cols)
-    }
-
-    /// Some rows of [`matrix`](Self::matrix), without reading the others. Errors as it does; of numbers that are not finite it
-    /// sees those rows only.
-    #[cfg(feature = "run")]
-    pub(crate) fn matrix_rows(&self, name: &str, rows: usize, cols: usize, some: Range<usize>) -> Result<Matrix> {
-        let tensor = self.shaped(name, rows, cols)?;
-        let float = self.float_type_of(name, tensor.dtype)?;
-        let row_bytes = tensor.bytes.len() / rows;
-        let values = self.finite(name, float, &tensor.bytes[some.start * row_bytes..some.end * row_bytes])?;
-        self.release(name);
-        Matrix::new(some.len(), cols, values)
-    }
-
-    /// Some of a tensor's bytes as float32. Errors, naming the first of the whole tensor, where one of them is not finite.
-    #[cfg(feature = "run")]
-    fn finite(&self, name: &str, float: Float, bytes: &[u8]) -> Result<Vec<f32>> {
-        if first_non_finite(float, bytes).is_some() {
-            self.check_finite(name)?;
-        }
-        Ok(floats_from_bytes(float, bytes))
-    }
-
-    /// Rows of [`matrix`](Self::matrix) by their numbers, each as often as it is asked for. Errors as
-    /// [`matrix_rows`](Self::matrix_rows) does, and where there is no such row.
-    #[cfg(feature = "run")]
-    pub(crate) fn gathered_rows(&self, name: &str, rows: usize, cols: usize, indices: &[u32]) -> Result<Matrix> {
-        // Each row brings pages of others with it.
-        const ROWS: usize = 256;
-        let tensor = self.shaped(name, rows, cols)?;
-        let float = self.float_type_of(name, tensor.dtype)?;
-        let row_bytes = tensor.bytes.len() / rows;
-        let mut values = Vec::with_capacity(indices.len() * cols);
-        for some in indices.chunks(ROWS) {
-            for &index in some {
-                let index = index as usize;
-                ensure!(index < rows, "row {index} of tensor {name} is asked for, which has {rows}");
-                values.extend(self.finite(name, float, &tensor.bytes[index * row_bytes..][..row_bytes])?);
-            }
-            self.release(name);
-        }
-        Matrix::new(indices.len(), cols, values)
+        Ok(self.stored_matrix(name, rows, cols)?.to_matrix())
     }
 
     /// What [`matrix`](Self::matrix) finds wrong with a header.
@@ -233,12 +186,12 @@ impl Checkpoint {
         Ok(tensor)
     }
 
-    /// The float tensor `name` of `len` values as one row. Errors as [`matrix`](Self::matrix) does.
+    /// [`stored_vector`](Self::stored_vector) in float32.
     pub fn vector(&self, name: &str, len: usize) -> Result<Matrix> {
-        self.floats(name, self.shaped_vector(name, len)?, 1, len)
+        Ok(self.stored_vector(name, len)?.to_matrix())
     }
 
-    fn shaped_vector(&self, name: &str, len: usize) -> Result<StoredTensor<'_>> {
+    pub(super) fn shaped_vector(&self, name: &str, len: usize) -> Result<StoredTensor<'_>> {
         let tensor = self.tensor(name)?;
         ensure!(
             tensor.shape == [len],
@@ -247,14 +200,6 @@ impl Checkpoint {
             tensor.shape
         );
         Ok(tensor)
-    }
-
-    fn floats(&self, name: &str, tensor: StoredTensor<'_>, rows: usize, cols: usize) -> Result<Matrix> {
-        let float = self.float_type_of(name, tensor.dtype)?;
-        self.check_finite(name)?;
-        let values = floats_from_bytes(float, tensor.bytes);
-        self.release(name);
-        Matrix::new(rows, cols, values)
     }
 
     /// Lets the system have the pages of a tensor back that were read: they count as this process's memory. They are read
@@ -273,7 +218,7 @@ impl Checkpoint {
         let Some(float) = float_type(tensor.dtype) else { return Ok(()) };
         let Some(index) = first_non_finite(float, tensor.bytes) else { return Ok(()) };
         let size = tensor.bytes.len() / tensor.shape.iter().product::<usize>();
-        let value = floats_from_bytes(float, &tensor.bytes[index * size..][..size])[0];
+        let value = float.widen(&tensor.bytes[index * size..][..size])[0];
         let cols = tensor.shape.get(1..).map_or(1, |inner| inner.iter().product());
         // One dimension is a row.
         let (row, column) = if tensor.shape.len() < 2 { (0, index) } else { (index / cols, index % cols) };
@@ -283,7 +228,7 @@ impl Checkpoint {
         )
     }
 
-    fn float_type_of(&self, name: &str, dtype: Dtype) -> Result<Float> {
+    pub(super) fn float_type_of(&self, name: &str, dtype: Dtype) -> Result<Float> {
         float_type(dtype).with_context(|| {
             format!("tensor {name} in {} is of dtype {dtype:?}; weights must be F16, BF16 or F32", self.file_of(name))
         })

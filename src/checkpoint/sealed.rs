@@ -1,7 +1,7 @@
 //! safetensors files that end with the checksum of all before, so that a torn or damaged one is never taken for whole.
 
 use super::checksum::{Checksum, of_range};
-use super::convert::{bytes_from_floats, dtype_of, floats_from_bytes};
+use super::convert::{bytes_from_floats, dtype_of};
 use super::formats::TensorSpec;
 use super::plan::header;
 use super::shard::Shard;
@@ -112,6 +112,6 @@ impl Sealed {
         let bytes = self.bytes(name)?;
         let info = self.shard.header.info(name).filter(|i| i.dtype == dtype_of(float) && i.shape == [rows, cols]);
         ensure!(info.is_some(), "{}: {name} is not {rows}x{cols} of {float:?}", self.path().display());
-        Matrix::new(rows, cols, floats_from_bytes(float, &bytes))
+        Matrix::new(rows, cols, float.widen(&bytes))
     }
 }

@@ -4,7 +4,7 @@
 //! records it and `verify` computes it again from the files, so that the sums have one order whatever the number of threads:
 //! float64 along a row, then over the rows.
 
-use super::convert::{float_type, floats_from_bytes};
+use super::convert::float_type;
 use super::formats::Format;
 use super::read::StoredTensor;
 use crate::codes::QuantizedLinear;
@@ -67,7 +67,7 @@ fn sums(stored: &[f32], weight: &[f32]) -> (f64, f64) {
 fn floats(tensor: StoredTensor<'_>, rows: Range<usize>, cols: usize) -> Result<Matrix> {
     let Some(float) = float_type(tensor.dtype) else { anyhow::bail!("{:?} is no float", tensor.dtype) };
     let row = cols * tensor.dtype.bitsize() / 8;
-    Matrix::new(rows.len(), cols, floats_from_bytes(float, &tensor.bytes[rows.start * row..rows.end * row]))
+    Matrix::new(rows.len(), cols, float.widen(&tensor.bytes[rows.start * row..rows.end * row]))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! What running a model needs of a device: calibration forward and backward, evaluation.
 
 use super::Device;
-use crate::tensor::{Float, Matrix};
+use crate::tensor::{Float, Matrix, StoredMatrix};
 use anyhow::{Result, ensure};
 use std::ops::Range;
 
@@ -102,6 +102,12 @@ pub trait ModelOps: Device {
     /// Everything that meets activations comes this way; rotary tables and statistics stay float32
     /// ([`upload`](Device::upload)).
     fn upload_model(&self, matrix: Matrix) -> Result<Self::Tensor>;
+
+    /// The same of numbers as they are stored: those of the model's own type are copied as they are. Waits no longer than
+    /// until they may change.
+    fn upload_stored(&self, stored: StoredMatrix<'_>) -> Result<Self::Tensor> {
+        self.upload_model(stored.to_matrix())
+    }
 
     /// The values of a quantized weight, as [`upload_model`](Self::upload_model) would bring them.
     fn dequantize(&self, weight: &QuantizedWeight<'_>) -> Result<Self::Tensor>;

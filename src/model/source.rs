@@ -3,14 +3,14 @@
 //! Loading is written once, over [`Source`]: from a checkpoint [onto a device](Weights), or of its [headers](Headers) alone, which
 //! finds a tensor that is missing, of another shape or of another type without reading a weight.
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, LinearWeight};
 use crate::device::ModelOps;
 use crate::tensor::Matrix;
 use anyhow::Result;
 use std::ops::Range;
 
-/// A checkpoint's tensors as a model asks for them. Errors are those of [`Checkpoint::matrix`], [`Checkpoint::vector`] and
-/// [`Checkpoint::linear`].
+/// A checkpoint's tensors as a model asks for them. Errors are those of [`Checkpoint::stored_matrix`],
+/// [`Checkpoint::stored_vector`] and [`Checkpoint::linear_weight`].
 pub trait Source {
     /// What becomes of a tensor.
     type Tensor;
@@ -33,7 +33,7 @@ pub trait Source {
     /// Some rows of a tensor.
     fn rows(&self, whole: &Self::Tensor, rows: Range<usize>) -> Result<Self::Tensor>;
 
-    /// As [`matrix`](Self::matrix), to be used on the host; of a source that reads no weights it is empty.
+    /// As [`matrix`](Self::matrix), in float32 to be used on the host; of a source that reads no weights it is empty.
     fn on_host(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix>;
 }
 
@@ -59,20 +59,22 @@ impl<D: ModelOps> Source for Weights<'_, D> {
     }
 
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<D::Tensor> {
-        self.device.upload_model(self.checkpoint.matrix(name, rows, cols)?)
+        self.device.upload_stored(self.checkpoint.stored_matrix(name, rows, cols)?.stored())
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<D::Tensor> {
-        self.device.upload_model(self.checkpoint.vector(name, len)?)
+        self.device.upload_stored(self.checkpoint.stored_vector(name, len)?.stored())
     }
 
     fn part_of_vector(&self, name: &str, len: usize, part: Range<usize>) -> Result<D::Tensor> {
-        let values = self.checkpoint.vector(name, len)?;
-        self.device.upload_model(Matrix::row_vector(values.data()[part].to_vec()))
+        self.device.upload_stored(self.checkpoint.stored_vector(name, len)?.stored().part(part)?)
     }
 
     fn linear(&self, module: &str, (outputs, inputs): (usize, usize)) -> Result<D::Tensor> {
-        self.device.upload_model(self.checkpoint.linear(module, outputs, inputs)?)
+        match self.checkpoint.linear_weight(module, outputs, inputs)? {
+            LinearWeight::Plain(weight) => self.device.upload_stored(weight.stored()),
+            LinearWeight::Quantized(codes) => self.device.upload_model(codes.dequantize()?),
+        }
     }
 
     fn rows(&self, whole: &D::Tensor, rows: Range<usize>) -> Result<D::Tensor> {

@@ -140,8 +140,12 @@ impl<'a> Costs<'a> {
         (self.workspace)(work)
     }
 
-    /// Bytes of a tensor on its way to the device: `mapped` from the file, as float32, and in the device's precision.
+    /// Bytes of a tensor on its way to the device: `mapped` from the file and, where the device's precision is another, as float32
+    /// and in that.
     pub(crate) fn loading(&self, values: u64, mapped: u64) -> u64 {
+        if mapped == self.stored(values) {
+            return mapped;
+        }
         let converted = if self.element_bytes < F32 { self.element_bytes } else { 0 };
         mapped + values * (F32 + converted)
     }

@@ -174,12 +174,10 @@ impl Input {
         let replaced: HashSet<String> = self.linears.iter().map(|linear| format!("{}.weight", linear.module)).collect();
         let mut process =
             Process::now(&self.checkpoint, &data.all().collect::<Vec<_>>(), |name| !replaced.contains(name))?;
-        if job.embedder.is_some() {
-            let table = self.checkpoint.tensor(&self.config.table_name())?;
-            process.stored = (table.bytes.len() / table.shape.iter().product::<usize>().max(1)) as u64;
-            if !self.text_only {
-                process.largest_embedding = largest_of(&self.checkpoint, &self.config, Part::VisionTower);
-            }
+        let table = self.checkpoint.tensor(&self.config.table_name())?;
+        process.stored = (table.bytes.len() / table.shape.iter().product::<usize>().max(1)) as u64;
+        if job.embedder.is_some() && !self.text_only {
+            process.largest_embedding = largest_of(&self.checkpoint, &self.config, Part::VisionTower);
         }
         MemoryPlan::fit(&job, &costs, device.memory_limit())?.with_host(&job, &costs, &process)
     }

@@ -30,6 +30,9 @@ fn all_float_types_become_float32_exactly() {
     assert_eq!((brain.rows(), brain.cols(), brain.data()), (3, 2, rounded.as_slice()));
     let single = checkpoint.vector("single", 6).unwrap();
     assert_eq!((single.rows(), single.cols(), single.data()), (1, 6, values.as_slice()));
+    let stored = checkpoint.stored_matrix("brain", 3, 2).unwrap();
+    let (stored, file) = (stored.stored(), checkpoint.tensor("brain").unwrap().bytes);
+    assert_eq!((stored.float(), stored.bytes().as_ptr()), (Float::Bf16, file.as_ptr()));
     assert_eq!(checkpoint.float_type("half").unwrap(), Float::F16);
     assert_eq!(checkpoint.float_type("brain").unwrap(), Float::Bf16);
     assert_eq!(checkpoint.float_type("single").unwrap(), Float::F32);

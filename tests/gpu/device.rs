@@ -16,8 +16,7 @@ use vlmq::device::{
 };
 use vlmq::quantize::plain::quantize_layer;
 use vlmq::quantize::settings::{CrossTerm, Grid, Order, Solver, SolverSettings};
-use vlmq::tensor::Float;
-use vlmq::tensor::Matrix;
+use vlmq::tensor::{Float, Matrix, StoredMatrix};
 
 #[test]
 fn tensors_go_and_come_back() {
@@ -42,6 +41,30 @@ fn tensors_go_and_come_back() {
         assert_eq!(cuda.first_non_finite_row(&case.up(&broken)).unwrap(), Some(16));
         broken.row_mut(3)[0] = f32::INFINITY;
         assert_eq!(cuda.first_non_finite_row(&case.up(&broken)).unwrap(), Some(3));
+    }
+}
+
+#[test]
+fn stored_numbers_arrive_as_they_are() {
+    for case in Case::all() {
+        // Zeros of both signs and the smallest numbers beside the others.
+        let mut x = numbers(5, 7, 4);
+        x.row_mut(2)[..4].copy_from_slice(&[-0.0, case.precision.smallest(), -case.precision.smallest(), 1.0]);
+        for float in [Float::F16, Float::Bf16, Float::F32] {
+            let mut bytes = vec![0u8];
+            for &value in x.data() {
+                match float {
+                    Float::F16 => bytes.extend(half::f16::from_f32(value).to_le_bytes()),
+                    Float::Bf16 => bytes.extend(half::bf16::from_f32(value).to_le_bytes()),
+                    Float::F32 => bytes.extend(value.to_le_bytes()),
+                }
+            }
+            let stored = StoredMatrix::new(float, 5, 7, &bytes[1..]).unwrap();
+            let found = case.cuda.upload_stored(stored).unwrap();
+            assert_eq!(found.precision(), case.precision);
+            let bits = |x: &Matrix| x.data().iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&case.down(&found)), bits(&case.down(&case.up(&stored.to_matrix()))), "{float:?}");
+        }
     }
 }
 

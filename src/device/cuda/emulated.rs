@@ -5,13 +5,12 @@ use super::bindings::vlmq_stream;
 use super::kernels::Kernels;
 use super::runtime::{Address, Arrival, LATE, Product, Runtime};
 use super::staging::{Engine, Staging};
-use super::tensor::{encode, widen};
+use super::tensor::encode;
 use crate::device::cpu::Cpu;
 use crate::device::{ModelOps, PoolPeak};
 use crate::tensor::Float;
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, anyhow};
-use half::{bf16, f16};
 use std::alloc::Layout;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -266,14 +265,7 @@ fn layout(bytes: usize) -> Layout {
 /// # Safety
 /// `address` starts a live matrix of that shape.
 unsafe fn floats(address: Address, rows: usize, cols: usize, precision: Float) -> Result<Matrix> {
-    let count = rows * cols;
-    // SAFETY: the caller's promise; allocations are aligned for every element type, and all bits are numbers.
-    let values = unsafe {
-        match precision {
-            Float::F32 => std::slice::from_raw_parts(address as *const f32, count).to_vec(),
-            Float::Bf16 => widen(std::slice::from_raw_parts(address as *const bf16, count)),
-            Float::F16 => widen(std::slice::from_raw_parts(address as *const f16, count)),
-        }
-    };
-    Matrix::new(rows, cols, values)
+    // SAFETY: the caller's promise.
+    let bytes = unsafe { std::slice::from_raw_parts(address as *const u8, rows * cols * precision.bytes()) };
+    Matrix::new(rows, cols, precision.widen(bytes))
 }

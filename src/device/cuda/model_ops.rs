@@ -8,8 +8,7 @@ use super::bindings::{
 use super::memory::Memory;
 use super::tensor::{CudaTensor, dtype_of};
 use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
-use crate::tensor::Float;
-use crate::tensor::Matrix;
+use crate::tensor::{Float, Matrix, StoredMatrix};
 use anyhow::{Context, Result, ensure};
 use std::ops::Range;
 use std::ptr;
@@ -20,6 +19,16 @@ const WIDEST_HEAD: usize = 256;
 impl ModelOps for Cuda {
     fn upload_model(&self, matrix: Matrix) -> Result<CudaTensor> {
         self.tensor_of(&matrix, self.precision)
+    }
+
+    fn upload_stored(&self, stored: StoredMatrix<'_>) -> Result<CudaTensor> {
+        if stored.float() != self.precision {
+            return self.upload_model(stored.to_matrix());
+        }
+        let mut tensor = self.tensor(stored.rows(), stored.cols(), self.precision)?;
+        // A GPU's hosts are little-endian, as files are.
+        tensor.memory.write(0, stored.bytes())?;
+        Ok(tensor)
     }
 
     fn element_type(&self) -> Float {

@@ -40,11 +40,6 @@ fn narrow<T: Pod + Send + Sync>(values: &[f32], one: fn(f32) -> T) -> Vec<u8> {
     bytes
 }
 
-/// Float32 values of half-precision ones.
-pub(super) fn widen<T: Copy + Into<f32> + Send + Sync>(values: &[T]) -> Vec<f32> {
-    values.par_iter().with_min_len(TILE).map(|&value| value.into()).collect()
-}
-
 /// A dense row-major matrix `[rows, cols]` in the memory of a [`Cuda`](super::Cuda) device.
 pub struct CudaTensor {
     pub(super) rows: usize,
@@ -82,11 +77,9 @@ impl CudaTensor {
 
     /// All values, on the host.
     pub(super) fn to_host(&self) -> Result<Matrix> {
-        let count = self.rows * self.cols;
         let values = match self.precision {
-            Float::F32 => self.memory.read(0, count)?,
-            Float::Bf16 => widen(&self.memory.read::<bf16>(0, count)?),
-            Float::F16 => widen(&self.memory.read::<f16>(0, count)?),
+            Float::F32 => self.memory.read(0, self.rows * self.cols)?,
+            half => half.widen(&self.memory.read(0, self.bytes())?),
         };
         Matrix::new(self.rows, self.cols, values)
     }

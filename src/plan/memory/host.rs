@@ -68,7 +68,7 @@ impl Host<'_> {
             self.with(self.process.held, Stage::Vision, vec![entry("the largest tensor on its way", loading)]);
         let patches = self.job.chunks.iter().map(|chunk| chunk.patches).max().unwrap_or(0) * embedder.load.patch;
         let rows = self.job.chunks.iter().map(|chunk| chunk.tokens).max().unwrap_or(0) * self.job.shape.hidden;
-        let patches = patches.max(rows) as u64 * (F32 + self.costs.element_bytes);
+        let patches = (patches as u64 * (F32 + self.costs.element_bytes)).max(self.loading(rows as u64));
         let encoding = self.with(
             self.process.held,
             Stage::Vision,
