@@ -1,5 +1,6 @@
 //! `quantization_config` of a config.json: how the weights of a quantized checkpoint are stored. And how a key gets in there.
 
+use crate::device::{WIDTHS, told_widths};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 use std::fmt;
@@ -47,7 +48,7 @@ impl GptqVersion {
 /// What both formats have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packing {
-    /// Width of a code: 2, 3, 4 or 8.
+    /// Width of a code, one of [`WIDTHS`].
     pub bits: u32,
     /// Input columns that share a scale; `None`: the whole row.
     pub group_size: Option<usize>,
@@ -173,10 +174,8 @@ pub(crate) fn with_key(text: &str, key: &str, value: &Value) -> Result<String> {
 }
 
 fn bits(value: &Value) -> Result<u32> {
-    match value.as_u64() {
-        Some(bits @ (2 | 3 | 4 | 8)) => Ok(bits as u32),
-        _ => bail!("weights of {value} bits are not read; only 2, 3, 4 and 8 are"),
-    }
+    let known = WIDTHS.into_iter().find(|&bits| value.as_u64() == Some(bits.into()));
+    known.with_context(|| format!("weights of {value} bits are not read; only {} are", told_widths("and")))
 }
 
 fn group_size(section: &Value) -> Result<Option<usize>> {

@@ -7,6 +7,7 @@ use std::fs;
 use vlmq::checkpoint::{Checkpoint, Format, GptqVersion, LinearSpec};
 use vlmq::codes::QuantizedLinear;
 use vlmq::codes::pack::{pack, packed_words, unpack};
+use vlmq::device::WIDTHS;
 use vlmq::quantize::settings::{Order, SolverSettings};
 
 const GPTQ: Format = Format::Gptq(GptqVersion::V1);
@@ -63,7 +64,7 @@ fn all_lengths_widths_and_strides_pack_and_unpack() {
 
 #[test]
 fn every_code_at_every_place_of_a_block() {
-    for bits in [2, 3, 4, 8u32] {
+    for bits in WIDTHS {
         for place in 0..32 {
             for code in 0..1u32 << bits {
                 let mut codes = vec![0; 32];

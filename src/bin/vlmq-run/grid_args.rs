@@ -1,6 +1,6 @@
 //! The flags of the grid, and of the file that codes go into.
 
-use crate::values::{GroupSize, named};
+use crate::values::{GroupSize, named, widths};
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use vlmq::checkpoint::{Format, GptqVersion};
@@ -10,8 +10,7 @@ use vlmq::quantize::settings::Grid;
 #[command(next_help_heading = "Grid and file")]
 pub(crate) struct GridArgs {
     /// Bits per code.
-    #[arg(long, default_value = "3", value_parser = PossibleValuesParser::new(["2", "3", "4", "8"])
-        .try_map(|text| text.parse::<u32>()))]
+    #[arg(long, default_value = "3", value_parser = widths())]
     pub(crate) bits: u32,
     /// Columns that share a scale and a zero: a multiple of 8 that divides every layer's inputs, or `none` for the row.
     #[arg(long, default_value = "128", value_name = "N|none", allow_negative_numbers = true)]

@@ -75,8 +75,8 @@ pub(super) fn config(left_alone: &[String], layout: &CodeLayout) -> Value {
     // there is a weight_g_idx, and packages from 0.20 on refuse it instead of reading the columns in the wrong groups.
     let actorder = match (layout.order, layout.group_size) {
         (Order::None, _) | (_, None) => None,
-        _ if layout.group_index => Some("group"),
-        _ => Some("static"),
+        (Order::ActGroup | Order::Act, Some(_)) if layout.group_index => Some("group"),
+        (Order::ActGroup | Order::Act, Some(_)) => Some("static"),
     };
     if let Some(actorder) = actorder {
         weights["actorder"] = json!(actorder);

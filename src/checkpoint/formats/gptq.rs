@@ -10,7 +10,6 @@ use crate::checkpoint::config::{GptqVersion, Packing};
 use crate::checkpoint::convert::{bytes_from_floats, bytes_from_words, dtype_of};
 use crate::codes::pack::{pack, packed_words, unpack};
 use crate::codes::{CodeLayout, QuantizedLinear};
-use crate::device::Grid;
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -92,7 +91,7 @@ pub(super) fn config(
         "meta": {
             "quantizer": [concat!(env!("CARGO_PKG_NAME"), ":", env!("CARGO_PKG_VERSION"))],
             "damp_percent": layout.damp,
-            "mse": if layout.grid == Grid::Mse { 2.4 } else { 0.0 },
+            "mse": layout.grid.error_power().unwrap_or(0.0),
         },
     })
 }
