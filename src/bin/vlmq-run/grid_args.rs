@@ -43,10 +43,15 @@ pub(crate) struct GridArgs {
 impl GridArgs {
     /// What is written: of GPTQ the version that is asked for, or fits.
     pub(crate) fn format(&self) -> Format {
-        match (self.format, self.gptq_version) {
-            (Format::Gptq(_), None) => Format::gptq(self.symmetric),
-            (Format::Gptq(_), Some(version)) => Format::Gptq(version),
-            (other, _) => other,
+        match self.gptq_version {
+            _ if !self.is_gptq() => self.format,
+            None => Format::gptq(self.symmetric),
+            Some(version) => Format::gptq_of(version),
         }
+    }
+
+    /// Whether GPTQ is asked for, of whatever version.
+    pub(crate) fn is_gptq(&self) -> bool {
+        self.format == Format::GPTQ_V1
     }
 }
