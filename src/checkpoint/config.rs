@@ -1,53 +1,13 @@
-//! `quantization_config` of a config.json: how the weights of a quantized checkpoint are stored. And how a key gets in there.
+//! `quantization_config` of a config.json: where it is, and what all formats say in it alike. And how a key gets in there.
 
-use anyhow::{Context, Result, bail, ensure};
+use crate::device::{WIDTHS, told_widths};
+use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
-use std::fmt;
 
-/// How a quantized checkpoint stores its linear layers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Quantization {
-    /// compressed-tensors, `pack-quantized` with integer weights.
-    CompressedTensors(Packing),
-    /// GPTQ, of the version that config.json names.
-    Gptq(Packing, GptqVersion),
-}
-
-/// How a GPTQ file stores its zeros.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GptqVersion {
-    /// As `zero − 1`, as AutoGPTQ does. Kernels that take what is stored for the zero are a step off, but for symmetric files, whose
-    /// zeros they do not read.
-    V1,
-    /// Zeros are stored as they are.
-    V2,
-}
-
-impl GptqVersion {
-    /// Both versions.
-    pub const ALL: [Self; 2] = [Self::V1, Self::V2];
-
-    /// Name of the version in config.json, as `checkpoint_format`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::V1 => "gptq",
-            Self::V2 => "gptq_v2",
-        }
-    }
-
-    /// Difference of a zero and what is stored for it.
-    pub fn stored_less(self) -> u8 {
-        match self {
-            Self::V1 => 1,
-            Self::V2 => 0,
-        }
-    }
-}
-
-/// What both formats have in common.
+/// What config.json says of codes, whatever their format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packing {
-    /// Width of a code: 2, 3, 4 or 8.
+    /// Width of a code, one of [`WIDTHS`].
     pub bits: u32,
     /// Input columns that share a scale; `None`: the whole row.
     pub group_size: Option<usize>,
@@ -60,18 +20,6 @@ impl Packing {
     pub(crate) fn groups(&self, inputs: usize) -> (usize, usize) {
         let columns = self.group_size.unwrap_or(inputs);
         (columns, inputs.div_ceil(columns))
-    }
-}
-
-impl fmt::Display for Quantization {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (name, packing) = match self {
-            Self::CompressedTensors(packing) => ("compressed-tensors", packing),
-            Self::Gptq(packing, version) => (version.name(), packing),
-        };
-        let group = packing.group_size.map_or_else(|| "whole rows".to_owned(), |size| format!("groups of {size}"));
-        let grid = if packing.symmetric { "symmetric" } else { "asymmetric" };
-        write!(f, "{name}, {} bits, {group}, {grid}", packing.bits)
     }
 }
 
@@ -101,56 +49,6 @@ pub(crate) fn without_quantization(config: &Value) -> Value {
     config
 }
 
-/// Reads the entry. Errors, naming what is not supported, for every method, width or strategy that is not read here.
-pub(crate) fn parse_quantization(entry: &Value) -> Result<Quantization> {
-    match entry["quant_method"].as_str() {
-        Some("compressed-tensors") => compressed_tensors(entry),
-        Some("gptq") => gptq(entry),
-        Some(other) => bail!(
-            "weights quantized with {other:?} are not read; known are compressed-tensors (pack-quantized) and gptq. \
-             Start from the float checkpoint."
-        ),
-        None => bail!("quantization_config has no quant_method; start from the float checkpoint"),
-    }
-}
-
-fn compressed_tensors(entry: &Value) -> Result<Quantization> {
-    let groups = entry["config_groups"].as_object().context("quantization_config has no config_groups")?;
-    ensure!(
-        groups.len() == 1,
-        "quantization_config has {} config_groups; only checkpoints with one are read",
-        groups.len()
-    );
-    let group = groups.values().next().expect("one group");
-    let format = group["format"].as_str().or(entry["format"].as_str()).unwrap_or("none");
-    ensure!(format == "pack-quantized", "compressed-tensors format {format:?} is not read; only pack-quantized is");
-    ensure!(group["input_activations"].is_null(), "checkpoints with quantized activations are not read");
-    let weights = &group["weights"];
-    let kind = weights["type"].as_str().unwrap_or("int");
-    ensure!(kind == "int", "weights of type {kind:?} are not read; only int is");
-    let group_size = match weights["strategy"].as_str() {
-        Some("group") => group_size(weights)?,
-        Some("channel") => None,
-        other => bail!("weight strategy {other:?} is not read; only group and channel are"),
-    };
-    let symmetric = weights["symmetric"].as_bool().unwrap_or(true);
-    Ok(Quantization::CompressedTensors(Packing { bits: bits(&weights["num_bits"])?, group_size, symmetric }))
-}
-
-fn gptq(entry: &Value) -> Result<Quantization> {
-    let layout = entry["checkpoint_format"].as_str().or(entry["format"].as_str()).unwrap_or("gptq");
-    let version = GptqVersion::ALL.into_iter().find(|version| version.name() == layout).with_context(|| {
-        format!("GPTQ checkpoint_format {layout:?} is not read; only gptq (version 1) and gptq_v2 are")
-    })?;
-    if let Some(rules) = entry["dynamic"].as_object() {
-        for rule in rules.keys() {
-            ensure!(rule.starts_with('-'), "GPTQ files with settings per layer (dynamic {rule:?}) are not read");
-        }
-    }
-    let symmetric = entry["sym"].as_bool().unwrap_or(true);
-    Ok(Quantization::Gptq(Packing { bits: bits(&entry["bits"])?, group_size: group_size(entry)?, symmetric }, version))
-}
-
 /// config.json with `key` as its last one, all other bytes as they were: numbers and their spelling too.
 ///
 /// A text that has the key with this value stays as it is. One that has it with another value, as a checkpoint that was made
@@ -172,14 +70,14 @@ pub(crate) fn with_key(text: &str, key: &str, value: &Value) -> Result<String> {
     Ok(format!("{body}{comma}\n  {}: {entry}\n}}\n", Value::from(key)))
 }
 
-fn bits(value: &Value) -> Result<u32> {
-    match value.as_u64() {
-        Some(bits @ (2 | 3 | 4 | 8)) => Ok(bits as u32),
-        _ => bail!("weights of {value} bits are not read; only 2, 3, 4 and 8 are"),
-    }
+/// A width of codes. Errors for one that is not read.
+pub(super) fn bits(value: &Value) -> Result<u32> {
+    let known = WIDTHS.into_iter().find(|&bits| value.as_u64() == Some(bits.into()));
+    known.with_context(|| format!("weights of {value} bits are not read; only {} are", told_widths("and")))
 }
 
-fn group_size(section: &Value) -> Result<Option<usize>> {
+/// `group_size` of a section; `None` for whole rows, −1.
+pub(super) fn group_size(section: &Value) -> Result<Option<usize>> {
     match section["group_size"].as_i64() {
         Some(-1) => Ok(None),
         Some(size) if size > 0 => Ok(Some(size as usize)),

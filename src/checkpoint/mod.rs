@@ -21,8 +21,8 @@ pub mod weight_error;
 pub mod work;
 pub mod write;
 
-pub use config::{GptqVersion, Packing, Quantization};
-pub use formats::{Format, LinearSpec, Loader};
+pub use config::Packing;
+pub use formats::{Format, GptqVersion, LinearSpec, Loader, Quantization};
 pub use linear::LinearWeight;
 pub use mapped::Mapped;
 pub use read::{Checkpoint, StoredTensor};

@@ -1,6 +1,6 @@
 //! Reading a checkpoint: config.json and tensors, mapped into memory and converted when they are asked for.
 
-use super::config::{Quantization, parse_quantization, quantization_entry, without_quantization};
+use super::config::{quantization_entry, without_quantization};
 use super::convert::{first_non_finite, float_type};
 use super::shard::{INDEX, MAX_TENSORS, Shard, weight_files};
 use crate::input;
@@ -267,22 +267,14 @@ impl Checkpoint {
         })
     }
 
-    /// How the linear layers are stored, `None` when they are plain floats.
-    ///
-    /// Errors, naming what it is, when config.json announces a quantization that is not read here.
-    pub fn quantization(&self) -> Result<Option<Quantization>> {
-        quantization_entry(&self.config)
-            .filter(|_| self.packed)
-            .map(|entry| {
-                parse_quantization(entry)
-                    .with_context(|| format!("cannot use {}", self.folder.join("config.json").display()))
-            })
-            .transpose()
+    /// What config.json says of how the linear layers are stored, `None` when they are plain floats.
+    pub(super) fn quantization_entry(&self) -> Option<&Value> {
+        quantization_entry(&self.config).filter(|_| self.packed)
     }
 
     /// Whether config.json announces a quantization, known or not, and the tensors are no plain floats.
     pub fn is_quantized(&self) -> bool {
-        quantization_entry(&self.config).is_some() && self.packed
+        self.quantization_entry().is_some()
     }
 
     /// Whether config.json announces a quantization that the tensors do not have: they are plain floats, as a program that dequantized

@@ -1,5 +1,6 @@
 //! What stands beside the weights of a checkpoint and goes into a copy as it is.
 
+use super::formats::Format;
 use super::own::{self, cannot_write, parent_of};
 use crate::input::{self, check_link};
 use anyhow::{Context, Result};
@@ -81,7 +82,7 @@ pub(crate) fn is_replaced(name: &str) -> bool {
     name.ends_with(".safetensors")
         || name.ends_with(".safetensors.index.json")
         || name.starts_with("pytorch_model") && (name.ends_with(".bin") || name.ends_with(".bin.index.json"))
-        || name == "quantize_config.json"
+        || Format::config_files().any(|file| name == file)
         || name == "config.json"
 }
 

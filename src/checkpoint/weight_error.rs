@@ -20,7 +20,7 @@ const SLAB: usize = 1 << 18;
 ///
 /// Errors where the shapes differ or `weight` is not of floats.
 pub fn of_layer(format: Format, weight: StoredTensor<'_>, layer: &QuantizedLinear) -> Result<f64> {
-    let float = float_type(weight.dtype).filter(|_| format == Format::Dequantized);
+    let float = float_type(weight.dtype).filter(|_| format.codes().is_none());
     of_rows(weight, layer.out_features, layer.in_features, |rows| {
         let mut matrix = layer.dequantize_rows(rows)?;
         if let Some(float) = float {
@@ -98,12 +98,12 @@ mod tests {
         // Ŵ = [-0.5, 0, 0, 2; 3, 2, -0.6, -0.9] against ones: 2.25 + 1 + 1 + 1 + 4 + 1 + 2.56 + 3.61, over 8.
         let ones = bytes(&[1.0; 8]);
         let weight = StoredTensor { dtype: Dtype::BF16, shape: &[2, 4], bytes: &ones };
-        let error = of_layer(Format::CompressedTensors, weight, &layer()).unwrap();
+        let error = of_layer(Format::COMPRESSED_TENSORS, weight, &layer()).unwrap();
         assert!((error - (16.42f64 / 8.0).sqrt()).abs() < 1e-7, "{error}");
         // -0.6 and -0.9 are others in bfloat16; as plain weights these are what the file holds.
         let plain = bytes(&[-0.5, 0.0, 0.0, 2.0, 3.0, 2.0, -0.6, -0.9]);
         let stored = StoredTensor { bytes: &plain, ..weight };
-        let rounded = of_layer(Format::Dequantized, weight, &layer()).unwrap();
+        let rounded = of_layer(Format::DEQUANTIZED, weight, &layer()).unwrap();
         assert_eq!(rounded, of_tensor(weight, stored).unwrap());
         assert!(rounded != error);
         assert_eq!(of_tensor(weight, weight).unwrap(), 0.0);
@@ -116,8 +116,8 @@ mod tests {
     fn shapes_must_agree() {
         let ones = bytes(&[1.0; 8]);
         let weight = StoredTensor { dtype: Dtype::BF16, shape: &[4, 2], bytes: &ones };
-        assert!(of_layer(Format::gptq(true), weight, &layer()).unwrap_err().to_string().contains("[2, 4]"));
+        assert!(of_layer(Format::GPTQ_V1, weight, &layer()).unwrap_err().to_string().contains("[2, 4]"));
         let weight = StoredTensor { dtype: Dtype::I16, shape: &[2, 4], bytes: &ones };
-        assert!(of_layer(Format::gptq(true), weight, &layer()).unwrap_err().to_string().contains("no float"));
+        assert!(of_layer(Format::GPTQ_V1, weight, &layer()).unwrap_err().to_string().contains("no float"));
     }
 }

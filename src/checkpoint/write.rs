@@ -18,8 +18,6 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 const CONFIG: &str = "config.json";
-/// What GPTQ's loaders read beside it.
-const QUANTIZE_CONFIG: &str = "quantize_config.json";
 
 /// Largest shard in bytes of tensors: what transformers writes, and what file hosts take.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
@@ -94,7 +92,7 @@ impl Writer {
         let shards: Vec<String> = writer.plan.shards.iter().map(|shard| shard.name.clone()).collect();
         writer.announce(shards);
         writer.announce([CONFIG]);
-        writer.announce(matches!(format, Format::Gptq(_)).then_some(QUANTIZE_CONFIG));
+        writer.announce(format.codes().and_then(|codes| codes.config_file()));
         writer.announce(writer.plan.index().map(|_| INDEX));
         writer.announce(writer.beside.kept.clone());
         Ok(writer)
@@ -169,8 +167,9 @@ impl Writer {
         let (config, quantization) = self.config(checkpoint, quantized)?;
         self.beside.copy(checkpoint.folder(), &self.folder)?;
         self.add_file(CONFIG, config.as_bytes())?;
-        if let (Format::Gptq(_), Some(quantization)) = (self.format, &quantization) {
-            self.add_file(QUANTIZE_CONFIG, format!("{quantization:#}\n").as_bytes())?;
+        let beside = self.format.codes().and_then(|codes| codes.config_file());
+        if let (Some(name), Some(quantization)) = (beside, &quantization) {
+            self.add_file(name, format!("{quantization:#}\n").as_bytes())?;
         }
         match self.plan.index() {
             Some(index) => self.add_file(INDEX, index.as_bytes()),

@@ -1,6 +1,6 @@
 //! What a file has to know of how layers were quantized.
 
-use crate::device::Grid;
+use crate::device::{Grid, WIDTHS, told_widths};
 use crate::tensor::Float;
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -17,10 +17,20 @@ pub enum Order {
     Act,
 }
 
+impl Order {
+    /// Whether columns leave the groups that they stand in.
+    pub fn leaves_groups(self) -> bool {
+        match self {
+            Self::None | Self::ActGroup => false,
+            Self::Act => true,
+        }
+    }
+}
+
 /// How the codes of a checkpoint's layers are laid out, and what its configuration tells of where they come from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CodeLayout {
-    /// Width of a code: 2, 3, 4 or 8.
+    /// Width of a code, one of [`WIDTHS`].
     pub bits: u32,
     /// Input columns that share a scale and a zero, per row; `None`: the whole row.
     pub group_size: Option<usize>,
@@ -53,7 +63,7 @@ impl CodeLayout {
 
     /// Refuses widths and groups that no file can hold.
     pub fn validate(&self) -> Result<()> {
-        ensure!(matches!(self.bits, 2 | 3 | 4 | 8), "bits must be 2, 3, 4 or 8, not {}", self.bits);
+        ensure!(WIDTHS.contains(&self.bits), "bits must be {}, not {}", told_widths("or"), self.bits);
         if let Some(group) = self.group_size {
             ensure!(group >= 8 && group % 8 == 0, "group size must be a positive multiple of 8, not {group}");
         }

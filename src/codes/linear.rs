@@ -15,7 +15,7 @@ pub struct QuantizedLinear {
     pub out_features: usize,
     /// Input features (columns).
     pub in_features: usize,
-    /// Width of a code: 2, 3, 4 or 8.
+    /// Width of a code, one of [`WIDTHS`](crate::device::WIDTHS).
     pub bits: u32,
     /// Columns that share a scale; `in_features` when the whole row does.
     pub group_columns: usize,

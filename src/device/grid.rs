@@ -5,6 +5,15 @@ use anyhow::Error;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
+/// Widths of codes that grids, files and kernels know.
+pub const WIDTHS: [u32; 4] = [2, 3, 4, 8];
+
+/// [`WIDTHS`] as messages have them, such as `2, 3, 4 or 8` with the `conjunction` `or`.
+pub fn told_widths(conjunction: &str) -> String {
+    let [first @ .., last] = WIDTHS.map(|bits| bits.to_string());
+    format!("{} {conjunction} {last}", first.join(", "))
+}
+
 /// How a group's range becomes its grid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -22,6 +31,25 @@ pub enum Grid {
     /// step up or down and the scale times 7/8, 1, 9/8 and 5/4, all exact in float32. The first of
     /// equals. Where the full range's scale does not fit its storage type, none is tried.
     Loss,
+}
+
+impl Grid {
+    /// The power of the differences between weights and rounded weights that are summed up to choose a range; `None` where no such sum
+    /// is taken.
+    pub fn error_power(self) -> Option<f64> {
+        match self {
+            Self::Mse => Some(2.4),
+            Self::Minmax | Self::Loss => None,
+        }
+    }
+
+    /// Whether a range is chosen by what the solver would make of the group, so that its factor is looked at.
+    pub fn reads_factor(self) -> bool {
+        match self {
+            Self::Loss => true,
+            Self::Minmax | Self::Mse => false,
+        }
+    }
 }
 
 /// Candidates of [`Grid::Loss`] that shrink the range.
@@ -57,7 +85,7 @@ impl std::error::Error for ScaleMisfit {}
 /// `clamp(round(w/s) + z, 0, m)`, ties to even.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GridRule {
-    /// Width of a code: 2, 3, 4 or 8.
+    /// Width of a code, one of [`WIDTHS`].
     pub bits: u32,
     /// Zero fixed at the middle.
     pub symmetric: bool,
@@ -117,5 +145,16 @@ impl GridRule {
             (-lo / scale).round_ties_even().clamp(f32::from(self.smallest_zero), self.largest_code())
         };
         (scale, zero)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn widths_are_told_as_a_list() {
+        assert_eq!(told_widths("or"), "2, 3, 4 or 8");
+        assert_eq!(told_widths("and"), "2, 3, 4 and 8");
     }
 }

@@ -10,7 +10,7 @@ mod grid;
 mod model_ops;
 mod solve_ops;
 
-pub use grid::{Grid, GridRule, LOSS_SHRINKS, LOSS_STRETCHES, ScaleMisfit};
+pub use grid::{Grid, GridRule, LOSS_SHRINKS, LOSS_STRETCHES, ScaleMisfit, WIDTHS, told_widths};
 pub use model_ops::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
 pub use solve_ops::{
     BLOCK, Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, Group, GroupGrid, PermuteSymmetric,

@@ -76,7 +76,7 @@ pub fn quantize_layer<D: SolveOps>(
     check_finite("inputs of the quantized path", u)?;
     let f = match settings.solver {
         Solver::Gptaq => f,
-        _ => None,
+        Solver::Gptq | Solver::Rtn => None,
     };
     if let Some(f) = f {
         check_finite("inputs of the float path", f)?;

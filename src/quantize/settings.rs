@@ -47,9 +47,9 @@ impl Refit {
     /// What did best on the test bed (benches/testbed/RESULTS.md) at the solver's width: a refit at 2 bits. Above, it brings nothing and
     /// costs a pass. Rounding to nearest runs no samples, so it has nothing to refit by.
     pub fn usual(solver: &SolverSettings) -> Self {
-        match (solver.solver, solver.bits) {
-            (Solver::Gptq | Solver::Gptaq, 2) => Self::Residual,
-            _ => Self::None,
+        match solver.solver {
+            Solver::Gptq | Solver::Gptaq if solver.bits == 2 => Self::Residual,
+            Solver::Gptq | Solver::Gptaq | Solver::Rtn => Self::None,
         }
     }
 }
@@ -123,7 +123,7 @@ pub enum CrossTerm {
 pub struct SolverSettings {
     /// How codes are found.
     pub solver: Solver,
-    /// Width of a code: 2, 3, 4 or 8.
+    /// Width of a code, one of [`WIDTHS`](crate::device::WIDTHS).
     pub bits: u32,
     /// Input columns that share a scale and a zero, per row; `None`: the whole row.
     pub group_size: Option<usize>,
@@ -176,7 +176,10 @@ impl SolverSettings {
 
     /// Whether columns leave their groups, so that a layer must say which column is in which. Round-to-nearest has no order.
     pub fn has_group_index(&self) -> bool {
-        self.solver != Solver::Rtn && self.order == Order::Act && self.group_size.is_some()
+        match self.solver {
+            Solver::Rtn => false,
+            Solver::Gptq | Solver::Gptaq => self.order.leaves_groups() && self.group_size.is_some(),
+        }
     }
 
     /// What a file has to know of layers that are solved so.

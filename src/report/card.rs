@@ -80,9 +80,9 @@ impl Card<'_> {
         let solver = self.solver;
         let model = self.report.provenance.base_model();
         say(format!("# {}\n", plain(name)));
-        let what = match self.format {
-            Format::Dequantized => "plain weights that stand on the grid of",
-            Format::CompressedTensors | Format::Gptq(_) => "integer codes of",
+        let what = match self.format.codes() {
+            None => "plain weights that stand on the grid of",
+            Some(_) => "integer codes of",
         };
         say(format!(
             "{} after quantization with vlmq: the linear layers of its language backbone are {what} {} bits. Everything \
@@ -126,7 +126,7 @@ impl Card<'_> {
         lines.push("tags:".to_owned());
         lines.push("- vlmq".to_owned());
         lines.push(format!("- {}-bit", self.solver.bits));
-        if self.format != Format::Dequantized {
+        if self.format.codes().is_some() {
             lines.push(format!("- {}", self.format.name()));
         }
         lines.push("---\n\n".to_owned());
@@ -333,7 +333,7 @@ mod tests {
     fn metadata_is_the_hubs() {
         let base = "---\r\nlicense: other\r\nlicense_name: some\r\ntags:\r\n- x\r\nlanguage:\r\n- en\r\n- zh\r\nbase_model: a/b\r\n---\r\n# Base\r\nlicense: no\r\n";
         let text =
-            card("/x/hub/models--Org--Some-VL/snapshots/0", "w3", Format::gptq(true), Some(("README.base.md", base)));
+            card("/x/hub/models--Org--Some-VL/snapshots/0", "w3", Format::GPTQ_V1, Some(("README.base.md", base)));
         let expected = "---\nlicense: other\nlicense_name: some\nlanguage:\n- en\n- zh\nbase_model: \"Org/Some-VL\"\n\
             base_model_relation: quantized\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags:\n- vlmq\n- 3-bit\n\
             - gptq\n---\n\n# w3\n";
@@ -347,12 +347,12 @@ mod tests {
             ["license_name: z"]
         );
         // A name that the Hub would refuse is left out of the metadata.
-        assert!(!card("my  model", "w3", Format::gptq(true), None).contains("base_model:"));
+        assert!(!card("my  model", "w3", Format::GPTQ_V1, None).contains("base_model:"));
     }
 
     #[test]
     fn facts_stand_in_words() {
-        let text = card("/x/secret/Some-VL", "w3", Format::CompressedTensors, None);
+        let text = card("/x/secret/Some-VL", "w3", Format::COMPRESSED_TENSORS, None);
         for fact in [
             "integer codes of 3 bits",
             "VLMQ (arXiv 2508.03351) with importance to the power 0.5 on GPTAQ (arXiv 2504.02692), α 0.25, damping 0.01",
@@ -369,7 +369,7 @@ mod tests {
 
     #[test]
     fn commands_are_whole() {
-        let text = card("m", "my w3", Format::Dequantized, None);
+        let text = card("m", "my w3", Format::DEQUANTIZED, None);
         for line in [
             "vllm serve 'my w3'\n",
             "model = AutoModelForImageTextToText.from_pretrained(\"my w3\")\n",
@@ -378,7 +378,7 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line} is not in {text}");
         }
-        let text = card("m", "w3", Format::CompressedTensors, None);
+        let text = card("m", "w3", Format::COMPRESSED_TENSORS, None);
         assert!(text.contains("AutoProcessor, CompressedTensorsConfig\n"), "{text}");
         assert!(text.contains("from_pretrained(\"w3\", quantization_config=CompressedTensorsConfig(dequantize=True))"));
     }

@@ -71,7 +71,7 @@ impl RunSettings {
             model,
             calib,
             out,
-            format: Format::CompressedTensors,
+            format: Format::COMPRESSED_TENSORS,
             solver: SolverSettings::default(),
             importance: Importance::Vlmq,
             importance_power: ImportancePower::default(),

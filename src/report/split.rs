@@ -11,7 +11,7 @@ use crate::quantize::settings::SolverSettings;
 /// Most GPUs that are asked for: those of two machines.
 const MOST: usize = 16;
 
-/// The largest power of two, up to 16, that a file of these settings can be split into; `Dequantized` ones are cut anywhere.
+/// The largest power of two, up to 16, that a file of these settings can be split into; plain weights are cut anywhere.
 pub fn largest_split(shape: &DecoderShape, format: Format, settings: &SolverSettings) -> usize {
     let splits = (0..=MOST.ilog2()).map(|power| 1 << power);
     splits.take_while(|&split| can_split(shape, format, settings, split)).last().unwrap_or(1)
@@ -32,14 +32,14 @@ fn can_split(shape: &DecoderShape, format: Format, settings: &SolverSettings, sp
     if !keys || !heads.is_multiple_of(split) || !intermediate.is_multiple_of(split) {
         return false;
     }
-    if format == Format::Dequantized {
+    let Some(codes) = format.codes() else {
         return true;
-    }
+    };
     let whole_words = |values: usize| (values * settings.bits as usize).is_multiple_of(32);
     let (queries, keys, inner) = (heads / split * head_dim, (kv_heads / split).max(1) * head_dim, intermediate / split);
     let inputs = |share: usize| whole_words(share) && settings.group_size.is_none_or(|size| share.is_multiple_of(size));
     // Zeros are packed along the outputs.
-    let has_zeros = matches!(format, Format::Gptq(_)) || !settings.symmetric;
+    let has_zeros = codes.stores_zeros(settings.symmetric);
     let outputs = |share: usize| !has_zeros || whole_words(share);
     split == 1 || [queries, inner].into_iter().all(inputs) && [queries, keys, inner].into_iter().all(outputs)
 }
@@ -62,7 +62,7 @@ mod tests {
 
     fn split(shape: DecoderShape, group_size: Option<usize>, bits: u32, symmetric: bool) -> usize {
         let settings = SolverSettings { group_size, bits, symmetric, ..SolverSettings::default() };
-        largest_split(&shape, Format::CompressedTensors, &settings)
+        largest_split(&shape, Format::COMPRESSED_TENSORS, &settings)
     }
 
     #[test]
@@ -96,6 +96,6 @@ mod tests {
         // Without zeros the inputs' codes remain.
         assert_eq!(split(small, None, 2, true), 8);
         let settings = SolverSettings { symmetric: true, ..SolverSettings::default() };
-        assert_eq!(largest_split(&OF_72B, Format::Dequantized, &settings), 16);
+        assert_eq!(largest_split(&OF_72B, Format::DEQUANTIZED, &settings), 16);
     }
 }

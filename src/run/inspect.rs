@@ -186,14 +186,13 @@ fn splits(shape: &DecoderShape, stored: Option<Quantization>, kinds: &[LinearKin
         group_size: settings.group_size,
         gpus: largest_split(shape, format, settings),
     };
-    let (format, packing) = match stored {
-        Some(Quantization::CompressedTensors(packing)) => (Format::CompressedTensors, packing),
-        Some(Quantization::Gptq(packing, version)) => (Format::Gptq(version), packing),
+    let Quantization { format, packing } = match stored {
+        Some(stored) => stored,
         None => {
             let fits = |size: &usize| kinds.iter().all(|kind| kind.group_sizes.contains(size));
             let sizes = [128, 64, 32].into_iter().filter(fits).map(Some).chain([None]);
             let settings = |group_size| SolverSettings { group_size, ..SolverSettings::default() };
-            return sizes.map(|size| split(Format::CompressedTensors, &settings(size))).collect();
+            return sizes.map(|size| split(Format::COMPRESSED_TENSORS, &settings(size))).collect();
         }
     };
     let Packing { bits, group_size, symmetric } = packing;

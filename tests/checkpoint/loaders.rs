@@ -2,8 +2,8 @@
 
 use crate::support::checkpoint::settings;
 use std::path::Path;
+use vlmq::checkpoint::Format;
 use vlmq::checkpoint::formats::FamilySupport;
-use vlmq::checkpoint::{Format, GptqVersion};
 use vlmq::codes::Order;
 
 const TF: &str = "transformers + compressed-tensors";
@@ -16,24 +16,24 @@ const SGLANG_HUMMING: &str = "SGLang 0.5.18 or newer with Humming kernels";
 
 #[test]
 fn each_kind_of_file_names_exactly_its_loaders() {
-    use Format::{CompressedTensors as Ct, Dequantized};
-    const V1: Format = Format::Gptq(GptqVersion::V1);
-    const V2: Format = Format::Gptq(GptqVersion::V2);
+    const CT: Format = Format::COMPRESSED_TENSORS;
+    const V1: Format = Format::GPTQ_V1;
+    const V2: Format = Format::GPTQ_V2;
     let g128 = Some(128);
     for (format, bits, group, symmetric, order, expected) in [
-        (Ct, 4, g128, true, Order::ActGroup, vec![TF, VLLM, SGLANG]),
-        (Ct, 8, None, true, Order::Act, vec![TF, VLLM, SGLANG]),
-        (Ct, 3, g128, true, Order::None, vec![TF, VLLM, SGLANG_HUMMING]),
-        (Ct, 3, g128, false, Order::ActGroup, vec![TF, VLLM_31, SGLANG_HUMMING]),
-        (Ct, 2, Some(16), false, Order::None, vec![TF, VLLM_31, SGLANG_HUMMING]),
-        (Ct, 2, Some(8), false, Order::None, vec![TF]),
-        (Ct, 3, None, true, Order::None, vec![TF, VLLM]),
-        (Ct, 3, None, false, Order::None, vec![TF, VLLM_31]),
-        (Ct, 4, g128, false, Order::None, vec![TF, VLLM, SGLANG]),
-        (Ct, 8, g128, false, Order::None, vec![TF, VLLM, SGLANG_HUMMING]),
-        (Ct, 4, Some(256), true, Order::None, vec![TF, VLLM, SGLANG_HUMMING]),
-        (Ct, 4, g128, true, Order::Act, vec![SGLANG]),
-        (Ct, 3, g128, true, Order::Act, vec![]),
+        (CT, 4, g128, true, Order::ActGroup, vec![TF, VLLM, SGLANG]),
+        (CT, 8, None, true, Order::Act, vec![TF, VLLM, SGLANG]),
+        (CT, 3, g128, true, Order::None, vec![TF, VLLM, SGLANG_HUMMING]),
+        (CT, 3, g128, false, Order::ActGroup, vec![TF, VLLM_31, SGLANG_HUMMING]),
+        (CT, 2, Some(16), false, Order::None, vec![TF, VLLM_31, SGLANG_HUMMING]),
+        (CT, 2, Some(8), false, Order::None, vec![TF]),
+        (CT, 3, None, true, Order::None, vec![TF, VLLM]),
+        (CT, 3, None, false, Order::None, vec![TF, VLLM_31]),
+        (CT, 4, g128, false, Order::None, vec![TF, VLLM, SGLANG]),
+        (CT, 8, g128, false, Order::None, vec![TF, VLLM, SGLANG_HUMMING]),
+        (CT, 4, Some(256), true, Order::None, vec![TF, VLLM, SGLANG_HUMMING]),
+        (CT, 4, g128, true, Order::Act, vec![SGLANG]),
+        (CT, 3, g128, true, Order::Act, vec![]),
         (V1, 4, g128, true, Order::ActGroup, vec![TG, VLLM, SGLANG]),
         (V1, 4, None, true, Order::None, vec![TG, VLLM, SGLANG]),
         (V1, 4, g128, true, Order::Act, vec![TG, SGLANG]),
@@ -49,7 +49,7 @@ fn each_kind_of_file_names_exactly_its_loaders() {
         (V2, 4, None, false, Order::None, vec![TG]),
         (V2, 3, g128, false, Order::Act, vec![TG]),
         (V2, 4, Some(2048), false, Order::None, vec![VLLM_HUMMING, SGLANG_HUMMING]),
-        (Dequantized, 2, Some(8), false, Order::Act, vec!["transformers", VLLM, SGLANG]),
+        (Format::DEQUANTIZED, 2, Some(8), false, Order::Act, vec!["transformers", VLLM, SGLANG]),
     ] {
         let what = format!("{format:?} {bits} {group:?} {symmetric} {order:?}");
         let settings = settings(format, bits, group, symmetric, order);
@@ -95,8 +95,8 @@ fn each_kind_of_file_names_exactly_its_loaders() {
 
 #[test]
 fn gptq_files_are_of_the_version_that_servers_read_rightly() {
-    assert_eq!(Format::gptq(true), Format::Gptq(GptqVersion::V1));
-    assert_eq!(Format::gptq(false), Format::Gptq(GptqVersion::V2));
+    assert_eq!(Format::gptq(true), Format::GPTQ_V1);
+    assert_eq!(Format::gptq(false), Format::GPTQ_V2);
     for format in Format::ALL {
         let name = serde_json::to_value(format).unwrap();
         assert_eq!(serde_json::from_value::<Format>(name).unwrap(), format);

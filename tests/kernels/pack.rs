@@ -5,9 +5,8 @@ use crate::calls::{accepted, refused, refused_each};
 use crate::support::kernels::{Variant, kernels, pass_under_sanitizers, set_seed};
 use crate::support::uniform;
 use vlmq::codes::pack::{pack, packed_words, unpack};
+use vlmq::device::WIDTHS;
 use vlmq::device::cuda::bindings::*;
-
-const WIDTHS: [u32; 4] = [2, 3, 4, 8];
 
 fn codes(count: usize, bits: u32, seed: u64) -> Vec<u8> {
     uniform(seed).take(count).map(|x| ((x + 1.0) * 128.0) as u8 & ((1u32 << bits) - 1) as u8).collect()

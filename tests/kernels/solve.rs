@@ -8,7 +8,9 @@ use crate::support::uniform;
 use std::ops::Range;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
-use vlmq::device::{BLOCK, Block, CrossFactor, Factor, Grid, GridRule, GroupGrid, ProductRange, SolveOps, SolveState};
+use vlmq::device::{
+    BLOCK, Block, CrossFactor, Factor, Grid, GridRule, GroupGrid, ProductRange, SolveOps, SolveState, WIDTHS,
+};
 use vlmq::tensor::Float;
 use vlmq::tensor::Matrix;
 
@@ -90,7 +92,7 @@ fn blocks_follow_the_cpu() {
 /// Every rule there is, but for the smallest zero.
 fn rules(smallest_zero: u8) -> Vec<GridRule> {
     let mut rules = Vec::new();
-    for bits in [2, 3, 4, 8] {
+    for bits in WIDTHS {
         for symmetric in [false, true] {
             for scale_type in [Float::F16, Float::Bf16, Float::F32] {
                 let rule = |grid| GridRule { bits, symmetric, grid, scale_type, smallest_zero };
@@ -157,7 +159,7 @@ fn round_to_nearest_is_exact() {
     };
     for &(rows, columns, group) in shapes {
         let w = matrix(rows, columns + 5, 41);
-        for (turn, bits) in [2, 3, 4, 8].into_iter().enumerate() {
+        for (turn, bits) in WIDTHS.into_iter().enumerate() {
             for grid in [Grid::Minmax, Grid::Mse, Grid::Loss] {
                 let scale_type = [Float::F16, Float::Bf16, Float::F32][turn % 3];
                 let rule = GridRule { bits, symmetric: turn % 2 == 0, grid, scale_type, smallest_zero: turn as u8 % 2 };

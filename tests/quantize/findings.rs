@@ -2,8 +2,8 @@
 
 use crate::support::devices::device;
 use crate::support::{message, noise};
-use vlmq::device::SolveOps;
 use vlmq::device::cpu::Cpu;
+use vlmq::device::{SolveOps, WIDTHS};
 use vlmq::quantize::plain::{QuantizedLayer, quantize_layer};
 use vlmq::quantize::settings::{Order, Solver, SolverSettings};
 use vlmq::quantize::solve::{prepare, round_to_nearest, solve, solve_layer};
@@ -191,7 +191,7 @@ fn an_error_that_explodes() {
         }
         // A path that is off by half steers by as much, which is what it is for.
         f.data_mut().iter_mut().zip(noise(200, 64, 9).data()).for_each(|(f, n)| *f = *f / 100.0 + 0.5 * n);
-        for bits in [2, 3, 4, 8] {
+        for bits in WIDTHS {
             let settings = SolverSettings { bits, ..gptaq() };
             let layer = quantize_layer(device, &w, &u, Some(&f), None, &settings).unwrap();
             assert_eq!(kinds(&layer.report), [], "{bits} bits");

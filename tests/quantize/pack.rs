@@ -4,13 +4,14 @@ use crate::support::checkpoint::*;
 use crate::support::{golden, message};
 use safetensors::SafeTensors;
 use std::fs;
-use vlmq::checkpoint::{Checkpoint, Format, GptqVersion, LinearSpec};
+use vlmq::checkpoint::{Checkpoint, Format, LinearSpec};
 use vlmq::codes::QuantizedLinear;
 use vlmq::codes::pack::{pack, packed_words, unpack};
+use vlmq::device::WIDTHS;
 use vlmq::quantize::settings::{Order, SolverSettings};
 
-const GPTQ: Format = Format::Gptq(GptqVersion::V1);
-const GPTQ_2: Format = Format::Gptq(GptqVersion::V2);
+const GPTQ: Format = Format::GPTQ_V1;
+const GPTQ_2: Format = Format::GPTQ_V2;
 
 /// Bit `n` of the stream is bit `n % bits` of code `n / bits`.
 fn bit_by_bit(codes: &[u8], bits: u32) -> Vec<u32> {
@@ -63,7 +64,7 @@ fn all_lengths_widths_and_strides_pack_and_unpack() {
 
 #[test]
 fn every_code_at_every_place_of_a_block() {
-    for bits in [2, 3, 4, 8u32] {
+    for bits in WIDTHS {
         for place in 0..32 {
             for code in 0..1u32 << bits {
                 let mut codes = vec![0; 32];
@@ -155,7 +156,7 @@ fn check_layout(file_name: &str, format: Format, golden_key: impl Fn(&str) -> St
 
 #[test]
 fn compressed_tensors_files_are_those_of_the_package() {
-    check_layout("compressed_tensors.safetensors", Format::CompressedTensors, str::to_owned, 16);
+    check_layout("compressed_tensors.safetensors", Format::COMPRESSED_TENSORS, str::to_owned, 16);
 }
 
 #[test]
@@ -279,9 +280,9 @@ fn packed_tensors_of_wrong_shape_dtype_or_content_are_named() {
         (GPTQ, gptq(&[8, 32], 0xff, 0), "wrapped around"),
         (GPTQ, gptq(&[8, 32], 1, 0xff), "column 0 into group -1, but there are 2"),
         (GPTQ, gptq(&[8, 32], 1, 0)[..3].iter().map(copy).collect(), "no tensor m.g_idx"),
-        (Format::CompressedTensors, vec![packed("F32"), shape([32, 64]), scale()], "m.weight_packed in"),
-        (Format::CompressedTensors, vec![packed("I32"), shape([64, 32]), scale()], "is not [32, 64]"),
-        (Format::CompressedTensors, vec![packed("I32"), shape([32, 64]), scale()], "no tensor m.weight_zero_point"),
+        (Format::COMPRESSED_TENSORS, vec![packed("F32"), shape([32, 64]), scale()], "m.weight_packed in"),
+        (Format::COMPRESSED_TENSORS, vec![packed("I32"), shape([64, 32]), scale()], "is not [32, 64]"),
+        (Format::COMPRESSED_TENSORS, vec![packed("I32"), shape([32, 64]), scale()], "no tensor m.weight_zero_point"),
     ];
     for (format, tensors, cause) in cases {
         let files = folder(&[("config.json", config(format, false)), ("model.safetensors", safetensors(&tensors))]);

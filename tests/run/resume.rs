@@ -40,9 +40,9 @@ fn behind_a_block(checkpoint: &str) -> Place {
 #[test]
 fn stopped_at_any_layer_a_run_gives_the_same_bytes() {
     for (checkpoint, solver, format) in [
-        (PLAIN, Solver::Gptaq, Format::CompressedTensors),
-        (PLAIN, Solver::Gptq, Format::Dequantized),
-        (PLAIN, Solver::Rtn, Format::CompressedTensors),
+        (PLAIN, Solver::Gptaq, Format::COMPRESSED_TENSORS),
+        (PLAIN, Solver::Gptq, Format::DEQUANTIZED),
+        (PLAIN, Solver::Rtn, Format::COMPRESSED_TENSORS),
         (DEEPSTACK, Solver::Gptaq, Format::gptq(false)),
     ] {
         let settings = |place: &Place| {

@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use std::path::{Path, PathBuf};
-use vlmq::checkpoint::{Format, target};
+use vlmq::checkpoint::target;
 use vlmq::data::template::TemplateChoice;
 use vlmq::evaluate::presets::Preset;
 use vlmq::model::families::{ImageMode, ImageOptions};
@@ -294,7 +294,7 @@ impl Cli {
         let images = match &self.command {
             Command::Quantize(args) => {
                 args.solver_settings().validate().map_err(|error| error.to_string())?;
-                if args.grid.gptq_version.is_some() && !matches!(args.grid.format, Format::Gptq(_)) {
+                if args.grid.gptq_version.is_some() && !args.grid.is_gptq() {
                     return Err("--gptq-version is of --format gptq".into());
                 }
                 if args.calib.is_none() && args.method.solver != Solver::Rtn {

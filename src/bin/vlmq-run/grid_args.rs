@@ -1,6 +1,6 @@
 //! The flags of the grid, and of the file that codes go into.
 
-use crate::values::{GroupSize, named};
+use crate::values::{GroupSize, named, widths};
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use vlmq::checkpoint::{Format, GptqVersion};
@@ -10,8 +10,7 @@ use vlmq::quantize::settings::Grid;
 #[command(next_help_heading = "Grid and file")]
 pub(crate) struct GridArgs {
     /// Bits per code.
-    #[arg(long, default_value = "3", value_parser = PossibleValuesParser::new(["2", "3", "4", "8"])
-        .try_map(|text| text.parse::<u32>()))]
+    #[arg(long, default_value = "3", value_parser = widths())]
     pub(crate) bits: u32,
     /// Columns that share a scale and a zero: a multiple of 8 that divides every layer's inputs, or `none` for the row.
     #[arg(long, default_value = "128", value_name = "N|none", allow_negative_numbers = true)]
@@ -44,10 +43,15 @@ pub(crate) struct GridArgs {
 impl GridArgs {
     /// What is written: of GPTQ the version that is asked for, or fits.
     pub(crate) fn format(&self) -> Format {
-        match (self.format, self.gptq_version) {
-            (Format::Gptq(_), None) => Format::gptq(self.symmetric),
-            (Format::Gptq(_), Some(version)) => Format::Gptq(version),
-            (other, _) => other,
+        match self.gptq_version {
+            _ if !self.is_gptq() => self.format,
+            None => Format::gptq(self.symmetric),
+            Some(version) => Format::gptq_of(version),
         }
+    }
+
+    /// Whether GPTQ is asked for, of whatever version.
+    pub(crate) fn is_gptq(&self) -> bool {
+        self.format == Format::GPTQ_V1
     }
 }

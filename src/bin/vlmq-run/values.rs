@@ -3,6 +3,7 @@
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use serde::de::DeserializeOwned;
 use std::str::FromStr;
+use vlmq::device::WIDTHS;
 use vlmq::evaluate::presets::{PRESETS, Preset};
 
 /// A device by its name on the command line.
@@ -50,6 +51,12 @@ where
 {
     let values = names.iter().map(|(name, help)| PossibleValue::new(*name).help(*help));
     PossibleValuesParser::new(values).try_map(|name| serde_json::from_value(name.into()))
+}
+
+/// A width of codes.
+pub(crate) fn widths() -> impl TypedValueParser<Value = u32> {
+    // Names that live as long as the program are what clap takes.
+    PossibleValuesParser::new(WIDTHS.map(|bits| &*bits.to_string().leak())).try_map(|text| text.parse())
 }
 
 pub(crate) fn log_level() -> impl TypedValueParser<Value = log::LevelFilter> {

@@ -208,8 +208,8 @@ impl SolveOps for Cuda {
         let (rows, features) = (residual.rows, residual.cols);
         ensure!(columns.start < columns.end && columns.end <= features, "group {columns:?} of {}", residual.describe());
         // Without corrections and losses nothing but the weights is looked at.
-        let factor = group.factor.filter(|_| group.is_span || rule.grid == Grid::Loss);
-        let products = group.cross.filter(|_| factor.is_some() && rule.grid == Grid::Loss);
+        let factor = group.factor.filter(|_| group.is_span || rule.grid.reads_factor());
+        let products = group.cross.filter(|_| factor.is_some() && rule.grid.reads_factor());
         let corrections = [Some(error), cross.as_ref()].map(|part| part.filter(|_| group.is_span && factor.is_some()));
         if let Some(factor) = factor {
             check_factor(factor, features)?;

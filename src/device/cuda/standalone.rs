@@ -4,6 +4,7 @@ use super::Cuda;
 use super::bindings::{vlmq_cholesky_inverse_args, vlmq_convert_args, vlmq_pack_args, vlmq_unpack_args};
 use super::memory::Memory;
 use super::tensor::{CudaTensor, dtype_of};
+use crate::device::{WIDTHS, told_widths};
 use crate::tensor::Float;
 use anyhow::{Result, ensure};
 use std::ptr;
@@ -24,7 +25,7 @@ pub struct Packing {
     pub rows: usize,
     /// Columns of codes.
     pub cols: usize,
-    /// Width of a code: 2, 3, 4 or 8.
+    /// Width of a code, one of [`WIDTHS`].
     pub bits: u32,
     /// Direction.
     pub along: PackedAlong,
@@ -58,7 +59,7 @@ impl Packing {
     }
 
     fn check(&self, codes: usize, words: usize) -> Result<()> {
-        ensure!(matches!(self.bits, 2 | 3 | 4 | 8), "codes of {} bits; known are 2, 3, 4 and 8", self.bits);
+        ensure!(WIDTHS.contains(&self.bits), "codes of {} bits; known are {}", self.bits, told_widths("and"));
         ensure!(
             codes == self.rows * self.cols && words == self.words(),
             "{codes} codes and {words} words for a matrix of {}x{} codes of {} bits",

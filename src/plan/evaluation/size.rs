@@ -1,6 +1,6 @@
 //! A model's weights in numbers.
 
-use crate::checkpoint::{Checkpoint, Quantization};
+use crate::checkpoint::Checkpoint;
 use crate::device::{AttentionShape, ModelOps};
 use crate::model::decoder::Projection;
 use crate::model::families::{self, ModelConfig, VisionLoad};
@@ -33,10 +33,7 @@ impl ModelSize {
         let norms = 2 * decoder.hidden + shapes[..3].iter().map(|shape| shape.0).sum::<usize>();
         let largest = |part| largest_of(checkpoint, config, part);
         let of_head = [Part::Head, Part::Embedding, Part::LastNorm].map(largest).into_iter().max().unwrap_or(0);
-        let stored = match checkpoint.quantization()? {
-            Some(Quantization::CompressedTensors(packing) | Quantization::Gptq(packing, _)) => Some(packing.bits),
-            None => None,
-        };
+        let stored = checkpoint.quantization()?.map(|stored| stored.packing.bits);
         Ok(Self {
             config: config.clone(),
             file: Part::ALL

@@ -82,7 +82,7 @@ fn try_layer(
 ) -> Result<f64> {
     let name = format!("{}.weight", linear.module);
     let weight = model.tensor(&name)?;
-    if format == Format::Dequantized {
+    if format.codes().is_none() {
         copy.check_finite(&name)?;
         return weight_error::of_tensor(weight, copy.tensor(&name)?);
     }

@@ -13,7 +13,7 @@ use crate::checkpoint::formats::{Format, LinearSpec, TensorSpec};
 use crate::checkpoint::side_files::is_replaced;
 use crate::checkpoint::sums::{SUMS, Sums, files, of_tensors};
 use crate::checkpoint::write::Writer;
-use crate::checkpoint::{Checkpoint, Quantization};
+use crate::checkpoint::{Checkpoint, Packing, Quantization};
 use crate::device::cpu::Cpu;
 use crate::input;
 use crate::model::families;
@@ -223,20 +223,13 @@ impl Check<'_> {
         if new.get(KEY).is_none() {
             self.differ(format!("config.json has no {KEY}, which names where the weights come from"));
         }
-        let found = match (format, copy.quantization()) {
-            (_, Err(error)) => Err(format!("{error:#}")),
-            (Format::Dequantized, Ok(None)) => Ok(()),
-            (Format::Gptq(version), Ok(Some(Quantization::Gptq(_, other)))) if other != version => {
-                Err(format!("checkpoint_format {}", other.name()))
-            }
-            (Format::CompressedTensors, Ok(Some(Quantization::CompressedTensors(packing))))
-            | (Format::Gptq(_), Ok(Some(Quantization::Gptq(packing, _))))
-                if (packing.bits, packing.group_size, packing.symmetric)
-                    == (solver.bits, solver.group_size, solver.symmetric) =>
-            {
-                Ok(())
-            }
-            (_, Ok(other)) => Err(other.map_or_else(|| "not quantized".to_owned(), |other| other.to_string())),
+        let &SolverSettings { bits, group_size, symmetric, .. } = solver;
+        let wanted = format.codes().map(|_| Quantization { format, packing: Packing { bits, group_size, symmetric } });
+        let found = match copy.quantization() {
+            Err(error) => Err(format!("{error:#}")),
+            Ok(found) if found == wanted => Ok(()),
+            Ok(None) => Err("not quantized".to_owned()),
+            Ok(Some(other)) => Err(other_variant(format, other.format).unwrap_or_else(|| other.to_string())),
         };
         if let Err(found) = &found {
             let wanted = format!("{}, {} bits", format.name(), solver.bits);
@@ -293,6 +286,14 @@ impl Check<'_> {
         self.found.tensors = planned.len();
         Ok(())
     }
+}
+
+/// How config.json tells a format from `wanted`, where both are of one method.
+fn other_variant(wanted: Format, found: Format) -> Option<String> {
+    let method = found.codes()?.method();
+    let differs = found != wanted && wanted.codes()?.method() == method;
+    let key = method.variant_key.filter(|_| differs)?;
+    Some(format!("{key} {}", found.name()))
 }
 
 /// Whether a file is the float checkpoint's own card, under the name that the run gave it.
