@@ -9,10 +9,9 @@ use super::split;
 use crate::checkpoint::formats::{FamilySupport, Format, shell};
 use crate::checkpoint::sums::SUMS;
 use crate::input;
-use crate::progress::is_unshown;
+use crate::progress::{human_bytes, is_unshown};
 use crate::quantize::settings::{Grid, Importance, ImportancePower, Order, Refit, Solver, SolverSettings};
 use anyhow::Result;
-use indicatif::HumanBytes;
 use serde_json::Value;
 use std::fmt::Write;
 use std::path::Path;
@@ -157,8 +156,8 @@ impl Card<'_> {
         let width =
             report.bits_per_weight().map_or_else(String::new, |bits| format!(", {bits:.2} bits per quantized weight"));
         facts.push(("format", format!("{}{width}", self.format.name())));
-        let size = |bytes| HumanBytes(bytes).to_string();
-        facts.push(("size", format!("{} → {}", size(report.bytes_before), size(report.bytes_after))));
+        let (before, after) = (human_bytes(report.bytes_before), human_bytes(report.bytes_after));
+        facts.push(("size", format!("{before} → {after}")));
         facts.push(("calibration", self.calibration()));
         facts.push(("tensor parallelism", split::told(report.largest_split)));
         if let (Some(mean), Some(worst)) = (report.mean_relative_error(), report.worst_layer()) {

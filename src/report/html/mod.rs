@@ -13,9 +13,8 @@ mod resources;
 mod samples;
 
 use super::RunReport;
-use crate::progress::human_seconds;
+use crate::progress::{human_bytes, human_seconds};
 use anyhow::Result;
-use indicatif::HumanBytes;
 use markup::{Cell, Text, details, error, section, table};
 use serde_json::Value;
 
@@ -100,7 +99,11 @@ fn key_figures(report: &RunReport) -> String {
     }
     let found = report.layers.iter().filter(|layer| !layer.solve.findings.is_empty()).count();
     figures.push(("findings-count", "layers with findings", format!("{found} of {}", report.layers.len())));
-    figures.push(("size", "size", format!("{} → {}", HumanBytes(report.bytes_before), HumanBytes(report.bytes_after))));
+    figures.push((
+        "size",
+        "size",
+        format!("{} → {}", human_bytes(report.bytes_before), human_bytes(report.bytes_after)),
+    ));
     if let Some(bits) = report.bits_per_weight() {
         figures.push(("bits", "bits per quantized weight", format!("{bits:.2}")));
     }
@@ -115,7 +118,7 @@ fn key_figures(report: &RunReport) -> String {
     }
     figures.push(("seconds", "time", human_seconds(report.seconds)));
     if let Some(peak) = report.peak_memory_bytes {
-        figures.push(("peak-memory", "peak memory", HumanBytes(peak).to_string()));
+        figures.push(("peak-memory", "peak memory", human_bytes(peak)));
     }
     let entry = |(id, name, value): &(&str, &str, String)| {
         format!("<div><dt>{}</dt><dd id=\"figure-{id}\">{}</dd></div>\n", Text(name), Text(value))
