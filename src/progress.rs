@@ -155,6 +155,17 @@ pub fn human_seconds(seconds: f64) -> String {
     }
 }
 
+/// A number of bytes as people read it, in binary units: `512 B`, `1.50 KiB`, `2.25 GiB`.
+pub fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let (mut size, mut unit) = (bytes as f64, 0);
+    while size >= 1024.0 {
+        size /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{size:.2} {}", UNITS[unit]) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -171,6 +182,26 @@ mod tests {
         ];
         for (value, expected) in cases {
             assert_eq!(human_seconds(value), expected);
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        let cases = [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.00 KiB"),
+            (1536, "1.50 KiB"),
+            ((1 << 20) - 1, "1024.00 KiB"),
+            (1 << 20, "1.00 MiB"),
+            (78_643_200, "75.00 MiB"),
+            (5 << 28, "1.25 GiB"),
+            (3 << 40, "3.00 TiB"),
+            (1 << 50, "1.00 PiB"),
+            (u64::MAX, "16.00 EiB"),
+        ];
+        for (value, expected) in cases {
+            assert_eq!(human_bytes(value), expected);
         }
     }
 

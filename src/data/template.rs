@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior, Value};
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::json;
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
@@ -40,7 +40,8 @@ const CHATML: &str = "\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
 
 /// The template that turns conversations into text.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(from = "String")]
 pub enum TemplateChoice {
     /// The checkpoint's own.
     #[default]
@@ -55,11 +56,17 @@ impl FromStr for TemplateChoice {
     type Err = Infallible;
 
     fn from_str(text: &str) -> Result<Self, Infallible> {
-        Ok(match text {
+        Ok(text.to_owned().into())
+    }
+}
+
+impl From<String> for TemplateChoice {
+    fn from(text: String) -> Self {
+        match text.as_str() {
             "checkpoint" => Self::Checkpoint,
             "chatml" => Self::Chatml,
-            path => Self::File(path.into()),
-        })
+            _ => Self::File(text.into()),
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! Room on disk.
 
 use crate::plan::system::free_bytes;
+use crate::progress::human_bytes;
 use anyhow::{Result, ensure};
-use indicatif::HumanBytes;
 use serde::Serialize;
 use std::path::Path;
 
@@ -33,10 +33,10 @@ impl DiskPlan {
                 "{} takes {} on disk while the run lasts ({} of output, {} to go on after an interruption), but {} are \
                  free there; free some or choose another --out",
                 out.display(),
-                HumanBytes(needed),
-                HumanBytes(self.output_bytes),
-                HumanBytes(self.work_bytes),
-                HumanBytes(free)
+                human_bytes(needed),
+                human_bytes(self.output_bytes),
+                human_bytes(self.work_bytes),
+                human_bytes(free)
             );
         }
         Ok(())

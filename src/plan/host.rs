@@ -5,8 +5,8 @@ use super::{StagePlan, told};
 use crate::checkpoint::Checkpoint;
 use crate::data::sequence::Sequence;
 use crate::heap;
+use crate::progress::human_bytes;
 use anyhow::{Result, ensure};
-use indicatif::HumanBytes;
 use serde::Serialize;
 
 /// What a process holds before any weight is read, and what it will read. Sizes are in bytes.
@@ -108,17 +108,17 @@ impl HostPlan {
         let worst = self.stages.iter().max_by_key(|stage| stage.bytes);
         let parts = worst.map_or_else(String::new, |stage| told(&stage.entries));
         let step = worst.map_or_else(String::new, |stage| format!("{}, {}", stage.stage, stage.step));
-        let needs = format!("{step} takes {} of host memory ({parts})", HumanBytes(self.bytes));
+        let needs = format!("{step} takes {} of host memory ({parts})", human_bytes(self.bytes));
         if let Some(total) = self.total_bytes {
             ensure!(
                 self.bytes <= total,
                 "{what} does not fit into the {} of memory and swap that this process may have: {needs}; {remedy}",
-                HumanBytes(total)
+                human_bytes(total)
             );
         }
         let more = self.bytes.saturating_sub(self.held_bytes);
         if let Some(available) = self.available_bytes.filter(|&available| available < more) {
-            log::warn!("{needs}, but {} more than now are left: the system may end the run", HumanBytes(available));
+            log::warn!("{needs}, but {} more than now are left: the system may end the run", human_bytes(available));
         }
         Ok(())
     }
@@ -126,9 +126,9 @@ impl HostPlan {
     /// The plan in lines.
     pub fn lines(&self) -> Vec<String> {
         let room = self.available_bytes.map_or_else(String::new, |available| {
-            format!("; {} held now, {} more available", HumanBytes(self.held_bytes), HumanBytes(available))
+            format!("; {} held now, {} more available", human_bytes(self.held_bytes), human_bytes(available))
         });
-        let mut lines = vec![format!("host memory: {}{room}", HumanBytes(self.bytes))];
+        let mut lines = vec![format!("host memory: {}{room}", human_bytes(self.bytes))];
         self.stages.iter().for_each(|stage| lines.extend(stage.lines()));
         lines
     }

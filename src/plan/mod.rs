@@ -26,8 +26,7 @@ pub(crate) use vision::encoding;
 pub use work::{ByKind, Load, Rates, StageEstimate};
 
 use crate::device::{ModelOps, Work};
-use crate::progress::Stage;
-use indicatif::HumanBytes;
+use crate::progress::{Stage, human_bytes};
 use serde::Serialize;
 
 /// A name and its bytes of memory.
@@ -59,7 +58,7 @@ pub(crate) fn worst(steps: impl IntoIterator<Item = Step>) -> Step {
 /// Entries in words: `a block 1.00 GiB, logits 2.00 MiB`.
 pub(crate) fn told(entries: &[Entry]) -> String {
     let parts: Vec<String> =
-        entries.iter().map(|entry| format!("{} {}", entry.name, HumanBytes(entry.bytes))).collect();
+        entries.iter().map(|entry| format!("{} {}", entry.name, human_bytes(entry.bytes))).collect();
     parts.join(", ")
 }
 
@@ -88,8 +87,8 @@ impl StagePlan {
 
     /// The stage in lines.
     pub(crate) fn lines(&self) -> Vec<String> {
-        let first = format!("  {}, at {}: {}", self.stage, self.step, HumanBytes(self.bytes));
-        let rest = self.entries.iter().map(|entry| format!("    {} {}", HumanBytes(entry.bytes), entry.name));
+        let first = format!("  {}, at {}: {}", self.stage, self.step, human_bytes(self.bytes));
+        let rest = self.entries.iter().map(|entry| format!("    {} {}", human_bytes(entry.bytes), entry.name));
         [first].into_iter().chain(rest).collect()
     }
 }

@@ -6,7 +6,8 @@ pub use crate::device::Grid;
 use crate::codes::CodeLayout;
 use crate::tensor::Float;
 use anyhow::{Result, bail, ensure};
-use serde::{Deserialize, Serialize, Serializer};
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 use std::str::FromStr;
 
@@ -102,6 +103,22 @@ impl Serialize for ImportancePower {
             Self::Fixed(power) => serializer.serialize_f64(*power),
             Self::Auto => serializer.serialize_str("auto"),
         }
+    }
+}
+
+impl<'de> Deserialize<'de> for ImportancePower {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "importance_power must be a number or `auto`")]
+        enum Written {
+            Number(f64),
+            Word(String),
+        }
+        let text = match Written::deserialize(deserializer)? {
+            Written::Number(power) => power.to_string(),
+            Written::Word(word) => word,
+        };
+        text.parse().map_err(|what| D::Error::custom(format!("importance_power {what}")))
     }
 }
 

@@ -4,15 +4,14 @@
 //! checkpoint's own card names; that card stays beside this one as `README.base.md`. There is no time in it and no path: the
 //! same run gives the same card.
 
-use super::RunReport;
 use super::split;
-use crate::checkpoint::formats::{FamilySupport, Format, shell};
+use super::{RunReport, RunSettings};
+use crate::checkpoint::formats::{FamilySupport, shell};
 use crate::checkpoint::sums::SUMS;
 use crate::input;
-use crate::progress::is_unshown;
-use crate::quantize::settings::{Grid, Importance, ImportancePower, Order, Refit, Solver, SolverSettings};
+use crate::progress::{human_bytes, is_unshown};
+use crate::quantize::settings::{Grid, Importance, ImportancePower, Order, Refit, Solver};
 use anyhow::Result;
-use indicatif::HumanBytes;
 use serde_json::Value;
 use std::fmt::Write;
 use std::path::Path;
@@ -22,23 +21,26 @@ const README: &str = "README.md";
 /// Lines of a card's metadata that hold for a quantized copy too.
 const INHERITED: [&str; 4] = ["license", "license_name", "license_link", "language"];
 
+/// The card of a run that wrote a model of a family with this `support`, and the float checkpoint's own card, if it has one, under
+/// its new name.
+pub fn files(report: &RunReport, support: FamilySupport) -> Result<Vec<(String, Vec<u8>)>> {
+    let RunSettings { model, out, .. } = &report.provenance.settings;
+    let name = out.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned());
+    let card = Card { report, settings: &report.provenance.settings, support };
+    let Some(base) = base_name(model) else {
+        return Ok(vec![(README.to_owned(), card.text(&name, None).into_bytes())]);
+    };
+    let old = input::read(&model.join(README), input::MAX_CONFIG_BYTES)?;
+    let text = card.text(&name, Some((&base, &String::from_utf8_lossy(&old))));
+    Ok(vec![(README.to_owned(), text.into_bytes()), (base, old)])
+}
+
 /// What a card is made of.
-#[derive(Clone, Copy, Debug)]
-pub struct Card<'a> {
-    /// The run.
-    pub report: &'a RunReport,
-    /// How layers were solved.
-    pub solver: &'a SolverSettings,
-    /// How tokens were weighted.
-    pub importance: Importance,
-    /// The power of their factors.
-    pub importance_power: ImportancePower,
-    /// Whether scales were refitted.
-    pub refit: Refit,
-    /// What was written.
-    pub format: Format,
-    /// See [`Format::loaders`].
-    pub support: FamilySupport,
+#[derive(Clone, Copy)]
+struct Card<'a> {
+    report: &'a RunReport,
+    settings: &'a RunSettings,
+    support: FamilySupport,
 }
 
 /// Names of the files that a card of a copy of `model` takes.
@@ -59,28 +61,17 @@ fn base_name(model: &Path) -> Option<String> {
 }
 
 impl Card<'_> {
-    /// The card of the checkpoint `out`, and the float checkpoint's own, if `model` has one, under its new name.
-    pub fn files(&self, out: &Path, model: &Path) -> Result<Vec<(String, Vec<u8>)>> {
-        let name = out.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned());
-        let Some(base) = base_name(model) else {
-            return Ok(vec![(README.to_owned(), self.text(&name, None).into_bytes())]);
-        };
-        let old = input::read(&model.join(README), input::MAX_CONFIG_BYTES)?;
-        let text = self.text(&name, Some((&base, &String::from_utf8_lossy(&old))));
-        Ok(vec![(README.to_owned(), text.into_bytes()), (base, old)])
-    }
-
     /// The card's text for a folder of this `name`. `base` is the float checkpoint's card: its new name, and its text.
-    pub fn text(&self, name: &str, base: Option<(&str, &str)>) -> String {
+    fn text(&self, name: &str, base: Option<(&str, &str)>) -> String {
         let mut text = self.metadata(base.map(|(_, text)| text));
         let mut say = |line: String| {
             text += &line;
             text.push('\n');
         };
-        let solver = self.solver;
+        let solver = &self.settings.solver;
         let model = self.report.provenance.base_model();
         say(format!("# {}\n", plain(name)));
-        let what = match self.format.codes() {
+        let what = match self.settings.format.codes() {
             None => "plain weights that stand on the grid of",
             Some(_) => "integer codes of",
         };
@@ -125,16 +116,16 @@ impl Card<'_> {
         lines.push("pipeline_tag: image-text-to-text".to_owned());
         lines.push("tags:".to_owned());
         lines.push("- vlmq".to_owned());
-        lines.push(format!("- {}-bit", self.solver.bits));
-        if self.format.codes().is_some() {
-            lines.push(format!("- {}", self.format.name()));
+        lines.push(format!("- {}-bit", self.settings.solver.bits));
+        if self.settings.format.codes().is_some() {
+            lines.push(format!("- {}", self.settings.format.name()));
         }
         lines.push("---\n\n".to_owned());
         lines.join("\n")
     }
 
     fn facts(&self) -> Vec<(&'static str, String)> {
-        let (report, solver) = (self.report, self.solver);
+        let (report, solver) = (self.report, &self.settings.solver);
         let provenance = &report.provenance;
         let mut facts = vec![(
             "base model",
@@ -156,9 +147,9 @@ impl Card<'_> {
         facts.push(("grid", format!("{} bits, {group}, {zero}, {grid}; columns {order}", solver.bits)));
         let width =
             report.bits_per_weight().map_or_else(String::new, |bits| format!(", {bits:.2} bits per quantized weight"));
-        facts.push(("format", format!("{}{width}", self.format.name())));
-        let size = |bytes| HumanBytes(bytes).to_string();
-        facts.push(("size", format!("{} → {}", size(report.bytes_before), size(report.bytes_after))));
+        facts.push(("format", format!("{}{width}", self.settings.format.name())));
+        let (before, after) = (human_bytes(report.bytes_before), human_bytes(report.bytes_after));
+        facts.push(("size", format!("{before} → {after}")));
         facts.push(("calibration", self.calibration()));
         facts.push(("tensor parallelism", split::told(report.largest_split)));
         if let (Some(mean), Some(worst)) = (report.mean_relative_error(), report.worst_layer()) {
@@ -176,20 +167,20 @@ impl Card<'_> {
     }
 
     fn method(&self) -> String {
-        let solver = match self.solver.solver {
+        let solver = match self.settings.solver.solver {
             Solver::Rtn => return "round to nearest, without calibration".to_owned(),
             Solver::Gptq => "GPTQ (arXiv 2210.17323)".to_owned(),
-            Solver::Gptaq => format!("GPTAQ (arXiv 2504.02692), α {}", self.solver.alpha),
+            Solver::Gptaq => format!("GPTAQ (arXiv 2504.02692), α {}", self.settings.solver.alpha),
         };
-        let damp = self.solver.damp;
-        let damp = match self.refit {
-            Refit::None => damp.to_string(),
-            Refit::Residual => format!("{damp}, scales refitted to the residual stream"),
+        let damp = self.settings.solver.damp;
+        let damp = match self.settings.refit {
+            None | Some(Refit::None) => damp.to_string(),
+            Some(Refit::Residual) => format!("{damp}, scales refitted to the residual stream"),
         };
-        match self.importance {
+        match self.settings.importance {
             Importance::None => format!("{solver}, damping {damp}"),
             Importance::Vlmq => {
-                let power = match self.importance_power {
+                let power = match self.settings.importance_power {
                     ImportancePower::Fixed(1.0) => String::new(),
                     ImportancePower::Fixed(power) => format!(" with importance to the power {power}"),
                     ImportancePower::Auto => " with importance to a power chosen by layer".to_owned(),
@@ -204,7 +195,7 @@ impl Card<'_> {
         let (Some(file), Some(sum)) = (provenance.calibration_file(), &provenance.inputs.calibration) else {
             return "none".to_owned();
         };
-        let seed = &provenance.settings["seed"];
+        let seed = self.settings.seed;
         let left = match counts.too_long {
             0 => String::new(),
             left => format!(", {left} more left out as too long"),
@@ -223,7 +214,7 @@ impl Card<'_> {
     fn loading(&self, name: &str, text: &mut String) {
         *text += "\n## Load it\n\nIn the folder that this one lies in, or with its path in place of its name. Programs that are not here are \
                   not known to load this file.\n";
-        for loader in self.format.loaders(&self.solver.layout(), self.support, Path::new(name)) {
+        for loader in self.settings.format.loaders(&self.settings.solver.layout(), self.support, Path::new(name)) {
             let _ = match python(&loader.command, name) {
                 Some(lines) => write!(text, "\n### {}\n\n```python\n{lines}\n```\n", loader.name),
                 None => write!(text, "\n### {}\n\n```sh\n{}\n```\n", loader.name, loader.command),
@@ -307,14 +298,17 @@ mod tests {
     use super::*;
     use crate::report::CalibrationCounts;
     use crate::report::provenance::{Inputs, Provenance};
-    use serde_json::json;
 
-    fn report(model: &str) -> RunReport {
+    fn report(model: &str, name: &str, format: Format) -> RunReport {
         let provenance = Provenance {
             vlmq_version: "1.2.3".into(),
             commit: "unknown".into(),
             model: model.into(),
-            settings: json!({"calib": "/x/secret/c|.jsonl", "seed": 7}),
+            settings: RunSettings {
+                format,
+                seed: 7,
+                ..RunSettings::new(model.into(), Some("/x/secret/c|.jsonl".into()), name.into())
+            },
             inputs: Inputs { calibration: Some("3".repeat(64)), ..Inputs::default() },
         };
         let calibration =
@@ -323,10 +317,9 @@ mod tests {
     }
 
     fn card(model: &str, name: &str, format: Format, base: Option<(&str, &str)>) -> String {
-        let report = report(model);
-        let (solver, importance_power) = (&SolverSettings::default(), ImportancePower::default());
-        let (importance, refit, support) = (Importance::Vlmq, Refit::None, FamilySupport::default());
-        Card { report: &report, solver, importance, importance_power, refit, format, support }.text(name, base)
+        let report = report(model, name, format);
+        let card = Card { report: &report, settings: &report.provenance.settings, support: FamilySupport::default() };
+        card.text(name, base)
     }
 
     #[test]

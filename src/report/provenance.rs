@@ -9,6 +9,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::checksum::{self, Checksum};
 use crate::checkpoint::side_files::SideFiles;
 use crate::data::sequence::{Collected, Sequence};
+use crate::data::template::TemplateChoice;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -32,7 +33,7 @@ pub struct Provenance {
     /// The float checkpoint's folder, as it was given.
     pub model: String,
     /// Every setting of the run under its command-line name, as they took effect.
-    pub settings: Value,
+    pub settings: RunSettings,
     /// Checksums of what was read.
     pub inputs: Inputs,
 }
@@ -71,7 +72,7 @@ impl Provenance {
             vlmq_version: env!("CARGO_PKG_VERSION").to_owned(),
             commit: COMMIT.to_owned(),
             model: settings.model.display().to_string(),
-            settings: serde_json::to_value(settings)?,
+            settings: settings.clone(),
             inputs: Inputs {
                 model: checksum::of_files_until(folder, &files, check)?,
                 calibration,
@@ -95,45 +96,42 @@ impl Provenance {
     }
 
     /// What config.json says under [`KEY`].
-    pub fn summary(&self) -> Value {
-        let mut settings = self.settings.clone();
-        let mut format = Value::Null;
-        let mut seed = Value::Null;
-        if let Some(settings) = settings.as_object_mut() {
-            for folder in ["model", "calib", "out", "image_root"] {
-                settings.shift_remove(folder);
-            }
-            format = settings.shift_remove("format").unwrap_or_default();
-            seed = settings.shift_remove("seed").unwrap_or_default();
-            if let Some(Value::String(template)) = settings.get_mut("chat_template") {
-                *template = file_name(template);
-            }
+    pub fn summary(&self) -> Result<Value> {
+        let Self { settings, .. } = self;
+        let mut shown = settings.clone();
+        if let TemplateChoice::File(path) = &mut shown.chat_template {
+            *path = file_name(path).into();
         }
+        let mut shown = serde_json::to_value(shown)?;
+        // Folders, and what has a place of its own.
+        let aside = ["model", "calib", "out", "image_root", "format", "seed"];
+        shown.as_object_mut().into_iter().for_each(|all| all.retain(|name, _| !aside.contains(&name.as_str())));
         let calibration = self.inputs.calibration.as_ref().map(|sum| {
             let file = self.calibration_file();
             json!({"file": file, "sha256": sum, "samples_sha256": self.inputs.samples})
         });
-        json!({
+        Ok(json!({
             "version": self.vlmq_version,
             "commit": self.commit,
             "base_model": self.base_model(),
             "base_model_sha256": self.base_model_sha256(),
-            "format": format,
-            "settings": settings,
-            "seed": seed,
+            "format": settings.format,
+            "settings": shown,
+            "seed": settings.seed,
             "calibration": calibration,
-        })
+        }))
     }
 
     /// Name of the calibration file, without its folder.
     pub fn calibration_file(&self) -> Option<String> {
-        self.settings["calib"].as_str().map(file_name)
+        self.settings.calib.as_deref().map(file_name)
     }
 }
 
 /// The last part of a path, of either system's.
-fn file_name(path: &str) -> String {
-    path.rsplit(['/', '\\']).find(|part| !part.is_empty()).unwrap_or(path).to_owned()
+fn file_name(path: &Path) -> String {
+    let path = path.display().to_string();
+    path.rsplit(['/', '\\']).find(|part| !part.is_empty()).unwrap_or(&path).to_owned()
 }
 
 fn of_samples(sequences: &[Sequence]) -> String {
@@ -158,6 +156,7 @@ fn of_samples(sequences: &[Sequence]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::formats::Format;
 
     fn provenance(model: &str) -> Provenance {
         let model_sums = [("b", "2".repeat(64)), ("a", "1".repeat(64))].map(|(name, sum)| (name.to_owned(), sum));
@@ -165,8 +164,13 @@ mod tests {
             vlmq_version: "1.2.3".into(),
             commit: "unknown".into(),
             model: model.into(),
-            settings: json!({"model": model, "calib": "/x/secret/c.jsonl", "out": "/x/secret/o", "format": "gptq", "seed": 7,
-                "image_root": "/x/secret", "chat_template": "/x/secret/t.jinja", "solver": {"bits": 3}}),
+            settings: RunSettings {
+                format: Format::gptq(true),
+                seed: 7,
+                image_root: Some("/x/secret".into()),
+                chat_template: TemplateChoice::File("/x/secret/t.jinja".into()),
+                ..RunSettings::new(model.into(), Some("/x/secret/c.jsonl".into()), "/x/secret/o".into())
+            },
             inputs: Inputs {
                 model: model_sums.into_iter().collect(),
                 calibration: Some("3".repeat(64)),
@@ -191,9 +195,14 @@ mod tests {
 
     #[test]
     fn summaries_tell_no_folder() {
-        let summary = provenance("/x/secret/m").summary();
+        let summary = provenance("/x/secret/m").summary().unwrap();
         assert!(!summary.to_string().contains("secret"), "{summary}");
-        assert_eq!(summary["settings"], json!({"chat_template": "t.jinja", "solver": {"bits": 3}}));
+        let settings = &summary["settings"];
+        assert_eq!((&settings["chat_template"], &settings["solver"]["bits"]), (&"t.jinja".into(), &3.into()));
+        let names: Vec<&String> = settings.as_object().unwrap().keys().collect();
+        let first = ["solver", "importance", "importance_power", "refit", "samples", "max_tokens", "chunk_tokens"];
+        let last = ["min_pixels", "max_pixels", "image_mode", "chat_template", "skip_bad_images", "strict"];
+        assert_eq!(names, [&first[..], &last].concat());
         assert_eq!(
             (&summary["format"], &summary["seed"], &summary["base_model"]),
             (&"gptq".into(), &7.into(), &"m".into())

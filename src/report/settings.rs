@@ -7,7 +7,7 @@ use crate::data::template::TemplateChoice;
 use crate::model::families::ImageOptions;
 use crate::quantize::settings::{Importance, ImportancePower, Refit, Solver, SolverSettings};
 use anyhow::{Result, ensure};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// Usual number of tokens that go through a block together: enough to keep matrix products busy, few enough that the MLP's
@@ -15,7 +15,7 @@ use std::path::PathBuf;
 pub const CHUNK_TOKENS: usize = 2048;
 
 /// What a run reads, does and writes.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunSettings {
     /// Folder of the float checkpoint.
     pub model: PathBuf,
@@ -62,15 +62,14 @@ pub struct RunSettings {
     pub save_every: u64,
 }
 
-impl RunSettings {
-    /// The command's defaults: compressed-tensors, [`SolverSettings::default`], 512 samples of at most 2048 tokens by seed 0,
-    /// weighted by VLMQ; the checkpoint's own image sizes and template; saved behind every block.
-    pub fn new(model: PathBuf, calib: Option<PathBuf>, out: PathBuf) -> Self {
-        let out = target::plain(&out);
+impl Default for RunSettings {
+    /// The command's: compressed-tensors, [`SolverSettings::default`], 512 samples of at most 2048 tokens by seed 0, weighted by
+    /// VLMQ; the checkpoint's own image sizes and template; saved behind every block. Nothing is read or written yet.
+    fn default() -> Self {
         Self {
-            model,
-            calib,
-            out,
+            model: PathBuf::new(),
+            calib: None,
+            out: PathBuf::new(),
             format: Format::COMPRESSED_TENSORS,
             solver: SolverSettings::default(),
             importance: Importance::Vlmq,
@@ -88,6 +87,13 @@ impl RunSettings {
             restart: false,
             save_every: 0,
         }
+    }
+}
+
+impl RunSettings {
+    /// The defaults, for this checkpoint, these calibration data and this output.
+    pub fn new(model: PathBuf, calib: Option<PathBuf>, out: PathBuf) -> Self {
+        Self { model, calib, out: target::plain(&out), ..Self::default() }
     }
 
     /// The same with the output's name in its shortest form, in which all else is told.
@@ -108,5 +114,52 @@ impl RunSettings {
         );
         ensure!(model.is_dir(), "{}: no such folder; give the folder of a Hugging Face checkpoint", model.display());
         check_target(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    /// The written form is that of earlier runs, whose reports and unfinished work are read.
+    const WRITTEN: &str = r#"{"model":"m","calib":null,"out":"o","format":"gptq","solver":{"solver":"gptaq","bits":3,"group_size":128,"symmetric":false,"grid":"loss","order":"act-group","damp":0.01,"alpha":0.25,"cross_term":"unquantized","scale_type":"bf16","smallest_zero":0},"importance":"vlmq","importance_power":0.5,"refit":null,"samples":512,"seed":0,"max_tokens":2048,"chunk_tokens":2048,"image_root":null,"min_pixels":null,"max_pixels":null,"image_mode":null,"chat_template":"checkpoint","skip_bad_images":false,"strict":false}"#;
+
+    #[test]
+    fn settings_are_read_back_as_they_were_written() {
+        let plain = RunSettings { format: Format::gptq(true), ..RunSettings::new("m".into(), None, "./o/".into()) };
+        assert_eq!(serde_json::to_string(&plain).unwrap(), WRITTEN);
+        let other = RunSettings {
+            calib: Some("c".into()),
+            importance: Importance::None,
+            importance_power: ImportancePower::Auto,
+            refit: Some(Refit::Residual),
+            image_options: ImageOptions { min_pixels: Some(784), ..ImageOptions::default() },
+            chat_template: TemplateChoice::File("t".into()),
+            ..plain.clone()
+        };
+        let power = RunSettings { importance_power: ImportancePower::Fixed(1.0), ..plain.clone() };
+        for settings in [plain, other, power] {
+            let text = serde_json::to_string(&settings).unwrap();
+            assert_eq!(serde_json::from_str::<RunSettings>(&text).unwrap(), settings, "{text}");
+        }
+    }
+
+    #[test]
+    fn nothing_else_is_read() {
+        let with = |name: &str, value: Value| {
+            let mut written: Value = serde_json::from_str(WRITTEN).unwrap();
+            written[name] = value;
+            serde_json::from_value::<RunSettings>(written).unwrap_err().to_string()
+        };
+        for (name, value, says) in [
+            ("format", json!("best"), "no format \"best\""),
+            ("importance_power", json!("most"), "importance_power must be above 0 and at most 1, or `auto`"),
+            ("importance_power", json!(null), "importance_power must be a number or `auto`"),
+            ("samples", json!(-1), "invalid value: integer `-1`"),
+            ("min_pixels", json!("x"), "invalid type: string \"x\""),
+        ] {
+            assert!(with(name, value).contains(says), "{name}: {says}");
+        }
     }
 }

@@ -15,7 +15,7 @@ use crate::evaluate::paths::{self, Paths};
 use crate::plan::{DecoderShape, MemoryPlan};
 use crate::progress::{Interrupted, Stage, StageClock};
 use crate::quantize::block::{NotFinite, rows_of_paths};
-use crate::report::card::Card;
+use crate::report::card;
 use crate::report::check::ModelCheck;
 use crate::report::provenance::{self, Provenance};
 use crate::report::settings::RunSettings;
@@ -173,17 +173,8 @@ fn quantize<D: ModelOps + SolveOps>(
         largest_split: largest_split(&DecoderShape::of(&input.config.decoder), settings.format, &input.solver),
         evaluation: None,
     };
-    writer.add_to_config(provenance::KEY, &report.provenance.summary())?;
-    let card = Card {
-        report: &report,
-        solver: &input.solver,
-        importance: input.importance,
-        importance_power: input.importance_power,
-        refit: input.refit,
-        format: settings.format,
-        support: input.support,
-    };
-    for (name, bytes) in card.files(&settings.out, input.checkpoint.folder())? {
+    writer.add_to_config(provenance::KEY, &report.provenance.summary()?)?;
+    for (name, bytes) in card::files(&report, input.support)? {
         writer.add_file(&name, &bytes)?;
     }
     for (name, bytes) in report.files()? {

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use vlmq::checkpoint::Checkpoint;
 use vlmq::data::dataset;
 use vlmq::data::sequence::{Sequence, SequenceBuilder};
+use vlmq::data::template::TemplateChoice;
 use vlmq::device::cpu::Cpu;
 use vlmq::evaluate::{ComparedAnswer, Comparison};
 use vlmq::model::families::{self, ImageOptions};
@@ -137,7 +138,9 @@ fn report() -> RunReport {
         ..RunReport::default()
     };
     report.provenance.model = HOSTILE.into();
-    report.provenance.settings = json!({"out": HOSTILE, HOSTILE: {HOSTILE: [HOSTILE]}});
+    report.provenance.settings.out = HOSTILE.into();
+    report.provenance.settings.calib = Some(HOSTILE.into());
+    report.provenance.settings.chat_template = TemplateChoice::File(HOSTILE.into());
     report.provenance.inputs.model.insert(HOSTILE.into(), HOSTILE.into());
     report
 }

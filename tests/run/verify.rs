@@ -320,6 +320,28 @@ fn checksums_written_anew_hide_nothing() {
     );
 }
 
+/// Settings that are lacking or of another kind are named, with their place in the file.
+#[test]
+fn settings_are_those_of_a_run() {
+    let made = Made::of(FLAT, &["--format", "compressed-tensors"]);
+    let forged = |says: &str, edit: fn(&mut Value)| {
+        let says = ["report.json is no report of vlmq-run quantize: ", says].concat();
+        made.forged(&[&says, "not checked further"], |out| {
+            edit_json(&out.join("report.json"), |all| edit(&mut all["settings"]));
+        });
+    };
+    forged("missing field `format` at line ", |settings| drop(settings.as_object_mut().unwrap().remove("format")));
+    forged("missing field `solver` at line ", |settings| drop(settings.as_object_mut().unwrap().remove("solver")));
+    forged("invalid type: null, expected struct RunSettings at line ", |settings| *settings = Value::Null);
+    forged("no format \"best\"; there are compressed-tensors, ", |settings| settings["format"] = json!("best"));
+    forged("invalid type: string \"3\", expected u32 at line ", |settings| settings["solver"]["bits"] = json!("3"));
+    forged("unknown variant `most`, expected ", |settings| settings["solver"]["grid"] = json!("most"));
+    forged("importance_power must be above 0", |settings| settings["importance_power"] = json!(2));
+    made.broken(&["report.json is no report of vlmq-run quantize: missing field `settings`"], |out| {
+        edit_json(&out.join("report.json"), |all| drop(all.remove("settings")));
+    });
+}
+
 fn made_name(out: &Path) -> String {
     read_json(out.join("report.json"))["layers"][0]["name"].as_str().unwrap().to_owned()
 }

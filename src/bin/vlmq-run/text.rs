@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 use std::fmt::Write;
-pub(crate) use vlmq::progress::human_seconds as seconds;
 use vlmq::progress::is_unshown;
+pub(crate) use vlmq::progress::{human_bytes as bytes, human_seconds as seconds};
 
 /// A line as it goes to stdout or stderr. Names and answers from strangers' files may hold what a terminal takes for commands:
 /// one letter stands for each, so that columns stay columns.
@@ -30,11 +30,6 @@ pub(crate) fn json(value: &impl Serialize) -> serde_json::Result<String> {
         }
     }
     Ok(text)
-}
-
-/// Bytes in binary units.
-pub(crate) fn bytes(bytes: u64) -> String {
-    indicatif::HumanBytes(bytes).to_string()
 }
 
 /// Reads a number of bytes: a whole number, or one with a unit such as `8GiB`, `1.5GiB` or `500MB`.
@@ -93,6 +88,15 @@ pub(crate) fn table(rows: &[Vec<String>]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The bars show sizes as indicatif writes them: all others look alike.
+    #[test]
+    fn bytes_are_written_as_bars_write_them() {
+        let steps = (0..64).flat_map(|power| (0..8).map(move |eighth| (1u64 << power) / 8 * eighth + (1 << power)));
+        for size in steps.flat_map(|size| [size - 1, size, size + 1]).chain([0, 999_994, 999_995, u64::MAX]) {
+            assert_eq!(bytes(size), indicatif::HumanBytes(size).to_string());
+        }
+    }
 
     #[test]
     fn sizes() {

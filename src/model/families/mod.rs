@@ -21,10 +21,10 @@ use crate::device::cpu::Cpu;
 use crate::model::config::Section;
 use crate::tensor::Float;
 use anyhow::{Context, Result, bail};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// How images are sized and cut, where that is not left to the checkpoint's processor file.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageOptions {
     /// Smallest area to which an image is enlarged, in pixels; `None`: the checkpoint's.
     pub min_pixels: Option<usize>,

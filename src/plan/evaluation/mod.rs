@@ -11,9 +11,8 @@ use crate::model::language_model::{HEAD_ROWS, Residency};
 use crate::plan::{
     ChunkSize, Costs, Entry, F32, HostPlan, Load, Process, StagePlan, Step, bytes_of, encoding, entry, told,
 };
-use crate::progress::Stage;
+use crate::progress::{Stage, human_bytes};
 use anyhow::{Result, ensure};
-use indicatif::HumanBytes;
 use serde::Serialize;
 use std::ops::Range;
 
@@ -76,7 +75,7 @@ impl EvaluationPlan {
         let device = self
             .device
             .iter()
-            .flat_map(|stage| [format!("GPU memory: {}", HumanBytes(stage.bytes))].into_iter().chain(stage.lines()));
+            .flat_map(|stage| [format!("GPU memory: {}", human_bytes(stage.bytes))].into_iter().chain(stage.lines()));
         device.chain(self.host.lines()).collect()
     }
 }
@@ -279,8 +278,8 @@ impl<'a> Planner<'a> {
                 bytes_of(&self.steps[0]) <= limit,
                 "the evaluation does not fit into {} of GPU memory: {step} takes {} ({}); allow more with --max-gpu-memory where the \
                  GPU has it, or evaluate on the CPU",
-                HumanBytes(limit),
-                HumanBytes(bytes_of(&self.steps[0])),
+                human_bytes(limit),
+                human_bytes(bytes_of(&self.steps[0])),
                 told(entries)
             );
         }

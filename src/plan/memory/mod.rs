@@ -12,12 +12,11 @@ mod totals;
 pub use totals::MemoryPlan;
 
 use super::{CheckSize, Costs, HostPlan, Job, Process, StagePlan, told};
-use crate::progress::Stage;
+use crate::progress::{Stage, human_bytes};
 use crate::quantize::block::Activations;
 use crate::quantize::settings::{Importance, Refit, Solver, SolverSettings};
 use anyhow::{Result, bail};
 use count::Counter;
-use indicatif::HumanBytes;
 
 impl MemoryPlan {
     /// The plan of a job under a limit: activations resident where they fit, else streamed. Errors, with the numbers, where
@@ -36,9 +35,9 @@ impl MemoryPlan {
         bail!(
             "the run does not fit into {} of GPU memory: {} takes {} with activations in host memory ({}){}; allow more \
              with --max-gpu-memory where the GPU has it (fewer samples would not help)",
-            HumanBytes(limit_bytes.unwrap_or(u64::MAX)),
+            human_bytes(limit_bytes.unwrap_or(u64::MAX)),
             worst.step,
-            HumanBytes(worst.bytes),
+            human_bytes(worst.bytes),
             told(&worst.entries),
             cheaper(job, costs, &plan)
         )
@@ -88,7 +87,7 @@ fn cheaper(job: &Job<'_>, costs: &Costs<'_>, plan: &MemoryPlan) -> String {
             job.refit = Refit::None;
         }
         let bytes = MemoryPlan::new(&job, costs, None, Activations::Streamed).device_bytes;
-        (bytes < plan.device_bytes).then(|| format!("; {name} would take {}", HumanBytes(bytes)))
+        (bytes < plan.device_bytes).then(|| format!("; {name} would take {}", human_bytes(bytes)))
     };
     let gptq = with("--solver gptq", Solver::Gptq, job.importance);
     let rtn = with("--solver rtn", Solver::Rtn, Importance::None).filter(|_| job.solver.solver != Solver::Rtn);

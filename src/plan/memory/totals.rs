@@ -1,9 +1,8 @@
 //! The memory of a run, stage by stage.
 
 use crate::plan::{HostPlan, StagePlan};
-use crate::progress::Stage;
+use crate::progress::{Stage, human_bytes};
 use crate::quantize::block::Activations;
-use indicatif::HumanBytes;
 use serde::Serialize;
 
 /// Memory of a run.
@@ -44,16 +43,16 @@ impl MemoryPlan {
 
     /// The plan in lines.
     pub fn lines(&self) -> Vec<String> {
-        let limit = self.limit_bytes.map_or_else(String::new, |limit| format!(" of {}", HumanBytes(limit)));
+        let limit = self.limit_bytes.map_or_else(String::new, |limit| format!(" of {}", human_bytes(limit)));
         let host = match self.activations {
             Activations::Resident => "activations stay there".to_owned(),
             Activations::Streamed => {
-                format!("activations are streamed from {} of host memory", HumanBytes(self.host_bytes))
+                format!("activations are streamed from {} of host memory", human_bytes(self.host_bytes))
             }
         };
         let mut lines = Vec::new();
         if !self.device_is_host {
-            lines.push(format!("GPU memory: {}{limit}; {host}", HumanBytes(self.device_bytes)));
+            lines.push(format!("GPU memory: {}{limit}; {host}", human_bytes(self.device_bytes)));
             self.stages.iter().for_each(|stage| lines.extend(stage.lines()));
         }
         lines.extend(self.host.lines());

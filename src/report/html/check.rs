@@ -3,12 +3,12 @@
 use super::super::RunReport;
 use super::evaluation::percent;
 use super::markup::{Cell, Text, table};
+use crate::quantize::settings::Solver;
 
 /// The figures, and what they are to be held against; of a run without them, why there are none.
 pub(super) fn section(report: &RunReport) -> Option<String> {
     let Some(check) = &report.check else {
-        let settings = &report.provenance.settings;
-        return Some(match settings["solver"]["solver"] == "rtn" {
+        return Some(match report.provenance.settings.solver.solver == Solver::Rtn {
             true => "<p>Not compared: rounding to nearest runs no samples. An evaluation does.</p>\n".into(),
             false => "<p>Not compared: no sample has text that could be predicted.</p>\n".into(),
         });

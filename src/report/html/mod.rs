@@ -12,12 +12,11 @@ mod markup;
 mod resources;
 mod samples;
 
-use super::RunReport;
-use crate::progress::human_seconds;
+use super::{RunReport, RunSettings};
+use crate::progress::{human_bytes, human_seconds};
 use anyhow::Result;
-use indicatif::HumanBytes;
 use markup::{Cell, Text, details, error, section, table};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Colours, sizes, and what a narrow screen, a dark one and paper change.
 const STYLE: &str = include_str!("style.css");
@@ -65,19 +64,12 @@ pub(super) fn page(report: &RunReport) -> Result<String> {
 
 /// What was done, in a line.
 fn summary(report: &RunReport) -> String {
-    let solver = &report.provenance.settings["solver"];
-    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    let group = match &solver["group_size"] {
-        Value::Null => "one scale a row".to_owned(),
-        size => format!("groups of {size}"),
-    };
-    let mut parts = vec![report.family.clone()];
-    if solver.is_object() {
-        parts.extend([format!("{} bits, {group}", solver["bits"]), format!("solver {}", text(&solver["solver"]))]);
-        parts.push(format!("importance {}", text(&report.provenance.settings["importance"])));
-    }
-    parts.extend([report.format.clone(), format!("on {}", report.device)]);
-    parts.join(" · ")
+    let RunSettings { solver, importance, .. } = &report.provenance.settings;
+    let group = solver.group_size.map_or_else(|| "one scale a row".to_owned(), |size| format!("groups of {size}"));
+    let (bits, [name, importance]) = (solver.bits, [json!(solver.solver), json!(importance)]);
+    let [name, importance] = [&name, &importance].map(|name| name.as_str().unwrap_or_default());
+    let (family, format, device) = (&report.family, &report.format, &report.device);
+    format!("{family} · {bits} bits, {group} · solver {name} · importance {importance} · {format} · on {device}")
 }
 
 /// The figures that one looks for first, with the names under which a test finds them.
@@ -100,7 +92,11 @@ fn key_figures(report: &RunReport) -> String {
     }
     let found = report.layers.iter().filter(|layer| !layer.solve.findings.is_empty()).count();
     figures.push(("findings-count", "layers with findings", format!("{found} of {}", report.layers.len())));
-    figures.push(("size", "size", format!("{} → {}", HumanBytes(report.bytes_before), HumanBytes(report.bytes_after))));
+    figures.push((
+        "size",
+        "size",
+        format!("{} → {}", human_bytes(report.bytes_before), human_bytes(report.bytes_after)),
+    ));
     if let Some(bits) = report.bits_per_weight() {
         figures.push(("bits", "bits per quantized weight", format!("{bits:.2}")));
     }
@@ -115,7 +111,7 @@ fn key_figures(report: &RunReport) -> String {
     }
     figures.push(("seconds", "time", human_seconds(report.seconds)));
     if let Some(peak) = report.peak_memory_bytes {
-        figures.push(("peak-memory", "peak memory", HumanBytes(peak).to_string()));
+        figures.push(("peak-memory", "peak memory", human_bytes(peak)));
     }
     let entry = |(id, name, value): &(&str, &str, String)| {
         format!("<div><dt>{}</dt><dd id=\"figure-{id}\">{}</dd></div>\n", Text(name), Text(value))

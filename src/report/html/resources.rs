@@ -4,9 +4,8 @@ use super::super::RunReport;
 use super::charts::{Axis, Bars, block_labels, legend};
 use super::markup::{Cell, or_dash, table};
 use crate::plan::StagePlan;
-use crate::progress::human_seconds;
+use crate::progress::{human_bytes, human_seconds};
 use anyhow::Result;
-use indicatif::HumanBytes;
 
 /// Time by stage and block, and memory as it was planned and measured.
 pub(super) fn section(report: &RunReport) -> Result<Option<String>> {
@@ -71,12 +70,8 @@ fn stage_table(caption: &str, stages: &[StagePlan], name: &str, most: [Option<u6
 /// Planned and measured bytes with bars, of which the longest is `largest` bytes.
 fn sum_row(name: String, sizes: [Option<u64>; 2], largest: u64) -> Vec<Cell> {
     let share = |bytes: u64| bytes as f64 / largest.max(1) as f64;
-    let [planned, measured] = sizes.map(|size| Cell::Number(or_dash(size, bytes)));
+    let [planned, measured] = sizes.map(|size| Cell::Number(or_dash(size, human_bytes)));
     vec![Cell::Text(name), planned, measured, Cell::Bars(sizes.map(|size| size.map(share)))]
-}
-
-fn bytes(bytes: u64) -> String {
-    HumanBytes(bytes).to_string()
 }
 
 /// A stage's sum, and what it is made of.
@@ -85,7 +80,7 @@ fn stage_rows(stage: &StagePlan, largest: u64) -> Vec<Vec<Cell>> {
     let sum = sum_row(name, [Some(stage.bytes), stage.measured_bytes], largest);
     let part = |name: &str, size: u64| {
         let name = Cell::Text(format!("\u{2003}{name}"));
-        vec![name, Cell::Number(bytes(size)), Cell::Text(String::new()), Cell::Text(String::new())]
+        vec![name, Cell::Number(human_bytes(size)), Cell::Text(String::new()), Cell::Text(String::new())]
     };
     let parts = stage.entries.iter().map(|entry| part(&entry.name, entry.bytes));
     [sum].into_iter().chain(parts).collect()

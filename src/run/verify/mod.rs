@@ -19,7 +19,8 @@ use crate::input;
 use crate::model::families;
 use crate::progress::{Observer, Stage, StageClock};
 use crate::quantize::settings::SolverSettings;
-use crate::report::provenance::{KEY, Provenance};
+use crate::report::RunSettings;
+use crate::report::provenance::{Inputs, KEY, Provenance};
 use crate::run::input::linear_specs;
 use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
@@ -55,11 +56,14 @@ pub struct LayerCheck {
     pub recorded: Option<f64>,
 }
 
-/// What `report.json` has to say.
+/// What `report.json` has to say. The provenance field by field: flattened, it would cost errors the place in the file.
 #[derive(Debug, Deserialize)]
 struct Record {
-    #[serde(flatten)]
-    provenance: Provenance,
+    vlmq_version: String,
+    commit: String,
+    model: String,
+    settings: RunSettings,
+    inputs: Inputs,
     layers: Vec<RecordedLayer>,
 }
 
@@ -101,27 +105,24 @@ impl Check<'_> {
         let clock = StageClock::start(Stage::Checksums, 2, observer);
         self.files(sums)?;
         observer.stage_advanced(Stage::Checksums, 1, "");
-        let record = self.record()?;
-        self.base_files(&record.provenance, sums)?;
+        let Record { vlmq_version, commit, model, settings, inputs, layers } = self.record()?;
+        let provenance = Provenance { vlmq_version, commit, model, settings, inputs };
+        self.base_files(&provenance.inputs, sums)?;
         clock.finish(observer);
 
-        let settings = &record.provenance.settings;
-        let format: Format =
-            serde_json::from_value(settings["format"].clone()).context("report.json names no format")?;
-        let solver: SolverSettings = serde_json::from_value(settings["solver"].clone())
-            .context("report.json holds no settings of the solver")?;
+        let RunSettings { format, ref solver, .. } = provenance.settings;
         let config = families::of::<Cpu>(&self.model)?.config(&self.model)?;
         let linears = linear_specs(&config);
         let copy = Checkpoint::open(self.out)?;
-        let readable = self.config(&copy, &record.provenance, format, &solver);
-        self.tensors(&copy, &linears, format, &solver, sums)?;
+        let readable = self.config(&copy, &provenance)?;
+        self.tensors(&copy, &linears, format, solver, sums)?;
 
-        let known: BTreeMap<&str, f64> = record.layers.iter().map(|l| (l.name.as_str(), l.weight_error)).collect();
+        let known: BTreeMap<&str, f64> = layers.iter().map(|l| (l.name.as_str(), l.weight_error)).collect();
         for name in known.keys().filter(|name| !linears.iter().any(|linear| linear.module == **name)) {
             self.differ(format!("report.json has a layer {name}, which the base model has not"));
         }
         if readable {
-            self.layers(&copy, &linears, format, &solver, &known, observer);
+            self.layers(&copy, &linears, format, solver, &known, observer);
         }
         Ok(())
     }
@@ -175,10 +176,10 @@ impl Check<'_> {
     }
 
     /// The float checkpoint's files are those that the run read, and side files were copied from them.
-    fn base_files(&mut self, provenance: &Provenance, sums: &Sums) -> Result<()> {
+    fn base_files(&mut self, inputs: &Inputs, sums: &Sums) -> Result<()> {
         let folder = self.model.folder().to_owned();
         let mut names = Vec::new();
-        for name in provenance.inputs.model.keys() {
+        for name in inputs.model.keys() {
             let inside = Path::new(name).components().all(|part| matches!(part, Component::Normal(_)));
             ensure!(inside, "report.json names a file {name:?}, which leads out of the base model's folder");
             match folder.join(name).is_file() {
@@ -186,10 +187,10 @@ impl Check<'_> {
                 false => self.differ(format!("the base model has no file {name}, which the run had read")),
             }
         }
-        self.compare_files(folder, &names, &provenance.inputs.model, |name| {
+        self.compare_files(folder, &names, &inputs.model, |name| {
             format!("the base model's {name} is not the file that the run had read: its checksum differs")
         });
-        for (name, sum) in provenance.inputs.model.iter().filter(|(name, _)| !is_replaced(name)) {
+        for (name, sum) in inputs.model.iter().filter(|(name, _)| !is_replaced(name)) {
             let copied = match name.as_str() {
                 // Under a new name.
                 "README.md" => sums.files.iter().any(|(name, copy)| is_base_card(name) && copy == sum),
@@ -203,7 +204,8 @@ impl Check<'_> {
     }
 
     /// config.json: all that the float checkpoint's has, and how the weights are stored. Returns whether it says that rightly.
-    fn config(&mut self, copy: &Checkpoint, provenance: &Provenance, format: Format, solver: &SolverSettings) -> bool {
+    fn config(&mut self, copy: &Checkpoint, provenance: &Provenance) -> Result<bool> {
+        let RunSettings { format, ref solver, .. } = provenance.settings;
         let keys = |config: &Value| config.as_object().cloned().unwrap_or_default();
         let (old, new) = (keys(&self.model.own_config()), keys(copy.config()));
         let ours = [KEY, "quantization_config"];
@@ -214,7 +216,7 @@ impl Check<'_> {
             }
         }
         // What later versions add is not asked of earlier ones.
-        let summary = provenance.summary();
+        let summary = provenance.summary()?;
         for (name, said) in new.get(KEY).map(keys).unwrap_or_default() {
             if summary.get(&name).is_some_and(|known| *known != said) {
                 self.differ(format!("config.json's {KEY}.{name} is not what report.json says"));
@@ -235,7 +237,7 @@ impl Check<'_> {
             let wanted = format!("{}, {} bits", format.name(), solver.bits);
             self.differ(format!("config.json does not describe the weights as report.json does ({wanted} …): {found}"));
         }
-        found.is_ok()
+        Ok(found.is_ok())
     }
 
     /// Tensors: all there, no others, of the right type and shape, none changed, and copies like their originals.
