@@ -122,7 +122,7 @@ impl<'a> StoredMatrix<'a> {
         Self::new(self.float, 1, values.len(), &self.bytes[values.start * size..values.end * size])
     }
 
-    /// The same values in float32.
+    /// A matrix of the same values in float32.
     pub fn to_matrix(&self) -> Matrix {
         Matrix { rows: self.rows, cols: self.cols, data: self.float.widen(self.bytes) }
     }

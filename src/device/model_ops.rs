@@ -103,7 +103,7 @@ pub trait ModelOps: Device {
     /// ([`upload`](Device::upload)).
     fn upload_model(&self, matrix: Matrix) -> Result<Self::Tensor>;
 
-    /// The same of numbers as they are stored: those of the model's own type are copied as they are. Waits no longer than
+    /// Copies numbers of a model to the device as they are stored: those of the model's own type are copied as they are. Waits no longer than
     /// until they may change.
     fn upload_stored(&self, stored: StoredMatrix<'_>) -> Result<Self::Tensor> {
         self.upload_model(stored.to_matrix())

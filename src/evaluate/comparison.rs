@@ -29,7 +29,7 @@ pub struct ComparedScores {
     pub score_quantized: f64,
     /// The float model's mean negative log-likelihood per answer token, in nats; `None` without answer tokens.
     pub nll_float: Option<f64>,
-    /// The same of the quantized model.
+    /// Mean negative log-likelihood of the quantized model.
     pub nll_quantized: Option<f64>,
     /// Mean divergence of the quantized model from the float one per answer token, in nats.
     pub kl: Option<f64>,

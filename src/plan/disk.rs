@@ -18,7 +18,7 @@ pub struct DiskPlan {
 }
 
 impl DiskPlan {
-    /// Of an output in `folder`, or, where there is none yet, in the next folder above it that is.
+    /// The room for an output in `folder`, or, where there is none yet, in the next folder above it that is.
     pub fn new(folder: &Path, output_bytes: u64, work_bytes: u64) -> Self {
         let there = folder.ancestors().find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
         Self { output_bytes, work_bytes, free_bytes: free_bytes(there) }

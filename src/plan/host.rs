@@ -16,7 +16,7 @@ pub struct Process {
     pub held: u64,
     /// Most that it ever held.
     pub peak: u64,
-    /// What it gives back once the samples are embedded: their images and tokens.
+    /// Memory that is given back once the samples are embedded: their images and tokens.
     pub data: u64,
     /// A stored weight.
     pub stored: u64,
@@ -76,7 +76,7 @@ fn held(with_data: bool) -> u64 {
 pub struct HostPlan {
     /// What the process held when the plan was made: program, tokenizer, decoded images.
     pub held_bytes: u64,
-    /// What it may come to hold beside that, with what else was running then; `None` where the system does not tell.
+    /// Memory that the process may come to hold beside that, with what else was running then; `None` where the system does not tell.
     pub available_bytes: Option<u64>,
     /// Most that it may ever hold; `None` where the system does not tell.
     pub total_bytes: Option<u64>,
@@ -89,7 +89,7 @@ pub struct HostPlan {
 }
 
 impl HostPlan {
-    /// Of these stages, in `process`.
+    /// Plan of these stages, in `process`.
     pub(crate) fn new(stages: Vec<StagePlan>, process: &Process) -> Self {
         let room = (process.held > 0).then(room).flatten();
         Self {

@@ -32,9 +32,9 @@ use serde::Serialize;
 /// A name and its bytes of memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Entry {
-    /// What it is.
+    /// What the memory holds.
     pub name: String,
-    /// Bytes.
+    /// Bytes of memory.
     pub bytes: u64,
 }
 
@@ -65,13 +65,13 @@ pub(crate) fn told(entries: &[Entry]) -> String {
 /// A stage of the run at its worst step.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct StagePlan {
-    /// Which.
+    /// The stage.
     pub stage: Stage,
     /// The step that takes most, such as `factoring mlp.down_proj`.
     pub step: String,
     /// What is in memory then.
     pub entries: Vec<Entry>,
-    /// Their sum.
+    /// Sum of the entries' bytes.
     pub bytes: u64,
     /// Most that the stage had in use; `None` before it ran, and on a device whose memory is the host's.
     pub measured_bytes: Option<u64>,
@@ -109,7 +109,7 @@ pub struct Costs<'a> {
 }
 
 impl<'a> Costs<'a> {
-    /// Of a device.
+    /// Costs of a device.
     pub fn of<D: ModelOps>(device: &'a D) -> Self {
         Self {
             element_bytes: device.element_bytes() as u64,
@@ -119,7 +119,7 @@ impl<'a> Costs<'a> {
         }
     }
 
-    /// Of a device with memory of its own, weights and activations of so many bytes, and no work space.
+    /// Costs of a device with memory of its own, weights and activations of so many bytes, and no work space.
     pub fn plain(element_bytes: usize) -> Self {
         Self {
             element_bytes: element_bytes as u64,

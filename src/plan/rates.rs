@@ -33,7 +33,7 @@ fn rate(sizes: &[usize], mut probe: impl FnMut(usize) -> Result<(f64, f64)>) -> 
 }
 
 impl Rates {
-    /// Of a device for a job, by short probes of sizes at hand; about a second in all. Errors where the device fails.
+    /// Rates of a device for a job, by short probes of sizes at hand; about a second in all. Errors where the device fails.
     pub fn measure<D: ModelOps + SolveOps>(device: &D, job: &Job<'_>) -> Result<Self> {
         let shape = &job.shape;
         let most = |wanted: usize, there: usize| wanted.min(there.max(1));

@@ -21,7 +21,7 @@ pub struct DecoderShape {
 }
 
 impl DecoderShape {
-    /// Those of a config.json.
+    /// Sizes of a config.json.
     pub fn of(decoder: &DecoderConfig) -> Self {
         Self {
             blocks: decoder.layers,

@@ -24,7 +24,7 @@ pub struct StateBytes {
 }
 
 impl StateBytes {
-    /// Of a job on a device whose activations have so many bytes a value.
+    /// Bytes of a job on a device whose activations have so many bytes a value.
     pub fn of(job: &Job<'_>, element_bytes: usize) -> Self {
         let tokens = job.chunks.iter().map(|chunk| chunk.tokens as u64).sum::<u64>();
         let image_tokens = job.chunks.iter().map(|chunk| chunk.image_tokens as u64).sum::<u64>();

@@ -12,14 +12,14 @@ use serde::Serialize;
 pub struct TimePlan {
     /// All stages that take long, in their order.
     pub stages: Vec<StageEstimate>,
-    /// Their seconds.
+    /// Sum of the stages' seconds.
     pub seconds: f64,
     /// What this machine did of each kind of work in a second.
     pub rates: Rates,
 }
 
 impl TimePlan {
-    /// Of a job whose checkpoint has `file_bytes` in all files and `kept_bytes` in tensors that are copied.
+    /// Time of a job whose checkpoint has `file_bytes` in all files and `kept_bytes` in tensors that are copied.
     pub fn new(job: &Job<'_>, rates: Rates, file_bytes: u64, kept_bytes: u64) -> Self {
         let vision = job.embedder.as_ref().map(|embedder| Load::of_vision(&embedder.load, embedder.tower, &job.chunks));
         let vision = vision.unwrap_or_default();

@@ -75,7 +75,7 @@ impl Mul<f64> for ByKind {
 /// A stage and what it is expected to take.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct StageEstimate {
-    /// Which.
+    /// The stage.
     pub stage: Stage,
     /// Wall-clock seconds.
     pub seconds: f64,

@@ -296,6 +296,7 @@ fn code(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::Format;
     use crate::report::CalibrationCounts;
     use crate::report::provenance::{Inputs, Provenance};
 

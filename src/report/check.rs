@@ -27,9 +27,9 @@ pub struct ModelCheck {
     pub held_out: usize,
     /// `−ln p` of the token on the float path.
     pub nll_float: f64,
-    /// The same on the quantized path.
+    /// `−ln p` of the token on the quantized path.
     pub nll_quantized: f64,
-    /// The same of guessing: `ln` of the vocabulary's size.
+    /// `−ln p` of the token to one who guesses: `ln` of the vocabulary's size.
     pub nll_guess: f64,
     /// Divergence of the quantized path's distribution from the float path's, `KL(float ‖ quantized)`.
     pub kl: f64,
@@ -66,7 +66,7 @@ impl ModelCheck {
         check
     }
 
-    /// Which samples its tokens are of, in words.
+    /// The samples that the tokens are of, in words.
     pub fn of(&self) -> String {
         match self.held_out {
             0 => "the calibration samples, which flatter it".to_owned(),

@@ -67,7 +67,7 @@ pub struct LayerReport {
 /// One decoder block's quantization.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BlockReport {
-    /// Which, from 0.
+    /// Number of the block, from 0.
     pub block: usize,
     /// Wall-clock seconds.
     pub seconds: f64,

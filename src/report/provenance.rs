@@ -54,7 +54,7 @@ pub struct Inputs {
 }
 
 impl Provenance {
-    /// Of a run with `settings` as they take effect. Reads every file of the checkpoint once, as long as `check` lets it.
+    /// Provenance of a run with `settings` as they take effect. Reads every file of the checkpoint once, as long as `check` lets it.
     pub fn of(
         settings: &RunSettings,
         checkpoint: &Checkpoint,

@@ -24,9 +24,9 @@ const QUALITY: u8 = 85;
 /// A calibration sample that the report shows.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ReportSample {
-    /// Its name in the data.
+    /// Id of the sample in the data.
     pub id: String,
-    /// Its tokens among those of all samples used, in order.
+    /// Tokens of the sample among those of all samples used, in order.
     pub span: Range<usize>,
     /// The tokens that stand for no image.
     pub text: Vec<TextToken>,
@@ -39,18 +39,18 @@ pub struct ReportSample {
 /// A token of text.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TextToken {
-    /// Which of the sample's tokens it is, from 0.
+    /// Number of the token in the sample, from 0.
     pub index: usize,
-    /// What it spells.
+    /// Text of the token.
     pub text: String,
 }
 
 /// A picture under a grid of tokens, as the vision tower saw it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Picture {
-    /// Which of the sample's images it shows, from 0.
+    /// Number of the image in the sample, from 0.
     pub image: usize,
-    /// Which of the sample's tokens stands for the cell at the upper left.
+    /// Number of the token that stands for the cell at the upper left.
     pub first_token: usize,
     /// Cells from top to bottom; tokens go through them row by row.
     pub rows: usize,
@@ -68,7 +68,7 @@ pub struct Picture {
 }
 
 impl Picture {
-    /// Which of the sample's tokens stands for the cell in `row` and `column`; `column == columns` is the row's end.
+    /// Number of the token that stands for the cell in `row` and `column`; `column == columns` is the row's end.
     pub fn token(&self, row: usize, column: usize) -> usize {
         self.first_token + row * (self.columns + usize::from(self.row_ends)) + column
     }

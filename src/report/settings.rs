@@ -96,7 +96,7 @@ impl RunSettings {
         Self { model, calib, out: target::plain(&out), ..Self::default() }
     }
 
-    /// The same with the output's name in its shortest form, in which all else is told.
+    /// These settings with the output's name in its shortest form, in which all else is told.
     pub(crate) fn plain(&self) -> Self {
         Self { out: target::plain(&self.out), ..self.clone() }
     }

@@ -17,7 +17,7 @@ pub fn largest_split(shape: &DecoderShape, format: Format, settings: &SolverSett
     splits.take_while(|&split| can_split(shape, format, settings, split)).last().unwrap_or(1)
 }
 
-/// How it is told: `up to 4 GPUs`.
+/// A split in words: `up to 4 GPUs`.
 pub fn told(split: usize) -> String {
     match split {
         0 | 1 => "one GPU alone".to_owned(),

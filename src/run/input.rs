@@ -29,14 +29,14 @@ use std::sync::Arc;
 /// The samples of a run.
 #[derive(Default)]
 pub(super) struct Data {
-    /// Those that the model is calibrated with, and how many were too long for it.
+    /// Samples that the model is calibrated with, and how many were too long for it.
     pub(super) calibration: Collected,
-    /// Those that tell what came of it.
+    /// Samples that tell what came of it.
     pub(super) held_out: Vec<Sequence>,
 }
 
 impl Data {
-    /// All of them, in order.
+    /// All samples, in order.
     pub(super) fn all(&self) -> impl Iterator<Item = &Sequence> {
         self.calibration.sequences.iter().chain(&self.held_out)
     }

@@ -23,13 +23,13 @@ use std::path::Path;
 /// A part of a checkpoint: vision tower, embeddings, decoder, …
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Part {
-    /// What it is.
+    /// Name of the part.
     pub name: String,
     /// Tensors in it.
     pub tensors: usize,
-    /// Their bytes in the file.
+    /// Bytes of the tensors in the file.
     pub bytes: u64,
-    /// Their storage types, such as `BF16`.
+    /// Storage types of the tensors, such as `BF16`.
     pub types: Vec<String>,
 }
 
@@ -55,7 +55,7 @@ pub fn group_sizes(cols: usize) -> Vec<usize> {
     [32, 64, 128, 256, 512, 1024].into_iter().filter(|&size| size <= cols && cols.is_multiple_of(size)).collect()
 }
 
-/// How much calibration an estimate is for.
+/// The amount of calibration that an estimate is for.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Workload {
     /// Calibration samples.
@@ -118,9 +118,9 @@ pub fn estimate(
 pub struct Inspection {
     /// The folder.
     pub model: String,
-    /// Its `model_type`.
+    /// The checkpoint's `model_type`.
     pub family: String,
-    /// How it is quantized already, such as `gptq 4-bit`; `None` for a float checkpoint.
+    /// The quantization that it has already, such as `gptq 4-bit`; `None` for a float checkpoint.
     pub quantization: Option<String>,
     /// Sizes of the decoder.
     pub decoder: DecoderShape,
@@ -133,7 +133,7 @@ pub struct Inspection {
     /// Over how many GPUs servers can split it: as it is quantized, or would be at the default width with the usual groups that
     /// fit all layers, the largest first, and whole rows.
     pub splits: Vec<Split>,
-    /// What it would take; `None` where it is quantized already.
+    /// Estimate of a run; `None` where it is quantized already.
     pub estimate: Option<Estimate>,
 }
 

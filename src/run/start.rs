@@ -23,7 +23,7 @@ use std::time::Instant;
 pub(super) struct Start<'a, 'd, D> {
     pub(super) device: &'a D,
     pub(super) input: &'a Input,
-    /// As they take effect.
+    /// Settings as they take effect.
     pub(super) settings: &'a RunSettings,
     pub(super) data: &'d Data,
     pub(super) job: &'a Job<'a>,

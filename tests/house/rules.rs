@@ -138,3 +138,51 @@ fn families_are_known_to_nobody_else() {
         assert_eq!(registry.matches(&format!("&{module}::")).count(), 1, "{module} is not in the registry, or twice");
     }
 }
+
+/// Beginnings of documentation that only the lines around it explain.
+const ELLIPTIC: &[&str] = &[
+    "And ",
+    "As they ",
+    "All of it",
+    "All of them",
+    "Bytes.",
+    "Does ",
+    "How it ",
+    "How much ",
+    "It ",
+    "Its ",
+    "Of ",
+    "Their ",
+    "Them ",
+    "They ",
+    "Those",
+    "The other",
+    "The same",
+    "What it ",
+    "Where it ",
+    "Whether it ",
+    "Which",
+    "Wishes ",
+];
+
+/// Whoever looks an item up sees its own documentation alone.
+#[test]
+fn documentation_says_what_it_is_about() {
+    let mut wrong = Vec::new();
+    let mut seen = 0;
+    for (name, text) in sources().into_iter().filter(|(name, _)| name != GENERATED) {
+        let mut inside = false;
+        for (number, line) in text.lines().enumerate() {
+            let documentation = line.trim_start().strip_prefix("/// ");
+            if let Some(first) = documentation.filter(|_| !inside) {
+                seen += 1;
+                if ELLIPTIC.iter().any(|beginning| first.starts_with(beginning)) {
+                    wrong.push(format!("{name}:{}: {first}", number + 1));
+                }
+            }
+            inside = line.trim_start().starts_with("///");
+        }
+    }
+    assert!(seen > 1000, "only {seen} items with documentation were found");
+    assert!(wrong.is_empty(), "documentation without its subject:\n{}", wrong.join("\n"));
+}

@@ -173,7 +173,7 @@ struct MethodArgs {
     /// Strength of the GPTAQ term, 0 to 1.
     #[arg(long, default_value = "0.25", value_name = "X", allow_negative_numbers = true)]
     alpha: f64,
-    /// Which weights the GPTAQ term carries to later blocks of columns.
+    /// The weights that the GPTAQ term carries to later blocks of columns.
     #[arg(long, default_value = "unquantized", hide = true, value_parser = named::<CrossTerm>(&[
         ("unquantized", "those before rounding"),
         ("quantized", "those after rounding"),

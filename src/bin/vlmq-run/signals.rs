@@ -48,7 +48,7 @@ impl Signals {
         Ok(())
     }
 
-    /// Does work that stops when it is asked to.
+    /// Runs work that stops when it is asked to.
     pub(crate) fn wait_for<T>(&self, work: impl FnOnce(Stop) -> T) -> T {
         self.patient.store(true, Ordering::Relaxed);
         let done = work(self.stop.clone());

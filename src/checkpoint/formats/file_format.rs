@@ -119,7 +119,7 @@ impl From<Format> for &'static str {
 pub struct Quantization {
     /// The format that config.json names.
     pub format: Format,
-    /// What it says of the codes.
+    /// The codes as config.json describes them.
     pub packing: Packing,
 }
 

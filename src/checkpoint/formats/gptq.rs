@@ -27,7 +27,7 @@ pub enum GptqVersion {
     /// As `zero − 1`, as AutoGPTQ does. Kernels that take what is stored for the zero are a step off, but for symmetric files, whose
     /// zeros they do not read.
     V1,
-    /// As they are.
+    /// Zeros are stored as they are.
     V2,
 }
 

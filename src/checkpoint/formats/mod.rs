@@ -29,7 +29,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 impl Format {
-    /// All of them.
+    /// All formats.
     pub const ALL: [Self; 4] = [Self::COMPRESSED_TENSORS, Self::GPTQ_V1, Self::GPTQ_V2, Self::DEQUANTIZED];
 
     /// compressed-tensors `pack-quantized`.

@@ -16,14 +16,14 @@ pub struct FamilySupport {
 pub enum Served {
     /// Takes it, under this name, with these options.
     With(&'static str, &'static str),
-    /// Does not, for a reason that another choice mends.
+    /// Refuses it, for a reason that another choice mends.
     Not(&'static str),
 }
 
 /// How transformers loads a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InTransformers {
-    /// Its name, with the packages that it needs.
+    /// Name of the program, with the packages that it needs.
     pub name: &'static str,
     /// Arguments behind the folder, each with a comma in front.
     pub arguments: String,

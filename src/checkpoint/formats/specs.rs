@@ -5,7 +5,7 @@ use safetensors::Dtype;
 /// A linear layer to be quantized.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinearSpec {
-    /// Its name in the file, without `.weight`.
+    /// Name of the layer in the file, without `.weight`.
     pub module: String,
     /// Output features.
     pub out_features: usize,
@@ -16,7 +16,7 @@ pub struct LinearSpec {
 /// A tensor that will be in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
-    /// Its name in the file.
+    /// Name of the tensor in the file.
     pub name: String,
     /// Element type.
     pub dtype: Dtype,

@@ -112,7 +112,7 @@ impl Packed {
         });
     }
 
-    /// The same for `rows` rows on this thread, from the first column of `c`.
+    /// Adds the product of `rows` rows on this thread, from the first column of `c`.
     pub(crate) fn add_to(&self, alpha: f32, a: &[f32], a_stride: usize, c: &mut [f32], c_stride: usize, rows: usize) {
         Arch::new().dispatch(Tile { packed: self, alpha, a, a_stride, c, c_stride, rows });
     }

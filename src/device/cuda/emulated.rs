@@ -33,7 +33,7 @@ impl Emulated {
         Self { staging: Staging::new(Late::default(), SLOT), kernels }
     }
 
-    /// Does what was enqueued before the call at hand.
+    /// Catches up with what was enqueued before the call at hand.
     fn catch_up(&self) {
         self.staging.engine().run(u64::MAX);
     }
@@ -62,7 +62,7 @@ impl Late {
         self.queue().done
     }
 
-    /// Does the first `count` copies ever enqueued, where they are not done yet.
+    /// Runs the first `count` copies ever enqueued, where they are not done yet.
     fn run(&self, count: u64) {
         let mut queue = self.queue();
         while queue.done < count

@@ -9,7 +9,7 @@ use crate::tensor::Float;
 use anyhow::{Result, ensure};
 use std::ptr;
 
-/// Which way through a matrix of codes consecutive bits run.
+/// The way through a matrix of codes that consecutive bits run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PackedAlong {
     /// Along a row: words `[rows, ⌈cols · bits / 32⌉]`, as `weight_packed` of compressed-tensors.
@@ -137,7 +137,7 @@ impl Cuda {
         Ok(h)
     }
 
-    /// The same numbers in another precision, rounded to nearest.
+    /// A tensor of the same numbers in another precision, rounded to nearest.
     pub fn convert(&self, x: &CudaTensor, precision: Float) -> Result<CudaTensor> {
         let mut out = self.tensor(x.rows, x.cols, precision)?;
         self.launch(&vlmq_convert_args {

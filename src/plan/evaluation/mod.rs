@@ -96,7 +96,7 @@ pub(crate) struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    /// Of a model without samples yet. Errors, with the numbers, where there is not enough memory for it.
+    /// Planner of a model without samples yet. Errors, with the numbers, where there is not enough memory for it.
     pub(crate) fn new<D: ModelOps>(
         device: &'a D,
         model: ModelSize,

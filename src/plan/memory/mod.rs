@@ -68,7 +68,7 @@ impl MemoryPlan {
         }
     }
 
-    /// The same with the memory of `process` on the host. Errors, with the numbers, where the machine has not as much.
+    /// This plan with the memory of `process` on the host. Errors, with the numbers, where the machine has not as much.
     pub fn with_host(mut self, job: &Job<'_>, costs: &Costs<'_>, process: &Process) -> Result<Self> {
         self.host = host::count(job, costs, &self, process);
         self.host.check("the run", "fewer samples, --solver gptq or --solver rtn take less")?;

@@ -28,7 +28,7 @@ pub struct Chunk<T> {
     pub x_float: Option<T>,
     /// Whether its tokens go into no statistics; such chunks stand behind all others.
     pub held_out: bool,
-    /// Which tokens stand for image patches.
+    /// Whether a token stands for image patches, token by token.
     pub is_vision: Vec<bool>,
     /// Ids of the samples, in the order of the spans.
     pub samples: Vec<String>,

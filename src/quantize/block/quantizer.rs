@@ -56,7 +56,7 @@ pub struct BlockQuantizer<'a, D: ModelOps + SolveOps> {
     pub index: usize,
     /// The block with its float weights.
     pub float: Block<D::Tensor>,
-    /// The same block; its weights are replaced as layers are solved.
+    /// The block once more; its weights are replaced as layers are solved.
     pub quantized: Block<D::Tensor>,
 }
 

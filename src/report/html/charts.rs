@@ -89,7 +89,7 @@ pub(super) struct Bars<'a> {
     pub(super) id: String,
     /// What the chart shows.
     pub(super) title: String,
-    /// The same with its figures, for who does not see it.
+    /// The chart with its figures, for who does not see it.
     pub(super) description: String,
     /// Values; NaN and infinity are drawn as full bars in the colour of errors, and what is above 0 has some height.
     pub(super) series: &'a [Vec<f64>],
