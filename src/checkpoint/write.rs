@@ -232,7 +232,7 @@ impl Writer {
         Ok(bytes + plan.index().map_or(0, |index| index.len() as u64))
     }
 
-    /// What the headers alone can tell of a plan: [`create`](Self::create)'s errors about checkpoint, layers and layout.
+    /// What the headers alone can tell of a plan: [`create`](Self::create)'s errors about checkpoint, layers and layout of codes.
     /// Returns the layers by name, and the new checkpoint's tensors in the order of the old.
     pub(crate) fn check(
         checkpoint: &Checkpoint,

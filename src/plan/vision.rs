@@ -8,9 +8,9 @@ use crate::model::families::VisionLoad;
 /// Samples that go through a block together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ChunkSize {
-    /// Their tokens.
+    /// Tokens of the samples.
     pub tokens: usize,
-    /// Those that stand for image features.
+    /// Tokens that stand for image features.
     pub image_tokens: usize,
     /// Tokens of the longest of them.
     pub longest: usize,
@@ -24,7 +24,7 @@ pub struct ChunkSize {
     pub longest_image: usize,
     /// Features of an image's tiles that are put together before they are reduced, at most.
     pub joined: usize,
-    /// Those and what a first reduction makes of them, at most.
+    /// Features that are put together, and what a first reduction makes of them, at most.
     pub reducing: usize,
     /// Products of the numbers of patches of images, or crops, by themselves, summed.
     pub patch_pairs: usize,
@@ -34,7 +34,7 @@ pub struct ChunkSize {
 }
 
 impl ChunkSize {
-    /// Of some samples, whose images a tower of such sizes encodes.
+    /// Size of some samples, whose images a tower of such sizes encodes.
     pub fn of(sequences: &[&Sequence], load: &VisionLoad, image_token: u32) -> Self {
         let crops = || {
             let images = sequences.iter().flat_map(|s| &s.images);

@@ -40,7 +40,7 @@ impl Format {
         loaders
     }
 
-    /// The servers that another choice of layout would let load the file, each with what keeps it out.
+    /// The servers that another choice of settings would let load the file, each with what keeps it out.
     pub fn shut_out(self, layout: &CodeLayout, family: FamilySupport) -> Vec<String> {
         let mut servers = vec![("vLLM", self.0.in_vllm(layout))];
         if !family.unknown_to_sglang {

@@ -56,7 +56,7 @@ impl Format {
         self.0.codes()
     }
 
-    /// Refuses layers and layout that the format cannot hold, naming the layers and the sizes that work.
+    /// Refuses layers and layouts that the format cannot hold, naming the layers and the sizes that work.
     pub fn check(self, linears: &[LinearSpec], layout: &CodeLayout) -> Result<()> {
         layout.validate()?;
         ensure!(!linears.is_empty(), "there is no layer to quantize");
@@ -161,7 +161,7 @@ fn check_layer(linear: &LinearSpec, layout: &CodeLayout, quantized: &QuantizedLi
             && quantized.symmetric == layout.symmetric
             && quantized.group_columns == layout.group_columns(linear.in_features)
             && quantized.group_index.is_some() == layout.group_index,
-        "{module} was quantized with other layout than the file was planned for"
+        "{module} was quantized with other settings than the file was planned for"
     );
     let grid = linear.out_features * quantized.groups();
     ensure!(
