@@ -1,4 +1,4 @@
-//! Attention forward and backward of `kernels/block`, against float64 and the CPU device.
+//! Attention forward and backward of `kernels/decoder`, against float64 and the CPU device.
 
 mod support;
 

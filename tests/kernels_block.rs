@@ -1,4 +1,4 @@
-//! Norms, rotary embedding, nonlinearities and sums of `kernels/block`, against the CPU device.
+//! Norms, rotary embedding, nonlinearities and sums of `kernels/decoder`, against the CPU device.
 
 mod support;
 

@@ -1,4 +1,4 @@
-//! Rows by index, magnitudes of rows, values that are not finite, and conversions of `kernels/block`, against the CPU device.
+//! Rows by index, magnitudes of rows, values that are not finite, and conversions of `kernels/decoder`, against the CPU device.
 
 mod support;
 

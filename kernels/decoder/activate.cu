@@ -1,6 +1,6 @@
 // Nonlinearities, alone or gating another operand.
 
-#include "block/vectors.cuh"
+#include "decoder/vectors.cuh"
 
 namespace vlmq {
 namespace {
