@@ -445,6 +445,6 @@ fn bad_arguments() {
 #[test]
 fn clean_under_sanitizers() {
     if Variant::current() == Variant::Plain {
-        pass_under_sanitizers(&["against_float64"], &[("vlmq_kernels", "kernels")]);
+        pass_under_sanitizers(&["against_float64", "bad_arguments"], &[("vlmq_kernels", "kernels")]);
     }
 }
