@@ -1,14 +1,32 @@
 // Fragments of mma.sync: who holds what, how ldmatrix brings it, and splitting float32 into pairs
 // of bf16.
 //
-// m16n8k16 (bf16, f16), lane l with g = l / 4, t = l % 4; each register holds two neighbours along
-// k, the lower k in its low half:
-//   a[0]: row g,     k 2t, 2t+1      b[0]: k 2t, 2t+1,   column g      d[0], d[1]: row g, columns
-//   2t, 2t+1 a[1]: row g + 8, k 2t, 2t+1      b[1]: k 2t+8, 2t+9, column g      d[2], d[3]: row g +
-//   8, columns 2t, 2t+1 a[2]: row g,     k 2t+8, 2t+9 a[3]: row g + 8, k 2t+8, 2t+9
-// m16n8k8 (tf32), one element a register:
-//   a[0]: row g, k t   a[1]: row g + 8, k t   a[2]: row g, k t+4   a[3]: row g + 8, k t+4   b[0]: k
-//   t   b[1]: k t+4, column g
+// clang-format off
+//
+// Lane l, with g = l / 4 and t = l % 4, holds of d += a b:
+//
+//   m16n8k16 (bf16, f16): a register is two neighbours along k, the lower k in its low half
+//
+//     a          | k 2t, 2t+1 | k 2t+8, 2t+9         b            | column g
+//     -----------+------------+-------------         -------------+---------
+//     row g      |    a[0]    |    a[2]              k 2t,   2t+1 |   b[0]
+//     row g + 8  |    a[1]    |    a[3]              k 2t+8, 2t+9 |   b[1]
+//
+//   m16n8k8 (tf32): a register is one element
+//
+//     a          |  k t   |  k t+4                   b            | column g
+//     -----------+--------+--------                  -------------+---------
+//     row g      |  a[0]  |  a[2]                    k t          |   b[0]
+//     row g + 8  |  a[1]  |  a[3]                    k t+4        |   b[1]
+//
+//   either, in float32
+//
+//     d          | column 2t | column 2t+1
+//     -----------+-----------+------------
+//     row g      |   d[0]    |   d[1]
+//     row g + 8  |   d[2]    |   d[3]
+//
+// clang-format on
 #pragma once
 
 #include "device/ptx.cuh"

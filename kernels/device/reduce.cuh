@@ -9,7 +9,8 @@ namespace vlmq {
 
 /// The sum over the 32 lanes, the same bits in each: a tree in which both partners add the same two
 /// numbers.
-__device__ __forceinline__ float warp_sum(float value) {
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2)
     value += __shfl_xor_sync(0xffffffffu, value, distance);

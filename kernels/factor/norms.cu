@@ -2,6 +2,7 @@
 // space, then one block adds them up. The product's tiles are never stored.
 #include <cstdint>
 
+#include "device/arguments.cuh"
 #include "device/types.cuh"
 #include "factor/product_tile.cuh"
 #include "factor/sum.cuh"
@@ -97,9 +98,8 @@ VLMQ_CALL(vlmq_squared_norm, args, stream) {
                          rows * cols, workspace);
   } else {
     const Operands of = {args->x, args->h, cols, cols, rows, cols, cols};
-    const auto address =
-        reinterpret_cast<uintptr_t>(args->x) | reinterpret_cast<uintptr_t>(args->h);
-    const bool vector = address % 16 == 0 && cols % 4 == 0;
+    const bool vector =
+        vlmq::has_aligned_rows(args->x, cols) && vlmq::has_aligned_rows(args->h, cols);
     auto* kernel = vector ? weighted_kernel<true> : weighted_kernel<false>;
     status = VLMQ_LAUNCH(kernel, grid, dim3(kThreads), kTileSharedBytes, stream, of, workspace);
   }

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "device/arguments.cuh"
 #include "device/types.cuh"
 
 namespace vlmq::factor {
@@ -100,17 +101,13 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(ProductJob job) {
   TileSums sums;
   multiply_tile<kTransposed, kVector>(sums, of, row0, col0);
   const int64_t edge = is_trapezoid(job) ? job.diagonal : of.rows;
-  const bool vector = reinterpret_cast<uintptr_t>(job.c) % 8 == 0 && job.c_stride % 2 == 0;
+  const bool vector = is_aligned(job.c, 8) && job.c_stride % 2 == 0;
   if (vector && row0 + kTile <= of.rows && col0 + kTile <= of.cols &&
       row0 + kTile - 1 - col0 <= edge) {
     write_tile<true>(job, sums, row0, col0, edge);
   } else {
     write_tile<false>(job, sums, row0, col0, edge);
   }
-}
-
-bool is_aligned(const float* pointer, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % 4 == 0;
 }
 
 }  // namespace
@@ -122,7 +119,7 @@ vlmq_status enqueue_product(const ProductJob& job, vlmq_stream stream) {
   if (tile_rows > INT32_MAX / tile_cols) return VLMQ_BAD_ARGUMENT;
   const int64_t tiles =
       is_trapezoid(job) ? tiles_until(tile_cols - 1, trapezoid_base(job)) : tile_rows * tile_cols;
-  const bool vector = is_aligned(of.a, of.a_stride) && is_aligned(of.b, of.b_stride);
+  const bool vector = has_aligned_rows(of.a, of.a_stride) && has_aligned_rows(of.b, of.b_stride);
   const auto launch = [&](auto* kernel) {
     return VLMQ_LAUNCH(kernel, dim3(static_cast<unsigned>(tiles)), dim3(kThreads), kTileSharedBytes,
                        stream, job);

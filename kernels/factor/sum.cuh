@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/launch.cuh"
+#include "device/reduce.cuh"
 
 namespace vlmq::factor {
 
@@ -10,11 +11,11 @@ constexpr size_t kSumSharedBytes = kSumThreads / 32 * sizeof(double);
 
 /// The sum over the block of kSumThreads, the same bits in each thread. `scratch`: kSumSharedBytes
 /// of shared memory that nobody reads or writes any more.
+///
+/// It adds the warps' sums in turn, where reduce.cuh's block_sum adds them as a tree: made one, the
+/// last bits of either's results would change.
 __device__ __forceinline__ double block_sum(double value, double* scratch) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, distance);
-  }
+  value = warp_sum(value);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
   __syncthreads();
   double total = 0.0;

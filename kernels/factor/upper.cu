@@ -1,6 +1,7 @@
 // Passes over an upper triangle: a block of threads per row.
 #include "factor/upper.cuh"
 
+#include "device/arguments.cuh"
 #include "device/types.cuh"
 
 namespace vlmq::factor {
@@ -18,9 +19,10 @@ __device__ __forceinline__ float scaled(const ScalingJob& job, int64_t row, int6
       const float d = job.diagonal[col];
       return col == row ? 0.0f : __fmul_rn(value, __fdiv_rn(job.alpha, __fmul_rn(d, d)));
     }
-    default:
-      return __fdiv_rn(value, job.diagonal[row]);
+    case Scaling::kInverse:
+      break;
   }
+  return __fdiv_rn(value, job.diagonal[row]);
 }
 
 __global__ void __launch_bounds__(kThreads) scaling_kernel(ScalingJob job) {
@@ -28,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) scaling_kernel(ScalingJob job) {
   const int64_t row = blockIdx.x;
   float* x = job.x + row * job.n;
   // What lies below the diagonal is not read: it may be anything.
-  if (reinterpret_cast<uintptr_t>(job.x) % 16 == 0 && job.n % 4 == 0) {
+  if (has_aligned_rows(job.x, job.n)) {
     for (int64_t col = threadIdx.x * 4; col < job.n; col += kThreads * 4) {
       float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       if (col + 3 >= row) {

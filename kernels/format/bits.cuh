@@ -5,13 +5,38 @@
 
 #include <cstdint>
 
+#include "vlmq.h"
+
 namespace vlmq {
 
 /// Codes of a unit.
 constexpr int kUnit = 32;
 
-__host__ __device__ constexpr bool valid_bits(int bits) {
-  return bits == 2 || bits == 3 || bits == 4 || bits == 8;
+/// A width that the compiler knows.
+template <int N>
+struct Width {
+  static constexpr int kBits = N;
+};
+
+/// `f(Width<N>{})` for a width of `bits`. The one list of widths there is.
+template <class F>
+vlmq_status with_bits(int bits, F&& f) {
+  switch (bits) {
+    case 2:
+      return f(Width<2>{});
+    case 3:
+      return f(Width<3>{});
+    case 4:
+      return f(Width<4>{});
+    case 8:
+      return f(Width<8>{});
+    default:
+      return VLMQ_BAD_ARGUMENT;
+  }
+}
+
+inline bool valid_bits(int bits) {
+  return with_bits(bits, [](auto) { return VLMQ_OK; }) == VLMQ_OK;
 }
 
 /// Words of a run, the last padded with zero bits.

@@ -314,7 +314,7 @@ typedef struct vlmq_dequantize_args {
 
 vlmq_status vlmq_dequantize(const vlmq_dequantize_args* args, vlmq_stream stream);
 
-/* ---- block: what calibration runs, forward and backward ---- */
+/* ---- decoder: what calibration runs, forward and backward ---- */
 /* Activations and weights are of one dtype, arithmetic and sums are float32, one rounding at the end of a call. */
 
 /* y = x / sqrt(mean(x^2) + eps) * weight, or with a bias (x - mean) / sqrt(var + eps) * weight + bias, per row. */

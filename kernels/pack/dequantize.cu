@@ -1,4 +1,5 @@
 // Codes to weights: scale * (code - zero), eight neighbouring columns a thread.
+#include "device/arguments.cuh"
 #include "device/launch.cuh"
 #include "device/types.cuh"
 
@@ -13,7 +14,7 @@ constexpr unsigned kRows = 65535;  // the most blocks along y; each takes every 
 template <class T>
 __device__ __forceinline__ void store_columns(T* target, const float (&values)[kColumns],
                                               long long valid) {
-  if (valid < kColumns || reinterpret_cast<uintptr_t>(target) % 16 != 0) {
+  if (valid < kColumns || !is_aligned(target, 16)) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       if (i < valid) target[i] = from_float<T>(values[i]);
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(vlmq_dequantize_ar
   for (long long row = blockIdx.y; row < args.rows; row += gridDim.y) {
     const uint8_t* const codes = args.codes + row * args.cols + column;
     uint8_t code[kColumns];
-    if (valid >= kColumns && reinterpret_cast<uintptr_t>(codes) % 8 == 0) {
+    if (valid >= kColumns && is_aligned(codes, 8)) {
       const uint2 eight = load_vector<uint2>(codes);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(vlmq_dequantize_ar
 
 bool valid(const vlmq_dequantize_args& a) {
   if (a.rows < 0 || a.cols < 0 || a.groups < 0 || a.cols > INT32_MAX) return false;
-  if (a.dtype != VLMQ_F32 && a.dtype != VLMQ_BF16 && a.dtype != VLMQ_F16) return false;
+  if (!is_dtype(a.dtype)) return false;
   if (a.rows == 0 || a.cols == 0) return true;
   if (!a.codes || !a.scales || !a.zeros || !a.out || a.groups == 0) return false;
   return a.group_index || a.cols % a.groups == 0;
@@ -87,12 +88,7 @@ VLMQ_CALL(vlmq_dequantize, args, stream) {
   const dim3 grid(
       static_cast<unsigned>(ceil_div(args->cols, static_cast<long long>(kThreads) * kColumns)),
       static_cast<unsigned>(args->rows < kRows ? args->rows : kRows));
-  switch (args->dtype) {
-    case VLMQ_BF16:
-      return VLMQ_LAUNCH((dequantize_kernel<bf16>), grid, kThreads, 0, stream, *args);
-    case VLMQ_F16:
-      return VLMQ_LAUNCH((dequantize_kernel<f16>), grid, kThreads, 0, stream, *args);
-    default:
-      return VLMQ_LAUNCH((dequantize_kernel<float>), grid, kThreads, 0, stream, *args);
-  }
+  return with_dtype(args->dtype, [&](auto tag) {
+    return VLMQ_LAUNCH(dequantize_kernel<decltype(tag)>, grid, kThreads, 0, stream, *args);
+  });
 }

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(vlmq_pack_args args) {
     uint32_t four = 0;
     if (run < runs && code < count) {
       const bool whole = code + 4 <= count;
-      if (read.along_run && whole && reinterpret_cast<uintptr_t>(source) % 4 == 0) {
+      if (read.along_run && whole && is_aligned(source, 4)) {
         four = load_vector<uint32_t>(source);
       } else {
 #pragma unroll
@@ -72,14 +72,7 @@ VLMQ_CALL(vlmq_pack, args, stream) {
   if (!args || !valid_packing(*args)) return VLMQ_BAD_ARGUMENT;
   if (args->runs == 0 || args->count == 0) return VLMQ_OK;
   const dim3 grid(static_cast<unsigned>(tile_count(args->runs, args->count)));
-  switch (args->bits) {
-    case 2:
-      return VLMQ_LAUNCH((pack_kernel<2>), grid, kThreads, kShared, stream, *args);
-    case 3:
-      return VLMQ_LAUNCH((pack_kernel<3>), grid, kThreads, kShared, stream, *args);
-    case 4:
-      return VLMQ_LAUNCH((pack_kernel<4>), grid, kThreads, kShared, stream, *args);
-    default:
-      return VLMQ_LAUNCH((pack_kernel<8>), grid, kThreads, kShared, stream, *args);
-  }
+  return with_bits(args->bits, [&](auto width) {
+    return VLMQ_LAUNCH(pack_kernel<decltype(width)::kBits>, grid, kThreads, kShared, stream, *args);
+  });
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "device/arguments.cuh"
 #include "device/launch.cuh"
 #include "device/types.cuh"
 #include "format/bits.cuh"

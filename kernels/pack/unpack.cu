@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(vlmq_unpack_args args)
     }
     uint8_t* const target = codes + run * args.code_run_stride + code * args.code_stride;
     const bool whole = code + 4 <= count;
-    if (write.along_run && whole && reinterpret_cast<uintptr_t>(target) % 4 == 0) {
+    if (write.along_run && whole && is_aligned(target, 4)) {
       store_vector(target, four);
       continue;
     }
@@ -67,14 +67,8 @@ VLMQ_CALL(vlmq_unpack, args, stream) {
   if (!args || !valid_packing(*args)) return VLMQ_BAD_ARGUMENT;
   if (args->runs == 0 || args->count == 0) return VLMQ_OK;
   const dim3 grid(static_cast<unsigned>(tile_count(args->runs, args->count)));
-  switch (args->bits) {
-    case 2:
-      return VLMQ_LAUNCH((unpack_kernel<2>), grid, kThreads, kShared, stream, *args);
-    case 3:
-      return VLMQ_LAUNCH((unpack_kernel<3>), grid, kThreads, kShared, stream, *args);
-    case 4:
-      return VLMQ_LAUNCH((unpack_kernel<4>), grid, kThreads, kShared, stream, *args);
-    default:
-      return VLMQ_LAUNCH((unpack_kernel<8>), grid, kThreads, kShared, stream, *args);
-  }
+  return with_bits(args->bits, [&](auto width) {
+    return VLMQ_LAUNCH(unpack_kernel<decltype(width)::kBits>, grid, kThreads, kShared, stream,
+                       *args);
+  });
 }

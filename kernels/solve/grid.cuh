@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
+#include "device/arguments.cuh"
 #include "device/types.cuh"
 #include "format/bits.cuh"
 #include "vlmq.h"
@@ -58,9 +58,10 @@ __device__ __forceinline__ float round_scale(float scale, vlmq_dtype type) {
     case VLMQ_BF16:
       scale = to_float(from_float<bf16>(scale));
       return scale == 0.0f ? to_float(from_bits<bf16>(1)) : scale;
-    default:
-      return scale == 0.0f ? __uint_as_float(1) : scale;
+    case VLMQ_F32:
+      break;
   }
+  return scale == 0.0f ? __uint_as_float(1) : scale;
 }
 
 /// Scale and zero for weights in [lo, hi], lo <= 0 <= hi; a scale that its type cannot hold is
@@ -143,15 +144,12 @@ __device__ __forceinline__ void least_of_lanes(Loss& least, int& best) {
   }
 }
 
-/// The grid of a group by its weights alone, see range_of_group.
+/// The shrunken range of the least sum |w - q|^2.4.
 template <int kLanes, class Weights>
-__device__ __forceinline__ Grid grid_of_group(const Weights& weights, int count,
-                                              const vlmq_grid_rule& rule) {
+__device__ __forceinline__ Grid grid_of_least_power(Range range, const Weights& weights, int count,
+                                                    const vlmq_grid_rule& rule) {
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const Range range = range_of_group<kLanes>(weights, count);
   const float lo = range.lo, hi = range.hi, unit = range.unit();
-  if (rule.grid == VLMQ_MINMAX) return grid_of_range(lo, hi, rule);
-
   // Each lane tries candidates of its own, from the first weight to the last: a sum that lanes
   // shared would round otherwise than the CPU's, and choose otherwise among candidates that are
   // nearly alike.
@@ -175,25 +173,35 @@ __device__ __forceinline__ Grid grid_of_group(const Weights& weights, int count,
   return shrunken_grid(lo, hi, best, rule);
 }
 
+/// The grid of a group by its weights alone, see range_of_group.
+template <int kLanes, class Weights>
+__device__ __forceinline__ Grid grid_of_group(const Weights& weights, int count,
+                                              const vlmq_grid_rule& rule) {
+  const Range range = range_of_group<kLanes>(weights, count);
+  switch (rule.grid) {
+    case VLMQ_MINMAX:
+      return grid_of_range(range.lo, range.hi, rule);
+    case VLMQ_MSE:
+      return grid_of_least_power<kLanes>(range, weights, count, rule);
+    case VLMQ_LOSS:
+      break;  // hangs on more than the weights, see loss.cuh
+  }
+  return {__int_as_float(0x7f800000), 0.0f};  // check_scale tells of it
+}
+
 /// Tells the host of the first row whose scale does not fit.
 __device__ __forceinline__ void check_scale(float scale, long long row, int32_t* status) {
   if (!(fabsf(scale) < __int_as_float(0x7f800000))) atomicMin(status, static_cast<int>(row));
 }
 
-/// The number in an enum that a C caller filled: C++ may not read one that has no name as an enum.
-template <class Enum>
-int number_in(const Enum& named) {
-  static_assert(sizeof(Enum) == sizeof(int), "an enum of C is an int");
-  int number;
-  std::memcpy(&number, &named, sizeof number);
-  return number;
+inline bool is_grid(const vlmq_grid& grid) {
+  const int number = number_in(grid);
+  return number == VLMQ_MINMAX || number == VLMQ_MSE || number == VLMQ_LOSS;
 }
 
 inline bool valid_rule(const vlmq_grid_rule& rule) {
-  const int grid = number_in(rule.grid), type = number_in(rule.scale_type);
-  return valid_bits(rule.bits) && (grid == VLMQ_MINMAX || grid == VLMQ_MSE || grid == VLMQ_LOSS) &&
-         (type == VLMQ_F32 || type == VLMQ_BF16 || type == VLMQ_F16) && rule.smallest_zero >= 0 &&
-         rule.smallest_zero < 1 << rule.bits;
+  return valid_bits(rule.bits) && is_grid(rule.grid) && is_dtype(rule.scale_type) &&
+         rule.smallest_zero >= 0 && rule.smallest_zero < 1 << rule.bits;
 }
 
 }  // namespace vlmq

@@ -64,7 +64,7 @@ __device__ __forceinline__ void multiply_slice(Sums& sums, const float* left, in
 /// Starts copying kDepth rows of VLMQ_BLOCK columns, zeros outside `rows` x `columns`.
 __device__ __forceinline__ void stage_right(float* target, const float* source, long long stride,
                                             long long rows, int columns) {
-  const bool vectors = is_aligned(source, 16) && stride % 4 == 0;
+  const bool vectors = has_aligned_rows(source, stride);
   for (int i = static_cast<int>(threadIdx.x); i < kRight / 4; i += kThreads) {
     const int k = i / (VLMQ_BLOCK / 4), c = i % (VLMQ_BLOCK / 4) * 4;
     stage4(target + k * VLMQ_BLOCK + c, source + k * stride + c, k < rows ? columns - c : 0, source,
@@ -75,7 +75,7 @@ __device__ __forceinline__ void stage_right(float* target, const float* source, 
 /// Starts copying kDepth columns of a tile's rows, zeros outside `rows` x `columns`.
 __device__ __forceinline__ void stage_left(float* target, const float* source, long long stride,
                                            long long rows, long long columns) {
-  const bool vectors = is_aligned(source, 16) && stride % 4 == 0;
+  const bool vectors = has_aligned_rows(source, stride);
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kDepth / 4; i += kThreads) {
     const int r = i / (kDepth / 4), c = i % (kDepth / 4) * 4;
     const long long valid = r < rows ? columns - c : 0;
@@ -356,7 +356,7 @@ bool valid(const vlmq_group_grid_args& a) {
 }  // namespace vlmq
 
 extern "C" size_t vlmq_group_grid_workspace_bytes(const vlmq_group_grid_args* args) {
-  if (!args || args->rows <= 0 || args->columns <= 0) return 0;
+  if (!args || args->rows <= 0 || args->columns <= 0 || !vlmq::valid_rule(args->rule)) return 0;
   const size_t searches = vlmq::has_search(*args) ? sizeof(vlmq::Search) : 0;
   return vlmq::solved_bytes(*args) + static_cast<size_t>(args->rows) * searches;
 }

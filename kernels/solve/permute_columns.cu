@@ -1,4 +1,5 @@
 // Columns of a weight in processing order, in float32: what the solver starts from.
+#include "device/arguments.cuh"
 #include "device/launch.cuh"
 #include "device/types.cuh"
 
@@ -39,20 +40,14 @@ __global__ void __launch_bounds__(kThreads) permute_columns_kernel(vlmq_permute_
 VLMQ_CALL(vlmq_permute_columns, args, stream) {
   using namespace vlmq;
   if (!args || args->rows < 0 || args->cols < 0 || args->cols > INT32_MAX) return VLMQ_BAD_ARGUMENT;
-  if (args->dtype != VLMQ_F32 && args->dtype != VLMQ_BF16 && args->dtype != VLMQ_F16)
-    return VLMQ_BAD_ARGUMENT;
+  if (!is_dtype(args->dtype)) return VLMQ_BAD_ARGUMENT;
   if (args->rows == 0 || args->cols == 0) return VLMQ_OK;
   if (!args->x || !args->order || !args->out) return VLMQ_BAD_ARGUMENT;
   const long long down = ceil_div(static_cast<long long>(args->rows), kRows);
   const dim3 grid(
       static_cast<unsigned>(ceil_div(args->cols, static_cast<long long>(kThreads) * kColumns)),
       static_cast<unsigned>(down < kMostBlocks ? down : kMostBlocks));
-  switch (args->dtype) {
-    case VLMQ_BF16:
-      return VLMQ_LAUNCH((permute_columns_kernel<bf16>), grid, kThreads, 0, stream, *args);
-    case VLMQ_F16:
-      return VLMQ_LAUNCH((permute_columns_kernel<f16>), grid, kThreads, 0, stream, *args);
-    default:
-      return VLMQ_LAUNCH((permute_columns_kernel<float>), grid, kThreads, 0, stream, *args);
-  }
+  return with_dtype(args->dtype, [&](auto tag) {
+    return VLMQ_LAUNCH(permute_columns_kernel<decltype(tag)>, grid, kThreads, 0, stream, *args);
+  });
 }

@@ -4,14 +4,11 @@
 
 #include <cstdint>
 
+#include "device/arguments.cuh"
 #include "device/ptx.cuh"
 #include "device/types.cuh"
 
 namespace vlmq {
-
-__host__ __device__ inline bool is_aligned(const void* pointer, unsigned bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
 
 /// The first `valid` of four values, zeros after them. Rows may start anywhere: one load of 16
 /// bytes where they start well.

@@ -42,7 +42,7 @@ template <int kLanes>
 __device__ __forceinline__ void stage_panels(float* target, const float* source, long long stride,
                                              int columns, int from, int to) {
   using S = Shape<kLanes>;
-  const bool vectors = is_aligned(source, 16) && stride % 4 == 0;
+  const bool vectors = has_aligned_rows(source, stride);
   constexpr int kQuads = VLMQ_BLOCK / 4;
   const int before = S::start(from), end = to * S::kPanel * kQuads;
   for (int i = from * S::kPanel * kQuads + static_cast<int>(threadIdx.x); i < end;

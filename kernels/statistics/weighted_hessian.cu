@@ -210,29 +210,23 @@ Plan plan(const vlmq_weighted_hessian_args& args, int64_t tokens) {
   return {tokens, hessian_tiles, tiles, ceil_div(tokens, split_tokens), split_tokens};
 }
 
-int64_t element_size(vlmq_dtype dtype) { return dtype == VLMQ_F32 ? 4 : 2; }
-
 int64_t maxima_bytes(const vlmq_weighted_hessian_args& args) {
   return ceil_div(3 * args.features * static_cast<int64_t>(sizeof(uint32_t)), 256) * 256;
 }
 
-bool multiple_of(const void* pointer, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
-}
-
 bool sizes_are_good(const vlmq_weighted_hessian_args& args) {
-  if (args.dtype != VLMQ_F32 && args.dtype != VLMQ_BF16 && args.dtype != VLMQ_F16) return false;
+  if (!is_dtype(args.dtype)) return false;
   if (args.tokens < 0 || args.features < 0 || args.features > kMostFeatures) return false;
   if ((args.f == nullptr) != (args.cross == nullptr)) return false;
   return args.u_stride >= args.features && (args.f == nullptr || args.f_stride >= args.features);
 }
 
+template <class T>
 bool pointers_are_good(const vlmq_weighted_hessian_args& args) {
   if (args.u == nullptr || args.hessian == nullptr || args.workspace == nullptr) return false;
-  const int64_t size = element_size(args.dtype);
-  return multiple_of(args.u, size) && multiple_of(args.f, size) && multiple_of(args.g, 4) &&
-         multiple_of(args.hessian, 4) && multiple_of(args.cross, 4) &&
-         multiple_of(args.workspace, 256);
+  return is_aligned(args.u, sizeof(T)) && is_aligned(args.f, sizeof(T)) && is_aligned(args.g, 4) &&
+         is_aligned(args.hessian, 4) && is_aligned(args.cross, 4) &&
+         is_aligned(args.workspace, 256);
 }
 
 template <class T>
@@ -260,7 +254,7 @@ vlmq_status enqueue_pass(const Problem& problem, const Plan& layout, uint32_t* m
 template <class T>
 vlmq_status enqueue(const vlmq_weighted_hessian_args& args, vlmq_stream stream) {
   const auto rows_aligned = [](const void* matrix, int64_t stride) {
-    return multiple_of(matrix, 16) && stride % kElements<T> == 0;
+    return has_aligned_rows(static_cast<const T*>(matrix), stride);
   };
   const bool aligned = rows_aligned(args.u, args.u_stride) &&
                        (args.f == nullptr || rows_aligned(args.f, args.f_stride));
@@ -316,16 +310,11 @@ VLMQ_CALL(vlmq_weighted_hessian, args, stream) {
   using namespace vlmq::statistics;
   if (args == nullptr || !sizes_are_good(*args)) return VLMQ_BAD_ARGUMENT;
   if (args->tokens == 0 || args->features == 0) return VLMQ_OK;
-  if (!pointers_are_good(*args) ||
-      args->workspace_bytes < vlmq_weighted_hessian_workspace_bytes(args)) {
+  if (args->workspace_bytes < vlmq_weighted_hessian_workspace_bytes(args)) {
     return VLMQ_BAD_ARGUMENT;
   }
-  switch (args->dtype) {
-    case VLMQ_BF16:
-      return enqueue<vlmq::bf16>(*args, stream);
-    case VLMQ_F16:
-      return enqueue<vlmq::f16>(*args, stream);
-    default:
-      return enqueue<float>(*args, stream);
-  }
+  return vlmq::with_dtype(args->dtype, [&](auto tag) {
+    using T = decltype(tag);
+    return pointers_are_good<T>(*args) ? enqueue<T>(*args, stream) : VLMQ_BAD_ARGUMENT;
+  });
 }

@@ -19,6 +19,7 @@
 
 #include <type_traits>
 
+#include "device/arguments.cuh"
 #include "device/launch.cuh"
 #include "device/limits.cuh"
 #include "device/mma.cuh"

@@ -1,4 +1,4 @@
-//! What the tests of kernels/block share: lengths of rows, and values that are rounded once.
+//! What the tests of kernels/decoder share: lengths of rows, and values that are rounded once.
 
 use crate::buffers::{BF16, F16, F32};
 use crate::support::kernels::Variant;

@@ -1,4 +1,4 @@
-//! Attention forward and backward of `kernels/block`, against float64 and the CPU device.
+//! Attention forward and backward of `kernels/decoder`, against float64 and the CPU device.
 
 use crate::activations::matrix;
 use crate::buffers::{BF16, Buffer, DTYPES, F32, noise, rounded};
@@ -442,6 +442,6 @@ fn bad_arguments() {
 #[test]
 fn clean_under_sanitizers() {
     if Variant::current() == Variant::Plain {
-        pass_under_sanitizers(module_path!(), &["against_float64"], &[("vlmq_kernels", "kernels")]);
+        pass_under_sanitizers(module_path!(), &["against_float64", "bad_arguments"], &[("vlmq_kernels", "kernels")]);
     }
 }

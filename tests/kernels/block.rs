@@ -1,4 +1,4 @@
-//! Norms, rotary embedding, nonlinearities and sums of `kernels/block`, against the CPU device.
+//! Norms, rotary embedding, nonlinearities and sums of `kernels/decoder`, against the CPU device.
 
 use crate::activations::{assert_rounded_once, lengths, matrix};
 use crate::buffers::{BF16, Buffer, DTYPES, F32, integers, noise, rounded};
@@ -347,10 +347,12 @@ fn sums_round_once() {
 #[test]
 fn bad_arguments() {
     let dtype = F32;
-    let mut space = [0f32; 64];
+    let mut space: [f32; 64] = std::array::from_fn(|i| i as f32);
+    let before = space;
     let (x, y) = (space.as_ptr().cast(), space.as_mut_ptr().cast());
     let null = std::ptr::null();
-    let unknown = vlmq_dtype(3);
+    // More than C++ may read as the enum.
+    let unknown = vlmq_dtype(7);
 
     let norm = vlmq_norm_args { x, weight: x, bias: null, y, rows: 1, cols: 4, eps: 0.0, dtype };
     for bad in [
@@ -415,12 +417,13 @@ fn bad_arguments() {
         refused("vlmq_add", &bad);
     }
     accepted("vlmq_add", &vlmq_add_args { rows: 0, b_rows: 0, a: null, ..add });
+    assert_eq!(space, before);
 }
 
 #[test]
 fn clean_under_sanitizers() {
     if Variant::current() == Variant::Plain {
-        let tests = ["norms", "norm_gradients", "rotary_embedding", "activations", "sums"];
+        let tests = ["norms", "norm_gradients", "rotary_embedding", "activations", "sums", "bad_arguments"];
         pass_under_sanitizers(module_path!(), &tests, &[("vlmq_kernels", "kernels")]);
     }
 }

@@ -155,7 +155,7 @@ fn bad_arguments_are_refused() {
         workspace_bytes: 3 * 32 * 4,
     };
     assert_eq!(workspace_bytes("vlmq_group_grid", &good), good.workspace_bytes);
-    let bad: [fn(&mut vlmq_group_grid_args); 19] = [
+    let bad: [fn(&mut vlmq_group_grid_args); 22] = [
         |a| a.residual = std::ptr::null(),
         |a| a.error = std::ptr::null(),
         |a| a.root = std::ptr::null(),
@@ -169,7 +169,10 @@ fn bad_arguments_are_refused() {
         |a| a.rows = -3,
         |a| a.first = 16,
         |a| a.columns = 31,
+        |a| a.rule.bits = 5,
         |a| a.rule.grid = vlmq_grid(3),
+        |a| a.rule.grid = vlmq_grid(7),
+        |a| a.rule.scale_type = vlmq_dtype(7),
         |a| a.workspace = std::ptr::null_mut(),
         |a| a.workspace = a.workspace.wrapping_byte_add(16),
         |a| a.workspace_bytes -= 1,
@@ -180,6 +183,9 @@ fn bad_arguments_are_refused() {
         |a| a.rule.grid = vlmq_grid::VLMQ_LOSS, // which takes more work space
     ];
     refused_each("vlmq_group_grid", &good, &bad);
+    let mut unknown = good;
+    unknown.rule.grid = vlmq_grid(7);
+    assert_eq!(workspace_bytes("vlmq_group_grid", &unknown), 0);
     accepted("vlmq_group_grid", &vlmq_group_grid_args { rows: 0, ..good });
     assert!(scales.is_untouched() && zeros.is_untouched() && status.is_untouched());
 }

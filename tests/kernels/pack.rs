@@ -285,6 +285,25 @@ fn bad_arguments_are_refused() {
         refused("vlmq_unpack", &unpack);
         assert!(codes.is_untouched());
     }
+    // No width is taken for another.
+    let mut codes = Buffer::output(U8, 64, 0);
+    for bits in (-32..=32).filter(|bits| !WIDTHS.map(|width| width as i32).contains(bits)) {
+        refused("vlmq_pack", &vlmq_pack_args { bits, ..good });
+        let unpack = vlmq_unpack_args {
+            words: good.words,
+            codes: codes.ptr_mut(),
+            runs: good.runs,
+            count: good.count,
+            code_stride: good.code_stride,
+            code_run_stride: good.code_run_stride,
+            word_stride: good.word_stride,
+            word_run_stride: good.word_run_stride,
+            bits,
+            add: 0,
+        };
+        refused("vlmq_unpack", &unpack);
+    }
+    assert!(codes.is_untouched());
     assert!(words.is_untouched());
     let empty = vlmq_pack_args { runs: 0, codes: std::ptr::null(), words: std::ptr::null_mut(), ..good };
     accepted("vlmq_pack", &empty);
@@ -301,7 +320,7 @@ fn bad_arguments_are_refused() {
         groups: 4,
         dtype: F32,
     };
-    let bad: [fn(&mut vlmq_dequantize_args); 8] = [
+    let bad: [fn(&mut vlmq_dequantize_args); 9] = [
         |a| a.codes = std::ptr::null(),
         |a| a.scales = std::ptr::null(),
         |a| a.zeros = std::ptr::null(),
@@ -310,6 +329,7 @@ fn bad_arguments_are_refused() {
         |a| a.groups = 0,
         |a| a.rows = -1,
         |a| a.dtype = vlmq_dtype(3),
+        |a| a.dtype = vlmq_dtype(7),
     ];
     refused_each("vlmq_dequantize", &good, &bad);
     assert!(out.is_untouched());

@@ -1,4 +1,5 @@
-//! Rows by index, magnitudes of rows, values that are not finite, and conversions of `kernels/block`, against the CPU device.
+//! Rows by index, magnitudes of rows, values that are not finite, and conversions of `kernels/decoder`, against the CPU
+//! device.
 
 use crate::activations::{assert_rounded_once, lengths, matrix};
 use crate::buffers::{BF16, Buffer, DTYPES, Element, F16, F32, integers, noise, rounded};
@@ -218,10 +219,12 @@ fn conversions_of_all_values() {
 #[test]
 fn bad_arguments() {
     let dtype = F32;
-    let mut space = [0f32; 64];
+    let mut space: [f32; 64] = std::array::from_fn(|i| if i == 1 { f32::INFINITY } else { i as f32 });
+    let before = space;
     let (x, y) = (space.as_ptr().cast(), space.as_mut_ptr().cast());
     let null = std::ptr::null();
-    let unknown = vlmq_dtype(3);
+    // More than C++ may read as the enum.
+    let unknown = vlmq_dtype(7);
 
     let indices = [0u32];
     let gather =
@@ -255,15 +258,17 @@ fn bad_arguments() {
         refused("vlmq_scaled_squares_rows", &bad);
     }
 
-    let mut row = 0;
+    let mut row = i32::MAX;
     let finite = vlmq_first_non_finite_row_args { x, row: &mut row, rows: 1, cols: 4, dtype };
     for bad in [
         vlmq_first_non_finite_row_args { rows: 1 << 31, ..finite },
         vlmq_first_non_finite_row_args { cols: -1, ..finite },
+        vlmq_first_non_finite_row_args { dtype: unknown, ..finite },
         vlmq_first_non_finite_row_args { x: null, ..finite },
     ] {
         refused("vlmq_first_non_finite_row", &bad);
     }
+    assert_eq!(row, i32::MAX);
 
     let convert = vlmq_convert_args { x, out: y, count: 4, from: dtype, to: F16 };
     for bad in [
@@ -274,13 +279,32 @@ fn bad_arguments() {
     ] {
         refused("vlmq_convert", &bad);
     }
+
+    let order = [3, 2, 1, 0];
+    let permute = vlmq_permute_columns_args { x, order: order.as_ptr(), out: y.cast(), rows: 1, cols: 4, dtype };
+    for bad in [
+        vlmq_permute_columns_args { rows: -1, ..permute },
+        vlmq_permute_columns_args { cols: 1 << 31, ..permute },
+        vlmq_permute_columns_args { dtype: unknown, ..permute },
+        vlmq_permute_columns_args { dtype: vlmq_dtype(3), ..permute },
+        vlmq_permute_columns_args { order: std::ptr::null(), ..permute },
+    ] {
+        refused("vlmq_permute_columns", &bad);
+    }
+    assert_eq!(space, before);
 }
 
 #[test]
 fn clean_under_sanitizers() {
     if Variant::current() == Variant::Plain {
-        let tests =
-            ["rows_by_index", "mean_magnitudes", "scaled_squares", "first_row_that_is_not_finite", "conversions"];
+        let tests = [
+            "rows_by_index",
+            "mean_magnitudes",
+            "scaled_squares",
+            "first_row_that_is_not_finite",
+            "conversions",
+            "bad_arguments",
+        ];
         pass_under_sanitizers(module_path!(), &tests, &[("vlmq_kernels", "kernels")]);
     }
 }

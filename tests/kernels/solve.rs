@@ -400,7 +400,7 @@ fn bad_arguments_are_refused() {
         given_grid: 0,
         rule: c_rule(&RULE),
     };
-    let bad: [fn(&mut vlmq_quantize_block_args); 27] = [
+    let bad: [fn(&mut vlmq_quantize_block_args); 29] = [
         |a| a.residual = std::ptr::null_mut(),
         |a| a.carried = std::ptr::null_mut(),
         |a| a.error = std::ptr::null_mut(),
@@ -426,6 +426,8 @@ fn bad_arguments_are_refused() {
         |a| a.group = 12,
         |a| a.group = 0,
         |a| a.rule.bits = 5,
+        |a| a.rule.grid = vlmq_grid(3),
+        |a| a.rule.grid = vlmq_grid(7),
         |a| a.rule.scale_type = vlmq_dtype(7),
         |a| a.rule.smallest_zero = 8,
     ];

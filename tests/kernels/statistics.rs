@@ -358,7 +358,7 @@ fn bad_arguments_are_refused() {
     };
     good.workspace_bytes = kernels::workspace_bytes(NAME, &good);
     assert!((1..=1 << 20).contains(&good.workspace_bytes));
-    let bad: [fn(&mut vlmq_weighted_hessian_args); 18] = [
+    let bad: [fn(&mut vlmq_weighted_hessian_args); 19] = [
         |a| a.u = null(),
         |a| a.u = a.u.wrapping_byte_add(1),
         |a| a.f = a.f.wrapping_byte_add(1),
@@ -374,6 +374,7 @@ fn bad_arguments_are_refused() {
         |a| a.u_stride = 7,
         |a| a.f_stride = 7,
         |a| a.dtype = vlmq_dtype(3),
+        |a| a.dtype = vlmq_dtype(7),
         |a| a.workspace = null_mut(),
         |a| a.workspace = a.workspace.wrapping_byte_add(128),
         |a| a.workspace_bytes -= 1,
@@ -391,5 +392,6 @@ fn bad_arguments_are_refused() {
 
 #[test]
 fn small_cases_pass_under_sanitizers() {
-    kernels::pass_under_sanitizers(module_path!(), &["integers_are_summed_exactly"], &[("vlmq_kernels", "kernels")]);
+    let tests = ["integers_are_summed_exactly", "bad_arguments_are_refused"];
+    kernels::pass_under_sanitizers(module_path!(), &tests, &[("vlmq_kernels", "kernels")]);
 }

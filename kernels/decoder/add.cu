@@ -1,7 +1,7 @@
 // Sums and differences of activations, and float32 products rounded once with their bias, a row
 // that is repeated.
 
-#include "block/vectors.cuh"
+#include "decoder/vectors.cuh"
 
 namespace vlmq {
 namespace {

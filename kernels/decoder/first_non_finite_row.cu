@@ -1,6 +1,6 @@
 // The first row with a value that no statistic should take in: a block a row.
 
-#include "block/vectors.cuh"
+#include "decoder/vectors.cuh"
 
 namespace vlmq {
 namespace {

@@ -1,6 +1,6 @@
 // Conversion between the element types.
 
-#include "block/vectors.cuh"
+#include "decoder/vectors.cuh"
 
 namespace vlmq {
 namespace {

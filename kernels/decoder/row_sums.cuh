@@ -1,7 +1,7 @@
 // One number a row, a block a row: the sum of a term of each element.
 #pragma once
 
-#include "block/vectors.cuh"
+#include "decoder/vectors.cuh"
 #include "device/reduce.cuh"
 
 namespace vlmq {

@@ -1,6 +1,6 @@
 // What a token weighs in the statistics: its row's squares, each channel in its own unit.
 
-#include "block/row_sums.cuh"
+#include "decoder/row_sums.cuh"
 
 namespace vlmq {
 namespace {

@@ -1,6 +1,6 @@
 // Rotary embedding in place: a block a token, a thread some pairs of a head.
 
-#include "block/vectors.cuh"
+#include "decoder/vectors.cuh"
 
 namespace vlmq {
 namespace {

@@ -2,7 +2,7 @@
 // FlashAttention-2, 2023): a block holds a tile of queries of one head and walks the keys its
 // queries see, with a running maximum and a running sum for each query.
 
-#include "block/attention_tile.cuh"
+#include "decoder/attention_tile.cuh"
 #include "device/limits.cuh"
 
 namespace vlmq {

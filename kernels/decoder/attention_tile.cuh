@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "block/vectors.cuh"
+#include "decoder/vectors.cuh"
 #include "device/mma.cuh"
 #include "device/ptx.cuh"
 

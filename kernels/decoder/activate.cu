@@ -1,6 +1,6 @@
 // Nonlinearities, alone or gating another operand.
 
-#include "block/vectors.cuh"
+#include "decoder/vectors.cuh"
 
 namespace vlmq {
 namespace {
@@ -40,13 +40,19 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+bool is_activation(const vlmq_activation& activation) {
+  const int number = number_in(activation);
+  return number == VLMQ_SILU || number == VLMQ_GELU || number == VLMQ_GELU_TANH ||
+         number == VLMQ_QUICK_GELU;
+}
+
 }  // namespace
 }  // namespace vlmq
 
 VLMQ_CALL(vlmq_activate, args, stream) {
   using namespace vlmq;
-  if (args == nullptr || args->count < 0 || args->activation < VLMQ_SILU ||
-      args->activation > VLMQ_QUICK_GELU || !is_dtype(args->dtype))
+  if (args == nullptr || args->count < 0 || !is_activation(args->activation) ||
+      !is_dtype(args->dtype))
     return VLMQ_BAD_ARGUMENT;
   if (args->count == 0) return VLMQ_OK;
   if (args->x == nullptr || args->y == nullptr) return VLMQ_BAD_ARGUMENT;

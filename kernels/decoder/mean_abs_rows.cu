@@ -1,6 +1,6 @@
 // Importance of tokens: the mean magnitude of a row.
 
-#include "block/row_sums.cuh"
+#include "decoder/row_sums.cuh"
 
 namespace vlmq {
 namespace {

@@ -9,7 +9,7 @@
 // one warp in one order, at the price of computing P and dS twice. Both are the same kernel: the
 // fixed rows `x` against the walked rows `y`, P and dS with x along their rows.
 
-#include "block/attention_tile.cuh"
+#include "decoder/attention_tile.cuh"
 #include "device/limits.cuh"
 #include "device/reduce.cuh"
 

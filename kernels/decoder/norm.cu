@@ -1,7 +1,7 @@
 // RMS and layer norm: a block a row. The row is read again for each pass: it comes from L1, which
 // holds the longest row in use (29568 16-bit elements, 58 KiB).
 
-#include "block/vectors.cuh"
+#include "decoder/vectors.cuh"
 #include "device/reduce.cuh"
 
 namespace vlmq {

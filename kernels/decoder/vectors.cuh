@@ -1,9 +1,9 @@
-// What the calls on activations share: choice of the type, and accesses of several elements a
-// thread.
+// What the calls on activations share: grids and blocks, and accesses of several elements a thread.
 #pragma once
 
 #include <cstdint>
 
+#include "device/arguments.cuh"
 #include "device/launch.cuh"
 #include "device/types.cuh"
 #include "vlmq.h"
@@ -13,29 +13,6 @@ namespace vlmq {
 /// Elements a thread takes at a time where the addresses allow 16-byte accesses: one access of a
 /// 16-bit type, two of float.
 constexpr int kWide = 8;
-
-/// `f(T{})` for the type that `dtype` names.
-template <class F>
-vlmq_status with_dtype(vlmq_dtype dtype, F&& f) {
-  switch (dtype) {
-    case VLMQ_F32:
-      return f(float{});
-    case VLMQ_BF16:
-      return f(bf16{});
-    case VLMQ_F16:
-      return f(f16{});
-  }
-  return VLMQ_BAD_ARGUMENT;
-}
-
-inline bool is_dtype(vlmq_dtype dtype) {
-  return dtype == VLMQ_F32 || dtype == VLMQ_BF16 || dtype == VLMQ_F16;
-}
-
-/// Whether a pointer is a multiple of `bytes`; NULL is.
-inline bool is_aligned(const void* pointer, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
 
 /// Blocks along x, one each `size` of `count`, as many as a grid takes: kernels stride by the grid.
 inline dim3 blocks_of(int64_t count, int64_t size) {

@@ -1,7 +1,7 @@
 // Gradient of the RMS norm for its input, a block a row; what is summed and what is written both
 // read the row, the second time from L1.
 
-#include "block/vectors.cuh"
+#include "decoder/vectors.cuh"
 #include "device/reduce.cuh"
 
 namespace vlmq {

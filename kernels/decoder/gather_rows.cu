@@ -1,6 +1,6 @@
 // Rows by index, from a table or into one: a block a row, the widest accesses that the row allows.
 
-#include "block/vectors.cuh"
+#include "decoder/vectors.cuh"
 
 namespace vlmq {
 namespace {
