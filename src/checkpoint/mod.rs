@@ -25,4 +25,4 @@ pub use formats::{Format, GptqVersion, LinearSpec, Loader, Quantization};
 pub use read::{Checkpoint, StoredTensor};
 pub use shard::MAX_TENSORS;
 pub use work::WorkFolder;
-pub use write::Writer;
+pub use write::{QuantizedCopy, Writer};

@@ -22,6 +22,19 @@ const CONFIG: &str = "config.json";
 /// Largest shard in bytes of tensors: what transformers writes, and what file hosts take.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
 
+/// What a quantized copy is made of: a float checkpoint, and how which of its layers are to be stored.
+#[derive(Clone, Copy, Debug)]
+pub struct QuantizedCopy<'a> {
+    /// The float checkpoint.
+    pub checkpoint: &'a Checkpoint,
+    /// The layers that are quantized.
+    pub linears: &'a [LinearSpec],
+    /// How they are stored.
+    pub format: Format,
+    /// How their codes are laid out.
+    pub layout: &'a CodeLayout,
+}
+
 /// A checkpoint being written, in a folder of its own: that of a [`WorkFolder`](super::WorkFolder), which gives it its name
 /// when all of it is there, or takes it away.
 #[derive(Debug)]
@@ -39,7 +52,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Plans a quantized copy of `checkpoint` in the new folder `folder` with shards of 5 GB, takes its space on the disk, and
+    /// Plans a quantized copy in the new folder `folder` with shards of 5 GB, takes its space on the disk, and
     /// writes all but tensors.
     ///
     /// Side files are copied byte for byte: every plain file of the folder but weights (`*.safetensors`,
@@ -49,43 +62,23 @@ impl Writer {
     ///
     /// Errors, before anything is created, when the checkpoint is quantized already, when a layer is missing, listed twice or
     /// of another shape, and when the format cannot hold a layer ([`Format::check`]); then for any failure to write.
-    pub fn create(
-        folder: &Path,
-        checkpoint: &Checkpoint,
-        quantized: &[LinearSpec],
-        format: Format,
-        layout: &CodeLayout,
-    ) -> Result<Self> {
-        Self::with_shards_of(SHARD_BYTES, folder, checkpoint, quantized, format, layout)
+    pub fn create(folder: &Path, copy: &QuantizedCopy<'_>) -> Result<Self> {
+        Self::with_shards_of(SHARD_BYTES, folder, copy)
     }
 
     /// [`create`](Self::create) with shards of at most `shard_bytes` of tensors.
-    pub fn with_shards_of(
-        shard_bytes: u64,
-        folder: &Path,
-        checkpoint: &Checkpoint,
-        quantized: &[LinearSpec],
-        format: Format,
-        layout: &CodeLayout,
-    ) -> Result<Self> {
-        let mut writer = Self::planned(shard_bytes, folder, checkpoint, quantized, format, layout)?;
-        writer.begin(checkpoint, quantized)?;
+    pub fn with_shards_of(shard_bytes: u64, folder: &Path, copy: &QuantizedCopy<'_>) -> Result<Self> {
+        let mut writer = Self::planned(shard_bytes, folder, copy)?;
+        writer.begin(copy.checkpoint, copy.linears)?;
         Ok(writer)
     }
 
     /// Plans what [`with_shards_of`](Self::with_shards_of) creates, and touches nothing. [`begin`](Self::begin) or
     /// [`go_on`](Self::go_on) comes next.
-    pub fn planned(
-        shard_bytes: u64,
-        folder: &Path,
-        checkpoint: &Checkpoint,
-        quantized: &[LinearSpec],
-        format: Format,
-        layout: &CodeLayout,
-    ) -> Result<Self> {
-        let (linears, plan) = Self::plan(shard_bytes, checkpoint, quantized, format, layout)?;
-        let beside = SideFiles::of(checkpoint.folder())?;
-        let (folder, layout) = (folder.to_path_buf(), layout.clone());
+    pub fn planned(shard_bytes: u64, folder: &Path, copy: &QuantizedCopy<'_>) -> Result<Self> {
+        let (linears, plan) = Self::plan(shard_bytes, copy)?;
+        let beside = SideFiles::of(copy.checkpoint.folder())?;
+        let (folder, format, layout) = (folder.to_path_buf(), copy.format, copy.layout.clone());
         let names = BTreeSet::new();
         let mut writer =
             Self { folder, format, layout, linears, plan, beside, names, files: Vec::new(), written: HashSet::new() };
@@ -202,31 +195,21 @@ impl Writer {
     }
 
     /// The layers by name, and where all tensors go.
-    fn plan(
-        shard_bytes: u64,
-        checkpoint: &Checkpoint,
-        quantized: &[LinearSpec],
-        format: Format,
-        layout: &CodeLayout,
-    ) -> Result<(HashMap<String, LinearSpec>, Plan)> {
-        let (linears, tensors) = Self::check(checkpoint, quantized, format, layout)?;
-        let mut metadata: BTreeMap<String, String> = checkpoint.metadata().into_iter().collect();
+    fn plan(shard_bytes: u64, copy: &QuantizedCopy<'_>) -> Result<(HashMap<String, LinearSpec>, Plan)> {
+        let (linears, tensors) = Self::check(copy)?;
+        let mut metadata: BTreeMap<String, String> = copy.checkpoint.metadata().into_iter().collect();
         metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
         Ok((linears, Plan::new(&tensors, shard_bytes, &metadata)?))
     }
 
     /// Bytes of the files that [`create`](Self::create) would reserve and copy. Errors as it does, of what headers tell.
     #[cfg(feature = "run")]
-    pub(crate) fn planned_bytes(
-        checkpoint: &Checkpoint,
-        quantized: &[LinearSpec],
-        format: Format,
-        layout: &CodeLayout,
-    ) -> Result<u64> {
-        let (_, plan) = Self::plan(SHARD_BYTES, checkpoint, quantized, format, layout)?;
+    pub(crate) fn planned_bytes(copy: &QuantizedCopy<'_>) -> Result<u64> {
+        let (_, plan) = Self::plan(SHARD_BYTES, copy)?;
+        let folder = copy.checkpoint.folder();
         let mut bytes = plan.shards.iter().map(|shard| shard.length).sum::<u64>();
-        for name in SideFiles::of(checkpoint.folder())?.kept.into_iter().chain([CONFIG.into()]) {
-            let path = checkpoint.folder().join(name);
+        for name in SideFiles::of(folder)?.kept.into_iter().chain([CONFIG.into()]) {
+            let path = folder.join(name);
             bytes += fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?.len();
         }
         Ok(bytes + plan.index().map_or(0, |index| index.len() as u64))
@@ -234,16 +217,11 @@ impl Writer {
 
     /// What the headers alone can tell of a plan: [`create`](Self::create)'s errors about checkpoint, layers and layout.
     /// Returns the layers by name, and the new checkpoint's tensors in the order of the old.
-    pub(crate) fn check(
-        checkpoint: &Checkpoint,
-        quantized: &[LinearSpec],
-        format: Format,
-        layout: &CodeLayout,
-    ) -> Result<(HashMap<String, LinearSpec>, Vec<TensorSpec>)> {
-        checkpoint.refuse_quantized()?;
-        format.check(quantized, layout)?;
-        let linears = check_linears(checkpoint, quantized)?;
-        let tensors = planned_tensors(checkpoint, &linears, format, layout)?;
+    pub(crate) fn check(copy: &QuantizedCopy<'_>) -> Result<(HashMap<String, LinearSpec>, Vec<TensorSpec>)> {
+        copy.checkpoint.refuse_quantized()?;
+        copy.format.check(copy.linears, copy.layout)?;
+        let linears = check_linears(copy.checkpoint, copy.linears)?;
+        let tensors = planned_tensors(copy, &linears)?;
         Ok((linears, tensors))
     }
 
@@ -353,12 +331,8 @@ fn check_linears(checkpoint: &Checkpoint, quantized: &[LinearSpec]) -> Result<Ha
 }
 
 /// Tensors of the new checkpoint, in the order of the old.
-fn planned_tensors(
-    checkpoint: &Checkpoint,
-    linears: &HashMap<String, LinearSpec>,
-    format: Format,
-    layout: &CodeLayout,
-) -> Result<Vec<TensorSpec>> {
+fn planned_tensors(copy: &QuantizedCopy<'_>, linears: &HashMap<String, LinearSpec>) -> Result<Vec<TensorSpec>> {
+    let &QuantizedCopy { checkpoint, format, layout, .. } = copy;
     let mut tensors = Vec::new();
     for name in checkpoint.names() {
         match name.strip_suffix(".weight").and_then(|module| linears.get(module)) {

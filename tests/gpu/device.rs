@@ -7,7 +7,7 @@
 use crate::support::devices::{Case, device, difference, norm_error, numbers, on_gpu, own_device, tolerance, whole};
 use crate::support::ties::Layer;
 use crate::support::{message, noise};
-use vlmq::codes::pack::pack;
+use vlmq::codes::pack::{PackedRun, pack};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{Cuda, CudaTensor, PackedAlong, Packing};
 use vlmq::device::{
@@ -131,11 +131,12 @@ fn codes_are_packed_and_become_weights() {
             let (along, down) = ((cols * bits as usize).div_ceil(32), (rows * bits as usize).div_ceil(32));
             let mut expected = [vec![0; rows * along], vec![0; down * cols]];
             for (codes, words) in codes.chunks(cols).zip(expected[0].chunks_mut(along)) {
-                pack(codes, 1, cols, bits, words, 1);
+                pack(codes, words, PackedRun::dense(bits, cols));
             }
             let less: Vec<u8> = codes.iter().map(|c| c.wrapping_sub(1) & ((1u16 << bits) - 1) as u8).collect();
             for column in 0..cols {
-                pack(&less[column..], cols, rows, bits, &mut expected[1][column..], cols);
+                let run = PackedRun { bits, count: rows, code_stride: cols, word_stride: cols };
+                pack(&less[column..], &mut expected[1][column..], run);
             }
             for (along, offset, expected) in
                 [(PackedAlong::Rows, 0, &expected[0]), (PackedAlong::Columns, 1, &expected[1])]
