@@ -4,10 +4,10 @@
 pub mod checksum;
 mod config;
 mod convert;
+mod file_layout;
 pub mod formats;
 mod linear;
 pub mod own;
-mod plan;
 pub mod read;
 #[cfg(feature = "run")]
 pub(crate) mod sealed;

@@ -1,10 +1,10 @@
 //! Writing a quantized checkpoint: everything planned first, each layer put in its place as it is solved.
 
 use super::config::with_key;
+use super::file_layout::{FileLayout, Place};
 use super::formats::{Format, LinearSpec, TensorSpec};
 use super::own;
 use super::own::cannot_write;
-use super::plan::{Place, Plan};
 use super::read::Checkpoint;
 use super::shard::INDEX;
 use super::side_files::SideFiles;
@@ -43,7 +43,7 @@ pub struct Writer {
     format: Format,
     layout: CodeLayout,
     linears: HashMap<String, LinearSpec>,
-    plan: Plan,
+    on_disk: FileLayout,
     beside: SideFiles,
     /// All that this checkpoint is to have: nothing else is written.
     names: BTreeSet<PathBuf>,
@@ -76,17 +76,26 @@ impl Writer {
     /// Plans what [`with_shards_of`](Self::with_shards_of) creates, and touches nothing. [`begin`](Self::begin) or
     /// [`go_on`](Self::go_on) comes next.
     pub fn planned(shard_bytes: u64, folder: &Path, copy: &QuantizedCopy<'_>) -> Result<Self> {
-        let (linears, plan) = Self::plan(shard_bytes, copy)?;
+        let (linears, on_disk) = Self::lay_out(shard_bytes, copy)?;
         let beside = SideFiles::of(copy.checkpoint.folder())?;
         let (folder, format, layout) = (folder.to_path_buf(), copy.format, copy.layout.clone());
         let names = BTreeSet::new();
-        let mut writer =
-            Self { folder, format, layout, linears, plan, beside, names, files: Vec::new(), written: HashSet::new() };
-        let shards: Vec<String> = writer.plan.shards.iter().map(|shard| shard.name.clone()).collect();
+        let mut writer = Self {
+            folder,
+            format,
+            layout,
+            linears,
+            on_disk,
+            beside,
+            names,
+            files: Vec::new(),
+            written: HashSet::new(),
+        };
+        let shards: Vec<String> = writer.on_disk.shards.iter().map(|shard| shard.name.clone()).collect();
         writer.announce(shards);
         writer.announce([CONFIG]);
         writer.announce(format.codes().and_then(|codes| codes.config_file()));
-        writer.announce(writer.plan.index().map(|_| INDEX));
+        writer.announce(writer.on_disk.index().map(|_| INDEX));
         writer.announce(writer.beside.kept.clone());
         Ok(writer)
     }
@@ -105,7 +114,7 @@ impl Writer {
     pub fn begin(&mut self, checkpoint: &Checkpoint, quantized: &[LinearSpec]) -> Result<()> {
         self.config(checkpoint, quantized)?;
         fs::create_dir(&self.folder).with_context(|| cannot_write(&self.folder))?;
-        for shard in &mut self.plan.shards {
+        for shard in &mut self.on_disk.shards {
             let path = self.folder.join(&shard.name);
             let mut file = reserve(&path, shard.length)?;
             file.write_all(&std::mem::take(&mut shard.header)).with_context(|| cannot_write(&path))?;
@@ -121,7 +130,7 @@ impl Writer {
     /// not looked at: [`write_side_files`](Self::write_side_files) makes them anew.
     pub fn go_on(&mut self, is_written: impl Fn(&str) -> bool) -> Result<()> {
         self.check_contents()?;
-        for shard in &mut self.plan.shards {
+        for shard in &mut self.on_disk.shards {
             let path = self.folder.join(&shard.name);
             let mut file = own::open(&path)?;
             let mut read = || {
@@ -139,7 +148,7 @@ impl Writer {
             shard.header.clear();
             self.files.push(file);
         }
-        self.written = self.plan.places.keys().filter(|name| is_written(name)).cloned().collect();
+        self.written = self.on_disk.places.keys().filter(|name| is_written(name)).cloned().collect();
         Ok(())
     }
 
@@ -164,7 +173,7 @@ impl Writer {
         if let (Some(name), Some(quantization)) = (beside, &quantization) {
             self.add_file(name, format!("{quantization:#}\n").as_bytes())?;
         }
-        match self.plan.index() {
+        match self.on_disk.index() {
             Some(index) => self.add_file(INDEX, index.as_bytes()),
             None => Ok(()),
         }
@@ -176,7 +185,7 @@ impl Writer {
     pub fn copy_tensors(&mut self, checkpoint: &Checkpoint, copied: &mut dyn FnMut(u64) -> Result<()>) -> Result<()> {
         for name in self.copied_names(checkpoint) {
             checkpoint.check_finite(name)?;
-            let place = self.plan.places[name];
+            let place = self.on_disk.places[name];
             self.put(place, checkpoint.tensor(name)?.bytes)?;
             checkpoint.release(name);
             self.written.insert(name.to_owned());
@@ -187,7 +196,7 @@ impl Writer {
 
     /// Bytes of the tensors that are not quantized.
     pub fn bytes_to_copy(&self, checkpoint: &Checkpoint) -> u64 {
-        self.copied_names(checkpoint).iter().map(|&name| self.plan.places[name].length).sum()
+        self.copied_names(checkpoint).iter().map(|&name| self.on_disk.places[name].length).sum()
     }
 
     fn copied_names<'a>(&self, checkpoint: &'a Checkpoint) -> Vec<&'a str> {
@@ -195,24 +204,24 @@ impl Writer {
     }
 
     /// The layers by name, and where all tensors go.
-    fn plan(shard_bytes: u64, copy: &QuantizedCopy<'_>) -> Result<(HashMap<String, LinearSpec>, Plan)> {
+    fn lay_out(shard_bytes: u64, copy: &QuantizedCopy<'_>) -> Result<(HashMap<String, LinearSpec>, FileLayout)> {
         let (linears, tensors) = Self::check(copy)?;
         let mut metadata: BTreeMap<String, String> = copy.checkpoint.metadata().into_iter().collect();
         metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
-        Ok((linears, Plan::new(&tensors, shard_bytes, &metadata)?))
+        Ok((linears, FileLayout::new(&tensors, shard_bytes, &metadata)?))
     }
 
     /// Bytes of the files that [`create`](Self::create) would reserve and copy. Errors as it does, of what headers tell.
     #[cfg(feature = "run")]
     pub(crate) fn planned_bytes(copy: &QuantizedCopy<'_>) -> Result<u64> {
-        let (_, plan) = Self::plan(SHARD_BYTES, copy)?;
+        let (_, on_disk) = Self::lay_out(SHARD_BYTES, copy)?;
         let folder = copy.checkpoint.folder();
-        let mut bytes = plan.shards.iter().map(|shard| shard.length).sum::<u64>();
+        let mut bytes = on_disk.shards.iter().map(|shard| shard.length).sum::<u64>();
         for name in SideFiles::of(folder)?.kept.into_iter().chain([CONFIG.into()]) {
             let path = folder.join(name);
             bytes += fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?.len();
         }
-        Ok(bytes + plan.index().map_or(0, |index| index.len() as u64))
+        Ok(bytes + on_disk.index().map_or(0, |index| index.len() as u64))
     }
 
     /// What the headers alone can tell of a plan: [`create`](Self::create)'s errors about checkpoint, layers and layout.
@@ -241,7 +250,7 @@ impl Writer {
         let tensors = self.format.encode(linear, &self.layout, quantized)?;
         for (spec, bytes) in specs.iter().zip(&tensors) {
             ensure!(self.written.insert(spec.name.clone()), "the layer {module} was written before");
-            self.put(self.plan.places[&spec.name], bytes)?;
+            self.put(self.on_disk.places[&spec.name], bytes)?;
         }
         Ok(())
     }
@@ -272,7 +281,7 @@ impl Writer {
         let mut file = &self.files[place.shard];
         file.seek(SeekFrom::Start(place.offset))
             .and_then(|_| file.write_all(bytes))
-            .with_context(|| cannot_write(&self.folder.join(&self.plan.shards[place.shard].name)))
+            .with_context(|| cannot_write(&self.folder.join(&self.on_disk.shards[place.shard].name)))
     }
 
     /// Names of the tensors that stand for the layer `module`, one of those announced.
@@ -283,7 +292,7 @@ impl Writer {
 
     /// Returns once all tensors written so far have reached the disk.
     pub fn sync(&self) -> Result<()> {
-        for (file, shard) in self.files.iter().zip(&self.plan.shards) {
+        for (file, shard) in self.files.iter().zip(&self.on_disk.shards) {
             file.sync_data().with_context(|| cannot_write(&self.folder.join(&shard.name)))?;
         }
         sync_folder(&self.folder)
@@ -291,7 +300,7 @@ impl Writer {
 
     /// Returns once the whole checkpoint has reached the disk. Errors when a layer was not written, and when writing fails.
     pub fn finish(self) -> Result<()> {
-        let missing: Vec<&String> = self.plan.places.keys().filter(|name| !self.written.contains(*name)).collect();
+        let missing: Vec<&String> = self.on_disk.places.keys().filter(|name| !self.written.contains(*name)).collect();
         if let Some(first) = missing.iter().min() {
             bail!("{} tensors were never written, among them {first}", missing.len());
         }
