@@ -11,7 +11,7 @@ use vlmq::codes::pack::{PackedRun, pack};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{Cuda, CudaTensor, PackedAlong, Packing};
 use vlmq::device::{
-    Activation, AttentionShape, BLOCK, Block, BlockCodes, BlockShape, Device, Factored, GridRule, ModelOps,
+    Activation, AttentionShape, BLOCK, BlockCodes, BlockShape, ColumnBlock, Device, Factored, GridRule, ModelOps,
     PermuteSymmetric, ProductRange, QuantizedWeight, Rotary, SolveOps, SolveState, Span,
 };
 use vlmq::quantize::plain::quantize_layer;
@@ -486,7 +486,7 @@ fn weights_are_rounded_to_nearest_alike() {
         let error = device.zeros(w.rows(), 0).unwrap();
         let mut state = SolveState { residual, carried: None, shift: None, error, cross: None };
         let mut codes = device.room_for_codes(w.rows(), &[BlockShape { columns: 96, groups: 3 }]).unwrap();
-        let block = Block { columns: 0..96, span: 0, group: 32, grid: None, rule, factor: None, cross: None };
+        let block = ColumnBlock { columns: 0..96, span: 0, group: 32, grid: None, rule, factor: None, cross: None };
         device.quantize_block(&block, &mut state, &mut codes).unwrap();
         device.take_codes(codes, &rule).unwrap()
     }

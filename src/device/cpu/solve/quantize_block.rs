@@ -7,7 +7,7 @@ use super::search::{LossTerms, Part};
 use super::tile::{GridOf, Slab, check, gather, groups_of, quantize_tile};
 use crate::device::cpu::gemm::{View, ViewMut, gemm};
 use crate::device::cpu::packed::Packed;
-use crate::device::{BLOCK, Block, BlockCodes, Factor, Group, GroupGrid, SolveState};
+use crate::device::{BLOCK, BlockCodes, ColumnBlock, Factor, Group, GroupGrid, SolveState};
 use crate::tensor::Matrix;
 use anyhow::Result;
 use pulp::{Arch, Simd, WithSimd};
@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// See [`SolveOps::quantize_block`](crate::device::SolveOps::quantize_block).
-pub(super) fn quantize_block(block: &Block<'_, Matrix>, state: &mut SolveState<Matrix>) -> Result<BlockCodes> {
+pub(super) fn quantize_block(block: &ColumnBlock<'_, Matrix>, state: &mut SolveState<Matrix>) -> Result<BlockCodes> {
     let (rows, features) = (state.residual.rows(), state.residual.cols());
     let (width, groups, span) = (block.columns.len(), groups_of(block), state.error.cols());
     let mut out = BlockCodes {
@@ -73,7 +73,7 @@ struct Products<'a> {
 
 /// The arguments of [`quantize_slab`], which is compiled for the widest vectors that the CPU has.
 struct QuantizeSlab<'a, 'b> {
-    block: &'a Block<'a, Matrix>,
+    block: &'a ColumnBlock<'a, Matrix>,
     slab: Slab<'b>,
     products: Option<&'a Products<'a>>,
     cross: Option<&'a Matrix>,
@@ -93,7 +93,7 @@ impl WithSimd for QuantizeSlab<'_, '_> {
 #[inline(always)]
 fn quantize_slab<S: Simd>(
     simd: S,
-    block: &Block<'_, Matrix>,
+    block: &ColumnBlock<'_, Matrix>,
     mut slab: Slab<'_>,
     products: Option<&Products<'_>>,
     cross: Option<&Matrix>,
