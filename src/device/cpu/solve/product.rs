@@ -1,7 +1,7 @@
 //! Products over slabs of rows.
 
 use crate::device::ProductRange;
-use crate::device::cpu::gemm::View;
+use crate::device::cpu::gemm::Strided;
 use crate::device::cpu::packed::Packed;
 use crate::device::cpu::vector::{LANES, dispatch};
 use crate::tensor::Matrix;
@@ -12,16 +12,16 @@ use std::ops::Range;
 const STRIP: usize = 512;
 
 /// View of `rows` and `columns` of a matrix.
-pub(super) fn part(x: &Matrix, rows: Range<usize>, columns: Range<usize>) -> View<'_> {
+pub(super) fn part(x: &Matrix, rows: Range<usize>, columns: Range<usize>) -> Strided<'_> {
     part_of(x.data(), x.cols(), rows, columns)
 }
 
 /// The same of a row-major slice, rows `stride` apart.
-pub(super) fn part_of(data: &[f32], stride: usize, rows: Range<usize>, columns: Range<usize>) -> View<'_> {
+pub(super) fn part_of(data: &[f32], stride: usize, rows: Range<usize>, columns: Range<usize>) -> Strided<'_> {
     if rows.is_empty() || columns.is_empty() {
-        return View::new(&[], rows.len(), columns.len(), stride);
+        return Strided::new(&[], rows.len(), columns.len(), stride);
     }
-    View::new(&data[rows.start * stride + columns.start..], rows.len(), columns.len(), stride)
+    Strided::new(&data[rows.start * stride + columns.start..], rows.len(), columns.len(), stride)
 }
 
 /// `c += a·b` on the columns and rows of `range`.

@@ -5,7 +5,7 @@ use super::lanes::{LANES, Lane};
 use super::product::{part, part_of, scaled_square_sum};
 use super::search::{LossTerms, Part};
 use super::tile::{GridOf, Slab, check, gather, groups_of, quantize_tile};
-use crate::device::cpu::gemm::{View, ViewMut, gemm};
+use crate::device::cpu::gemm::{Strided, StridedMut, gemm};
 use crate::device::cpu::packed::Packed;
 use crate::device::{BLOCK, BlockCodes, ColumnBlock, Factor, Group, GroupGrid, SolveState};
 use crate::tensor::Matrix;
@@ -212,7 +212,7 @@ fn corrected(
             part_of(&acc, width, 0..rows.len(), local.clone()),
             inverse,
             0.0,
-            ViewMut::new(&mut solved, rows.len(), block.len(), BLOCK),
+            StridedMut::new(&mut solved, rows.len(), block.len(), BLOCK),
         );
         for (weights, solved) in weights.chunks_mut(width).zip(solved.chunks(BLOCK)) {
             add(&mut weights[local.clone()], &solved[..block.len()]);
@@ -220,10 +220,10 @@ fn corrected(
         if block.end < columns.end {
             gemm(
                 -1.0,
-                View::new(&solved, rows.len(), block.len(), BLOCK),
+                Strided::new(&solved, rows.len(), block.len(), BLOCK),
                 part(&factor.root, block.clone(), block.end..columns.end),
                 1.0,
-                ViewMut::new(&mut acc[local.end..], rows.len(), width - local.end, width),
+                StridedMut::new(&mut acc[local.end..], rows.len(), width - local.end, width),
             );
         }
     }
