@@ -6,7 +6,7 @@ use super::product::{part, part_of, scaled_square_sum};
 use super::search::{LossTerms, Part};
 use super::tile::{GridOf, Slab, check, gather, groups_of, quantize_tile};
 use crate::device::cpu::gemm::{Strided, StridedMut, gemm};
-use crate::device::cpu::packed::Packed;
+use crate::device::cpu::strips::Strips;
 use crate::device::{BLOCK, BlockCodes, ColumnBlock, Factor, Group, GroupGrid, SolveState};
 use crate::tensor::Matrix;
 use anyhow::Result;
@@ -45,9 +45,9 @@ pub(super) fn quantize_block(block: &ColumnBlock<'_, Matrix>, state: &mut SolveS
     }
     let cross = state.cross.as_ref();
     let products = block.factor.map(|factor| Products {
-        inverse: Packed::new(&factor.inverses, block.columns.clone(), 0..width),
-        root: Packed::new(&factor.root, block.columns.clone(), block.columns.clone()),
-        shift: block.cross.map(|term| Packed::new(&term.blocks, block.columns.clone(), 0..width)),
+        inverse: Strips::new(&factor.inverses, block.columns.clone(), 0..width),
+        root: Strips::new(&factor.root, block.columns.clone(), block.columns.clone()),
+        shift: block.cross.map(|term| Strips::new(&term.blocks, block.columns.clone(), 0..width)),
         diagonal: &factor.diagonal.data()[block.columns.clone()],
     });
     let products = products.as_ref();
@@ -62,11 +62,11 @@ pub(super) fn quantize_block(block: &ColumnBlock<'_, Matrix>, state: &mut SolveS
 /// A block's triangles, packed once for all slabs.
 struct Products<'a> {
     /// Ū_BB.
-    inverse: Packed,
+    inverse: Strips,
     /// R̄_BB.
-    root: Packed,
+    root: Strips,
     /// P_BB, for GPTAQ.
-    shift: Option<Packed>,
+    shift: Option<Strips>,
     /// Of R.
     diagonal: &'a [f32],
 }
