@@ -9,7 +9,7 @@ use crate::support::ties::Layer;
 use crate::support::{message, noise};
 use vlmq::codes::pack::{PackedRun, pack};
 use vlmq::device::cpu::Cpu;
-use vlmq::device::cuda::{Cuda, CudaTensor, PackedAlong, Packing};
+use vlmq::device::cuda::{CodeMatrix, CodesAlong, Cuda, CudaTensor};
 use vlmq::device::{
     Activation, AttentionShape, BLOCK, BlockCodes, BlockShape, ColumnBlock, Device, Factored, GridRule, ModelOps,
     PermuteSymmetric, ProductRange, QuantizedWeight, Rotary, SolveOps, SolveState, Span,
@@ -139,11 +139,11 @@ fn codes_are_packed_and_become_weights() {
                 pack(&less[column..], &mut expected[1][column..], run);
             }
             for (along, offset, expected) in
-                [(PackedAlong::Rows, 0, &expected[0]), (PackedAlong::Columns, 1, &expected[1])]
+                [(CodesAlong::Rows, 0, &expected[0]), (CodesAlong::Columns, 1, &expected[1])]
             {
-                let packing = Packing { rows, cols, bits, along, offset };
-                assert_eq!(&cuda.pack(&codes, &packing).unwrap(), expected, "{packing:?}");
-                assert_eq!(cuda.unpack(expected, &packing).unwrap(), codes, "{packing:?}");
+                let matrix = CodeMatrix { rows, cols, bits, along, offset };
+                assert_eq!(&cuda.pack(&codes, &matrix).unwrap(), expected, "{matrix:?}");
+                assert_eq!(cuda.unpack(expected, &matrix).unwrap(), codes, "{matrix:?}");
             }
         }
         let x = numbers(17, 33, 40);
