@@ -14,7 +14,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use vlmq::device::cpu::Cpu;
-use vlmq::device::cuda::{Cuda, PackedAlong, Packing};
+use vlmq::device::cuda::{CodeMatrix, CodesAlong, Cuda};
 use vlmq::device::{
     Activation, AttentionShape, BLOCK, Device, ModelOps, PermuteSymmetric, ProductRange, QuantizedWeight, Rotary,
     SolveOps, Span,
@@ -73,10 +73,10 @@ impl Bench<'_, Cuda> {
         let (rows, cols, bits) = (18944, 3584, 3);
         let count = (rows * cols) as f64;
         let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 37 % 8) as u8).collect();
-        let packing = Packing { rows, cols, bits, along: PackedAlong::Rows, offset: 0 };
-        self.line("pack 3 bits, with copies", 0.0, 1.375 * count, || self.device.pack(&codes, &packing).map(drop))?;
-        let words = self.device.pack(&codes, &packing)?;
-        self.line("unpack 3 bits, with copies", 0.0, 1.375 * count, || self.device.unpack(&words, &packing).map(drop))?;
+        let matrix = CodeMatrix { rows, cols, bits, along: CodesAlong::Rows, offset: 0 };
+        self.line("pack 3 bits, with copies", 0.0, 1.375 * count, || self.device.pack(&codes, &matrix).map(drop))?;
+        let words = self.device.pack(&codes, &matrix)?;
+        self.line("unpack 3 bits, with copies", 0.0, 1.375 * count, || self.device.unpack(&words, &matrix).map(drop))?;
         let n = 4096;
         let mut h = noise(n, n, 7);
         (0..n).for_each(|i| h.row_mut(i)[i] = n as f32);

@@ -4,11 +4,11 @@
 pub mod checksum;
 mod config;
 mod convert;
+mod file_layout;
 pub mod formats;
 mod linear;
 mod mapped;
 pub mod own;
-mod plan;
 pub mod read;
 #[cfg(feature = "run")]
 pub(crate) mod sealed;
@@ -28,4 +28,4 @@ pub use mapped::Mapped;
 pub use read::{Checkpoint, StoredTensor};
 pub use shard::MAX_TENSORS;
 pub use work::WorkFolder;
-pub use write::Writer;
+pub use write::{QuantizedCopy, Writer};

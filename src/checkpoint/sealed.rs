@@ -2,8 +2,8 @@
 
 use super::checksum::{Checksum, of_range};
 use super::convert::{bytes_from_floats, dtype_of};
+use super::file_layout::header;
 use super::formats::TensorSpec;
-use super::plan::header;
 use super::shard::Shard;
 use crate::tensor::Float;
 use crate::tensor::Matrix;

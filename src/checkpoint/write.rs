@@ -1,10 +1,10 @@
 //! Writing a quantized checkpoint: everything planned first, each layer put in its place as it is solved.
 
 use super::config::with_key;
+use super::file_layout::{FileLayout, Place};
 use super::formats::{Format, LinearSpec, TensorSpec};
 use super::own;
 use super::own::cannot_write;
-use super::plan::{Place, Plan};
 use super::read::Checkpoint;
 use super::shard::INDEX;
 use super::side_files::SideFiles;
@@ -22,6 +22,19 @@ const CONFIG: &str = "config.json";
 /// Largest shard in bytes of tensors: what transformers writes, and what file hosts take.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
 
+/// What a quantized copy is made of: a float checkpoint, and how which of its layers are to be stored.
+#[derive(Clone, Copy, Debug)]
+pub struct QuantizedCopy<'a> {
+    /// The float checkpoint.
+    pub checkpoint: &'a Checkpoint,
+    /// The layers that are quantized.
+    pub linears: &'a [LinearSpec],
+    /// How they are stored.
+    pub format: Format,
+    /// How their codes are laid out.
+    pub layout: &'a CodeLayout,
+}
+
 /// A checkpoint being written, in a folder of its own: that of a [`WorkFolder`](super::WorkFolder), which gives it its name
 /// when all of it is there, or takes it away.
 #[derive(Debug)]
@@ -30,7 +43,7 @@ pub struct Writer {
     format: Format,
     layout: CodeLayout,
     linears: HashMap<String, LinearSpec>,
-    plan: Plan,
+    on_disk: FileLayout,
     beside: SideFiles,
     /// All that this checkpoint is to have: nothing else is written.
     names: BTreeSet<PathBuf>,
@@ -39,7 +52,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Plans a quantized copy of `checkpoint` in the new folder `folder` with shards of 5 GB, takes its space on the disk, and
+    /// Plans a quantized copy in the new folder `folder` with shards of 5 GB, takes its space on the disk, and
     /// writes all but tensors.
     ///
     /// Side files are copied byte for byte: every plain file of the folder but weights (`*.safetensors`,
@@ -49,51 +62,40 @@ impl Writer {
     ///
     /// Errors, before anything is created, when the checkpoint is quantized already, when a layer is missing, listed twice or
     /// of another shape, and when the format cannot hold a layer ([`Format::check`]); then for any failure to write.
-    pub fn create(
-        folder: &Path,
-        checkpoint: &Checkpoint,
-        quantized: &[LinearSpec],
-        format: Format,
-        layout: &CodeLayout,
-    ) -> Result<Self> {
-        Self::with_shards_of(SHARD_BYTES, folder, checkpoint, quantized, format, layout)
+    pub fn create(folder: &Path, copy: &QuantizedCopy<'_>) -> Result<Self> {
+        Self::with_shards_of(SHARD_BYTES, folder, copy)
     }
 
     /// [`create`](Self::create) with shards of at most `shard_bytes` of tensors.
-    pub fn with_shards_of(
-        shard_bytes: u64,
-        folder: &Path,
-        checkpoint: &Checkpoint,
-        quantized: &[LinearSpec],
-        format: Format,
-        layout: &CodeLayout,
-    ) -> Result<Self> {
-        let mut writer = Self::planned(shard_bytes, folder, checkpoint, quantized, format, layout)?;
-        writer.begin(checkpoint, quantized)?;
+    pub fn with_shards_of(shard_bytes: u64, folder: &Path, copy: &QuantizedCopy<'_>) -> Result<Self> {
+        let mut writer = Self::planned(shard_bytes, folder, copy)?;
+        writer.begin(copy.checkpoint, copy.linears)?;
         Ok(writer)
     }
 
     /// Plans what [`with_shards_of`](Self::with_shards_of) creates, and touches nothing. [`begin`](Self::begin) or
     /// [`go_on`](Self::go_on) comes next.
-    pub fn planned(
-        shard_bytes: u64,
-        folder: &Path,
-        checkpoint: &Checkpoint,
-        quantized: &[LinearSpec],
-        format: Format,
-        layout: &CodeLayout,
-    ) -> Result<Self> {
-        let (linears, plan) = Self::plan(shard_bytes, checkpoint, quantized, format, layout)?;
-        let beside = SideFiles::of(checkpoint.folder())?;
-        let (folder, layout) = (folder.to_path_buf(), layout.clone());
+    pub fn planned(shard_bytes: u64, folder: &Path, copy: &QuantizedCopy<'_>) -> Result<Self> {
+        let (linears, on_disk) = Self::lay_out(shard_bytes, copy)?;
+        let beside = SideFiles::of(copy.checkpoint.folder())?;
+        let (folder, format, layout) = (folder.to_path_buf(), copy.format, copy.layout.clone());
         let names = BTreeSet::new();
-        let mut writer =
-            Self { folder, format, layout, linears, plan, beside, names, files: Vec::new(), written: HashSet::new() };
-        let shards: Vec<String> = writer.plan.shards.iter().map(|shard| shard.name.clone()).collect();
+        let mut writer = Self {
+            folder,
+            format,
+            layout,
+            linears,
+            on_disk,
+            beside,
+            names,
+            files: Vec::new(),
+            written: HashSet::new(),
+        };
+        let shards: Vec<String> = writer.on_disk.shards.iter().map(|shard| shard.name.clone()).collect();
         writer.announce(shards);
         writer.announce([CONFIG]);
         writer.announce(format.codes().and_then(|codes| codes.config_file()));
-        writer.announce(writer.plan.index().map(|_| INDEX));
+        writer.announce(writer.on_disk.index().map(|_| INDEX));
         writer.announce(writer.beside.kept.clone());
         Ok(writer)
     }
@@ -112,7 +114,7 @@ impl Writer {
     pub fn begin(&mut self, checkpoint: &Checkpoint, quantized: &[LinearSpec]) -> Result<()> {
         self.config(checkpoint, quantized)?;
         fs::create_dir(&self.folder).with_context(|| cannot_write(&self.folder))?;
-        for shard in &mut self.plan.shards {
+        for shard in &mut self.on_disk.shards {
             let path = self.folder.join(&shard.name);
             let mut file = reserve(&path, shard.length)?;
             file.write_all(&std::mem::take(&mut shard.header)).with_context(|| cannot_write(&path))?;
@@ -128,7 +130,7 @@ impl Writer {
     /// not looked at: [`write_side_files`](Self::write_side_files) makes them anew.
     pub fn go_on(&mut self, is_written: impl Fn(&str) -> bool) -> Result<()> {
         self.check_contents()?;
-        for shard in &mut self.plan.shards {
+        for shard in &mut self.on_disk.shards {
             let path = self.folder.join(&shard.name);
             let mut file = own::open(&path)?;
             let mut read = || {
@@ -146,7 +148,7 @@ impl Writer {
             shard.header.clear();
             self.files.push(file);
         }
-        self.written = self.plan.places.keys().filter(|name| is_written(name)).cloned().collect();
+        self.written = self.on_disk.places.keys().filter(|name| is_written(name)).cloned().collect();
         Ok(())
     }
 
@@ -171,7 +173,7 @@ impl Writer {
         if let (Some(name), Some(quantization)) = (beside, &quantization) {
             self.add_file(name, format!("{quantization:#}\n").as_bytes())?;
         }
-        match self.plan.index() {
+        match self.on_disk.index() {
             Some(index) => self.add_file(INDEX, index.as_bytes()),
             None => Ok(()),
         }
@@ -183,7 +185,7 @@ impl Writer {
     pub fn copy_tensors(&mut self, checkpoint: &Checkpoint, copied: &mut dyn FnMut(u64) -> Result<()>) -> Result<()> {
         for name in self.copied_names(checkpoint) {
             checkpoint.check_finite(name)?;
-            let place = self.plan.places[name];
+            let place = self.on_disk.places[name];
             self.put(place, checkpoint.tensor(name)?.bytes)?;
             checkpoint.release(name);
             self.written.insert(name.to_owned());
@@ -194,7 +196,7 @@ impl Writer {
 
     /// Bytes of the tensors that are not quantized.
     pub fn bytes_to_copy(&self, checkpoint: &Checkpoint) -> u64 {
-        self.copied_names(checkpoint).iter().map(|&name| self.plan.places[name].length).sum()
+        self.copied_names(checkpoint).iter().map(|&name| self.on_disk.places[name].length).sum()
     }
 
     fn copied_names<'a>(&self, checkpoint: &'a Checkpoint) -> Vec<&'a str> {
@@ -202,48 +204,33 @@ impl Writer {
     }
 
     /// The layers by name, and where all tensors go.
-    fn plan(
-        shard_bytes: u64,
-        checkpoint: &Checkpoint,
-        quantized: &[LinearSpec],
-        format: Format,
-        layout: &CodeLayout,
-    ) -> Result<(HashMap<String, LinearSpec>, Plan)> {
-        let (linears, tensors) = Self::check(checkpoint, quantized, format, layout)?;
-        let mut metadata: BTreeMap<String, String> = checkpoint.metadata().into_iter().collect();
+    fn lay_out(shard_bytes: u64, copy: &QuantizedCopy<'_>) -> Result<(HashMap<String, LinearSpec>, FileLayout)> {
+        let (linears, tensors) = Self::check(copy)?;
+        let mut metadata: BTreeMap<String, String> = copy.checkpoint.metadata().into_iter().collect();
         metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
-        Ok((linears, Plan::new(&tensors, shard_bytes, &metadata)?))
+        Ok((linears, FileLayout::new(&tensors, shard_bytes, &metadata)?))
     }
 
     /// Bytes of the files that [`create`](Self::create) would reserve and copy. Errors as it does, of what headers tell.
     #[cfg(feature = "run")]
-    pub(crate) fn planned_bytes(
-        checkpoint: &Checkpoint,
-        quantized: &[LinearSpec],
-        format: Format,
-        layout: &CodeLayout,
-    ) -> Result<u64> {
-        let (_, plan) = Self::plan(SHARD_BYTES, checkpoint, quantized, format, layout)?;
-        let mut bytes = plan.shards.iter().map(|shard| shard.length).sum::<u64>();
-        for name in SideFiles::of(checkpoint.folder())?.kept.into_iter().chain([CONFIG.into()]) {
-            let path = checkpoint.folder().join(name);
+    pub(crate) fn planned_bytes(copy: &QuantizedCopy<'_>) -> Result<u64> {
+        let (_, on_disk) = Self::lay_out(SHARD_BYTES, copy)?;
+        let folder = copy.checkpoint.folder();
+        let mut bytes = on_disk.shards.iter().map(|shard| shard.length).sum::<u64>();
+        for name in SideFiles::of(folder)?.kept.into_iter().chain([CONFIG.into()]) {
+            let path = folder.join(name);
             bytes += fs::metadata(&path).with_context(|| format!("cannot read {}", path.display()))?.len();
         }
-        Ok(bytes + plan.index().map_or(0, |index| index.len() as u64))
+        Ok(bytes + on_disk.index().map_or(0, |index| index.len() as u64))
     }
 
     /// What the headers alone can tell of a plan: [`create`](Self::create)'s errors about checkpoint, layers and layout of codes.
     /// Returns the layers by name, and the new checkpoint's tensors in the order of the old.
-    pub(crate) fn check(
-        checkpoint: &Checkpoint,
-        quantized: &[LinearSpec],
-        format: Format,
-        layout: &CodeLayout,
-    ) -> Result<(HashMap<String, LinearSpec>, Vec<TensorSpec>)> {
-        checkpoint.refuse_quantized()?;
-        format.check(quantized, layout)?;
-        let linears = check_linears(checkpoint, quantized)?;
-        let tensors = planned_tensors(checkpoint, &linears, format, layout)?;
+    pub(crate) fn check(copy: &QuantizedCopy<'_>) -> Result<(HashMap<String, LinearSpec>, Vec<TensorSpec>)> {
+        copy.checkpoint.refuse_quantized()?;
+        copy.format.check(copy.linears, copy.layout)?;
+        let linears = check_linears(copy.checkpoint, copy.linears)?;
+        let tensors = planned_tensors(copy, &linears)?;
         Ok((linears, tensors))
     }
 
@@ -263,7 +250,7 @@ impl Writer {
         let tensors = self.format.encode(linear, &self.layout, quantized)?;
         for (spec, bytes) in specs.iter().zip(&tensors) {
             ensure!(self.written.insert(spec.name.clone()), "the layer {module} was written before");
-            self.put(self.plan.places[&spec.name], bytes)?;
+            self.put(self.on_disk.places[&spec.name], bytes)?;
         }
         Ok(())
     }
@@ -294,7 +281,7 @@ impl Writer {
         let mut file = &self.files[place.shard];
         file.seek(SeekFrom::Start(place.offset))
             .and_then(|_| file.write_all(bytes))
-            .with_context(|| cannot_write(&self.folder.join(&self.plan.shards[place.shard].name)))
+            .with_context(|| cannot_write(&self.folder.join(&self.on_disk.shards[place.shard].name)))
     }
 
     /// Names of the tensors that stand for the layer `module`, one of those announced.
@@ -305,7 +292,7 @@ impl Writer {
 
     /// Returns once all tensors written so far have reached the disk.
     pub fn sync(&self) -> Result<()> {
-        for (file, shard) in self.files.iter().zip(&self.plan.shards) {
+        for (file, shard) in self.files.iter().zip(&self.on_disk.shards) {
             file.sync_data().with_context(|| cannot_write(&self.folder.join(&shard.name)))?;
         }
         sync_folder(&self.folder)
@@ -313,7 +300,7 @@ impl Writer {
 
     /// Returns once the whole checkpoint has reached the disk. Errors when a layer was not written, and when writing fails.
     pub fn finish(self) -> Result<()> {
-        let missing: Vec<&String> = self.plan.places.keys().filter(|name| !self.written.contains(*name)).collect();
+        let missing: Vec<&String> = self.on_disk.places.keys().filter(|name| !self.written.contains(*name)).collect();
         if let Some(first) = missing.iter().min() {
             bail!("{} tensors were never written, among them {first}", missing.len());
         }
@@ -353,12 +340,8 @@ fn check_linears(checkpoint: &Checkpoint, quantized: &[LinearSpec]) -> Result<Ha
 }
 
 /// Tensors of the new checkpoint, in the order of the old.
-fn planned_tensors(
-    checkpoint: &Checkpoint,
-    linears: &HashMap<String, LinearSpec>,
-    format: Format,
-    layout: &CodeLayout,
-) -> Result<Vec<TensorSpec>> {
+fn planned_tensors(copy: &QuantizedCopy<'_>, linears: &HashMap<String, LinearSpec>) -> Result<Vec<TensorSpec>> {
+    let &QuantizedCopy { checkpoint, format, layout, .. } = copy;
     let mut tensors = Vec::new();
     for name in checkpoint.names() {
         match name.strip_suffix(".weight").and_then(|module| linears.get(module)) {

@@ -10,11 +10,32 @@ pub fn packed_words(count: usize, bits: u32) -> usize {
     (count * bits as usize).div_ceil(32)
 }
 
-/// Packs the run `codes[0], codes[code_stride], …` of `count` codes, each below `2^bits`, into
-/// `words[0], words[word_stride], …`, [`packed_words`] of them, all overwritten. Strides count elements.
+/// A run of codes, and the run of words that they are packed into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackedRun {
+    /// Width of a code in bits, from 1 to 8.
+    pub bits: u32,
+    /// Codes in the run.
+    pub count: usize,
+    /// Elements from a code to the next one.
+    pub code_stride: usize,
+    /// Elements from a word to the next one.
+    pub word_stride: usize,
+}
+
+impl PackedRun {
+    /// Codes side by side, as their words are.
+    pub fn dense(bits: u32, count: usize) -> Self {
+        Self { bits, count, code_stride: 1, word_stride: 1 }
+    }
+}
+
+/// Packs the codes of `run`, each below `2^bits`, that begin with the first of `codes`, into the words that begin with the first of
+/// `words`: [`packed_words`] of them, all overwritten.
 ///
-/// `bits` is from 1 to 8. Panics when a slice is too short for its run: sizes are the caller's to know.
-pub fn pack(codes: &[u8], code_stride: usize, count: usize, bits: u32, words: &mut [u32], word_stride: usize) {
+/// Panics when a slice is too short for its run: sizes are the caller's to know.
+pub fn pack(codes: &[u8], words: &mut [u32], run: PackedRun) {
+    let PackedRun { bits, count, code_stride, word_stride } = run;
     let mut pending = 0u64;
     let mut filled = 0;
     let mut next = 0;
@@ -35,9 +56,9 @@ pub fn pack(codes: &[u8], code_stride: usize, count: usize, bits: u32, words: &m
     }
 }
 
-/// The inverse of [`pack`]: reads `count` codes of `bits` bits from `words[0], words[word_stride], …` and stores them at
-/// `codes[0], codes[code_stride], …`.
-pub fn unpack(words: &[u32], word_stride: usize, count: usize, bits: u32, codes: &mut [u8], code_stride: usize) {
+/// The inverse of [`pack`]: reads the codes of `run` from its words and stores them in their places.
+pub fn unpack(words: &[u32], codes: &mut [u8], run: PackedRun) {
+    let PackedRun { bits, count, code_stride, word_stride } = run;
     let mask = (1u64 << bits) - 1;
     let mut pending = 0u64;
     let mut filled = 0;

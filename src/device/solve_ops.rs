@@ -89,7 +89,7 @@ pub struct SolveState<T> {
 
 /// One block of columns to quantize.
 #[derive(Debug)]
-pub struct Block<'a, T> {
+pub struct ColumnBlock<'a, T> {
     /// The columns; at most [`BLOCK`] of them where `factor` is given.
     pub columns: Range<usize>,
     /// First column of the span that `error` and `cross` stand for.
@@ -215,7 +215,7 @@ pub trait SolveOps: Device {
     /// [`take_codes`](Self::take_codes).
     fn quantize_block(
         &self,
-        block: &Block<'_, Self::Tensor>,
+        block: &ColumnBlock<'_, Self::Tensor>,
         state: &mut SolveState<Self::Tensor>,
         codes: &mut Self::Codes,
     ) -> Result<()>;

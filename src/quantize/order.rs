@@ -31,7 +31,7 @@ pub fn processing_order(diagonal: &[f32], group: usize, order: Order) -> Vec<u32
 /// Columns of a block that is quantized at a time, and of a span of blocks that products over all earlier columns
 /// bring up to date at once.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Span {
+pub(crate) struct ColumnSpan {
     /// First column.
     pub(crate) start: usize,
     /// Past the last column.
@@ -42,7 +42,7 @@ pub(crate) struct Span {
 
 /// Cuts `columns` columns into spans of blocks of at most `widest` columns. Small groups lie whole in a block; a larger
 /// group is a span of its own, because its range is taken over all of its columns, current at its first.
-pub(crate) fn spans(columns: usize, group: usize, widest: usize) -> Vec<Span> {
+pub(crate) fn spans(columns: usize, group: usize, widest: usize) -> Vec<ColumnSpan> {
     // Four blocks: wide enough for products to run at full speed, narrow enough to stay in cache.
     const BLOCKS: usize = 4;
     let small = group <= widest || group >= columns;
@@ -53,7 +53,7 @@ pub(crate) fn spans(columns: usize, group: usize, widest: usize) -> Vec<Span> {
         .map(|start| {
             let end = (start + length).min(columns);
             let blocks = (start..end).step_by(width).map(|first| first..(first + width).min(end)).collect();
-            Span { start, end, blocks }
+            ColumnSpan { start, end, blocks }
         })
         .collect()
 }

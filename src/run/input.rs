@@ -3,7 +3,8 @@
 use super::places::{self, Chunked, HELD_OUT, Places};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::{FamilySupport, Format, LinearSpec};
-use crate::checkpoint::write::Writer;
+use crate::checkpoint::write::{QuantizedCopy, Writer};
+use crate::codes::CodeLayout;
 use crate::data::TakesTooLong;
 use crate::data::chunks::chunks_of_tokens;
 use crate::data::dataset;
@@ -96,7 +97,13 @@ impl Input {
             Solver::Gptq | Solver::Gptaq => settings.refit.unwrap_or_else(|| Refit::usual(&solver)),
         };
         let linears = linear_specs(&config);
-        Writer::check(&checkpoint, &linears, settings.format, &solver.layout())?;
+        let layout = solver.layout();
+        Writer::check(&QuantizedCopy {
+            checkpoint: &checkpoint,
+            linears: &linears,
+            format: settings.format,
+            layout: &layout,
+        })?;
         let (data, samples) = match solver.solver {
             Solver::Rtn => (Data::default(), Vec::new()),
             Solver::Gptq | Solver::Gptaq => {
@@ -182,9 +189,14 @@ impl Input {
         MemoryPlan::fit(&job, &costs, device.memory_limit())?.with_host(&job, &costs, &process)
     }
 
+    /// What is to be written, where codes are laid out so.
+    pub(super) fn copy<'a>(&'a self, layout: &'a CodeLayout) -> QuantizedCopy<'a> {
+        QuantizedCopy { checkpoint: &self.checkpoint, linears: &self.linears, format: self.format, layout }
+    }
+
     /// Counts what room a run will take on disk, and refuses what cannot fit.
     pub(super) fn disk(&self, job: &Job<'_>, element_bytes: usize, format: Format, out: &Path) -> Result<DiskPlan> {
-        let output = Writer::planned_bytes(&self.checkpoint, &self.linears, format, &self.solver.layout())?;
+        let output = Writer::planned_bytes(&QuantizedCopy { format, ..self.copy(&self.solver.layout()) })?;
         let plan = DiskPlan::new(out, output, StateBytes::of(job, element_bytes).total());
         plan.check(out)?;
         Ok(plan)

@@ -110,9 +110,8 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
 
     /// What writes the checkpoint, planned, with all that it is to have: the work folder is told.
     fn writer(&self, work: &mut WorkFolder) -> Result<Writer> {
-        let (input, format) = (self.input, self.settings.format);
-        let (folder, source) = (work.checkpoint(), &input.checkpoint);
-        let mut writer = Writer::planned(SHARD_BYTES, &folder, source, &input.linears, format, &input.solver.layout())?;
+        let (source, layout) = (&self.input.checkpoint, self.input.solver.layout());
+        let mut writer = Writer::planned(SHARD_BYTES, &work.checkpoint(), &self.input.copy(&layout))?;
         writer.announce(card::names(source.folder()));
         writer.announce(RunReport::NAMES);
         writer.announce([SUMS]);

@@ -6,7 +6,7 @@ use crate::support::{data, message};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use vlmq::checkpoint::{Checkpoint, Format, LinearSpec, WorkFolder, Writer};
+use vlmq::checkpoint::{Checkpoint, Format, LinearSpec, QuantizedCopy, WorkFolder, Writer};
 use vlmq::codes::Order;
 
 const GPTQ: Format = Format::GPTQ_V1;
@@ -185,9 +185,9 @@ fn shards_hold_no_more_than_the_limit_and_read_as_one() {
     let limit = 400_000;
     let target = scratch.path().join("many");
     let linears = decoder_linears(&source);
-    let mut writer =
-        Writer::with_shards_of(limit, &target, &source, &linears, Format::COMPRESSED_TENSORS, &settings.layout())
-            .unwrap();
+    let (format, layout) = (Format::COMPRESSED_TENSORS, settings.layout());
+    let copy = QuantizedCopy { checkpoint: &source, linears: &linears, format, layout: &layout };
+    let mut writer = Writer::with_shards_of(limit, &target, &copy).unwrap();
     writer.copy_tensors(&source, &mut |_| Ok(())).unwrap();
     // Backwards: places do not depend on the order in which layers are done.
     for linear in linears.iter().rev() {
@@ -274,8 +274,8 @@ fn refusals_come_before_anything_is_created() {
     let target = scratch.path().join("new");
     let good = settings(Format::COMPRESSED_TENSORS, 3, Some(128), false, Order::None);
     let linears = decoder_linears(&source);
-    let create = |target: &Path, source: &Checkpoint, linears: &[LinearSpec], format: Format, settings: &_| {
-        message(Writer::create(target, source, linears, format, settings))
+    let create = |target: &Path, source: &Checkpoint, linears: &[LinearSpec], format: Format, layout: &_| {
+        message(Writer::create(target, &QuantizedCopy { checkpoint: source, linears, format, layout }))
     };
 
     let error = message(WorkFolder::open(&taken));
@@ -337,8 +337,9 @@ fn a_broken_run_leaves_nothing() {
     };
     let create = || {
         let work = WorkFolder::open(&target).unwrap();
-        let format = Format::COMPRESSED_TENSORS;
-        let mut writer = Writer::create(&work.checkpoint(), &source, &linears, format, &good.layout()).unwrap();
+        let (format, layout) = (Format::COMPRESSED_TENSORS, good.layout());
+        let copy = QuantizedCopy { checkpoint: &source, linears: &linears, format, layout: &layout };
+        let mut writer = Writer::create(&work.checkpoint(), &copy).unwrap();
         writer.copy_tensors(&source, &mut |_| Ok(())).unwrap();
         (work, writer)
     };

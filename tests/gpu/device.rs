@@ -7,11 +7,11 @@
 use crate::support::devices::{Case, device, difference, norm_error, numbers, on_gpu, own_device, tolerance, whole};
 use crate::support::ties::Layer;
 use crate::support::{message, noise};
-use vlmq::codes::pack::pack;
+use vlmq::codes::pack::{PackedRun, pack};
 use vlmq::device::cpu::Cpu;
-use vlmq::device::cuda::{Cuda, CudaTensor, PackedAlong, Packing};
+use vlmq::device::cuda::{CodeMatrix, CodesAlong, Cuda, CudaTensor};
 use vlmq::device::{
-    Activation, AttentionShape, BLOCK, Block, BlockCodes, BlockShape, Device, Factored, GridRule, ModelOps,
+    Activation, AttentionShape, BLOCK, BlockCodes, BlockShape, ColumnBlock, Device, Factored, GridRule, ModelOps,
     PermuteSymmetric, ProductRange, QuantizedWeight, Rotary, SolveOps, SolveState, Span,
 };
 use vlmq::quantize::plain::quantize_layer;
@@ -154,18 +154,19 @@ fn codes_are_packed_and_become_weights() {
             let (along, down) = ((cols * bits as usize).div_ceil(32), (rows * bits as usize).div_ceil(32));
             let mut expected = [vec![0; rows * along], vec![0; down * cols]];
             for (codes, words) in codes.chunks(cols).zip(expected[0].chunks_mut(along)) {
-                pack(codes, 1, cols, bits, words, 1);
+                pack(codes, words, PackedRun::dense(bits, cols));
             }
             let less: Vec<u8> = codes.iter().map(|c| c.wrapping_sub(1) & ((1u16 << bits) - 1) as u8).collect();
             for column in 0..cols {
-                pack(&less[column..], cols, rows, bits, &mut expected[1][column..], cols);
+                let run = PackedRun { bits, count: rows, code_stride: cols, word_stride: cols };
+                pack(&less[column..], &mut expected[1][column..], run);
             }
             for (along, offset, expected) in
-                [(PackedAlong::Rows, 0, &expected[0]), (PackedAlong::Columns, 1, &expected[1])]
+                [(CodesAlong::Rows, 0, &expected[0]), (CodesAlong::Columns, 1, &expected[1])]
             {
-                let packing = Packing { rows, cols, bits, along, offset };
-                assert_eq!(&cuda.pack(&codes, &packing).unwrap(), expected, "{packing:?}");
-                assert_eq!(cuda.unpack(expected, &packing).unwrap(), codes, "{packing:?}");
+                let matrix = CodeMatrix { rows, cols, bits, along, offset };
+                assert_eq!(&cuda.pack(&codes, &matrix).unwrap(), expected, "{matrix:?}");
+                assert_eq!(cuda.unpack(expected, &matrix).unwrap(), codes, "{matrix:?}");
             }
         }
         let x = numbers(17, 33, 40);
@@ -508,7 +509,7 @@ fn weights_are_rounded_to_nearest_alike() {
         let error = device.zeros(w.rows(), 0).unwrap();
         let mut state = SolveState { residual, carried: None, shift: None, error, cross: None };
         let mut codes = device.room_for_codes(w.rows(), &[BlockShape { columns: 96, groups: 3 }]).unwrap();
-        let block = Block { columns: 0..96, span: 0, group: 32, grid: None, rule, factor: None, cross: None };
+        let block = ColumnBlock { columns: 0..96, span: 0, group: 32, grid: None, rule, factor: None, cross: None };
         device.quantize_block(&block, &mut state, &mut codes).unwrap();
         device.take_codes(codes, &rule).unwrap()
     }

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use vlmq::codes::QuantizedLinear;
-use vlmq::codes::pack::{pack, packed_words};
+use vlmq::codes::pack::{PackedRun, pack, packed_words};
 use vlmq::device::ModelOps;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::Cuda;
@@ -122,7 +122,7 @@ fn a_c_program_quantizes_a_layer_as_the_library_does() {
 
     let mut expected = vec![0; words];
     for (row, words) in expected.chunks_mut(packed_words(FEATURES, BITS)).enumerate() {
-        pack(&codes[row * FEATURES..], 1, FEATURES, BITS, words, 1);
+        pack(&codes[row * FEATURES..], words, PackedRun::dense(BITS, FEATURES));
     }
     assert_eq!(found_words, expected);
 }

@@ -4,7 +4,7 @@ use crate::buffers::{Buffer, DTYPES, Element, F32, U8, U32, noise, rounded};
 use crate::calls::{accepted, refused, refused_each};
 use crate::support::kernels::{Variant, kernels, pass_under_sanitizers, set_seed};
 use crate::support::uniform;
-use vlmq::codes::pack::{pack, packed_words, unpack};
+use vlmq::codes::pack::{PackedRun, pack, packed_words, unpack};
 use vlmq::device::WIDTHS;
 use vlmq::device::cuda::bindings::*;
 
@@ -53,7 +53,7 @@ fn packed(codes: &[u8], runs: usize, count: usize, bits: u32, subtract: u8) -> V
     let shifted: Vec<u8> = codes.iter().map(|code| code.wrapping_sub(subtract) & mask).collect();
     let mut out = vec![0; runs * words];
     for r in 0..runs {
-        pack(&shifted[r * count..][..count], 1, count, bits, &mut out[r * words..][..words], 1);
+        pack(&shifted[r * count..][..count], &mut out[r * words..][..words], PackedRun::dense(bits, count));
     }
     out
 }
@@ -159,7 +159,8 @@ fn gptq_files_read_back() {
         let read = qweight.values();
         for output in 0..outputs {
             let mut row = vec![0; inputs];
-            unpack(&read[output..], outputs, inputs, bits, &mut row, 1);
+            let run = PackedRun { word_stride: outputs, ..PackedRun::dense(bits, inputs) };
+            unpack(&read[output..], &mut row, run);
             assert!(row == layer[output * inputs..][..inputs], "{bits} bits, output {output}");
         }
 
@@ -174,7 +175,7 @@ fn gptq_files_read_back() {
         let read = qzeros.values();
         for group in 0..groups {
             let mut column = vec![0; outputs];
-            unpack(&read[group * words..], 1, outputs, bits, &mut column, 1);
+            unpack(&read[group * words..], &mut column, PackedRun::dense(bits, outputs));
             assert!((0..outputs).all(|o| column[o] + 1 == zeros[o * groups + group]), "{bits} bits, group {group}");
         }
     }

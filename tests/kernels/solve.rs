@@ -9,7 +9,7 @@ use std::ops::Range;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
 use vlmq::device::{
-    BLOCK, Block, CrossFactor, Factor, Grid, GridRule, GroupGrid, ProductRange, SolveOps, SolveState, WIDTHS,
+    BLOCK, ColumnBlock, CrossFactor, Factor, Grid, GridRule, GroupGrid, ProductRange, SolveOps, SolveState, WIDTHS,
 };
 use vlmq::tensor::Float;
 use vlmq::tensor::Matrix;
@@ -33,7 +33,7 @@ fn follow(prepared: &Prepared, blocks: &[Range<usize>], w: &Matrix, job: Job, ta
             scales: (0..w.rows()).map(|r| 0.25 + (r % 3) as f32 / 16.0).collect(),
             zeros: vec![1 << (job.rule.bits - 1); w.rows()],
         };
-        let block = Block {
+        let block = ColumnBlock {
             columns: columns.clone(),
             span: 0,
             group: job.group.map_or(BLOCK, |group| if columns.len() % group == 0 { group } else { columns.len() }),
@@ -124,7 +124,7 @@ fn a_first_block_is_exact() {
                     continue;
                 }
                 let mode = MODES[(turn + index) % 3];
-                let block = Block {
+                let block = ColumnBlock {
                     columns: 0..columns,
                     span: 0,
                     group,
@@ -165,8 +165,15 @@ fn round_to_nearest_is_exact() {
                 let rule = GridRule { bits, symmetric: turn % 2 == 0, grid, scale_type, smallest_zero: turn as u8 % 2 };
                 let given = GroupGrid { scales: vec![0.125; rows], zeros: vec![1; rows] };
                 for given in [None, Some(&given)] {
-                    let block =
-                        Block { columns: 3..columns + 3, span: 0, group, grid: given, rule, factor: None, cross: None };
+                    let block = ColumnBlock {
+                        columns: 3..columns + 3,
+                        span: 0,
+                        group,
+                        grid: given,
+                        rule,
+                        factor: None,
+                        cross: None,
+                    };
                     let state = weights_alone(w.clone());
                     let (ours, cpu) = (quantize_block(&block, &state), on_cpu(&block, &state));
                     let what = format!("{rows}x{columns} by {group}, {rule:?}, given {}", given.is_some());
@@ -219,7 +226,7 @@ fn numbers_of_few_bits_are_exact() {
     };
     let given = GroupGrid { scales: (0..rows).map(|r| [0.125, 0.25][r % 2]).collect(), zeros: vec![128; rows] };
     for mode in MODES {
-        let block = Block {
+        let block = ColumnBlock {
             columns: first..first + width,
             span: first - 2,
             group: width,
@@ -293,7 +300,7 @@ fn schedules_do_not_matter() {
     for mode in MODES {
         let mut state = prepared.state(&w, mode, 110);
         state.error = matrix(41, 110, 62);
-        let block = Block {
+        let block = ColumnBlock {
             columns: 45..110,
             span: 0,
             group: 13,
@@ -306,7 +313,7 @@ fn schedules_do_not_matter() {
     }
     let state = weights_alone(w);
     let rule = GridRule { grid: Grid::Mse, ..RULE };
-    let block = Block { columns: 0..110, span: 0, group: 55, grid: None, rule, factor: None, cross: None };
+    let block = ColumnBlock { columns: 0..110, span: 0, group: 55, grid: None, rule, factor: None, cross: None };
     schedules(0..4, || quantize_block_as_is(&block, &state).bits());
 }
 
@@ -328,7 +335,7 @@ fn many_rows_are_as_few() {
             let top = |x: &Matrix| Matrix::new(rows, columns, x.data()[..rows * columns].to_vec()).unwrap();
             let mut state = prepared.state(&top(&w), mode, columns);
             state.error = top(&error);
-            let block = Block {
+            let block = ColumnBlock {
                 columns: 0..columns,
                 span: 0,
                 group: columns / 3,
@@ -358,7 +365,7 @@ fn a_scale_that_does_not_fit_is_told() {
     w.row_mut(47)[3] = f32::NAN;
     w.row_mut(47)[4] = f32::INFINITY;
     for factor in [None, Some(&prepared.factor)] {
-        let block = Block { columns: 0..40, span: 0, group: 20, grid: None, rule: RULE, factor, cross: None };
+        let block = ColumnBlock { columns: 0..40, span: 0, group: 20, grid: None, rule: RULE, factor, cross: None };
         let span = if factor.is_some() { 40 } else { 0 };
         let state = prepared.state(&w, Mode::Gptq, span);
         assert_eq!(quantize_block(&block, &state).status, 33);

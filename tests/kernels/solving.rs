@@ -8,7 +8,7 @@ use std::ops::Range;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
 use vlmq::device::{
-    Block, BlockCodes, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid, SolveOps, SolveState,
+    BlockCodes, ColumnBlock, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid, SolveOps, SolveState,
 };
 use vlmq::tensor::Float;
 use vlmq::tensor::Matrix;
@@ -129,12 +129,12 @@ impl Bits for GroupGrid {
     }
 }
 
-fn groups_of(block: &Block<'_, Matrix>) -> usize {
+fn groups_of(block: &ColumnBlock<'_, Matrix>) -> usize {
     if block.grid.is_some() { 1 } else { block.columns.len() / block.group }
 }
 
 /// Runs `vlmq_quantize_block` on a GPU with ample shared memory and on one with little, which must give the same bits.
-pub(crate) fn quantize_block(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> Outcome {
+pub(crate) fn quantize_block(block: &ColumnBlock<'_, Matrix>, state: &SolveState<Matrix>) -> Outcome {
     let [ample, small] = [SHARED_KIB[0], SHARED_KIB[1]].map(|kib| {
         set_shared_kib(kernels(), kib);
         quantize_block_as_is(block, state)
@@ -145,7 +145,7 @@ pub(crate) fn quantize_block(block: &Block<'_, Matrix>, state: &SolveState<Matri
 }
 
 /// Runs `vlmq_quantize_block`; what it may not touch is checked.
-pub(crate) fn quantize_block_as_is(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> Outcome {
+pub(crate) fn quantize_block_as_is(block: &ColumnBlock<'_, Matrix>, state: &SolveState<Matrix>) -> Outcome {
     let (rows, features) = (state.residual.rows(), state.residual.cols());
     let (width, groups) = (block.columns.len(), groups_of(block));
     let in_out = |x: &Matrix| Buffer::in_out(F32, x.data(), 0);
@@ -283,7 +283,7 @@ impl Tally {
     }
 }
 
-pub(crate) fn on_cpu(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> Outcome {
+pub(crate) fn on_cpu(block: &ColumnBlock<'_, Matrix>, state: &SolveState<Matrix>) -> Outcome {
     let mut state = state.clone();
     let mut all = Vec::new();
     Cpu.quantize_block(block, &mut state, &mut all).unwrap();
@@ -292,7 +292,12 @@ pub(crate) fn on_cpu(block: &Block<'_, Matrix>, state: &SolveState<Matrix>) -> O
 }
 
 /// Errors of rows from the outcome's residual, in float64: `‖(W − Ŵ)_span·R‖²` on the block's columns.
-pub(crate) fn check_row_errors(outcome: &Outcome, block: &Block<'_, Matrix>, factor: &Factor<Matrix>, what: &str) {
+pub(crate) fn check_row_errors(
+    outcome: &Outcome,
+    block: &ColumnBlock<'_, Matrix>,
+    factor: &Factor<Matrix>,
+    what: &str,
+) {
     for (row, &error) in outcome.row_errors.iter().enumerate() {
         let residual = outcome.state.residual.row(row);
         let exact: f64 = (block.columns.clone())

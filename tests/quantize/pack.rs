@@ -6,7 +6,7 @@ use safetensors::SafeTensors;
 use std::fs;
 use vlmq::checkpoint::{Checkpoint, Format, LinearSpec};
 use vlmq::codes::QuantizedLinear;
-use vlmq::codes::pack::{pack, packed_words, unpack};
+use vlmq::codes::pack::{PackedRun, pack, packed_words, unpack};
 use vlmq::device::WIDTHS;
 use vlmq::quantize::settings::{Order, SolverSettings};
 
@@ -47,14 +47,15 @@ fn all_lengths_widths_and_strides_pack_and_unpack() {
                     }
                     // What was there before must go, what lies between must stay.
                     let mut words = vec![0xdead_beef; expected.len() * word_stride];
-                    pack(&spread, code_stride, count, bits, &mut words, word_stride);
+                    let run = PackedRun { bits, count, code_stride, word_stride };
+                    pack(&spread, &mut words, run);
                     let taken: Vec<u32> = words.iter().copied().step_by(word_stride).collect();
                     assert_eq!(taken, expected, "{bits} bits, {count} codes, strides {code_stride} {word_stride}");
                     let between = words.iter().enumerate().filter(|(place, _)| place % word_stride != 0);
                     assert!(between.into_iter().all(|(_, &word)| word == 0xdead_beef));
 
                     let mut back = vec![0; spread.len()];
-                    unpack(&words, word_stride, count, bits, &mut back, code_stride);
+                    unpack(&words, &mut back, run);
                     assert_eq!(back, spread);
                 }
             }
@@ -70,10 +71,10 @@ fn every_code_at_every_place_of_a_block() {
                 let mut codes = vec![0; 32];
                 codes[place] = code as u8;
                 let mut words = vec![0; bits as usize];
-                pack(&codes, 1, 32, bits, &mut words, 1);
+                pack(&codes, &mut words, PackedRun::dense(bits, 32));
                 assert_eq!(words, bit_by_bit(&codes, bits));
                 let mut back = vec![9; 32];
-                unpack(&words, 1, 32, bits, &mut back, 1);
+                unpack(&words, &mut back, PackedRun::dense(bits, 32));
                 assert_eq!(back, codes);
             }
         }

@@ -1,7 +1,7 @@
 //! Checkpoints for tests: the small trained one, hand-made ones, and a plain round-to-nearest to fill files with.
 
 use std::path::Path;
-use vlmq::checkpoint::{Checkpoint, Format, LinearSpec, WorkFolder, Writer};
+use vlmq::checkpoint::{Checkpoint, Format, LinearSpec, QuantizedCopy, WorkFolder, Writer};
 use vlmq::codes::QuantizedLinear;
 use vlmq::quantize::settings::{Order, SolverSettings};
 use vlmq::tensor::Float;
@@ -91,7 +91,9 @@ pub fn write_rounded(
 ) -> anyhow::Result<Vec<(LinearSpec, QuantizedLinear)>> {
     let linears = decoder_linears(source);
     let mut work = WorkFolder::open(target)?;
-    let mut writer = Writer::create(&work.checkpoint(), source, &linears, format, &settings.layout())?;
+    let layout = settings.layout();
+    let copy = QuantizedCopy { checkpoint: source, linears: &linears, format, layout: &layout };
+    let mut writer = Writer::create(&work.checkpoint(), &copy)?;
     writer.copy_tensors(source, &mut |_| Ok(()))?;
     let mut written = Vec::new();
     for linear in linears {

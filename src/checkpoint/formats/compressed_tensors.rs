@@ -15,7 +15,7 @@ use super::stored::{StoredLayer, Words};
 use crate::checkpoint::config::{Packing, bits, group_size};
 use crate::checkpoint::convert::{bytes_from_floats, bytes_from_words, dtype_of};
 use crate::codes::Order;
-use crate::codes::pack::{pack, packed_words, unpack};
+use crate::codes::pack::{PackedRun, pack, packed_words, unpack};
 use crate::codes::{CodeLayout, QuantizedLinear};
 use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
@@ -59,15 +59,16 @@ impl FileFormat for CompressedTensors {
         let row = packed_words(inputs, bits);
         let mut packed = vec![0; out * row];
         quantized.codes.par_chunks_exact(inputs).zip(packed.par_chunks_exact_mut(row)).for_each(|(codes, words)| {
-            pack(codes, 1, inputs, bits, words, 1);
+            pack(codes, words, PackedRun::dense(bits, inputs));
         });
         let shape = [out as i64, inputs as i64].iter().flat_map(|size| size.to_le_bytes()).collect();
         let mut tensors =
             vec![bytes_from_words(&packed), bytes_from_floats(layout.scale_type, &quantized.scales), shape];
         if !layout.symmetric {
             let mut zeros = vec![0; packed_words(out, bits) * groups];
+            let run = PackedRun { bits, count: out, code_stride: groups, word_stride: groups };
             for group in 0..groups {
-                pack(&quantized.zeros[group..], groups, out, bits, &mut zeros[group..], groups);
+                pack(&quantized.zeros[group..], &mut zeros[group..], run);
             }
             tensors.push(bytes_from_words(&zeros));
         }
@@ -190,13 +191,14 @@ impl CodeFormat for CompressedTensors {
         let packed = weight.read();
         let mut codes = vec![0; out * inputs];
         let rows = packed.par_chunks_exact(packed_words(inputs, bits)).zip(codes.par_chunks_exact_mut(inputs));
-        rows.for_each(|(words, codes)| unpack(words, 1, inputs, bits, codes, 1));
+        rows.for_each(|(words, codes)| unpack(words, codes, PackedRun::dense(bits, inputs)));
         let scales = checkpoint.matrix(&layer.name("weight_scale"), out, groups)?.into_data();
         let mut zeros = vec![1 << (bits - 1); out * groups];
         if let Some(packed) = stored_zeros {
             let packed = packed.read();
+            let run = PackedRun { bits, count: out, code_stride: groups, word_stride: groups };
             for group in 0..groups {
-                unpack(&packed[group..], groups, out, bits, &mut zeros[group..], groups);
+                unpack(&packed[group..], &mut zeros[group..], run);
             }
         }
         let group_index = if has_index { Some(layer.group_index("weight_g_idx")?) } else { None };

@@ -13,7 +13,7 @@ use super::specs::{LinearSpec, TensorSpec, misfits};
 use super::stored::{StoredLayer, Words};
 use crate::checkpoint::config::{Packing, bits, group_size};
 use crate::checkpoint::convert::{bytes_from_floats, bytes_from_words, dtype_of};
-use crate::codes::pack::{pack, packed_words, unpack};
+use crate::codes::pack::{PackedRun, pack, packed_words, unpack};
 use crate::codes::{CodeLayout, QuantizedLinear};
 use crate::tensor::Float;
 use anyhow::{Context, Result, bail, ensure};
@@ -126,17 +126,18 @@ impl FileFormat for Gptq {
         );
         let mut weight = vec![0; packed_words(inputs, bits) * out];
         // 32 codes fill whole words, as many as a code has bits: rows of words that no other codes share.
-        weight.par_chunks_mut(bits as usize * out).enumerate().for_each(|(run, words)| {
-            let columns = run * 32..inputs.min(run * 32 + 32);
+        weight.par_chunks_mut(bits as usize * out).enumerate().for_each(|(first, words)| {
+            let columns = first * 32..inputs.min(first * 32 + 32);
+            let run = PackedRun { word_stride: out, ..PackedRun::dense(bits, columns.len()) };
             for (row, codes) in quantized.codes.chunks_exact(inputs).enumerate() {
-                pack(&codes[columns.clone()], 1, columns.len(), bits, &mut words[row..], out);
+                pack(&codes[columns.clone()], &mut words[row..], run);
             }
         });
         let stored: Vec<u8> = quantized.zeros.iter().map(|zero| zero - less).collect();
         let row = packed_words(out, bits);
         let mut zeros = vec![0; groups * row];
         for (group, words) in zeros.chunks_exact_mut(row).enumerate() {
-            pack(&stored[group..], groups, out, bits, words, 1);
+            pack(&stored[group..], words, PackedRun { code_stride: groups, ..PackedRun::dense(bits, out) });
         }
         let scales: Vec<f32> = transposed(&quantized.scales, out, groups);
         let index: Vec<u32> = (0..inputs).map(|column| quantized.group_of(column) as u32).collect();
@@ -264,13 +265,13 @@ impl CodeFormat for Gptq {
         let weight = weight.read();
         let mut codes = vec![0; out * inputs];
         for (row, codes) in codes.chunks_exact_mut(inputs).enumerate() {
-            unpack(&weight[row..], out, inputs, bits, codes, 1);
+            unpack(&weight[row..], codes, PackedRun { word_stride: out, ..PackedRun::dense(bits, inputs) });
         }
         let row = packed_words(out, bits);
         let packed = zeros.read();
         let mut zeros = vec![0; out * groups];
         for (group, words) in packed.chunks_exact(row).enumerate() {
-            unpack(words, 1, out, bits, &mut zeros[group..], groups);
+            unpack(words, &mut zeros[group..], PackedRun { code_stride: groups, ..PackedRun::dense(bits, out) });
         }
         let name = || layer.name("qzeros");
         let version = match packing.symmetric {

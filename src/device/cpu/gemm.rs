@@ -31,7 +31,7 @@ impl Element for f64 {
 
 /// A strided read-only view: element (r, c) is `data[r * row_stride + c * col_stride]`.
 #[derive(Clone, Copy)]
-pub(crate) struct View<'a, T = f32> {
+pub(crate) struct Strided<'a, T = f32> {
     data: &'a [T],
     rows: usize,
     cols: usize,
@@ -39,7 +39,7 @@ pub(crate) struct View<'a, T = f32> {
     col_stride: usize,
 }
 
-impl<'a, T> View<'a, T> {
+impl<'a, T> Strided<'a, T> {
     /// Row-major view of `rows` rows of `cols` columns, `row_stride` apart.
     pub(crate) fn new(data: &'a [T], rows: usize, cols: usize, row_stride: usize) -> Self {
         assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len(), "view outside its data");
@@ -52,21 +52,21 @@ impl<'a, T> View<'a, T> {
     }
 }
 
-impl<'a> From<&'a Matrix> for View<'a> {
+impl<'a> From<&'a Matrix> for Strided<'a> {
     fn from(matrix: &'a Matrix) -> Self {
         Self::new(matrix.data(), matrix.rows(), matrix.cols(), matrix.cols())
     }
 }
 
 /// A row-major view to write to, rows `row_stride` apart.
-pub(crate) struct ViewMut<'a, T = f32> {
+pub(crate) struct StridedMut<'a, T = f32> {
     data: &'a mut [T],
     rows: usize,
     cols: usize,
     row_stride: usize,
 }
 
-impl<'a, T> ViewMut<'a, T> {
+impl<'a, T> StridedMut<'a, T> {
     /// Row-major view of `rows` rows of `cols` columns, `row_stride` apart.
     pub(crate) fn new(data: &'a mut [T], rows: usize, cols: usize, row_stride: usize) -> Self {
         assert!(rows == 0 || cols == 0 || (rows - 1) * row_stride + cols <= data.len(), "view outside its data");
@@ -76,7 +76,7 @@ impl<'a, T> ViewMut<'a, T> {
 }
 
 /// `c = beta · c + alpha · a · b`. With `beta` 0 the old content of `c` is never read.
-pub(crate) fn gemm<T: Element>(alpha: T, a: View<'_, T>, b: View<'_, T>, beta: T, c: ViewMut<'_, T>) {
+pub(crate) fn gemm<T: Element>(alpha: T, a: Strided<'_, T>, b: Strided<'_, T>, beta: T, c: StridedMut<'_, T>) {
     assert!(a.cols == b.rows && a.rows == c.rows && b.cols == c.cols, "product of shapes that do not fit");
     // SAFETY: the constructors checked that every element of the three views lies inside its slice, `c` is borrowed
     // mutably and so overlaps neither operand, and its elements are distinct (rows at least `cols` apart).

@@ -2,8 +2,8 @@
 
 pub(crate) mod gemm;
 mod model;
-pub(crate) mod packed;
 mod solve;
+pub(crate) mod strips;
 pub(crate) mod vector;
 mod workspace;
 

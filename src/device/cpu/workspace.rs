@@ -2,8 +2,8 @@
 
 use super::gemm;
 use super::model::QUERY_BLOCK;
-use super::packed::STRIP_BYTES;
 use super::solve::statistics_workspace;
+use super::strips::STRIP_BYTES;
 use crate::device::{AttentionShape, BLOCK, Work};
 
 /// Bytes of a float32.

@@ -1,11 +1,11 @@
 //! Whether shapes go together, before their addresses are taken.
 
 use super::tensor::CudaTensor;
-use crate::device::{BLOCK, Block, Factor, SolveState};
+use crate::device::{BLOCK, ColumnBlock, Factor, SolveState};
 use anyhow::{Context, Result, ensure};
 use std::ops::Range;
 
-pub(super) fn check_block(block: &Block<'_, CudaTensor>, state: &SolveState<CudaTensor>) -> Result<()> {
+pub(super) fn check_block(block: &ColumnBlock<'_, CudaTensor>, state: &SolveState<CudaTensor>) -> Result<()> {
     let (rows, features) = (state.residual.rows, state.residual.cols);
     let (columns, width) = (&block.columns, block.columns.len());
     ensure!(width > 0 && columns.end <= features, "block {columns:?} of {}", state.residual.describe());

@@ -33,5 +33,5 @@ mod tensor;
 pub use codes::CudaCodes;
 pub use device::Cuda;
 
-pub use standalone::{PackedAlong, Packing};
+pub use standalone::{CodeMatrix, CodesAlong};
 pub use tensor::CudaTensor;

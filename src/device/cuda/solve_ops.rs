@@ -11,7 +11,7 @@ use super::codes::{CudaCodes, Outputs};
 use super::memory::Memory;
 use super::tensor::{CudaTensor, dtype_of};
 use crate::device::{
-    BLOCK, Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid,
+    BLOCK, BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid,
     PermuteSymmetric, ProductRange, SolveOps, SolveState,
 };
 use crate::tensor::Float;
@@ -252,7 +252,7 @@ impl SolveOps for Cuda {
 
     fn quantize_block(
         &self,
-        block: &Block<'_, CudaTensor>,
+        block: &ColumnBlock<'_, CudaTensor>,
         state: &mut SolveState<CudaTensor>,
         codes: &mut CudaCodes,
     ) -> Result<()> {

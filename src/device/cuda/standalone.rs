@@ -11,7 +11,7 @@ use std::ptr;
 
 /// The way through a matrix of codes that consecutive bits run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PackedAlong {
+pub enum CodesAlong {
     /// Along a row: words `[rows, ⌈cols · bits / 32⌉]`, as `weight_packed` of compressed-tensors.
     Rows,
     /// Down a column: words `[⌈rows · bits / 32⌉, cols]`, as `qweight` of GPTQ files (of the transposed layer).
@@ -20,7 +20,7 @@ pub enum PackedAlong {
 
 /// A matrix of codes and how it is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Packing {
+pub struct CodeMatrix {
     /// Rows of codes.
     pub rows: usize,
     /// Columns of codes.
@@ -28,18 +28,18 @@ pub struct Packing {
     /// Width of a code, one of [`WIDTHS`].
     pub bits: u32,
     /// Direction.
-    pub along: PackedAlong,
+    pub along: CodesAlong,
     /// Taken off every code modulo `2^bits` before it is packed, and added again when it is unpacked: 1 for the zeros of
     /// GPTQ files.
     pub offset: u8,
 }
 
-impl Packing {
+impl CodeMatrix {
     /// Runs of codes, and codes of a run.
     fn runs(&self) -> (usize, usize) {
         match self.along {
-            PackedAlong::Rows => (self.rows, self.cols),
-            PackedAlong::Columns => (self.cols, self.rows),
+            CodesAlong::Rows => (self.rows, self.cols),
+            CodesAlong::Columns => (self.cols, self.rows),
         }
     }
 
@@ -53,8 +53,8 @@ impl Packing {
     fn strides(&self) -> [i64; 4] {
         let words = (self.cols * self.bits as usize).div_ceil(32);
         match self.along {
-            PackedAlong::Rows => [1, self.cols as i64, 1, words as i64],
-            PackedAlong::Columns => [self.cols as i64, 1, self.cols as i64, 1],
+            CodesAlong::Rows => [1, self.cols as i64, 1, words as i64],
+            CodesAlong::Columns => [self.cols as i64, 1, self.cols as i64, 1],
         }
     }
 
@@ -73,12 +73,12 @@ impl Packing {
 
 impl Cuda {
     /// Packs codes `[rows, cols]`, each below `2^bits`, on the device. Errors where sizes disagree.
-    pub fn pack(&self, codes: &[u8], packing: &Packing) -> Result<Vec<u32>> {
-        packing.check(codes.len(), packing.words())?;
+    pub fn pack(&self, codes: &[u8], matrix: &CodeMatrix) -> Result<Vec<u32>> {
+        matrix.check(codes.len(), matrix.words())?;
         let codes = Memory::of(&self.runtime, codes)?;
-        let mut words = Memory::new(&self.runtime, packing.words() * size_of::<u32>())?;
-        let (runs, count) = packing.runs();
-        let [code_stride, code_run_stride, word_stride, word_run_stride] = packing.strides();
+        let mut words = Memory::new(&self.runtime, matrix.words() * size_of::<u32>())?;
+        let (runs, count) = matrix.runs();
+        let [code_stride, code_run_stride, word_stride, word_run_stride] = matrix.strides();
         self.launch(&vlmq_pack_args {
             codes: codes.at(0),
             words: words.at_mut(0),
@@ -88,20 +88,20 @@ impl Cuda {
             code_run_stride,
             word_stride,
             word_run_stride,
-            bits: packing.bits as i32,
-            subtract: packing.offset.into(),
+            bits: matrix.bits as i32,
+            subtract: matrix.offset.into(),
         })?;
-        words.read(0, packing.words())
+        words.read(0, matrix.words())
     }
 
     /// The inverse of [`pack`](Self::pack).
-    pub fn unpack(&self, words: &[u32], packing: &Packing) -> Result<Vec<u8>> {
-        let count_of_codes = packing.rows * packing.cols;
-        packing.check(count_of_codes, words.len())?;
+    pub fn unpack(&self, words: &[u32], matrix: &CodeMatrix) -> Result<Vec<u8>> {
+        let count_of_codes = matrix.rows * matrix.cols;
+        matrix.check(count_of_codes, words.len())?;
         let words = Memory::of(&self.runtime, words)?;
         let mut codes = Memory::new(&self.runtime, count_of_codes)?;
-        let (runs, count) = packing.runs();
-        let [code_stride, code_run_stride, word_stride, word_run_stride] = packing.strides();
+        let (runs, count) = matrix.runs();
+        let [code_stride, code_run_stride, word_stride, word_run_stride] = matrix.strides();
         self.launch(&vlmq_unpack_args {
             words: words.at(0),
             codes: codes.at_mut(0),
@@ -111,8 +111,8 @@ impl Cuda {
             code_run_stride,
             word_stride,
             word_run_stride,
-            bits: packing.bits as i32,
-            add: packing.offset.into(),
+            bits: matrix.bits as i32,
+            add: matrix.offset.into(),
         })?;
         codes.read(0, count_of_codes)
     }

@@ -8,7 +8,7 @@ use crate::plan::{ChunkSize, Costs, Entry, F32, Step, encoding, entry, tables, w
 use crate::plan::{EmbedderSize, Job};
 use crate::quantize::block::Activations;
 use crate::quantize::block::needs_float_path;
-use crate::quantize::order::{Span, spans};
+use crate::quantize::order::{ColumnSpan, spans};
 use crate::quantize::settings::{CrossTerm, Grid, Importance, Refit, Solver};
 
 /// Counts one job. Sizes are in values unless they say bytes.
@@ -220,7 +220,7 @@ impl<'a> Counter<'a> {
         // A group that does not divide the inputs is refused by the solver, with better words than here.
         let group = solver.group_columns(inputs as usize).max(1);
         let spans = spans(inputs as usize, group, BLOCK);
-        let width = |span: Option<&Span>| span.map_or(0, |span| (span.end - span.start) as u64);
+        let width = |span: Option<&ColumnSpan>| span.map_or(0, |span| (span.end - span.start) as u64);
         let (first, last) = (width(spans.first()), width(spans.last()));
         let narrower = if last < first { last } else { 0 };
         let shift = self.cross && solver.cross_term == CrossTerm::Quantized;

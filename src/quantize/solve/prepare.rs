@@ -3,7 +3,7 @@
 use super::checks::checked_group;
 use crate::device::{BLOCK, CrossFactor, Factor, Factored, PermuteSymmetric, SolveOps};
 use crate::quantize::finding::DEAD_SHARE;
-use crate::quantize::order::{Span, processing_order, spans};
+use crate::quantize::order::{ColumnSpan, processing_order, spans};
 use crate::quantize::settings::{Solver, SolverSettings};
 use crate::quantize::statistics::Statistics;
 use crate::quantize::{Finding, FindingKind};
@@ -25,7 +25,7 @@ pub struct Prepared<T> {
 
 /// The factored statistics.
 pub(super) struct System<T> {
-    pub(super) spans: Vec<Span>,
+    pub(super) spans: Vec<ColumnSpan>,
     pub(super) factor: Factor<T>,
     pub(super) cross: Option<CrossFactor<T>>,
     pub(super) damp: f64,

@@ -4,7 +4,7 @@ use super::assembly::Assembly;
 use super::checks::{check_finite, check_shape, rule_of};
 use super::prepare::{Prepared, System};
 use crate::codes::QuantizedLinear;
-use crate::device::{BLOCK, Block, BlockShape, CrossFactor, Factor, Group, ProductRange, SolveOps, SolveState};
+use crate::device::{BLOCK, BlockShape, ColumnBlock, CrossFactor, Factor, Group, ProductRange, SolveOps, SolveState};
 use crate::quantize::settings::{CrossTerm, SolverSettings};
 use anyhow::{Result, ensure};
 
@@ -120,7 +120,7 @@ fn enqueue_with<D: SolveOps>(
             .transpose()?;
         for block in &span.blocks {
             carry(device, terms, &mut state, span.start..block.start, block.clone(), block.start - span.start)?;
-            let job = Block {
+            let job = ColumnBlock {
                 columns: block.clone(),
                 span: span.start,
                 group,

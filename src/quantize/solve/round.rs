@@ -4,7 +4,7 @@ use super::assembly::Assembly;
 use super::checks::{check_finite, check_shape, checked_group, rule_of};
 use crate::codes::QuantizedLinear;
 use crate::device::cpu::Cpu;
-use crate::device::{Block, ScaleMisfit, SolveOps, SolveState};
+use crate::device::{ColumnBlock, ScaleMisfit, SolveOps, SolveState};
 use crate::quantize::settings::SolverSettings;
 use crate::quantize::{Finding, FindingKind, SolveReport};
 use crate::tensor::Matrix;
@@ -32,7 +32,7 @@ pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> Result<(Q
     let mut error = 0.0;
     let mut codes = Vec::new();
     for columns in (0..features).step_by(group).map(|first| first..first + group) {
-        let job = Block { columns, span: 0, group, grid: None, rule, factor: None, cross: None };
+        let job = ColumnBlock { columns, span: 0, group, grid: None, rule, factor: None, cross: None };
         Cpu.quantize_block(&job, &mut state, &mut codes).map_err(|error| with_largest(error, weight))?;
         for codes in codes.drain(..) {
             error += codes.error;

@@ -1,11 +1,10 @@
 //! Quantized layers: what the format allows, and how far they are from the float weights.
 
-use super::{Check, LayerCheck};
-use crate::checkpoint::formats::{Format, LinearSpec};
+use super::{Check, LayerCheck, Written};
+use crate::checkpoint::formats::LinearSpec;
 use crate::checkpoint::{Checkpoint, weight_error};
 use crate::codes::QuantizedLinear;
 use crate::progress::{Observer, Stage, StageClock};
-use crate::quantize::settings::SolverSettings;
 use anyhow::Result;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -17,13 +16,11 @@ const TOGETHER: usize = 1 << 26;
 impl Check<'_> {
     pub(super) fn layers(
         &mut self,
-        copy: &Checkpoint,
-        linears: &[LinearSpec],
-        format: Format,
-        solver: &SolverSettings,
+        written: &Written<'_>,
         recorded: &BTreeMap<&str, f64>,
         observer: &mut dyn Observer,
     ) {
+        let linears = written.linears;
         let clock = StageClock::start(Stage::Verify, linears.len() as u64, observer);
         let model = &self.model;
         let mut done = Vec::with_capacity(linears.len());
@@ -35,7 +32,7 @@ impl Check<'_> {
                 weights <= TOGETHER
             };
             let count = rest.iter().take_while(fits).count().max(1);
-            done.par_extend(rest[..count].par_iter().map(|linear| layer(model, copy, linear, format, solver)));
+            done.par_extend(rest[..count].par_iter().map(|linear| layer(model, written, linear)));
             observer.stage_advanced(Stage::Verify, done.len() as u64, &rest[count - 1].module);
         }
         for (linear, (error, mut wrong)) in linears.iter().zip(done) {
@@ -59,27 +56,15 @@ impl Check<'_> {
 }
 
 /// A layer's error, and what is wrong with it.
-fn layer(
-    model: &Checkpoint,
-    copy: &Checkpoint,
-    linear: &LinearSpec,
-    format: Format,
-    solver: &SolverSettings,
-) -> (Option<f64>, Vec<String>) {
+fn layer(model: &Checkpoint, written: &Written<'_>, linear: &LinearSpec) -> (Option<f64>, Vec<String>) {
     let mut wrong = Vec::new();
-    let error = try_layer(model, copy, linear, format, solver, &mut wrong);
+    let error = try_layer(model, written, linear, &mut wrong);
     let error = error.map_err(|error| wrong.push(format!("cannot be read: {error:#}"))).ok();
     (error, wrong)
 }
 
-fn try_layer(
-    model: &Checkpoint,
-    copy: &Checkpoint,
-    linear: &LinearSpec,
-    format: Format,
-    solver: &SolverSettings,
-    wrong: &mut Vec<String>,
-) -> Result<f64> {
+fn try_layer(model: &Checkpoint, written: &Written<'_>, linear: &LinearSpec, wrong: &mut Vec<String>) -> Result<f64> {
+    let &Written { ref copy, format, solver, .. } = written;
     let name = format!("{}.weight", linear.module);
     let weight = model.tensor(&name)?;
     if format.codes().is_none() {

@@ -12,7 +12,7 @@ use crate::checkpoint::checksum;
 use crate::checkpoint::formats::{Format, LinearSpec, TensorSpec};
 use crate::checkpoint::side_files::is_replaced;
 use crate::checkpoint::sums::{SUMS, Sums, files, of_tensors};
-use crate::checkpoint::write::Writer;
+use crate::checkpoint::write::{QuantizedCopy, Writer};
 use crate::checkpoint::{Checkpoint, Packing, Quantization};
 use crate::device::cpu::Cpu;
 use crate::input;
@@ -73,6 +73,15 @@ struct RecordedLayer {
     weight_error: f64,
 }
 
+/// The checkpoint that is verified, as `report.json` says that it was made.
+struct Written<'a> {
+    copy: Checkpoint,
+    /// The layers that are quantized.
+    linears: &'a [LinearSpec],
+    format: Format,
+    solver: &'a SolverSettings,
+}
+
 /// A verification under way.
 struct Check<'a> {
     out: &'a Path,
@@ -113,16 +122,16 @@ impl Check<'_> {
         let RunSettings { format, ref solver, .. } = provenance.settings;
         let config = families::of::<Cpu>(&self.model)?.config(&self.model)?;
         let linears = linear_specs(&config);
-        let copy = Checkpoint::open(self.out)?;
-        let readable = self.config(&copy, &provenance)?;
-        self.tensors(&copy, &linears, format, solver, sums)?;
+        let written = Written { copy: Checkpoint::open(self.out)?, linears: &linears, format, solver };
+        let readable = self.config(&written, &provenance)?;
+        self.tensors(&written, sums)?;
 
         let known: BTreeMap<&str, f64> = layers.iter().map(|l| (l.name.as_str(), l.weight_error)).collect();
         for name in known.keys().filter(|name| !linears.iter().any(|linear| linear.module == **name)) {
             self.differ(format!("report.json has a layer {name}, which the base model has not"));
         }
         if readable {
-            self.layers(&copy, &linears, format, solver, &known, observer);
+            self.layers(&written, &known, observer);
         }
         Ok(())
     }
@@ -204,8 +213,8 @@ impl Check<'_> {
     }
 
     /// config.json: all that the float checkpoint's has, and how the weights are stored. Returns whether it says that rightly.
-    fn config(&mut self, copy: &Checkpoint, provenance: &Provenance) -> Result<bool> {
-        let RunSettings { format, ref solver, .. } = provenance.settings;
+    fn config(&mut self, written: &Written<'_>, provenance: &Provenance) -> Result<bool> {
+        let &Written { ref copy, format, solver, .. } = written;
         let keys = |config: &Value| config.as_object().cloned().unwrap_or_default();
         let (old, new) = (keys(&self.model.own_config()), keys(copy.config()));
         let ours = [KEY, "quantization_config"];
@@ -241,15 +250,10 @@ impl Check<'_> {
     }
 
     /// Tensors: all there, no others, of the right type and shape, none changed, and copies like their originals.
-    fn tensors(
-        &mut self,
-        copy: &Checkpoint,
-        linears: &[LinearSpec],
-        format: Format,
-        solver: &SolverSettings,
-        sums: &Sums,
-    ) -> Result<()> {
-        let planned = Writer::check(&self.model, linears, format, &solver.layout());
+    fn tensors(&mut self, written: &Written<'_>, sums: &Sums) -> Result<()> {
+        let &Written { ref copy, linears, format, solver } = written;
+        let layout = solver.layout();
+        let planned = Writer::check(&QuantizedCopy { checkpoint: &self.model, linears, format, layout: &layout });
         let (_, planned) = planned.context("the base model cannot be the one quantized")?;
         let found = of_tensors(copy)?;
         let known: BTreeSet<&str> = planned.iter().map(|spec| spec.name.as_str()).collect();

@@ -1,7 +1,7 @@
 //! Softmax attention forward and backward. Scores exist for one block of queries at a time, so memory grows with the
 //! length of a sequence and not with its square.
 
-use crate::device::cpu::gemm::{View, ViewMut, gemm};
+use crate::device::cpu::gemm::{Strided, StridedMut, gemm};
 use crate::device::cpu::vector::{LANES, dispatch, dot, exp, sum};
 use crate::device::{AttentionShape, Span};
 use crate::tensor::Matrix;
@@ -21,8 +21,8 @@ struct Head<'a> {
 
 impl Head<'_> {
     /// The head's columns of some rows of a packed tensor.
-    fn view<'m>(&self, x: &'m Matrix, rows: std::ops::Range<usize>, column: usize) -> View<'m> {
-        View::new(&x.data()[rows.start * x.cols() + column..], rows.len(), self.shape.head_dim, x.cols())
+    fn view<'m>(&self, x: &'m Matrix, rows: std::ops::Range<usize>, column: usize) -> Strided<'m> {
+        Strided::new(&x.data()[rows.start * x.cols() + column..], rows.len(), self.shape.head_dim, x.cols())
     }
 
     /// Softmax of the scaled scores of queries `block` (relative to the span): `[block, keys]` and the number of keys
@@ -39,7 +39,7 @@ impl Head<'_> {
             self.view(q, q_rows, self.q_column),
             self.view(k, k_rows, self.k_column).t(),
             0.0,
-            ViewMut::new(&mut scores, block.len(), keys, keys),
+            StridedMut::new(&mut scores, block.len(), keys, keys),
         );
         dispatch(|| {
             for (query, row) in block.zip(scores.chunks_exact_mut(keys)) {
@@ -69,10 +69,10 @@ pub(super) fn forward(q: &Matrix, k: &Matrix, v: &Matrix, spans: &[Span], shape:
             let mut out = vec![0.0; block.len() * dim];
             gemm(
                 1.0,
-                View::new(&scores, block.len(), keys, keys),
+                Strided::new(&scores, block.len(), keys, keys),
                 head.view(v, head.span.k.start..head.span.k.start + keys, head.k_column),
                 0.0,
-                ViewMut::new(&mut out, block.len(), dim, dim),
+                StridedMut::new(&mut out, block.len(), dim, dim),
             );
             out
         })
@@ -123,11 +123,11 @@ pub(super) fn backward(
                         let q_rows = span.q.start + block.start..span.q.start + block.end;
                         let k_rows = span.k.start..span.k.start + keys;
                         let d_out = head.view(d_out, q_rows.clone(), head.q_column);
-                        let p = View::new(&scores, block.len(), keys, keys);
-                        gemm(1.0, p.t(), d_out, 1.0, ViewMut::new(&mut d_v, keys, dim, dim));
+                        let p = Strided::new(&scores, block.len(), keys, keys);
+                        gemm(1.0, p.t(), d_out, 1.0, StridedMut::new(&mut d_v, keys, dim, dim));
                         let mut d_p = vec![0.0; block.len() * keys];
                         let values = head.view(v, k_rows.clone(), head.k_column);
-                        gemm(1.0, d_out, values.t(), 0.0, ViewMut::new(&mut d_p, block.len(), keys, keys));
+                        gemm(1.0, d_out, values.t(), 0.0, StridedMut::new(&mut d_p, block.len(), keys, keys));
                         dispatch(|| {
                             for (p, d_p) in scores.chunks_exact_mut(keys).zip(d_p.chunks_exact(keys)) {
                                 let mean = dot(p, d_p);
@@ -136,12 +136,12 @@ pub(super) fn backward(
                                 }
                             }
                         });
-                        let d_s = View::new(&scores, block.len(), keys, keys);
+                        let d_s = Strided::new(&scores, block.len(), keys, keys);
                         let block_d_q = &mut d_q[block.start * dim..block.end * dim];
                         let keys_view = head.view(k, k_rows, head.k_column);
-                        gemm(scale, d_s, keys_view, 0.0, ViewMut::new(block_d_q, block.len(), dim, dim));
+                        gemm(scale, d_s, keys_view, 0.0, StridedMut::new(block_d_q, block.len(), dim, dim));
                         let queries = head.view(q, q_rows, head.q_column);
-                        gemm(scale, d_s.t(), queries, 1.0, ViewMut::new(&mut d_k, keys, dim, dim));
+                        gemm(scale, d_s.t(), queries, 1.0, StridedMut::new(&mut d_k, keys, dim, dim));
                     }
                     d_q
                 })

@@ -1,6 +1,6 @@
 //! Products of activations by weights.
 
-use crate::device::cpu::packed::Packed;
+use crate::device::cpu::strips::Strips;
 use crate::device::cpu::vector::{dispatch, dot};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
@@ -37,7 +37,7 @@ pub(super) fn linear(x: &Matrix, weight: &Matrix, bias: Option<&Matrix>) -> Resu
     if x.rows() <= FEW_ROWS {
         few_rows(x, weight, &mut y);
     } else {
-        add_product(x, &mut y, |outputs| Packed::transposed(weight, outputs, 0..weight.cols()));
+        add_product(x, &mut y, |outputs| Strips::transposed(weight, outputs, 0..weight.cols()));
     }
     Ok(y)
 }
@@ -46,19 +46,19 @@ pub(super) fn linear(x: &Matrix, weight: &Matrix, bias: Option<&Matrix>) -> Resu
 pub(super) fn matmul(a: &Matrix, b: &Matrix) -> Result<Matrix> {
     ensure!(a.cols() == b.rows(), "{}x{} times {}x{}", a.rows(), a.cols(), b.rows(), b.cols());
     let mut y = Matrix::zeros(a.rows(), b.cols());
-    add_product(a, &mut y, |columns| Packed::new(b, 0..b.rows(), columns));
+    add_product(a, &mut y, |columns| Strips::new(b, 0..b.rows(), columns));
     Ok(y)
 }
 
-/// `y += a · b`, `packed` giving some columns of b; threads over tiles of rows.
-fn add_product(a: &Matrix, y: &mut Matrix, packed: impl Fn(Range<usize>) -> Packed) {
+/// `y += a · b`, `strips` giving some columns of b; threads over tiles of rows.
+fn add_product(a: &Matrix, y: &mut Matrix, strips: impl Fn(Range<usize>) -> Strips) {
     let (inner, outputs) = (a.cols(), y.cols());
     if outputs == 0 || inner == 0 {
         return;
     }
     for first in (0..outputs).step_by(STRIP) {
-        let packed = packed(first..(first + STRIP).min(outputs));
-        packed.add_product(1.0, a.data(), inner, y.data_mut(), outputs, first);
+        let strips = strips(first..(first + STRIP).min(outputs));
+        strips.add_product(1.0, a.data(), inner, y.data_mut(), outputs, first);
     }
 }
 

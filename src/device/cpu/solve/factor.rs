@@ -1,6 +1,6 @@
 //! `H = R·Rᵀ` from the last index backwards, and the GPTAQ term in its coordinates.
 
-use crate::device::cpu::packed::Packed;
+use crate::device::cpu::strips::Strips;
 use crate::device::cpu::vector::dispatch;
 use crate::device::{BLOCK, CrossFactor, Factor, Factored};
 use crate::tensor::Matrix;
@@ -33,7 +33,7 @@ pub(super) fn factor(mut h: Matrix, blocks: &[Range<usize>]) -> Factored<Matrix>
                 h.row_mut(block.start + i)[block.start + j] = root[i * width + j] as f32;
             }
         }
-        write_panel(&mut h, &panel, block, &Packed::new(&finish, 0..width, 0..width));
+        write_panel(&mut h, &panel, block, &Strips::new(&finish, 0..width, 0..width));
     }
     let scale: Vec<f32> = diagonal.iter().map(|d| 1.0 / d).collect();
     h.data_mut().par_chunks_mut(n).enumerate().for_each(|(i, row)| {
@@ -55,7 +55,7 @@ pub(super) fn cross_factor(
     for block in blocks.iter().rev() {
         let panel = updated_panel(&c, &factor.root, block);
         let width = block.len();
-        let right = Packed::transposed(&factor.inverses, block.clone(), 0..width);
+        let right = Strips::transposed(&factor.inverses, block.clone(), 0..width);
         write_panel(&mut c, &panel, block, &right);
         let mut corner = vec![0.0; width * width];
         right.add_to(1.0, &panel[block.start * width..], width, &mut corner, width, width);
@@ -70,7 +70,7 @@ pub(super) fn cross_factor(
     });
     let mut products = Matrix::zeros(n, BLOCK);
     for block in blocks {
-        let inverse = Packed::new(&factor.inverses, block.clone(), 0..block.len());
+        let inverse = Strips::new(&factor.inverses, block.clone(), 0..block.len());
         let to = &mut products.data_mut()[block.start * BLOCK..];
         inverse.add_to(1.0, &c.data()[block.start * n + block.start..], n, to, BLOCK, block.len());
     }
@@ -127,15 +127,15 @@ fn unit_inverse(r: &[f64], width: usize) -> Vec<f64> {
 /// `x[:, block] − x[:, later]·r[block, later]ᵀ`.
 fn updated_panel(x: &Matrix, r: &Matrix, block: &Range<usize>) -> Vec<f32> {
     let (n, width) = (x.cols(), block.len());
-    let packed = Packed::transposed(r, block.clone(), block.end..n);
+    let strips = Strips::transposed(r, block.clone(), block.end..n);
     let mut panel = vec![0.0; block.end * width];
     panel.par_chunks_mut(width).enumerate().for_each(|(i, row)| row.copy_from_slice(&x.row(i)[block.clone()]));
-    packed.add_product(-1.0, x.data().get(block.end..).unwrap_or_default(), n, &mut panel, width, 0);
+    strips.add_product(-1.0, x.data().get(block.end..).unwrap_or_default(), n, &mut panel, width, 0);
     panel
 }
 
 /// `x[..block.start, block] = panel·right`.
-fn write_panel(x: &mut Matrix, panel: &[f32], block: &Range<usize>, right: &Packed) {
+fn write_panel(x: &mut Matrix, panel: &[f32], block: &Range<usize>, right: &Strips) {
     let (n, width) = (x.cols(), block.len());
     let above = &mut x.data_mut()[..block.start * n];
     above.par_chunks_mut(n).for_each(|row| row[block.clone()].fill(0.0));

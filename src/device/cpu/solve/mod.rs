@@ -13,7 +13,7 @@ pub(super) use statistics::{tile as statistics_tile, workspace as statistics_wor
 
 use super::Cpu;
 use crate::device::{
-    Block, BlockCodes, BlockShape, CrossFactor, Factor, Factored, GridRule, Group, GroupGrid, PermuteSymmetric,
+    BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, GridRule, Group, GroupGrid, PermuteSymmetric,
     ProductRange, SolveOps, SolveState,
 };
 use crate::tensor::Matrix;
@@ -131,7 +131,7 @@ impl SolveOps for Cpu {
 
     fn quantize_block(
         &self,
-        block: &Block<'_, Matrix>,
+        block: &ColumnBlock<'_, Matrix>,
         state: &mut SolveState<Matrix>,
         codes: &mut Vec<BlockCodes>,
     ) -> Result<()> {

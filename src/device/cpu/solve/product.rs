@@ -1,8 +1,8 @@
 //! Products over slabs of rows.
 
 use crate::device::ProductRange;
-use crate::device::cpu::gemm::View;
-use crate::device::cpu::packed::Packed;
+use crate::device::cpu::gemm::Strided;
+use crate::device::cpu::strips::Strips;
 use crate::device::cpu::vector::{LANES, dispatch};
 use crate::tensor::Matrix;
 use rayon::prelude::*;
@@ -12,23 +12,23 @@ use std::ops::Range;
 const STRIP: usize = 512;
 
 /// View of `rows` and `columns` of a matrix.
-pub(super) fn part(x: &Matrix, rows: Range<usize>, columns: Range<usize>) -> View<'_> {
+pub(super) fn part(x: &Matrix, rows: Range<usize>, columns: Range<usize>) -> Strided<'_> {
     part_of(x.data(), x.cols(), rows, columns)
 }
 
 /// Part of a row-major slice, rows `stride` apart.
-pub(super) fn part_of(data: &[f32], stride: usize, rows: Range<usize>, columns: Range<usize>) -> View<'_> {
+pub(super) fn part_of(data: &[f32], stride: usize, rows: Range<usize>, columns: Range<usize>) -> Strided<'_> {
     if rows.is_empty() || columns.is_empty() {
-        return View::new(&[], rows.len(), columns.len(), stride);
+        return Strided::new(&[], rows.len(), columns.len(), stride);
     }
-    View::new(&data[rows.start * stride + columns.start..], rows.len(), columns.len(), stride)
+    Strided::new(&data[rows.start * stride + columns.start..], rows.len(), columns.len(), stride)
 }
 
 /// `c += a·b` on the columns and rows of `range`.
 pub(super) fn add_product(c: &mut Matrix, a: &Matrix, b: &Matrix, range: &ProductRange) {
     let cols = c.cols();
-    let packed = Packed::new(b, range.inner.clone(), range.columns.clone());
-    packed.add_product(1.0, &a.data()[range.inner.start..], a.cols(), c.data_mut(), cols, range.target);
+    let strips = Strips::new(b, range.inner.clone(), range.columns.clone());
+    strips.add_product(1.0, &a.data()[range.inner.start..], a.cols(), c.data_mut(), cols, range.target);
 }
 
 /// The squared norm `‖x‖²`.
@@ -45,7 +45,7 @@ pub(super) fn weighted_squared_norm(x: &Matrix, h: &Matrix) -> f64 {
     for strip in (0..features).step_by(STRIP).map(|first| first..(first + STRIP).min(features)) {
         let width = product.cols();
         product.data_mut().par_chunks_mut(width).for_each(|row| row.fill(0.0));
-        Packed::upper_triangle(h, strip.clone()).add_product(2.0, x.data(), features, product.data_mut(), width, 0);
+        Strips::upper_triangle(h, strip.clone()).add_product(2.0, x.data(), features, product.data_mut(), width, 0);
         let diagonal: Vec<f32> = strip.clone().map(|i| h.row(i)[i]).collect();
         let sums: Vec<f64> = (0..rows)
             .into_par_iter()

@@ -5,9 +5,9 @@ use super::lanes::{LANES, Lane};
 use super::product::{part, part_of, scaled_square_sum};
 use super::search::{LossTerms, Part};
 use super::tile::{GridOf, Slab, check, gather, groups_of, quantize_tile};
-use crate::device::cpu::gemm::{View, ViewMut, gemm};
-use crate::device::cpu::packed::Packed;
-use crate::device::{BLOCK, Block, BlockCodes, Factor, Group, GroupGrid, SolveState};
+use crate::device::cpu::gemm::{Strided, StridedMut, gemm};
+use crate::device::cpu::strips::Strips;
+use crate::device::{BLOCK, BlockCodes, ColumnBlock, Factor, Group, GroupGrid, SolveState};
 use crate::tensor::Matrix;
 use anyhow::Result;
 use pulp::{Arch, Simd, WithSimd};
@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Quantizes a block of columns, see [`SolveOps::quantize_block`](crate::device::SolveOps::quantize_block).
-pub(super) fn quantize_block(block: &Block<'_, Matrix>, state: &mut SolveState<Matrix>) -> Result<BlockCodes> {
+pub(super) fn quantize_block(block: &ColumnBlock<'_, Matrix>, state: &mut SolveState<Matrix>) -> Result<BlockCodes> {
     let (rows, features) = (state.residual.rows(), state.residual.cols());
     let (width, groups, span) = (block.columns.len(), groups_of(block), state.error.cols());
     let mut out = BlockCodes {
@@ -45,9 +45,9 @@ pub(super) fn quantize_block(block: &Block<'_, Matrix>, state: &mut SolveState<M
     }
     let cross = state.cross.as_ref();
     let products = block.factor.map(|factor| Products {
-        inverse: Packed::new(&factor.inverses, block.columns.clone(), 0..width),
-        root: Packed::new(&factor.root, block.columns.clone(), block.columns.clone()),
-        shift: block.cross.map(|term| Packed::new(&term.blocks, block.columns.clone(), 0..width)),
+        inverse: Strips::new(&factor.inverses, block.columns.clone(), 0..width),
+        root: Strips::new(&factor.root, block.columns.clone(), block.columns.clone()),
+        shift: block.cross.map(|term| Strips::new(&term.blocks, block.columns.clone(), 0..width)),
         diagonal: &factor.diagonal.data()[block.columns.clone()],
     });
     let products = products.as_ref();
@@ -62,18 +62,18 @@ pub(super) fn quantize_block(block: &Block<'_, Matrix>, state: &mut SolveState<M
 /// A block's triangles, packed once for all slabs.
 struct Products<'a> {
     /// The block Ū_BB of the inverse's factor.
-    inverse: Packed,
+    inverse: Strips,
     /// The block R̄_BB of the factor.
-    root: Packed,
+    root: Strips,
     /// P_BB, for GPTAQ.
-    shift: Option<Packed>,
+    shift: Option<Strips>,
     /// Diagonal of R.
     diagonal: &'a [f32],
 }
 
 /// The arguments of [`quantize_slab`], which is compiled for the widest vectors that the CPU has.
 struct QuantizeSlab<'a, 'b> {
-    block: &'a Block<'a, Matrix>,
+    block: &'a ColumnBlock<'a, Matrix>,
     slab: Slab<'b>,
     products: Option<&'a Products<'a>>,
     cross: Option<&'a Matrix>,
@@ -93,7 +93,7 @@ impl WithSimd for QuantizeSlab<'_, '_> {
 #[inline(always)]
 fn quantize_slab<S: Simd>(
     simd: S,
-    block: &Block<'_, Matrix>,
+    block: &ColumnBlock<'_, Matrix>,
     mut slab: Slab<'_>,
     products: Option<&Products<'_>>,
     cross: Option<&Matrix>,
@@ -212,7 +212,7 @@ fn corrected(
             part_of(&acc, width, 0..rows.len(), local.clone()),
             inverse,
             0.0,
-            ViewMut::new(&mut solved, rows.len(), block.len(), BLOCK),
+            StridedMut::new(&mut solved, rows.len(), block.len(), BLOCK),
         );
         for (weights, solved) in weights.chunks_mut(width).zip(solved.chunks(BLOCK)) {
             add(&mut weights[local.clone()], &solved[..block.len()]);
@@ -220,10 +220,10 @@ fn corrected(
         if block.end < columns.end {
             gemm(
                 -1.0,
-                View::new(&solved, rows.len(), block.len(), BLOCK),
+                Strided::new(&solved, rows.len(), block.len(), BLOCK),
                 part(&factor.root, block.clone(), block.end..columns.end),
                 1.0,
-                ViewMut::new(&mut acc[local.end..], rows.len(), width - local.end, width),
+                StridedMut::new(&mut acc[local.end..], rows.len(), width - local.end, width),
             );
         }
     }

@@ -1,6 +1,6 @@
 //! `H += Uᵀ·diag(g²)·U` and `C += (F−U)ᵀ·diag(g²)·U`.
 
-use crate::device::cpu::gemm::{View, ViewMut, gemm, packing_bytes};
+use crate::device::cpu::gemm::{Strided, StridedMut, gemm, packing_bytes};
 use crate::tensor::Matrix;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -81,10 +81,10 @@ where
         for columns in (from..features).step_by(TILE).map(|first| first..(first + TILE).min(features)) {
             gemm(
                 1.0,
-                View::new(&scaled, tokens, rows, rows).t(),
-                View::new(&right[columns.start..], tokens, columns.len(), features),
+                Strided::new(&scaled, tokens, rows, rows).t(),
+                Strided::new(&right[columns.start..], tokens, columns.len(), features),
                 0.0,
-                ViewMut::new(&mut sum, rows, columns.len(), TILE),
+                StridedMut::new(&mut sum, rows, columns.len(), TILE),
             );
             for (row, sum) in out.chunks_mut(features).zip(sum.chunks(TILE)) {
                 for (value, &sum) in row[columns.clone()].iter_mut().zip(sum) {

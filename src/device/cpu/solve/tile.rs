@@ -2,7 +2,7 @@
 
 use super::lanes::{self, Column, LANES, Lane, LaneGrid};
 use super::search::{LossTerms, Part, least_loss};
-use crate::device::{Block, Grid, GridRule, GroupGrid};
+use crate::device::{ColumnBlock, Grid, GridRule, GroupGrid};
 use crate::tensor::Matrix;
 use anyhow::Result;
 use pulp::{Simd, WithSimd};
@@ -26,7 +26,7 @@ pub(super) struct Slab<'a> {
 #[inline(always)]
 pub(super) fn quantize_tile<S: Simd>(
     simd: S,
-    block: &Block<'_, Matrix>,
+    block: &ColumnBlock<'_, Matrix>,
     slab: &mut Slab<'_>,
     first: usize,
     features: usize,
@@ -165,6 +165,6 @@ pub(super) fn check(grid: &LaneGrid, rows: usize, first: usize, rule: &GridRule)
 }
 
 /// Groups that a block brings scales for.
-pub(super) fn groups_of(block: &Block<'_, Matrix>) -> usize {
+pub(super) fn groups_of(block: &ColumnBlock<'_, Matrix>) -> usize {
     if block.grid.is_some() { 1 } else { block.columns.len() / block.group }
 }

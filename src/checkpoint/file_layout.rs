@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 
 /// One file to be: its name, header, and total length in bytes.
 #[derive(Debug)]
-pub(crate) struct PlannedShard {
+pub(crate) struct ShardLayout {
     pub(crate) name: String,
     pub(crate) header: Vec<u8>,
     pub(crate) length: u64,
@@ -24,14 +24,14 @@ pub(crate) struct Place {
 
 /// All files and all places.
 #[derive(Debug)]
-pub(crate) struct Plan {
-    pub(crate) shards: Vec<PlannedShard>,
+pub(crate) struct FileLayout {
+    pub(crate) shards: Vec<ShardLayout>,
     pub(crate) places: HashMap<String, Place>,
     /// Bytes of all tensors.
     pub(crate) total: u64,
 }
 
-impl Plan {
+impl FileLayout {
     /// Spreads `tensors`, in order, over shards of at most `limit` bytes of tensors (one larger tensor gets a shard of
     /// its own). Inside a shard wider elements come first, so that every tensor is aligned to its element.
     pub(crate) fn new(tensors: &[TensorSpec], limit: u64, metadata: &BTreeMap<String, String>) -> Result<Self> {
@@ -47,7 +47,7 @@ impl Plan {
             parts.last_mut().expect("at least one part").push(tensor);
         }
 
-        let mut plan = Self { shards: Vec::new(), places: HashMap::new(), total: 0 };
+        let mut layout = Self { shards: Vec::new(), places: HashMap::new(), total: 0 };
         let count = parts.len();
         for (shard, mut part) in parts.into_iter().enumerate() {
             part.sort_by_key(|tensor| std::cmp::Reverse(tensor.dtype.bitsize()));
@@ -59,13 +59,13 @@ impl Plan {
             let mut offset = header.len() as u64;
             for tensor in part {
                 let length = tensor.bytes() as u64;
-                plan.places.insert(tensor.name.clone(), Place { shard, offset, length });
-                plan.total += length;
+                layout.places.insert(tensor.name.clone(), Place { shard, offset, length });
+                layout.total += length;
                 offset += length;
             }
-            plan.shards.push(PlannedShard { name, header, length: offset });
+            layout.shards.push(ShardLayout { name, header, length: offset });
         }
-        Ok(plan)
+        Ok(layout)
     }
 
     /// Text of `model.safetensors.index.json`; `None` for a single file.

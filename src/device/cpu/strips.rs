@@ -36,13 +36,13 @@ struct Line([f32; STRIP]);
 
 /// A matrix `[inner, columns]`, strip by strip: element (k, c) is `data[c / STRIP · inner + k].0[c % STRIP]`, zeros in what
 /// the last strip lacks.
-pub(crate) struct Packed {
+pub(crate) struct Strips {
     data: Vec<Line>,
     inner: usize,
     columns: usize,
 }
 
-impl Packed {
+impl Strips {
     /// Rows and columns of `b`.
     pub(crate) fn new(b: &Matrix, rows: Range<usize>, columns: Range<usize>) -> Self {
         Self::fill(rows.len(), columns.len(), |strip, out| {
@@ -114,13 +114,13 @@ impl Packed {
 
     /// Adds the product of `rows` rows on this thread, from the first column of `c`.
     pub(crate) fn add_to(&self, alpha: f32, a: &[f32], a_stride: usize, c: &mut [f32], c_stride: usize, rows: usize) {
-        Arch::new().dispatch(Tile { packed: self, alpha, a, a_stride, c, c_stride, rows });
+        Arch::new().dispatch(Tile { strips: self, alpha, a, a_stride, c, c_stride, rows });
     }
 }
 
-/// The arguments of [`Packed::add_to`].
+/// The arguments of [`Strips::add_to`].
 struct Tile<'a> {
-    packed: &'a Packed,
+    strips: &'a Strips,
     alpha: f32,
     a: &'a [f32],
     a_stride: usize,
@@ -134,12 +134,12 @@ impl WithSimd for Tile<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Tile { packed, alpha, a, a_stride, c, c_stride, rows } = self;
-        for first in (0..packed.inner).step_by(DEPTH) {
-            let inner = first..(first + DEPTH).min(packed.inner);
-            for (index, strip) in packed.data.chunks_exact(packed.inner).enumerate() {
+        let Tile { strips, alpha, a, a_stride, c, c_stride, rows } = self;
+        for first in (0..strips.inner).step_by(DEPTH) {
+            let inner = first..(first + DEPTH).min(strips.inner);
+            for (index, strip) in strips.data.chunks_exact(strips.inner).enumerate() {
                 let strip = &strip[inner.clone()];
-                let columns = index * STRIP..((index + 1) * STRIP).min(packed.columns);
+                let columns = index * STRIP..((index + 1) * STRIP).min(strips.columns);
                 for top in (0..rows).step_by(ROWS) {
                     // Rows past the last repeat it, and their sums are dropped.
                     let left = std::array::from_fn(|r| &a[(top + r).min(rows - 1) * a_stride..][inner.clone()]);
