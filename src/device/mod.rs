@@ -1,21 +1,25 @@
 //! The operations a device offers. Everything above this module is written once, against these traits.
 //!
-//! A device owns tensors: dense row-major matrices in whatever storage suits it (float32 on the CPU; on a GPU the model in its own type). Two small sets of
-//! operations cover the whole program: [`ModelOps`] for calibration and evaluation, [`SolveOps`] for the statistics and
-//! the solver.
+//! A device owns tensors: dense row-major matrices in whatever storage suits it (float32 on the CPU; on a GPU the model in its own
+//! type; nothing but shapes where it only [counts](counting)). Two small sets of operations cover the whole program: [`ModelOps`] for
+//! calibration and evaluation, [`SolveOps`] for the statistics and the solver.
 
+pub mod counting;
 pub mod cpu;
 pub mod cuda;
 mod grid;
 mod model_ops;
 mod solve_ops;
+mod work;
 
+pub use counting::Label;
 pub use grid::{Grid, GridRule, LOSS_SHRINKS, LOSS_STRETCHES, ScaleMisfit, WIDTHS, told_widths};
 pub use model_ops::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
 pub use solve_ops::{
     BLOCK, BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, Group, GroupGrid, PermuteSymmetric,
     ProductRange, SolveOps, SolveState,
 };
+pub use work::ByKind;
 
 use crate::tensor::Matrix;
 use anyhow::Result;
@@ -87,8 +91,8 @@ pub enum Work {
     },
 }
 
-/// Owner of tensors: dense row-major matrices `[rows, cols]` in device memory.
-pub trait Device: Send + Sync + 'static {
+/// Owner of tensors: dense row-major matrices `[rows, cols]` in device memory. A clone is the same device.
+pub trait Device: Clone + Send + Sync + 'static {
     /// A dense row-major matrix in device memory.
     type Tensor: Send + Sync + 'static;
 
@@ -102,6 +106,12 @@ pub trait Device: Send + Sync + 'static {
 
     /// A tensor of zeros.
     fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Tensor>;
+
+    /// Zeros `[features, features]` of which nothing below the diagonal will ever be written: they take
+    /// [`triangle_bytes`](Self::triangle_bytes).
+    fn zero_triangle(&self, features: usize) -> Result<Self::Tensor> {
+        self.zeros(features, features)
+    }
 
     /// Fills a tensor with zeros.
     fn clear(&self, tensor: &mut Self::Tensor) -> Result<()>;
@@ -158,6 +168,11 @@ pub trait Device: Send + Sync + 'static {
     /// Bytes that statistics `[features, features]` take of which only the upper triangle is written.
     fn triangle_bytes(&self, features: usize) -> u64 {
         4 * (features as u64).pow(2)
+    }
+
+    /// Says what the tensors hold that are made until the result is dropped, to a device that keeps [books](counting) of them.
+    fn label(&self, _what: &'static str) -> Label {
+        Label::default()
     }
 
     /// `(rows, cols)` of a tensor.

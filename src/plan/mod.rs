@@ -23,8 +23,9 @@ pub use time::TimePlan;
 pub(crate) use time::blocks as block_work;
 pub use vision::ChunkSize;
 pub(crate) use vision::encoding;
-pub use work::{ByKind, Load, Rates, StageEstimate};
+pub use work::{Load, Rates, StageEstimate};
 
+pub use crate::device::ByKind;
 use crate::device::{ModelOps, Work};
 use crate::progress::{Stage, human_bytes};
 use serde::Serialize;

@@ -76,8 +76,9 @@ impl Shares {
 impl<T: Send + Sync> Statistics<T> {
     /// Empty statistics of a layer with `in_features` inputs; `with_cross` for GPTAQ.
     pub fn new<D: Device<Tensor = T>>(device: &D, in_features: usize, with_cross: bool) -> Result<Self> {
-        let zeros = || device.zeros(in_features, in_features);
-        Ok(Self { hessian: zeros()?, cross: with_cross.then(zeros).transpose()?, tokens: 0, shares: Shares::default() })
+        let hessian = device.zero_triangle(in_features)?;
+        let cross = with_cross.then(|| device.zeros(in_features, in_features)).transpose()?;
+        Ok(Self { hessian, cross, tokens: 0, shares: Shares::default() })
     }
 
     /// Adds tokens: inputs on the quantized path `u` and, where there is a cross term, on the float path `f`, both

@@ -1,6 +1,7 @@
 //! What a run will take, before it begins: memory, disk and time, and what it then took.
 #![cfg(feature = "run")]
 
+mod counting;
 mod dry_run;
 mod host;
 mod inspect;

@@ -1,5 +1,6 @@
 //! Samples on their way through a block, and the passes over them.
 
+use super::labels::PASS;
 use crate::device::{Device, ModelOps};
 use crate::heap;
 use crate::model::decoder::Layout;
@@ -119,7 +120,9 @@ impl<D: Device> Pass<'_, D> {
         for i in 0..chunks.len() {
             self.stop.check()?;
             chunks.get_mut(i + 1).map(fetch).transpose()?;
+            let label = self.device.label(PASS);
             visit(i, &mut chunks[i])?;
+            drop(label);
             if self.activations == Activations::Streamed {
                 chunks[i].park(self.device)?;
             }

@@ -6,6 +6,7 @@
 
 mod checks;
 mod chunk;
+pub mod labels;
 mod quantizer;
 mod refit;
 mod set;
@@ -62,8 +63,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
                         layer.report.findings.insert(0, finding.clone());
                         layer.importance = None;
                     }
-                    let weight = self.device.dequantize(&layer.linear.weight())?;
-                    self.quantized.set_weight(layer.projection, weight);
+                    self.replace_weight(&layer)?;
                     if self.refit == Refit::Residual && set.residual().is_some() {
                         self.refit_scales(set, &mut layer, chunks)?;
                     }
@@ -119,7 +119,9 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         let start = Instant::now();
         let with_cross = self.settings.solver == Solver::Gptaq;
         let (_, in_features) = projection.shape(self.config);
+        let label = self.device.label(labels::STATISTICS);
         let mut statistics = Statistics::new(self.device, in_features, with_cross)?;
+        drop(label);
         let with_float = with_cross || set.residual().is_some();
         let visited = if set.residual().is_some() { &mut *chunks } else { calibrated(chunks) };
         self.pass(with_float, set.residual()).run(visited, |i, chunk| {
@@ -139,8 +141,10 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             }
             Ok(())
         })?;
+        let label = self.device.label(labels::FACTORS);
         let prepared =
             solve::prepare(self.device, &statistics, self.settings).with_context(|| self.place(projection))?;
+        drop(label);
         if prepared.damp().is_none() {
             self.check_inputs(set, projection, chunks)?;
         }
@@ -154,6 +158,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         shared: Shared<D::Tensor>,
         importance: Option<ImportanceSpread>,
     ) -> Result<Vec<SolvedLayer>> {
+        let _label = self.device.label(labels::SOLVER);
         let mut shared_seconds = shared.seconds;
         projections
             .iter()
@@ -168,6 +173,14 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
                 Ok(SolvedLayer { projection, linear, report, importance: importance.clone() })
             })
             .collect()
+    }
+
+    /// Gives the quantized path a layer's weights as its codes have them.
+    fn replace_weight(&mut self, layer: &SolvedLayer) -> Result<()> {
+        let _label = self.device.label(labels::WEIGHTS);
+        let weight = self.device.dequantize(&layer.linear.weight())?;
+        self.quantized.set_weight(layer.projection, weight);
+        Ok(())
     }
 
     /// Adds the output of the attention module or the MLP to the quantized path's residual stream; behind the block, tells

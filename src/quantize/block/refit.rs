@@ -1,6 +1,7 @@
 //! Scales of the layers that write to the residual stream, refitted to what the stream lacks.
 
 use super::chunk::{Chunk, calibrated};
+use super::labels;
 use super::quantizer::{BlockQuantizer, SolvedLayer};
 use super::set::LayerSet;
 use crate::codes::QuantizedLinear;
@@ -33,7 +34,9 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         chunks: &mut [Chunk<D::Tensor>],
     ) -> Result<()> {
         // Σ y² and Σ y·(x_float − x_quantized) are the diagonals of H and C of inputs y here and y + x_float − x_quantized there.
+        let label = self.device.label(labels::REFIT);
         let mut sums = Statistics::new(self.device, layer.linear.out_features, true)?;
+        drop(label);
         let weight = &self.quantized.linear(layer.projection).weight;
         self.pass(true, None).run(calibrated(chunks), |_, chunk| {
             let x_float = chunk.x_float.as_ref().context("scales are refitted without a float path")?;
@@ -51,9 +54,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         let cross = sums.cross.as_ref().context("statistics without a cross term")?;
         let (own, lacking) = (self.device.diagonal(&sums.hessian)?, self.device.diagonal(cross)?);
         multiply_scales(&mut layer.linear, &rule_of(self.settings), &own, &lacking);
-        let weight = self.device.dequantize(&layer.linear.weight())?;
-        self.quantized.set_weight(layer.projection, weight);
-        Ok(())
+        self.replace_weight(layer)
     }
 }
 

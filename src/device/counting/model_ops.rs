@@ -1,0 +1,320 @@
+//! Calibration forward and backward, counted.
+
+use super::device::Counting;
+use super::tensor::CountedTensor;
+use crate::device::work::ByKind;
+use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span, Work};
+use crate::tensor::{Float, Matrix, StoredMatrix};
+use anyhow::{Context, Result, ensure};
+use std::ops::Range;
+
+/// Values that a nonlinearity counts as.
+const NONLINEAR: f64 = 3.0;
+
+/// Work of a backward pass through attention, by that of the forward pass: five products instead of two.
+const BACKWARD: f64 = 2.5;
+
+impl ModelOps for Counting {
+    fn upload_model(&self, matrix: Matrix) -> Result<CountedTensor> {
+        self.tensor(matrix.rows(), matrix.cols(), self.element)
+    }
+
+    fn upload_stored(&self, stored: StoredMatrix<'_>) -> Result<CountedTensor> {
+        let made = self.tensor(stored.rows(), stored.cols(), self.element)?;
+        self.values(made.count());
+        Ok(made)
+    }
+
+    fn dequantize(&self, weight: &QuantizedWeight<'_>) -> Result<CountedTensor> {
+        weight.groups()?;
+        let made = self.tensor(weight.rows, weight.cols, self.element)?;
+        // A GPU takes the codes first.
+        let there = if self.host { 0 } else { weight.codes.len() + 5 * weight.scales.len() };
+        self.takes(None, there);
+        self.values(made.count());
+        Ok(made)
+    }
+
+    fn element_type(&self) -> Float {
+        self.element
+    }
+
+    fn gather_rows(&self, table: &CountedTensor, indices: &[u32]) -> Result<CountedTensor> {
+        self.check([table])?;
+        if let Some(row) = indices.iter().find(|&&row| row as usize >= table.rows) {
+            anyhow::bail!("row {row} asked of a table of {} rows", table.rows);
+        }
+        let made = self.tensor(indices.len(), table.cols, table.float)?;
+        self.takes(None, size_of_val(indices));
+        self.values(made.count());
+        Ok(made)
+    }
+
+    fn scatter_rows(&self, target: &mut CountedTensor, indices: &[u32], source: &CountedTensor) -> Result<()> {
+        self.check([&*target, source])?;
+        ensure!(
+            indices.len() == source.rows && target.cols == source.cols && target.float == source.float,
+            "{} does not go into {} rows of {}",
+            source.describe(),
+            indices.len(),
+            target.describe()
+        );
+        let mut taken = vec![false; target.rows];
+        for &row in indices {
+            let place = taken.get_mut(row as usize);
+            let place = place.with_context(|| format!("row {row} of a target of {} rows", target.rows))?;
+            ensure!(!std::mem::replace(place, true), "row {row} of the target is named twice");
+        }
+        self.takes(None, size_of_val(indices));
+        self.values(source.count());
+        Ok(())
+    }
+
+    fn slice_rows(&self, x: &CountedTensor, rows: Range<usize>) -> Result<CountedTensor> {
+        self.check([x])?;
+        ensure!(rows.start <= rows.end && rows.end <= x.rows, "rows {rows:?} of {}", x.describe());
+        let made = self.tensor(rows.len(), x.cols, x.float)?;
+        self.values(made.count());
+        Ok(made)
+    }
+
+    fn append_rows(&self, x: &mut CountedTensor, more: &CountedTensor) -> Result<()> {
+        self.check([&*x, more])?;
+        ensure!(
+            x.cols == more.cols && x.float == more.float,
+            "{} does not append to {}",
+            more.describe(),
+            x.describe()
+        );
+        self.values(more.count());
+        let host = self.host;
+        // As the devices do: the CPU takes room for some more, a GPU for as many again.
+        x.append(more.rows, |before, needed| if host { needed.max(before + before / 8) } else { 2 * needed })
+    }
+
+    fn reshape(&self, x: CountedTensor, rows: usize, cols: usize) -> Result<CountedTensor> {
+        ensure!(Some(x.rows * x.cols) == rows.checked_mul(cols), "{} cannot form a {rows}x{cols} matrix", x.describe());
+        let mut x = x;
+        (x.rows, x.cols) = (rows, cols);
+        Ok(x)
+    }
+
+    fn linear(&self, x: &CountedTensor, weight: &CountedTensor, bias: Option<&CountedTensor>) -> Result<CountedTensor> {
+        self.check([x, weight].into_iter().chain(bias))?;
+        self.operands(x, weight, x.cols == weight.cols)?;
+        let made = self.tensor(x.rows, weight.rows, x.float)?;
+        let product = Work::Linear { inner: x.cols };
+        self.takes(Some(product), 0);
+        if let Some(bias) = bias {
+            ensure!(
+                bias.rows == 1 && bias.cols == weight.rows && bias.float == x.float,
+                "bias {} for {} outputs of {:?}",
+                bias.describe(),
+                weight.rows,
+                x.float
+            );
+            self.takes(Some(Work::Bias { rows: x.rows, outputs: weight.rows }), 0);
+        }
+        self.product(&made, x.cols);
+        Ok(made)
+    }
+
+    fn matmul(&self, a: &CountedTensor, b: &CountedTensor) -> Result<CountedTensor> {
+        self.check([a, b])?;
+        self.operands(a, b, a.cols == b.rows)?;
+        let made = self.tensor(a.rows, b.cols, a.float)?;
+        self.takes(Some(Work::Linear { inner: a.cols }), 0);
+        self.product(&made, a.cols);
+        Ok(made)
+    }
+
+    fn add_assign(&self, x: &mut CountedTensor, y: &CountedTensor) -> Result<()> {
+        self.alike(x, y)?;
+        self.values(x.count());
+        Ok(())
+    }
+
+    fn scaled_difference(&self, a: &CountedTensor, b: &CountedTensor, _factor: f32) -> Result<CountedTensor> {
+        self.alike(a, b)?;
+        self.values(a.count());
+        self.like(a)
+    }
+
+    fn rms_norm(&self, x: &CountedTensor, weight: &CountedTensor, _eps: f32) -> Result<CountedTensor> {
+        self.norm(x, [weight])
+    }
+
+    fn rms_norm_backward(
+        &self,
+        x: &CountedTensor,
+        weight: &CountedTensor,
+        d_out: &CountedTensor,
+        _eps: f32,
+    ) -> Result<CountedTensor> {
+        self.alike(d_out, x).context("output gradient of another shape than the output")?;
+        self.norm(x, [weight])
+    }
+
+    fn layer_norm(
+        &self,
+        x: &CountedTensor,
+        weight: &CountedTensor,
+        bias: &CountedTensor,
+        _eps: f32,
+    ) -> Result<CountedTensor> {
+        self.norm(x, [weight, bias])
+    }
+
+    fn rotate(&self, x: &mut CountedTensor, rotary: &Rotary<CountedTensor>, _transposed: bool) -> Result<()> {
+        let Rotary { cos, sin } = rotary;
+        self.check([&*x, cos, sin])?;
+        let half = cos.cols;
+        ensure!(
+            cos.rows == x.rows && sin.rows == x.rows && sin.cols == half && half > 0 && x.cols.is_multiple_of(2 * half),
+            "rotary tables {} and {} on {}",
+            cos.describe(),
+            sin.describe(),
+            x.describe()
+        );
+        ensure!([cos.float, sin.float] == [Float::F32; 2], "rotary tables {} where float32 is needed", cos.describe());
+        self.values(x.count());
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        q: &CountedTensor,
+        k: &CountedTensor,
+        v: &CountedTensor,
+        spans: &[Span],
+        shape: AttentionShape,
+    ) -> Result<CountedTensor> {
+        let attention = self.attended([q, k, v], spans, shape)?;
+        let made = self.like(q)?;
+        let (tokens, longest) = (q.rows, longest(spans));
+        self.takes(Some(Work::Attention { tokens, longest, shape }), size_of_val(spans));
+        self.ledger.work(ByKind { attention, values: made.count(), ..ByKind::default() });
+        Ok(made)
+    }
+
+    fn attention_backward(
+        &self,
+        q: &CountedTensor,
+        k: &CountedTensor,
+        v: &CountedTensor,
+        d_out: &CountedTensor,
+        spans: &[Span],
+        shape: AttentionShape,
+    ) -> Result<(CountedTensor, CountedTensor, CountedTensor)> {
+        let forward = self.attended([q, k, v], spans, shape)?;
+        self.alike(d_out, q).context("output gradient of another shape than the output")?;
+        ensure!(apart(spans.iter().map(|span| &span.k)), "spans that share keys have no gradients of their own");
+        let made = (self.like(q)?, self.like(k)?, self.like(v)?);
+        let (tokens, longest) = (q.rows, longest(spans));
+        self.takes(Some(Work::AttentionBackward { tokens, longest, shape }), size_of_val(spans));
+        let values = made.0.count() + made.1.count() + made.2.count();
+        self.ledger.work(ByKind { attention: BACKWARD * forward, values, ..ByKind::default() });
+        Ok(made)
+    }
+
+    fn activate(&self, x: &CountedTensor, _activation: Activation) -> Result<CountedTensor> {
+        self.check([x])?;
+        self.values(NONLINEAR * x.count());
+        self.like(x)
+    }
+
+    fn gated(&self, gate: &CountedTensor, up: &CountedTensor, _activation: Activation) -> Result<CountedTensor> {
+        self.alike(gate, up)?;
+        self.values(NONLINEAR * gate.count());
+        self.like(gate)
+    }
+
+    fn mean_abs_rows(&self, x: &CountedTensor) -> Result<Vec<f32>> {
+        self.check([x])?;
+        self.takes(None, x.rows * size_of::<f32>());
+        self.values(x.count());
+        Ok(vec![1.0; x.rows])
+    }
+}
+
+impl Counting {
+    /// The work of a product of this result.
+    fn product(&self, made: &CountedTensor, inner: usize) {
+        let products = 2.0 * made.count() * inner as f64;
+        self.ledger.work(ByKind { products, values: made.count(), ..ByKind::default() });
+    }
+
+    fn operands(&self, a: &CountedTensor, b: &CountedTensor, fit: bool) -> Result<()> {
+        ensure!(fit && a.float == b.float, "product of {} and {}", a.describe(), b.describe());
+        Ok(())
+    }
+
+    fn norm<const N: usize>(&self, x: &CountedTensor, parts: [&CountedTensor; N]) -> Result<CountedTensor> {
+        self.check([x].into_iter().chain(parts))?;
+        for part in parts {
+            ensure!(
+                part.rows == 1 && part.cols == x.cols && part.float == x.float,
+                "norm of {} on {}",
+                part.describe(),
+                x.describe()
+            );
+        }
+        self.values(x.count());
+        self.like(x)
+    }
+
+    fn alike(&self, a: &CountedTensor, b: &CountedTensor) -> Result<()> {
+        self.check([a, b])?;
+        ensure!((a.rows, a.cols, a.float) == (b.rows, b.cols, b.float), "{} against {}", a.describe(), b.describe());
+        Ok(())
+    }
+
+    /// Floating-point operations of attention; scores that are masked are left out.
+    fn attended(&self, [q, k, v]: [&CountedTensor; 3], spans: &[Span], shape: AttentionShape) -> Result<f64> {
+        self.check([q, k, v])?;
+        let AttentionShape { heads, kv_heads, head_dim, causal } = shape;
+        ensure!(
+            q.cols == heads * head_dim
+                && k.cols == kv_heads * head_dim
+                && v.cols == k.cols
+                && v.rows == k.rows
+                && kv_heads > 0
+                && heads.is_multiple_of(kv_heads)
+                && k.float == q.float
+                && v.float == q.float,
+            "attention of {heads}/{kv_heads} heads of {head_dim} on queries {}, keys {}, values {}",
+            q.describe(),
+            k.describe(),
+            v.describe()
+        );
+        ensure!(apart(spans.iter().map(|span| &span.q)), "spans that share queries");
+        let mut scores = 0.0;
+        for span in spans {
+            let (queries, keys) = (span.q.len() as f64, span.k.len() as f64);
+            ensure!(
+                span.q.start <= span.q.end
+                    && span.k.start <= span.k.end
+                    && span.q.end <= q.rows
+                    && span.k.end <= k.rows
+                    && (!causal || span.q.len() <= span.k.len()),
+                "span {span:?} outside {} query and {} key rows",
+                q.rows,
+                k.rows
+            );
+            scores += queries * if causal { keys - (queries - 1.0).max(0.0) / 2.0 } else { keys };
+        }
+        Ok(4.0 * scores * q.cols as f64)
+    }
+}
+
+/// The longest span's keys.
+fn longest(spans: &[Span]) -> usize {
+    spans.iter().map(|span| span.k.len()).max().unwrap_or(0)
+}
+
+/// Whether no two ranges share a row.
+fn apart<'a>(ranges: impl Iterator<Item = &'a Range<usize>>) -> bool {
+    let mut ranges: Vec<&Range<usize>> = ranges.filter(|range| !range.is_empty()).collect();
+    ranges.sort_by_key(|range| range.start);
+    ranges.windows(2).all(|pair| pair[0].end <= pair[1].start)
+}

@@ -1,0 +1,19 @@
+//! What a device's memory holds while a block is quantized, by the names under which it is [made](crate::device::Device::label).
+
+/// Weights of the block on both paths.
+pub const WEIGHTS: &str = "weights of a block";
+
+/// H and C of a layer's inputs.
+pub const STATISTICS: &str = "statistics";
+
+/// Statistics in processing order, and their factors.
+pub const FACTORS: &str = "factors";
+
+/// What a solve carries from block to block of columns, and its codes.
+pub const SOLVER: &str = "solver's state";
+
+/// What a pass makes of the chunk at work.
+pub const PASS: &str = "intermediate results of a chunk";
+
+/// H and C of a layer's outputs, by which its scales are refitted.
+pub const REFIT: &str = "statistics of the outputs";

@@ -1,0 +1,88 @@
+//! Whole runs on a device that counts, against the plans that were made before their start.
+
+use crate::support::{data, golden};
+use std::path::Path;
+use vlmq::device::counting::Counting;
+use vlmq::device::cpu::Cpu;
+use vlmq::plan::MemoryPlan;
+use vlmq::progress::Stage;
+use vlmq::quantize::block::Activations;
+use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
+use vlmq::run::{self, RunSettings};
+use vlmq::tensor::Float;
+
+/// A few samples in several chunks.
+fn settings(out: &Path, model: &Path, calib: &Path, solver: SolverSettings, importance: Importance) -> RunSettings {
+    RunSettings {
+        solver,
+        importance,
+        samples: 5,
+        chunk_tokens: 64,
+        ..RunSettings::new(model.to_owned(), Some(calib.to_owned()), out.to_owned())
+    }
+}
+
+/// Solvers, importance and width of codes; scales of two bits are refitted.
+const METHODS: [(Solver, Importance, u32); 4] = [
+    (Solver::Gptaq, Importance::Vlmq, 3),
+    (Solver::Gptq, Importance::None, 3),
+    (Solver::Gptq, Importance::Vlmq, 2),
+    (Solver::Gptaq, Importance::None, 2),
+];
+
+/// What a stage held at most was planned: not more, and not less by more than a tenth.
+fn check(what: &str, plan: &MemoryPlan) {
+    for stage in &plan.stages {
+        let measured = stage.measured_bytes.unwrap();
+        println!("{what}, {}, {}: {:.3}", stage.stage, stage.step, measured as f64 / stage.bytes as f64);
+        assert!(measured <= stage.bytes && 10 * measured >= 9 * stage.bytes, "{what}: {measured} of {stage:?}");
+    }
+}
+
+#[test]
+fn runs_that_only_count_hold_what_was_planned() {
+    let work = tempfile::tempdir().unwrap();
+    let (model, calib) = (data("tiny-qwen2-vl-narrow"), data("vqa/calib.jsonl"));
+    for (i, (solver, importance, bits)) in METHODS.into_iter().enumerate() {
+        let solver = SolverSettings { solver, bits, ..SolverSettings::default() };
+        let out = work.path().join(format!("{i}"));
+        let settings = settings(&out, &model, &calib, solver, importance);
+        let device = Counting::plain(Float::Bf16).running();
+        let report = run::run(&device, &settings, &mut ()).unwrap();
+        let plan = &report.memory_plan;
+        check(&format!("{:?} {importance:?} {bits}", settings.solver.solver), plan);
+        assert_eq!((plan.activations, device.parked_bytes()), (Activations::Resident, 0));
+        assert_eq!(device.alive(), 0);
+    }
+}
+
+#[test]
+fn every_familys_tower_is_counted() {
+    let work = tempfile::tempdir().unwrap();
+    for name in ["flat-tied-bf16", "qwen2_5_vl-flat-bf16", "llava-hub-tied-f16", "qwen3_vl-tied-bf16"] {
+        let (model, calib) = (golden("model").join(name), golden("model").join(format!("{name}.jsonl")));
+        let solver = SolverSettings { solver: Solver::Gptq, group_size: Some(32), ..SolverSettings::default() };
+        let settings = settings(&work.path().join(name), &model, &calib, solver, Importance::None);
+        let device = Counting::plain(Float::Bf16).running();
+        let report = run::run(&device, &settings, &mut ()).unwrap();
+        assert_eq!(report.memory_plan.stages[0].stage, Stage::Vision);
+        check(name, &report.memory_plan);
+    }
+}
+
+/// In the CPU's place: its memory is the host's, of which the plan counts the device's part alike.
+#[test]
+fn the_cpus_part_is_counted() {
+    let work = tempfile::tempdir().unwrap();
+    let (model, calib) = (data("tiny-qwen2-vl-narrow"), data("vqa/calib.jsonl"));
+    for (i, (solver, importance, bits)) in METHODS.into_iter().enumerate() {
+        let solver = SolverSettings { solver, bits, ..SolverSettings::default() };
+        let settings = settings(&work.path().join(format!("{i}")), &model, &calib, solver, importance);
+        let device = Counting::of(&Cpu).running();
+        let report = run::run(&device, &settings, &mut ()).unwrap();
+        // The last stage's: books are opened anew before it.
+        let (peak, stage) = (device.peak(), &report.memory_plan.stages[1]);
+        println!("{i}: {} of {}, at {}: {peak:?}", peak.bytes, stage.bytes, stage.step);
+        assert!((0.9..=1.1).contains(&(peak.bytes as f64 / stage.bytes as f64)), "{peak:?} of {stage:?}");
+    }
+}
