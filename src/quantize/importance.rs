@@ -28,16 +28,24 @@ impl Factors {
     }
 }
 
-/// Factors of the tokens of some packed samples, not yet normalised. `block` holds float weights; `x_float` and
-/// `x_quantized` are the block's inputs `[tokens, hidden]` on the two paths.
+/// A block's inputs of some packed samples on the two paths.
+pub struct BlockInputs<'a, T> {
+    /// On the float path, `[tokens, hidden]`.
+    pub x_float: &'a T,
+    /// On the quantized path, of the same shape.
+    pub x_quantized: &'a T,
+    /// Where the samples' tokens stand.
+    pub layout: &'a Layout<T>,
+}
+
+/// Factors of the tokens of some packed samples, not yet normalised. `block` holds float weights.
 pub fn attention_importance<D: ModelOps>(
     device: &D,
     config: &DecoderConfig,
     block: &Block<D::Tensor>,
-    x_float: &D::Tensor,
-    x_quantized: &D::Tensor,
-    layout: &Layout<D::Tensor>,
+    inputs: &BlockInputs<'_, D::Tensor>,
 ) -> Result<Factors> {
+    let &BlockInputs { x_float, x_quantized, layout } = inputs;
     let float_attention = block.output_input(device, config, x_float, layout)?;
     let float_output = block.linear(Projection::O).apply(device, &float_attention)?;
 
