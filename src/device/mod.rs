@@ -13,8 +13,8 @@ mod solve_ops;
 pub use grid::{Grid, GridRule, LOSS_SHRINKS, LOSS_STRETCHES, ScaleMisfit, WIDTHS, told_widths};
 pub use model_ops::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
 pub use solve_ops::{
-    BLOCK, BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, Group, GroupGrid, PermuteSymmetric,
-    ProductRange, SolveOps, SolveState,
+    BLOCK, BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, Group, GroupGrid, LayerInputs,
+    PermuteSymmetric, ProductRange, SolveOps, SolveState,
 };
 
 use crate::tensor::Matrix;
