@@ -11,7 +11,7 @@ mod model_ops;
 mod solve_ops;
 
 pub use grid::{Grid, GridRule, LOSS_SHRINKS, LOSS_STRETCHES, ScaleMisfit, WIDTHS, told_widths};
-pub use model_ops::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
+pub use model_ops::{Activation, AttentionOperands, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
 pub use solve_ops::{
     BLOCK, BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, Group, GroupGrid, LayerInputs,
     PermuteSymmetric, ProductRange, SolveOps, SolveState,

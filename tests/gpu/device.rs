@@ -11,8 +11,9 @@ use vlmq::codes::pack::{PackedRun, pack};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{CodeMatrix, CodesAlong, Cuda, CudaTensor};
 use vlmq::device::{
-    Activation, AttentionShape, BLOCK, BlockCodes, BlockShape, ColumnBlock, Device, Factored, GridRule, LayerInputs,
-    ModelOps, PermuteSymmetric, ProductRange, QuantizedWeight, Rotary, SolveOps, SolveState, Span,
+    Activation, AttentionOperands, AttentionShape, BLOCK, BlockCodes, BlockShape, ColumnBlock, Device, Factored,
+    GridRule, LayerInputs, ModelOps, PermuteSymmetric, ProductRange, QuantizedWeight, Rotary, SolveOps, SolveState,
+    Span,
 };
 use vlmq::quantize::plain::quantize_layer;
 use vlmq::quantize::settings::{CrossTerm, Grid, Order, Solver, SolverSettings};
@@ -304,12 +305,14 @@ fn attention_agrees_forward_and_backward() {
             let v = numbers(keys, shape.kv_heads * shape.head_dim, 3);
             let d_out = numbers(queries, shape.heads * shape.head_dim, 4);
             let [a, b, c, d] = [&q, &k, &v, &d_out].map(|x| case.up(x));
-            let found = case.cuda.attention(&a, &b, &c, spans, *shape).unwrap();
-            let expected = Cpu.attention(&q, &k, &v, spans, *shape).unwrap();
+            let there = AttentionOperands { q: &a, k: &b, v: &c, spans, shape: *shape };
+            let here = AttentionOperands { q: &q, k: &k, v: &v, spans, shape: *shape };
+            let found = case.cuda.attention(&there).unwrap();
+            let expected = Cpu.attention(&here).unwrap();
             // Probabilities are rounded to the model's type before they meet the values: a second rounding.
             case.check_norm(&format!("{shape:?}"), &found, &expected, 2.0 * tolerance(case.precision));
-            let found = case.cuda.attention_backward(&a, &b, &c, &d, spans, *shape).unwrap();
-            let expected = Cpu.attention_backward(&q, &k, &v, &d_out, spans, *shape).unwrap();
+            let found = case.cuda.attention_backward(&there, &d).unwrap();
+            let expected = Cpu.attention_backward(&here, &d_out).unwrap();
             let pairs = [(&found.0, &expected.0), (&found.1, &expected.1), (&found.2, &expected.2)];
             for (name, (found, expected)) in ["dq", "dk", "dv"].into_iter().zip(pairs) {
                 case.check_norm(&format!("{name} of {shape:?}"), found, expected, 3.0 * tolerance(case.precision));
@@ -318,9 +321,9 @@ fn attention_agrees_forward_and_backward() {
         let (shape, spans) = &cases[0];
         let x = case.up(&numbers(58, 64, 1));
         let narrow = case.up(&numbers(58, 16, 1));
-        assert!(case.cuda.attention(&x, &narrow, &narrow, spans, *shape).is_err());
-        let kv = case.up(&numbers(40, 32, 1));
-        assert!(case.cuda.attention(&x, &kv, &kv, spans, *shape).is_err());
+        let attends = |kv| case.cuda.attention(&AttentionOperands { q: &x, k: kv, v: kv, spans, shape: *shape });
+        assert!(attends(&narrow).is_err());
+        assert!(attends(&case.up(&numbers(40, 32, 1))).is_err());
     }
 }
 
