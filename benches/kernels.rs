@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{CodeMatrix, CodesAlong, Cuda};
 use vlmq::device::{
-    Activation, AttentionShape, BLOCK, Device, ModelOps, PermuteSymmetric, ProductRange, QuantizedWeight, Rotary,
-    SolveOps, Span,
+    Activation, AttentionOperands, AttentionShape, BLOCK, Device, ModelOps, PermuteSymmetric, ProductRange,
+    QuantizedWeight, Rotary, SolveOps, Span,
 };
 use vlmq::quantize::settings::{Grid, Solver, SolverSettings};
 use vlmq::quantize::solve::{enqueue, prepare, solve};
@@ -204,9 +204,10 @@ impl<'a, D: ModelOps + SolveOps> Bench<'a, D> {
         let keys = device.upload_model(noise(tokens, shape.kv_heads * shape.head_dim, 6))?;
         let spans: Vec<Span> = (0..tokens / length).map(|i| Span::own(i * length..(i + 1) * length)).collect();
         let (work, bytes) = (2.0 * t * l * h, e * t * h * 2.3);
-        self.line("attention", work, bytes, || device.attention(&x, &keys, &keys, &spans, shape).map(drop))?;
+        let operands = AttentionOperands { q: &x, k: &keys, v: &keys, spans: &spans, shape };
+        self.line("attention", work, bytes, || device.attention(&operands).map(drop))?;
         self.line("attention backward", 3.5 * work, 2.0 * bytes, || {
-            device.attention_backward(&x, &keys, &keys, &x, &spans, shape).map(drop)
+            device.attention_backward(&operands, &x).map(drop)
         })?;
         let angles = device.upload(noise(tokens, shape.head_dim / 2, 8))?;
         let rotary = Rotary { cos: angles, sin: device.upload(noise(tokens, shape.head_dim / 2, 9))? };

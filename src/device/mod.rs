@@ -14,10 +14,10 @@ mod work;
 
 pub use counting::Label;
 pub use grid::{Grid, GridRule, LOSS_SHRINKS, LOSS_STRETCHES, ScaleMisfit, WIDTHS, told_widths};
-pub use model_ops::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
+pub use model_ops::{Activation, AttentionOperands, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
 pub use solve_ops::{
-    BLOCK, BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, Group, GroupGrid, PermuteSymmetric,
-    ProductRange, SolveOps, SolveState,
+    BLOCK, BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, Group, GroupGrid, LayerInputs,
+    PermuteSymmetric, ProductRange, SolveOps, SolveState,
 };
 pub use work::ByKind;
 

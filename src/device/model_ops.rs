@@ -96,6 +96,21 @@ impl QuantizedWeight<'_> {
     }
 }
 
+/// What attention is of.
+#[derive(Debug)]
+pub struct AttentionOperands<'a, T> {
+    /// Queries, `[tq, heads · head_dim]`.
+    pub q: &'a T,
+    /// Keys, `[tk, kv_heads · head_dim]`.
+    pub k: &'a T,
+    /// Values, of the shape of the keys.
+    pub v: &'a T,
+    /// Which queries see which keys.
+    pub spans: &'a [Span],
+    /// Heads.
+    pub shape: AttentionShape,
+}
+
 /// Forward and backward operations on activations `[tokens, channels]`.
 pub trait ModelOps: Device {
     /// Copies a weight or an activation to the device, in the precision that the model runs in (the CPU: float32).
@@ -173,26 +188,14 @@ pub trait ModelOps: Device {
     /// the inverse rotation, which is the backward of the forward one.
     fn rotate(&self, x: &mut Self::Tensor, rotary: &Rotary<Self::Tensor>, transposed: bool) -> Result<()>;
 
-    /// Softmax attention, scaled by `head_dim^-0.5`, each span on its own: q `[tq, heads · head_dim]`, k and v
-    /// `[tk, kv_heads · head_dim]` → `[tq, heads · head_dim]`.
-    fn attention(
-        &self,
-        q: &Self::Tensor,
-        k: &Self::Tensor,
-        v: &Self::Tensor,
-        spans: &[Span],
-        shape: AttentionShape,
-    ) -> Result<Self::Tensor>;
+    /// Softmax attention, scaled by `head_dim^-0.5`, each span on its own → `[tq, heads · head_dim]`.
+    fn attention(&self, operands: &AttentionOperands<'_, Self::Tensor>) -> Result<Self::Tensor>;
 
     /// Gradients `(dq, dk, dv)` of [`attention`](Self::attention) for the output gradient `d_out`.
     fn attention_backward(
         &self,
-        q: &Self::Tensor,
-        k: &Self::Tensor,
-        v: &Self::Tensor,
+        operands: &AttentionOperands<'_, Self::Tensor>,
         d_out: &Self::Tensor,
-        spans: &[Span],
-        shape: AttentionShape,
     ) -> Result<(Self::Tensor, Self::Tensor, Self::Tensor)>;
 
     /// The nonlinearity, elementwise.

@@ -87,6 +87,17 @@ pub struct SolveState<T> {
     pub cross: Option<T>,
 }
 
+/// What some tokens bring to a layer.
+#[derive(Debug)]
+pub struct LayerInputs<'a, T> {
+    /// `[tokens, in]`: the inputs where every earlier layer is quantized.
+    pub u: &'a T,
+    /// `[tokens, in]`: the same tokens' inputs where nothing is.
+    pub f: Option<&'a T>,
+    /// `[tokens]`: importance factors, all 1 when absent.
+    pub g: Option<&'a [f32]>,
+}
+
 /// One block of columns to quantize.
 #[derive(Debug)]
 pub struct ColumnBlock<'a, T> {
@@ -161,16 +172,14 @@ pub trait SolveOps: Device {
     /// indices) are zero.
     fn permute_columns(&self, weight: &Self::Tensor, order: &[u32], dead: &[usize]) -> Result<Self::Tensor>;
 
-    /// `hessian += Uᵀ·diag(g²)·U` (upper triangle only) and `cross += (F − U)ᵀ·diag(g²)·U`: u and f `[tokens, in]`,
-    /// hessian and cross `[in, in]`, g `[tokens]`. Tokens with g = 0 are not read. Sums are accurate enough for
+    /// `hessian += Uᵀ·diag(g²)·U` (upper triangle only) and `cross += (F − U)ᵀ·diag(g²)·U`, hessian and cross `[in, in]`. Tokens
+    /// with g = 0 are not read. Sums are accurate enough for
     /// float32 to be within 1e-6 relative of the exact sum.
     fn accumulate_statistics(
         &self,
         hessian: &mut Self::Tensor,
         cross: Option<&mut Self::Tensor>,
-        u: &Self::Tensor,
-        f: Option<&Self::Tensor>,
-        g: Option<&[f32]>,
+        inputs: &LayerInputs<'_, Self::Tensor>,
     ) -> Result<()>;
 
     /// Diagonal of a square tensor.

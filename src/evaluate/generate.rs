@@ -6,16 +6,25 @@ use crate::model::language_model::{Cache, LanguageModel, Stream};
 use crate::tensor::Matrix;
 use anyhow::Result;
 
-/// Continues every prompt by the likeliest token again and again, until an end token or `limits[i]` new tokens.
+/// Where answers end.
+#[derive(Clone, Copy, Debug)]
+pub struct Endings<'a> {
+    /// Most new tokens of each answer.
+    pub limits: &'a [usize],
+    /// Tokens that end an answer.
+    pub tokens: &'a [u32],
+}
+
+/// Continues every prompt by the likeliest token again and again, until it ends.
 /// Returns the new tokens without the end token. `streams` are the prompts, embedded in their order.
 pub fn greedy<D: ModelOps>(
     device: &D,
     model: &LanguageModel<D>,
     prompts: &[Sequence],
     mut streams: Vec<Stream<D::Tensor>>,
-    limits: &[usize],
-    end_tokens: &[u32],
+    endings: Endings<'_>,
 ) -> Result<Vec<Vec<u32>>> {
+    let Endings { limits, tokens: end_tokens } = endings;
     let mut caches: Vec<Cache<D::Tensor>> = prompts.iter().map(|_| model.cache()).collect();
     model.forward_all(device, &mut streams, Some(&mut caches))?;
     let mut next = Vec::with_capacity(prompts.len());

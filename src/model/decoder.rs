@@ -5,7 +5,7 @@
 
 use super::config::{DecoderConfig, DecoderNames};
 use super::source::Source;
-use crate::device::{ModelOps, Rotary, Span};
+use crate::device::{AttentionOperands, ModelOps, Rotary, Span};
 use anyhow::Result;
 
 /// The linear layers of a decoder block, in the order in which they are quantized.
@@ -275,7 +275,7 @@ impl<T> Block<T> {
     ) -> Result<T> {
         let input = self.attention_input(device, config, x)?;
         let Attended { q, k, v } = self.attended(device, &input, &layout.rotary)?;
-        device.attention(&q, &k, &v, &layout.spans, config.attention)
+        device.attention(&AttentionOperands { q: &q, k: &k, v: &v, spans: &layout.spans, shape: config.attention })
     }
 
     /// Input of gate and up: the normalised residual stream behind the attention module.

@@ -8,7 +8,7 @@ use super::source::{Headers, Source, Weights};
 use crate::checkpoint::Checkpoint;
 use crate::data::image::ImagePatches;
 use crate::data::sequence::Sequence;
-use crate::device::{ModelOps, Rotary, Span};
+use crate::device::{AttentionOperands, ModelOps, Rotary, Span};
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
@@ -358,7 +358,7 @@ impl<D: ModelOps> LanguageModel<D> {
                     Some(caches) => {
                         let (own, others) = caches.split_at_mut(layout.spans.len());
                         rest = Some(others);
-                        attend_cached(device, &block, index, decoder, x, layout, own)?
+                        attend_cached(device, &CachedBlock { block: &block, index, decoder }, x, layout, own)?
                     }
                 };
                 block.add_output(device, x, Projection::O, &attended)?;
@@ -416,12 +416,17 @@ impl<T> Deref for Lent<'_, T> {
     }
 }
 
+/// A block, by its number from 0, whose keys and values are kept.
+struct CachedBlock<'a, T> {
+    block: &'a Block<T>,
+    index: usize,
+    decoder: &'a DecoderConfig,
+}
+
 /// Input of o of sequences that attend to their caches, which grow by their keys and values.
 fn attend_cached<D: ModelOps>(
     device: &D,
-    block: &Block<D::Tensor>,
-    index: usize,
-    decoder: &DecoderConfig,
+    &CachedBlock { block, index, decoder }: &CachedBlock<'_, D::Tensor>,
     x: &D::Tensor,
     layout: &Layout<D::Tensor>,
     caches: &mut [Cache<D::Tensor>],
@@ -440,9 +445,9 @@ fn attend_cached<D: ModelOps>(
         let (keys, values) = &cache.blocks[index];
         let own = Span { q: 0..span.q.len(), k: 0..device.shape(keys).0 };
         let queries = device.slice_rows(&q, span.q.clone())?;
-        let out = device.attention(&queries, keys, values, &[own], decoder.attention)?;
+        let seen = AttentionOperands { q: &queries, k: keys, v: values, spans: &[own], shape: decoder.attention };
         let rows: Vec<u32> = (span.q.start as u32..span.q.end as u32).collect();
-        device.scatter_rows(&mut q, &rows, &out)?;
+        device.scatter_rows(&mut q, &rows, &device.attention(&seen)?)?;
     }
     Ok(q)
 }

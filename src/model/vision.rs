@@ -2,7 +2,7 @@
 
 use super::decoder::Linear;
 use super::source::Source;
-use crate::device::{Activation, AttentionShape, ModelOps, Rotary, Span};
+use crate::device::{Activation, AttentionOperands, AttentionShape, ModelOps, Rotary, Span};
 use anyhow::Result;
 
 /// Epsilon of every norm in the vision towers.
@@ -176,7 +176,7 @@ impl<T> Attention<T> {
             device.rotate(&mut q, rotary, false)?;
             device.rotate(&mut k, rotary, false)?;
         }
-        let mixed = device.attention(&q, &k, &v, spans, self.shape)?;
+        let mixed = device.attention(&AttentionOperands { q: &q, k: &k, v: &v, spans, shape: self.shape })?;
         drop((q, k, v));
         self.output.apply(device, &mixed)
     }

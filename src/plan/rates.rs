@@ -2,7 +2,7 @@
 
 use super::Job;
 use crate::checkpoint::checksum;
-use crate::device::{AttentionShape, BLOCK, ModelOps, PermuteSymmetric, SolveOps, Span};
+use crate::device::{AttentionOperands, AttentionShape, BLOCK, ModelOps, PermuteSymmetric, SolveOps, Span};
 use crate::plan::Rates;
 use crate::quantize::settings::Solver;
 use crate::quantize::solve;
@@ -70,7 +70,8 @@ impl Rates {
             let (q, k) = (noise(rows, heads * head_dim, 4)?, noise(rows, kv_heads * head_dim, 5)?);
             let spans: Vec<Span> = (0..spans).map(|i| Span::own(i * usual..(i + 1) * usual)).collect();
             let work = 2.0 * (rows * usual * heads * head_dim) as f64;
-            timed(work, &|| device.attention(&q, &k, &k, &spans, heads_of))
+            let operands = AttentionOperands { q: &q, k: &k, v: &k, spans: &spans, shape: heads_of };
+            timed(work, &|| device.attention(&operands))
         })?;
 
         let widest = shape.intermediate.max(shape.hidden);

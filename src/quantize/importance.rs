@@ -7,7 +7,7 @@
 //! has them, the norms of queries and keys.
 
 use super::settings::ImportancePower;
-use crate::device::ModelOps;
+use crate::device::{AttentionOperands, ModelOps};
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::{Attended, Block, Layout, Projection};
 use anyhow::Result;
@@ -28,22 +28,31 @@ impl Factors {
     }
 }
 
-/// Factors of the tokens of some packed samples, not yet normalised. `block` holds float weights; `x_float` and
-/// `x_quantized` are the block's inputs `[tokens, hidden]` on the two paths.
+/// A block's inputs of some packed samples on the two paths.
+pub struct BlockInputs<'a, T> {
+    /// On the float path, `[tokens, hidden]`.
+    pub x_float: &'a T,
+    /// On the quantized path, of the same shape.
+    pub x_quantized: &'a T,
+    /// Where the samples' tokens stand.
+    pub layout: &'a Layout<T>,
+}
+
+/// Factors of the tokens of some packed samples, not yet normalised. `block` holds float weights.
 pub fn attention_importance<D: ModelOps>(
     device: &D,
     config: &DecoderConfig,
     block: &Block<D::Tensor>,
-    x_float: &D::Tensor,
-    x_quantized: &D::Tensor,
-    layout: &Layout<D::Tensor>,
+    inputs: &BlockInputs<'_, D::Tensor>,
 ) -> Result<Factors> {
+    let &BlockInputs { x_float, x_quantized, layout } = inputs;
     let float_attention = block.output_input(device, config, x_float, layout)?;
     let float_output = block.linear(Projection::O).apply(device, &float_attention)?;
 
     let input = block.attention_input(device, config, x_quantized)?;
     let Attended { q, k, v } = block.attended(device, &input, &layout.rotary)?;
-    let attention = device.attention(&q, &k, &v, &layout.spans, config.attention)?;
+    let operands = AttentionOperands { q: &q, k: &k, v: &v, spans: &layout.spans, shape: config.attention };
+    let attention = device.attention(&operands)?;
     let output = block.linear(Projection::O).apply(device, &attention)?;
 
     let gradient = |scale: f32| -> Result<D::Tensor> {
@@ -54,7 +63,7 @@ pub fn attention_importance<D: ModelOps>(
     let scale = loss_scale(&device.mean_abs_rows(&gradient(1.0)?)?);
     let d_output = gradient(scale)?;
     let d_attention = device.matmul(&d_output, &block.linear(Projection::O).weight)?;
-    let (d_q, d_k, d_v) = device.attention_backward(&q, &k, &v, &d_attention, &layout.spans, config.attention)?;
+    let (d_q, d_k, d_v) = device.attention_backward(&operands, &d_attention)?;
     let (d_q, d_k) = block.projection_gradients(device, &input, &layout.rotary, (d_q, d_k))?;
     let factors = |gradient: &D::Tensor| -> Result<Vec<f32>> {
         Ok(device.mean_abs_rows(gradient)?.into_iter().map(|g| g / scale).collect())

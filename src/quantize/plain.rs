@@ -5,7 +5,7 @@ use super::settings::{Solver, SolverSettings};
 use super::solve::{prepare, round_to_nearest, solve_layer};
 use super::statistics::Statistics;
 use crate::codes::QuantizedLinear;
-use crate::device::SolveOps;
+use crate::device::{LayerInputs, SolveOps};
 use crate::tensor::Matrix;
 use anyhow::{Result, bail, ensure};
 
@@ -23,15 +23,14 @@ pub struct QuantizedLayer {
 
 /// Quantizes one linear layer.
 ///
-/// `weight` `[out, in]`; `u` `[tokens, in]`, the layer's inputs where every earlier layer is quantized; `f`
-/// `[tokens, in]`, the same tokens' inputs where nothing is (needed for GPTAQ, ignored by the others); `g` `[tokens]`,
-/// importance factors, all 1 when absent. Round-to-nearest reads none of the three.
+/// `weight` `[out, in]`. Of the inputs GPTAQ needs those of the float path, which the others ignore; round-to-nearest reads none at
+/// all.
 ///
 /// Errors when shapes disagree, a number is not finite, an importance factor is negative, there is no token, `f` is
 /// missing for GPTAQ, or `in` is not divisible by the group size.
 ///
 /// ```
-/// use vlmq::device::cpu::Cpu;
+/// use vlmq::device::{LayerInputs, cpu::Cpu};
 /// use vlmq::quantize::{plain::quantize_layer, settings::SolverSettings};
 /// use vlmq::tensor::Matrix;
 ///
@@ -45,7 +44,8 @@ pub struct QuantizedLayer {
 /// let importance: Vec<f32> = (0..200).map(|token| 1.0 + (token % 3) as f32).collect();
 ///
 /// let settings = SolverSettings { group_size: Some(32), ..SolverSettings::default() };
-/// let layer = quantize_layer(&Cpu, &weight, &inputs, Some(&float_inputs), Some(&importance), &settings)?;
+/// let inputs = LayerInputs { u: &inputs, f: Some(&float_inputs), g: Some(&importance) };
+/// let layer = quantize_layer(&Cpu, &weight, &inputs, &settings)?;
 /// assert_eq!(layer.linear.codes.len(), 8 * 64);
 /// assert_eq!(layer.linear.scales.len(), 8 * 2);
 /// assert!(layer.linear.codes.iter().all(|&code| code < 8));
@@ -56,11 +56,10 @@ pub struct QuantizedLayer {
 pub fn quantize_layer<D: SolveOps>(
     device: &D,
     weight: &Matrix,
-    u: &Matrix,
-    f: Option<&Matrix>,
-    g: Option<&[f32]>,
+    inputs: &LayerInputs<'_, Matrix>,
     settings: &SolverSettings,
 ) -> Result<QuantizedLayer> {
+    let &LayerInputs { u, f, g } = inputs;
     if settings.solver == Solver::Rtn {
         let (linear, report) = round_to_nearest(weight, settings)?;
         let order = (0..weight.cols() as u32).collect();

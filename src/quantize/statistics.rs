@@ -1,6 +1,6 @@
 //! Weighted second-order statistics of a layer's inputs (paper section 4, GPTAQ equation 7).
 
-use crate::device::{Device, SolveOps};
+use crate::device::{Device, LayerInputs, SolveOps};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
 
@@ -114,7 +114,7 @@ impl<T: Send + Sync> Statistics<T> {
             }
             live = g.iter().filter(|&&g| g != 0.0).count();
         }
-        device.accumulate_statistics(&mut self.hessian, self.cross.as_mut(), u, f, g)?;
+        device.accumulate_statistics(&mut self.hessian, self.cross.as_mut(), &LayerInputs { u, f, g })?;
         self.tokens += live;
         let diagonal = device.diagonal(&self.hessian)?;
         self.shares.add(device, u, g, diagonal)

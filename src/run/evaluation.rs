@@ -321,7 +321,8 @@ impl Asked<'_> {
         let decoded = if settings.decode {
             let prompts: Vec<Sequence> = conversations.par_iter().map(|c| builder.prompt(c)).collect::<Result<_>>()?;
             let streams = evaluated.embed(device, &prompts, &seen)?;
-            let answers = generate::greedy(device, &evaluated.model, &prompts, streams, limits, builder.end_tokens());
+            let endings = generate::Endings { limits, tokens: builder.end_tokens() };
+            let answers = generate::greedy(device, &evaluated.model, &prompts, streams, endings);
             heap::trim();
             answers.with_context(which)?
         } else {

@@ -11,8 +11,9 @@ use vlmq::codes::pack::{PackedRun, pack};
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::{CodeMatrix, CodesAlong, Cuda, CudaTensor};
 use vlmq::device::{
-    Activation, AttentionShape, BLOCK, BlockCodes, BlockShape, ColumnBlock, Device, Factored, GridRule, ModelOps,
-    PermuteSymmetric, ProductRange, QuantizedWeight, Rotary, SolveOps, SolveState, Span,
+    Activation, AttentionOperands, AttentionShape, BLOCK, BlockCodes, BlockShape, ColumnBlock, Device, Factored,
+    GridRule, LayerInputs, ModelOps, PermuteSymmetric, ProductRange, QuantizedWeight, Rotary, SolveOps, SolveState,
+    Span,
 };
 use vlmq::quantize::plain::quantize_layer;
 use vlmq::quantize::settings::{CrossTerm, Grid, Order, Solver, SolverSettings};
@@ -327,12 +328,14 @@ fn attention_agrees_forward_and_backward() {
             let v = numbers(keys, shape.kv_heads * shape.head_dim, 3);
             let d_out = numbers(queries, shape.heads * shape.head_dim, 4);
             let [a, b, c, d] = [&q, &k, &v, &d_out].map(|x| case.up(x));
-            let found = case.cuda.attention(&a, &b, &c, spans, *shape).unwrap();
-            let expected = Cpu.attention(&q, &k, &v, spans, *shape).unwrap();
+            let there = AttentionOperands { q: &a, k: &b, v: &c, spans, shape: *shape };
+            let here = AttentionOperands { q: &q, k: &k, v: &v, spans, shape: *shape };
+            let found = case.cuda.attention(&there).unwrap();
+            let expected = Cpu.attention(&here).unwrap();
             // Probabilities are rounded to the model's type before they meet the values: a second rounding.
             case.check_norm(&format!("{shape:?}"), &found, &expected, 2.0 * tolerance(case.precision));
-            let found = case.cuda.attention_backward(&a, &b, &c, &d, spans, *shape).unwrap();
-            let expected = Cpu.attention_backward(&q, &k, &v, &d_out, spans, *shape).unwrap();
+            let found = case.cuda.attention_backward(&there, &d).unwrap();
+            let expected = Cpu.attention_backward(&here, &d_out).unwrap();
             let pairs = [(&found.0, &expected.0), (&found.1, &expected.1), (&found.2, &expected.2)];
             for (name, (found, expected)) in ["dq", "dk", "dv"].into_iter().zip(pairs) {
                 case.check_norm(&format!("{name} of {shape:?}"), found, expected, 3.0 * tolerance(case.precision));
@@ -341,9 +344,9 @@ fn attention_agrees_forward_and_backward() {
         let (shape, spans) = &cases[0];
         let x = case.up(&numbers(58, 64, 1));
         let narrow = case.up(&numbers(58, 16, 1));
-        assert!(case.cuda.attention(&x, &narrow, &narrow, spans, *shape).is_err());
-        let kv = case.up(&numbers(40, 32, 1));
-        assert!(case.cuda.attention(&x, &kv, &kv, spans, *shape).is_err());
+        let attends = |kv| case.cuda.attention(&AttentionOperands { q: &x, k: kv, v: kv, spans, shape: *shape });
+        assert!(attends(&narrow).is_err());
+        assert!(attends(&case.up(&numbers(40, 32, 1))).is_err());
     }
 }
 
@@ -358,18 +361,29 @@ fn statistics_agree() {
             (cuda.zeros(features, features).unwrap(), cuda.zeros(features, features).unwrap());
         let (u_there, f_there) = (case.up(&u), case.up(&f));
         for g in [Some(&g[..]), None] {
-            Cpu.accumulate_statistics(&mut h, Some(&mut c), &u, Some(&f), g).unwrap();
-            cuda.accumulate_statistics(&mut h_there, Some(&mut c_there), &u_there, Some(&f_there), g).unwrap();
+            Cpu.accumulate_statistics(&mut h, Some(&mut c), &LayerInputs { u: &u, f: Some(&f), g }).unwrap();
+            cuda.accumulate_statistics(
+                &mut h_there,
+                Some(&mut c_there),
+                &LayerInputs { u: &u_there, f: Some(&f_there), g },
+            )
+            .unwrap();
         }
         // Without a cross term, too.
-        Cpu.accumulate_statistics(&mut h, None, &u, None, None).unwrap();
-        cuda.accumulate_statistics(&mut h_there, None, &u_there, None, None).unwrap();
+        Cpu.accumulate_statistics(&mut h, None, &LayerInputs { u: &u, f: None, g: None }).unwrap();
+        cuda.accumulate_statistics(&mut h_there, None, &LayerInputs { u: &u_there, f: None, g: None }).unwrap();
         check_hessian(&case, &h_there, &h);
         case.check_norm("C", &c_there, &c, 1e-6);
         let diagonal: Vec<f32> = (0..features).map(|i| case.down(&h_there).row(i)[i]).collect();
         assert_eq!(cuda.diagonal(&h_there).unwrap(), diagonal);
-        assert!(cuda.accumulate_statistics(&mut h_there, None, &u_there, Some(&f_there), None).is_err());
-        assert!(cuda.accumulate_statistics(&mut h_there, None, &u_there, None, Some(&g[1..])).is_err());
+        assert!(
+            cuda.accumulate_statistics(&mut h_there, None, &LayerInputs { u: &u_there, f: Some(&f_there), g: None })
+                .is_err()
+        );
+        assert!(
+            cuda.accumulate_statistics(&mut h_there, None, &LayerInputs { u: &u_there, f: None, g: Some(&g[1..]) })
+                .is_err()
+        );
     }
 }
 
@@ -379,8 +393,8 @@ fn statistics_of_many_tokens_agree() {
     for case in Case::all() {
         let (cuda, features, many) = (&case.cuda, 129, numbers(2100, 129, 3));
         let (mut h, mut h_there) = (Matrix::zeros(features, features), cuda.zeros(features, features).unwrap());
-        Cpu.accumulate_statistics(&mut h, None, &many, None, None).unwrap();
-        cuda.accumulate_statistics(&mut h_there, None, &case.up(&many), None, None).unwrap();
+        Cpu.accumulate_statistics(&mut h, None, &LayerInputs { u: &many, f: None, g: None }).unwrap();
+        cuda.accumulate_statistics(&mut h_there, None, &LayerInputs { u: &case.up(&many), f: None, g: None }).unwrap();
         check_hessian(&case, &h_there, &h);
     }
 }
@@ -400,7 +414,7 @@ fn check_hessian(case: &Case, found: &CudaTensor, expected: &Matrix) {
 fn statistics(n: usize) -> (Matrix, Matrix, Vec<std::ops::Range<usize>>) {
     let (u, f) = (noise(3 * n, n, 1), noise(3 * n, n, 2));
     let (mut h, mut c) = (Matrix::zeros(n, n), Matrix::zeros(n, n));
-    Cpu.accumulate_statistics(&mut h, Some(&mut c), &u, Some(&f), None).unwrap();
+    Cpu.accumulate_statistics(&mut h, Some(&mut c), &LayerInputs { u: &u, f: Some(&f), g: None }).unwrap();
     let blocks = (0..n).step_by(BLOCK).map(|first| first..(first + BLOCK).min(n)).collect();
     (h, c, blocks)
 }
@@ -472,8 +486,8 @@ fn products_and_norms_of_the_solver_agree() {
 
 /// Quantizes a layer on both, and compares codes and errors.
 fn same_codes(cuda: &Cuda, w: &Matrix, [u, f]: [&Matrix; 2], g: &[f32], settings: &SolverSettings) {
-    let expected = quantize_layer(&Cpu, w, u, Some(f), Some(g), settings).unwrap();
-    let found = quantize_layer(cuda, w, u, Some(f), Some(g), settings).unwrap();
+    let expected = quantize_layer(&Cpu, w, &LayerInputs { u, f: Some(f), g: Some(g) }, settings).unwrap();
+    let found = quantize_layer(cuda, w, &LayerInputs { u, f: Some(f), g: Some(g) }, settings).unwrap();
     assert_eq!(found.order, expected.order);
     Layer::new(w, [u, f], g, settings, &expected).compare(&found.linear, &expected.linear);
     let ratio = found.report.relative_error / expected.report.relative_error;
@@ -543,9 +557,12 @@ fn layers_get_the_same_codes() {
     let mut huge = w;
     huge.row_mut(17)[5] = 1e30;
     let settings = SolverSettings { scale_type: Float::F16, ..SolverSettings::default() };
-    let expected = message(quantize_layer(&Cpu, &huge, &u, Some(&f), Some(&g), &settings));
+    let expected = message(quantize_layer(&Cpu, &huge, &LayerInputs { u: &u, f: Some(&f), g: Some(&g) }, &settings));
     assert!(expected.contains("row 17"), "{expected}");
-    assert_eq!(message(quantize_layer(&cuda, &huge, &u, Some(&f), Some(&g), &settings)), expected);
+    assert_eq!(
+        message(quantize_layer(&cuda, &huge, &LayerInputs { u: &u, f: Some(&f), g: Some(&g) }, &settings)),
+        expected
+    );
 }
 
 #[test]

@@ -8,7 +8,7 @@ use crate::support::kernels::{Variant, pass_under_sanitizers, workspace_bytes};
 use std::ops::Range;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
-use vlmq::device::{AttentionShape, ModelOps, Span};
+use vlmq::device::{AttentionOperands, AttentionShape, ModelOps, Span};
 
 /// A call's operands.
 #[derive(Clone)]
@@ -342,9 +342,10 @@ fn against_the_cpu_device() {
     let of_heads = |values: &[f32], heads: usize| matrix(values.len() / (heads * 40), heads * 40, values);
     let (q, k, v) = (of_heads(&case.q, 4), of_heads(&case.k, 2), of_heads(&case.v, 2));
     let spans: Vec<Span> = case.spans.iter().map(|(q, k)| Span { q: q.clone(), k: k.clone() }).collect();
-    let out = Cpu.attention(&q, &k, &v, &spans, case.shape).unwrap();
+    let operands = AttentionOperands { q: &q, k: &k, v: &v, spans: &spans, shape: case.shape };
+    let out = Cpu.attention(&operands).unwrap();
     assert!(relative_error(&case.forward()[0].values(), &widened(out.data())) <= 2e-6);
-    let gradients = Cpu.attention_backward(&q, &k, &v, &of_heads(&case.d_out, 4), &spans, case.shape).unwrap();
+    let gradients = Cpu.attention_backward(&operands, &of_heads(&case.d_out, 4)).unwrap();
     for (found, twin) in case.backward().iter().zip([&gradients.0, &gradients.1, &gradients.2]) {
         assert!(relative_error(&found.values(), &widened(twin.data())) <= 1e-5);
     }

@@ -8,7 +8,8 @@ use std::ops::Range;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
 use vlmq::device::{
-    BlockCodes, ColumnBlock, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid, SolveOps, SolveState,
+    BlockCodes, ColumnBlock, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid, LayerInputs, SolveOps,
+    SolveState,
 };
 use vlmq::tensor::Float;
 use vlmq::tensor::Matrix;
@@ -58,7 +59,7 @@ impl Prepared {
         let mut f = matrix(2 * features, features, 12);
         f.data_mut().iter_mut().zip(u.data()).for_each(|(f, u)| *f = u + 0.1 * *f);
         let (mut h, mut c) = (Matrix::zeros(features, features), Matrix::zeros(features, features));
-        Cpu.accumulate_statistics(&mut h, Some(&mut c), &u, Some(&f), None).unwrap();
+        Cpu.accumulate_statistics(&mut h, Some(&mut c), &LayerInputs { u: &u, f: Some(&f), g: None }).unwrap();
         let mean = (0..features).map(|i| h.row(i)[i]).sum::<f32>() / features as f32;
         (0..features).for_each(|i| h.row_mut(i)[i] += 0.01 * mean);
         let Factored::Done(factor) = Cpu.factor(h, blocks).unwrap() else { panic!("not positive definite") };

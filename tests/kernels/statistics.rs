@@ -5,9 +5,9 @@ use crate::calls::{accepted, every_schedule, refused_each};
 use crate::support::golden::relative_error;
 use crate::support::kernels::{self, Variant};
 use std::ptr::{null, null_mut};
-use vlmq::device::SolveOps;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::bindings::*;
+use vlmq::device::{LayerInputs, SolveOps};
 use vlmq::tensor::Matrix;
 
 const NAME: &str = "vlmq_weighted_hessian";
@@ -224,7 +224,12 @@ fn the_cpu_agrees() {
         let matrix = |values: &[f32]| Matrix::new(inputs.tokens, n, values.to_vec()).unwrap();
         let (mut cpu_hessian, mut cpu_cross) = (Matrix::zeros(n, n), Matrix::zeros(n, n));
         let (u, f) = (matrix(&inputs.u), matrix(inputs.f.as_ref().unwrap()));
-        Cpu.accumulate_statistics(&mut cpu_hessian, Some(&mut cpu_cross), &u, Some(&f), inputs.g.as_deref()).unwrap();
+        Cpu.accumulate_statistics(
+            &mut cpu_hessian,
+            Some(&mut cpu_cross),
+            &LayerInputs { u: &u, f: Some(&f), g: inputs.g.as_deref() },
+        )
+        .unwrap();
         let upper = |i: usize| i / n <= i % n;
         let wide = |values: &[f32], keep: &dyn Fn(usize) -> bool| -> Vec<f64> {
             values.iter().enumerate().map(|(i, &v)| if keep(i) { v.into() } else { 0.0 }).collect()

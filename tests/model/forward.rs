@@ -161,7 +161,8 @@ fn greedy_decoding_equals_transformers() {
                 let (x, layout) = model.embedder().embed(&Cpu, group, features.as_ref()).unwrap();
                 Stream { x, layout }
             });
-            generate::greedy(&Cpu, model, &prompts, streams.collect(), &vec![24; prompts.len()], ends).unwrap()
+            let endings = generate::Endings { limits: &vec![24; prompts.len()], tokens: ends };
+            generate::greedy(&Cpu, model, &prompts, streams.collect(), endings).unwrap()
         };
         let decoded = decode(&case.model, &[prompts.iter().collect()]);
         let alone: Vec<Vec<&Sequence>> = prompts.iter().map(|prompt| vec![prompt]).collect();

@@ -3,7 +3,7 @@
 use crate::support::devices::device;
 use crate::support::{message, noise};
 use vlmq::device::cpu::Cpu;
-use vlmq::device::{SolveOps, WIDTHS};
+use vlmq::device::{LayerInputs, SolveOps, WIDTHS};
 use vlmq::quantize::plain::{QuantizedLayer, quantize_layer};
 use vlmq::quantize::settings::{Order, Solver, SolverSettings};
 use vlmq::quantize::solve::{prepare, round_to_nearest, solve, solve_layer};
@@ -51,7 +51,7 @@ fn enough_good_tokens_are_no_finding() {
     fn check<D: SolveOps>(device: &D) {
         let (u, f, w) = (noise(200, 64, 1), noise(200, 64, 2), noise(20, 64, 3));
         for settings in [gptq(), gptaq(), SolverSettings { bits: 8, ..gptq() }, SolverSettings { bits: 2, ..gptaq() }] {
-            let layer = quantize_layer(device, &w, &u, Some(&f), None, &settings).unwrap();
+            let layer = quantize_layer(device, &w, &LayerInputs { u: &u, f: Some(&f), g: None }, &settings).unwrap();
             assert_eq!(kinds(&layer.report), []);
         }
     }
@@ -98,7 +98,9 @@ fn fewer_tokens_than_inputs() {
     let w = noise(20, 64, 3);
     // 64 of these weigh as much as 63 alike.
     for (tokens, few) in [(20, true), (63, true), (64, true), (67, false), (200, false)] {
-        let layer = quantize_layer(&Cpu, &w, &noise(tokens as usize, 64, 1), None, None, &gptq()).unwrap();
+        let layer =
+            quantize_layer(&Cpu, &w, &LayerInputs { u: &noise(tokens as usize, 64, 1), f: None, g: None }, &gptq())
+                .unwrap();
         assert_eq!(!kinds(&layer.report).is_empty(), few, "{tokens} tokens");
         if few {
             let finding = only(&layer.report, FindingKind::FewTokens);
@@ -112,13 +114,15 @@ fn fewer_tokens_than_inputs() {
     }
     // So few of many carry most weight.
     let g: Vec<f32> = (0..400).map(|token| if token % 20 == 0 { 10.0 } else { 1.0 }).collect();
-    let layer = quantize_layer(&Cpu, &w, &noise(400, 64, 1), None, Some(&g), &gptq()).unwrap();
+    let layer =
+        quantize_layer(&Cpu, &w, &LayerInputs { u: &noise(400, 64, 1), f: None, g: Some(&g) }, &gptq()).unwrap();
     assert!(
         only(&layer.report, FindingKind::FewTokens).found.starts_with("400 calibration tokens that weigh as much as 2")
     );
     // Tokens that weigh nothing are none.
     let g: Vec<f32> = (0..100).map(|token| if token % 2 == 0 { 1.0 } else { 0.0 }).collect();
-    let layer = quantize_layer(&Cpu, &w, &noise(100, 64, 1), None, Some(&g), &gptq()).unwrap();
+    let layer =
+        quantize_layer(&Cpu, &w, &LayerInputs { u: &noise(100, 64, 1), f: None, g: Some(&g) }, &gptq()).unwrap();
     assert!(only(&layer.report, FindingKind::FewTokens).found.starts_with("50 calibration tokens"));
 }
 
@@ -133,14 +137,17 @@ fn dead_inputs() {
         };
         // A tenth are 6.4.
         for (dead, found) in [(1, false), (6, false), (7, true), (63, true)] {
-            let layer = quantize_layer(device, &w, &without(dead), None, None, &gptq()).unwrap();
+            let layer =
+                quantize_layer(device, &w, &LayerInputs { u: &without(dead), f: None, g: None }, &gptq()).unwrap();
             assert_eq!(layer.report.dead_inputs, dead);
             assert_eq!(kinds(&layer.report), if found { vec![FindingKind::DeadInputs] } else { vec![] });
             let weights = layer.linear.dequantize().unwrap();
             assert!((0..20).all(|row| weights.row(row)[..dead].iter().all(|&w| w == 0.0)));
         }
         for settings in [gptq(), SolverSettings { order: Order::Act, ..gptaq() }] {
-            let layer = quantize_layer(device, &w, &without(64), Some(&without(64)), None, &settings).unwrap();
+            let layer =
+                quantize_layer(device, &w, &LayerInputs { u: &without(64), f: Some(&without(64)), g: None }, &settings)
+                    .unwrap();
             assert_rounded(&layer, &w, &settings);
             // What the file needs stays.
             assert_eq!(layer.linear.group_index.is_some(), settings.order == Order::Act);
@@ -158,15 +165,18 @@ fn statistics_that_overflow() {
         let (mut u, w) = (noise(200, 64, 1), noise(20, 64, 3));
         let f = u.clone();
         u.row_mut(7)[5] = 1e25;
-        let layer = quantize_layer(device, &w, &u, None, None, &gptq()).unwrap();
+        let layer = quantize_layer(device, &w, &LayerInputs { u: &u, f: None, g: None }, &gptq()).unwrap();
         assert_rounded(&layer, &w, &gptq());
         assert!(only(&layer.report, FindingKind::StatisticsUnusable).found.contains("H hold"));
         // The cross term alone.
         let mut huge = f.clone();
         huge.row_mut(7).fill(3e38);
         (0..200).for_each(|token| huge.row_mut(token)[5] = 3e38);
-        let layer = quantize_layer(device, &w, &f, Some(&huge), None, &gptaq()).unwrap();
-        assert_eq!(layer.linear, quantize_layer(device, &w, &f, None, None, &gptq()).unwrap().linear);
+        let layer = quantize_layer(device, &w, &LayerInputs { u: &f, f: Some(&huge), g: None }, &gptaq()).unwrap();
+        assert_eq!(
+            layer.linear,
+            quantize_layer(device, &w, &LayerInputs { u: &f, f: None, g: None }, &gptq()).unwrap().linear
+        );
         let finding = only(&layer.report, FindingKind::StatisticsUnusable);
         assert!(finding.found.contains("C hold") && finding.done.contains("GPTQ"), "{finding}");
     }
@@ -181,9 +191,9 @@ fn an_error_that_explodes() {
         let mut f = u.clone();
         f.data_mut().iter_mut().for_each(|f| *f *= 100.0);
         for settings in [gptaq(), SolverSettings { alpha: 1.0, bits: 8, ..gptaq() }] {
-            let layer = quantize_layer(device, &w, &u, Some(&f), None, &settings).unwrap();
+            let layer = quantize_layer(device, &w, &LayerInputs { u: &u, f: Some(&f), g: None }, &settings).unwrap();
             let plain = SolverSettings { solver: Solver::Gptq, ..settings.clone() };
-            let expected = quantize_layer(device, &w, &u, None, None, &plain).unwrap();
+            let expected = quantize_layer(device, &w, &LayerInputs { u: &u, f: None, g: None }, &plain).unwrap();
             assert_eq!(layer.linear, expected.linear);
             assert_eq!(layer.report.relative_error, expected.report.relative_error);
             let finding = only(&layer.report, FindingKind::ErrorExploded);
@@ -193,7 +203,7 @@ fn an_error_that_explodes() {
         f.data_mut().iter_mut().zip(noise(200, 64, 9).data()).for_each(|(f, n)| *f = *f / 100.0 + 0.5 * n);
         for bits in WIDTHS {
             let settings = SolverSettings { bits, ..gptaq() };
-            let layer = quantize_layer(device, &w, &u, Some(&f), None, &settings).unwrap();
+            let layer = quantize_layer(device, &w, &LayerInputs { u: &u, f: Some(&f), g: None }, &settings).unwrap();
             assert_eq!(kinds(&layer.report), [], "{bits} bits");
         }
     }
@@ -207,7 +217,7 @@ fn half_of_the_output_lost() {
     (0..20).for_each(|row| w.row_mut(row)[0] = 1e6);
     (0..200).for_each(|token| u.row_mut(token)[0] *= 1e-6);
     let settings = SolverSettings { group_size: None, bits: 8, ..gptq() };
-    let layer = quantize_layer(&Cpu, &w, &u, None, None, &settings).unwrap();
+    let layer = quantize_layer(&Cpu, &w, &LayerInputs { u: &u, f: None, g: None }, &settings).unwrap();
     let finding = only(&layer.report, FindingKind::ErrorExploded);
     assert_eq!(finding.done, "kept as solved");
     assert!((0.5..1.5).contains(&layer.report.relative_error), "{:?}", layer.report);
@@ -225,14 +235,14 @@ fn corrections_that_outgrow_the_type_of_scales() {
             (32..64).for_each(|i| row[i] = 1e-3 * (row[i - 32] + 1e-3 * row[i]));
         }
         let settings = SolverSettings { bits: 2, scale_type: Float::F16, damp: 1e-9, ..gptq() };
-        let layer = quantize_layer(device, &w, &u, None, None, &settings).unwrap();
+        let layer = quantize_layer(device, &w, &LayerInputs { u: &u, f: None, g: None }, &settings).unwrap();
         let finding = layer.report.findings.iter().find(|f| f.kind == FindingKind::ErrorExploded).unwrap();
         assert!(finding.found.contains("output row") && finding.found.contains("F16"), "{finding}");
         assert_eq!(layer.linear, round_to_nearest(&w, &settings).unwrap().0);
         assert!(layer.report.relative_error.is_finite());
         // The weights themselves too large: that is an error, with the figure.
         w.row_mut(11)[40] = 1e6;
-        let error = message(quantize_layer(device, &w, &u, None, None, &settings));
+        let error = message(quantize_layer(device, &w, &LayerInputs { u: &u, f: None, g: None }, &settings));
         assert!(error.contains("row 11") && error.contains("F16") && error.contains("1e6"), "{error}");
     }
     on_both_devices!(check);
@@ -245,10 +255,12 @@ fn weights_of_zeros_are_no_finding() {
     w.row_mut(4).fill(0.0);
     (0..20).for_each(|row| w.row_mut(row)[32..].fill(0.0));
     for settings in [gptq(), gptaq()] {
-        let layer = quantize_layer(&Cpu, &w, &u, Some(&f), None, &settings).unwrap();
+        let layer = quantize_layer(&Cpu, &w, &LayerInputs { u: &u, f: Some(&f), g: None }, &settings).unwrap();
         assert_eq!(kinds(&layer.report), []);
         assert!(layer.linear.dequantize().unwrap().row(4).iter().all(|&w| w == 0.0));
-        let nothing = quantize_layer(&Cpu, &Matrix::zeros(20, 64), &u, Some(&f), None, &settings).unwrap();
+        let nothing =
+            quantize_layer(&Cpu, &Matrix::zeros(20, 64), &LayerInputs { u: &u, f: Some(&f), g: None }, &settings)
+                .unwrap();
         assert_eq!((kinds(&nothing.report), nothing.report.relative_error), (vec![], 0.0));
     }
     // Weights whose squares float32 does not hold have an error in the Frobenius norm.
@@ -257,6 +269,6 @@ fn weights_of_zeros_are_no_finding() {
     let settings = SolverSettings { scale_type: Float::F32, ..gptq() };
     let mut quiet = u;
     quiet.data_mut().iter_mut().for_each(|u| *u *= 1e-15);
-    let layer = quantize_layer(&Cpu, &tiny, &quiet, None, None, &settings).unwrap();
+    let layer = quantize_layer(&Cpu, &tiny, &LayerInputs { u: &quiet, f: None, g: None }, &settings).unwrap();
     assert!(layer.report.relative_error.is_finite(), "{:?}", layer.report);
 }

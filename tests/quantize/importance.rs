@@ -6,7 +6,7 @@ use vlmq::device::{Device, cpu::Cpu};
 use vlmq::model::decoder::{Block, Projection};
 use vlmq::model::families;
 use vlmq::model::source::Weights;
-use vlmq::quantize::importance::attention_importance;
+use vlmq::quantize::importance::{BlockInputs, attention_importance};
 use vlmq::quantize::statistics::Statistics;
 
 #[test]
@@ -22,7 +22,8 @@ fn factors_equal_autograd() {
         let x_float = golden.matrix("x_float");
         for kind in ["structured", "rounded"] {
             let x_quantized = golden.matrix(&format!("{kind}.x_quantized"));
-            let factors = attention_importance(&Cpu, &config.decoder, &block, &x_float, &x_quantized, &layout).unwrap();
+            let inputs = BlockInputs { x_float: &x_float, x_quantized: &x_quantized, layout: &layout };
+            let factors = attention_importance(&Cpu, &config.decoder, &block, &inputs).unwrap();
             for (projection, letter) in
                 [Projection::Q, Projection::K, Projection::V, Projection::O].into_iter().zip("qkvo".chars())
             {

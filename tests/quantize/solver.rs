@@ -4,7 +4,7 @@ use crate::support::noise;
 use crate::support::ties::Layer;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use vlmq::codes::QuantizedLinear;
-use vlmq::device::cpu::Cpu;
+use vlmq::device::{LayerInputs, cpu::Cpu};
 use vlmq::quantize::plain::{QuantizedLayer, quantize_layer};
 use vlmq::quantize::settings::{CrossTerm, Grid, Order, Solver, SolverSettings};
 use vlmq::quantize::solve::{prepare, round_to_nearest, solve};
@@ -27,7 +27,9 @@ fn bytes_do_not_depend_on_threads() {
     for settings in [SolverSettings::default(), SolverSettings { grid: Grid::Mse, ..gptq(Some(32)) }] {
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| quantize_layer(&Cpu, &w, &u, Some(&f), Some(&g), &settings).unwrap())
+            pool.install(|| {
+                quantize_layer(&Cpu, &w, &LayerInputs { u: &u, f: Some(&f), g: Some(&g) }, &settings).unwrap()
+            })
         };
         let one = run(1);
         assert!(same(&one, &run(2)) && same(&one, &run(3)));
@@ -40,7 +42,7 @@ fn odd_shapes_solve_and_beat_rounding() {
     for (rows, cols, group) in shapes {
         let (u, w) = (noise(3 * cols, cols, 5), noise(rows, cols, 6));
         let settings = gptq(group);
-        let layer = quantize_layer(&Cpu, &w, &u, None, None, &settings).unwrap();
+        let layer = quantize_layer(&Cpu, &w, &LayerInputs { u: &u, f: None, g: None }, &settings).unwrap();
         let groups = cols / group.unwrap_or(cols);
         assert_eq!(layer.linear.codes.len(), rows * cols);
         assert_eq!((layer.linear.scales.len(), layer.linear.zeros.len()), (rows * groups, rows * groups));
@@ -86,7 +88,7 @@ fn each_code_is_the_nearest() {
         SolverSettings { order: Order::Act, group_size: Some(160), ..gptaq.clone() },
         SolverSettings { group_size: None, cross_term: CrossTerm::Quantized, symmetric: true, ..gptaq },
     ] {
-        let solved = quantize_layer(&Cpu, &w, &u, Some(&f), Some(&g), &settings).unwrap();
+        let solved = quantize_layer(&Cpu, &w, &LayerInputs { u: &u, f: Some(&f), g: Some(&g) }, &settings).unwrap();
         let layer = Layer::new(&w, [&u, &f], &g, &settings, &solved);
         layer.compare(&solved.linear, &solved.linear);
         let strange = |change: fn(&mut QuantizedLinear)| {
@@ -103,8 +105,8 @@ fn each_code_is_the_nearest() {
 fn gptaq_with_equal_paths_is_gptq() {
     let (u, w) = (noise(400, 256, 7), noise(24, 256, 8));
     let gptaq = SolverSettings { group_size: Some(64), ..SolverSettings::default() };
-    let a = quantize_layer(&Cpu, &w, &u, Some(&u), None, &gptaq).unwrap();
-    let b = quantize_layer(&Cpu, &w, &u, None, None, &gptq(Some(64))).unwrap();
+    let a = quantize_layer(&Cpu, &w, &LayerInputs { u: &u, f: Some(&u), g: None }, &gptaq).unwrap();
+    let b = quantize_layer(&Cpu, &w, &LayerInputs { u: &u, f: None, g: None }, &gptq(Some(64))).unwrap();
     assert!(same(&a, &b));
 }
 
@@ -115,7 +117,7 @@ fn dead_inputs_become_zero_weights() {
         u.row_mut(t)[3] = 0.0;
         u.row_mut(t)[40] = 0.0;
     }
-    let layer = quantize_layer(&Cpu, &w, &u, None, None, &gptq(Some(32))).unwrap();
+    let layer = quantize_layer(&Cpu, &w, &LayerInputs { u: &u, f: None, g: None }, &gptq(Some(32))).unwrap();
     assert_eq!(layer.report.dead_inputs, 2);
     let weights = layer.linear.dequantize().unwrap();
     assert!((0..20).all(|r| weights.row(r)[3] == 0.0 && weights.row(r)[40] == 0.0));
@@ -159,7 +161,7 @@ fn groups_of_zeros_and_scales_at_their_limits() {
 fn bad_input_is_refused_with_the_reason() {
     let (u, w) = (noise(50, 64, 13), noise(4, 64, 14));
     let refuse = |w: &Matrix, u: &Matrix, f: Option<&Matrix>, g: Option<&[f32]>, s: &SolverSettings, why: &str| {
-        let error = quantize_layer(&Cpu, w, u, f, g, s).unwrap_err().to_string();
+        let error = quantize_layer(&Cpu, w, &LayerInputs { u, f, g }, s).unwrap_err().to_string();
         assert!(error.contains(why), "{error} does not say {why}");
     };
     let settings = gptq(Some(32));

@@ -4,7 +4,7 @@ use safetensors::SafeTensors;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use vlmq::codes::QuantizedLinear;
-use vlmq::device::cpu::Cpu;
+use vlmq::device::{LayerInputs, cpu::Cpu};
 use vlmq::quantize::SolveReport;
 use vlmq::quantize::plain::quantize_layer;
 use vlmq::quantize::settings::{CrossTerm, Grid, Order, Solver, SolverSettings};
@@ -214,7 +214,7 @@ fn the_library_call_is_the_same_solve() {
     let (u, f, w, g) = (golden.f16("u"), golden.f16("f"), golden.f16("w"), golden.f32("g"));
     let case = golden.cases.iter().find(|case| case.solver == Solver::Gptaq && case.order == Order::ActGroup).unwrap();
     let (linear, report) = run(case, &golden.statistics(false), &w);
-    let layer = quantize_layer(&Cpu, &w, &u, Some(&f), Some(&g), &case.settings()).unwrap();
+    let layer = quantize_layer(&Cpu, &w, &LayerInputs { u: &u, f: Some(&f), g: Some(&g) }, &case.settings()).unwrap();
     assert_eq!(layer.linear, linear);
     assert_eq!(layer.report.relative_error, report.relative_error);
     assert_eq!((layer.report.dead_inputs, layer.report.tokens), (1, 316));

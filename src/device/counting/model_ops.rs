@@ -3,7 +3,7 @@
 use super::device::Counting;
 use super::tensor::CountedTensor;
 use crate::device::work::ByKind;
-use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span, Work};
+use crate::device::{Activation, AttentionOperands, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span, Work};
 use crate::tensor::{Float, Matrix, StoredMatrix};
 use anyhow::{Context, Result, ensure};
 use std::ops::Range;
@@ -181,14 +181,8 @@ impl ModelOps for Counting {
         Ok(())
     }
 
-    fn attention(
-        &self,
-        q: &CountedTensor,
-        k: &CountedTensor,
-        v: &CountedTensor,
-        spans: &[Span],
-        shape: AttentionShape,
-    ) -> Result<CountedTensor> {
+    fn attention(&self, operands: &AttentionOperands<'_, CountedTensor>) -> Result<CountedTensor> {
+        let &AttentionOperands { q, k, v, spans, shape } = operands;
         let attention = self.attended([q, k, v], spans, shape)?;
         let made = self.like(q)?;
         let (tokens, longest) = (q.rows, longest(spans));
@@ -199,13 +193,10 @@ impl ModelOps for Counting {
 
     fn attention_backward(
         &self,
-        q: &CountedTensor,
-        k: &CountedTensor,
-        v: &CountedTensor,
+        operands: &AttentionOperands<'_, CountedTensor>,
         d_out: &CountedTensor,
-        spans: &[Span],
-        shape: AttentionShape,
     ) -> Result<(CountedTensor, CountedTensor, CountedTensor)> {
+        let &AttentionOperands { q, k, v, spans, shape } = operands;
         let forward = self.attended([q, k, v], spans, shape)?;
         self.alike(d_out, q).context("output gradient of another shape than the output")?;
         ensure!(apart(spans.iter().map(|span| &span.k)), "spans that share keys have no gradients of their own");

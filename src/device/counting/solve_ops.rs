@@ -5,7 +5,7 @@ use super::tensor::CountedTensor;
 use crate::device::work::ByKind;
 use crate::device::{
     BLOCK, BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid,
-    LOSS_SHRINKS, LOSS_STRETCHES, PermuteSymmetric, ProductRange, SolveOps, SolveState, Work,
+    LOSS_SHRINKS, LOSS_STRETCHES, LayerInputs, PermuteSymmetric, ProductRange, SolveOps, SolveState, Work,
 };
 use crate::tensor::Float;
 use anyhow::{Context, Result, ensure};
@@ -75,10 +75,9 @@ impl SolveOps for Counting {
         &self,
         hessian: &mut CountedTensor,
         cross: Option<&mut CountedTensor>,
-        u: &CountedTensor,
-        f: Option<&CountedTensor>,
-        g: Option<&[f32]>,
+        inputs: &LayerInputs<'_, CountedTensor>,
     ) -> Result<()> {
+        let &LayerInputs { u, f, g } = inputs;
         let (tokens, features) = (u.rows, u.cols);
         self.check([&*hessian, u].into_iter().chain(cross.as_deref()).chain(f))?;
         square(hessian, features)?;

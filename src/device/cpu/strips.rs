@@ -34,6 +34,19 @@ const SIDE: usize = 16;
 #[repr(align(64))]
 struct Line([f32; STRIP]);
 
+/// Rows of a row-major matrix: each begins `stride` values behind the one before.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) stride: usize,
+}
+
+/// [`Rows`] to write to.
+pub(crate) struct RowsMut<'a> {
+    pub(crate) data: &'a mut [f32],
+    pub(crate) stride: usize,
+}
+
 /// A matrix `[inner, columns]`, strip by strip: element (k, c) is `data[c / STRIP · inner + k].0[c % STRIP]`, zeros in what
 /// the last strip lacks.
 pub(crate) struct Strips {
@@ -92,29 +105,23 @@ impl Strips {
         Self { data, inner, columns }
     }
 
-    /// `c[:, first..] += alpha·a·b`, tiles of rows on all threads. `a`: rows `a_stride` apart, of which as many values as
-    /// the inner dimension are read; `c`: rows `c_stride` apart, as many as fill the slice.
-    pub(crate) fn add_product(
-        &self,
-        alpha: f32,
-        a: &[f32],
-        a_stride: usize,
-        c: &mut [f32],
-        c_stride: usize,
-        first: usize,
-    ) {
+    /// `c[:, first..] += alpha·a·b`, tiles of rows on all threads. Of each of `a`'s rows as many values as the inner dimension are
+    /// read; `c` has as many rows as fill its slice.
+    pub(crate) fn add_product(&self, alpha: f32, a: Rows<'_>, c: RowsMut<'_>, first: usize) {
         if self.inner == 0 || self.columns == 0 {
             return;
         }
-        c.par_chunks_mut(TILE * c_stride).enumerate().for_each(|(tile, c)| {
-            let rows = c.len() / c_stride;
-            self.add_to(alpha, &a[tile * TILE * a_stride..], a_stride, &mut c[first..], c_stride, rows);
+        let stride = c.stride;
+        c.data.par_chunks_mut(TILE * stride).enumerate().for_each(|(tile, c)| {
+            let rows = c.len() / stride;
+            let a = Rows { data: &a.data[tile * TILE * a.stride..], ..a };
+            self.add_to(alpha, a, RowsMut { data: &mut c[first..], stride }, rows);
         });
     }
 
     /// Adds the product of `rows` rows on this thread, from the first column of `c`.
-    pub(crate) fn add_to(&self, alpha: f32, a: &[f32], a_stride: usize, c: &mut [f32], c_stride: usize, rows: usize) {
-        Arch::new().dispatch(Tile { strips: self, alpha, a, a_stride, c, c_stride, rows });
+    pub(crate) fn add_to(&self, alpha: f32, a: Rows<'_>, c: RowsMut<'_>, rows: usize) {
+        Arch::new().dispatch(Tile { strips: self, alpha, a, c, rows });
     }
 }
 
@@ -122,10 +129,8 @@ impl Strips {
 struct Tile<'a> {
     strips: &'a Strips,
     alpha: f32,
-    a: &'a [f32],
-    a_stride: usize,
-    c: &'a mut [f32],
-    c_stride: usize,
+    a: Rows<'a>,
+    c: RowsMut<'a>,
     rows: usize,
 }
 
@@ -134,7 +139,13 @@ impl WithSimd for Tile<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Tile { strips, alpha, a, a_stride, c, c_stride, rows } = self;
+        let Tile {
+            strips,
+            alpha,
+            a: Rows { data: a, stride: a_stride },
+            c: RowsMut { data: c, stride: c_stride },
+            rows,
+        } = self;
         for first in (0..strips.inner).step_by(DEPTH) {
             let inner = first..(first + DEPTH).min(strips.inner);
             for (index, strip) in strips.data.chunks_exact(strips.inner).enumerate() {

@@ -7,7 +7,7 @@ use super::bindings::{
 };
 use super::memory::Memory;
 use super::tensor::{CudaTensor, dtype_of};
-use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
+use crate::device::{Activation, AttentionOperands, AttentionShape, ModelOps, QuantizedWeight, Rotary};
 use crate::tensor::{Float, Matrix, StoredMatrix};
 use anyhow::{Context, Result, ensure};
 use std::ops::Range;
@@ -201,15 +201,8 @@ impl ModelOps for Cuda {
         })
     }
 
-    fn attention(
-        &self,
-        q: &CudaTensor,
-        k: &CudaTensor,
-        v: &CudaTensor,
-        spans: &[Span],
-        shape: AttentionShape,
-    ) -> Result<CudaTensor> {
-        let job = Attention::new(self, q, k, v, spans, shape)?;
+    fn attention(&self, operands: &AttentionOperands<'_, CudaTensor>) -> Result<CudaTensor> {
+        let (job, q) = (Attention::new(self, operands)?, operands.q);
         let mut out = self.tensor(q.rows, q.cols, q.precision)?;
         self.launch(&vlmq_attention_args { out: self.write(&mut out)?, ..job.forward })?;
         Ok(out)
@@ -217,14 +210,11 @@ impl ModelOps for Cuda {
 
     fn attention_backward(
         &self,
-        q: &CudaTensor,
-        k: &CudaTensor,
-        v: &CudaTensor,
+        operands: &AttentionOperands<'_, CudaTensor>,
         d_out: &CudaTensor,
-        spans: &[Span],
-        shape: AttentionShape,
     ) -> Result<(CudaTensor, CudaTensor, CudaTensor)> {
-        let job = Attention::new(self, q, k, v, spans, shape)?;
+        let job = Attention::new(self, operands)?;
+        let &AttentionOperands { q, k, v, spans, shape } = operands;
         alike(d_out, q).context("output gradient of another shape than the output")?;
         ensure!(apart(spans.iter().map(|span| &span.k)), "spans that share keys have no gradients of their own");
         // Kept from the forward pass they would cost a chunk's activations; computing them again costs two products of five.
@@ -335,14 +325,8 @@ struct Attention {
 }
 
 impl Attention {
-    fn new(
-        device: &Cuda,
-        q: &CudaTensor,
-        k: &CudaTensor,
-        v: &CudaTensor,
-        spans: &[Span],
-        shape: AttentionShape,
-    ) -> Result<Self> {
+    fn new(device: &Cuda, operands: &AttentionOperands<'_, CudaTensor>) -> Result<Self> {
+        let &AttentionOperands { q, k, v, spans, shape } = operands;
         let AttentionShape { heads, kv_heads, head_dim, causal } = shape;
         ensure!(
             q.cols == heads * head_dim

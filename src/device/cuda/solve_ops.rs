@@ -12,7 +12,7 @@ use super::memory::Memory;
 use super::tensor::{CudaTensor, dtype_of};
 use crate::device::{
     BLOCK, BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid,
-    PermuteSymmetric, ProductRange, SolveOps, SolveState,
+    LayerInputs, PermuteSymmetric, ProductRange, SolveOps, SolveState,
 };
 use crate::tensor::Float;
 use anyhow::{Context, Result, ensure};
@@ -55,10 +55,9 @@ impl SolveOps for Cuda {
         &self,
         hessian: &mut CudaTensor,
         cross: Option<&mut CudaTensor>,
-        u: &CudaTensor,
-        f: Option<&CudaTensor>,
-        g: Option<&[f32]>,
+        inputs: &LayerInputs<'_, CudaTensor>,
     ) -> Result<()> {
+        let &LayerInputs { u, f, g } = inputs;
         let features = u.cols;
         square(hessian, features)?;
         ensure!(cross.is_some() == f.is_some(), "cross statistics and float-path inputs come together");

@@ -135,7 +135,7 @@ pub(super) fn vision_frequencies(vision: &Section<'_>, key: &str, width: usize, 
 }
 
 /// The patches of some images one after another, where they stand, and one span an image.
-pub(super) struct Packed<T> {
+pub(super) struct StackedPatches<T> {
     /// The patches, `[patches, values]`.
     pub(super) patches: T,
     /// (row, column) of every patch in its image.
@@ -144,7 +144,7 @@ pub(super) struct Packed<T> {
     pub(super) spans: Vec<Span>,
 }
 
-impl<T> Packed<T> {
+impl<T> StackedPatches<T> {
     pub(super) fn new<D: ModelOps<Tensor = T>>(device: &D, images: &[&ImagePatches], merge: usize) -> Result<Self> {
         let mut positions = Vec::new();
         let mut spans = Vec::new();

@@ -1,7 +1,7 @@
 //! Qwen2.5-VL (arXiv 2502.13923): Qwen2-VL with a vision tower of RMS norms and gated MLPs, whose blocks attend inside
 //! windows of the image but for a few that see all of it.
 
-use super::qwen::{self, Packed, Patches, VISION_PREFIXES, text_section, vision_section};
+use super::qwen::{self, Patches, StackedPatches, VISION_PREFIXES, text_section, vision_section};
 use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower};
 use crate::checkpoint::Checkpoint;
 use crate::data::image::ImagePatches;
@@ -162,7 +162,7 @@ impl<T> Tower<T> {
 
 impl<D: ModelOps> VisionTower<D> for Tower<D::Tensor> {
     fn encode(&self, device: &D, images: &[&ImagePatches]) -> Result<Features<D::Tensor>> {
-        let mut packed = Packed::new(device, images, self.patches.merge)?;
+        let mut packed = StackedPatches::new(device, images, self.patches.merge)?;
         let per_token = self.patches.per_token();
         let windows = Windows::new(images.iter().map(|image| image.merged_grid()), self.window, per_token);
         let (tokens, patches) = (windows.order.len(), packed.positions.len());

@@ -1,6 +1,6 @@
 //! Qwen2-VL (arXiv 2409.12191): native-resolution vision tower, 2×2 patch merger, Qwen2 decoder with M-RoPE.
 
-use super::qwen::{self, Packed, Patches, VISION_PREFIXES, text_section, vision_section};
+use super::qwen::{self, Patches, StackedPatches, VISION_PREFIXES, text_section, vision_section};
 use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower};
 use crate::checkpoint::Checkpoint;
 use crate::data::image::ImagePatches;
@@ -136,7 +136,7 @@ impl<T> Tower<T> {
 
 impl<D: ModelOps> VisionTower<D> for Tower<D::Tensor> {
     fn encode(&self, device: &D, images: &[&ImagePatches]) -> Result<Features<D::Tensor>> {
-        let packed = Packed::new(device, images, self.patches.merge)?;
+        let packed = StackedPatches::new(device, images, self.patches.merge)?;
         let rotary = packed.rotary(device, &self.frequencies)?;
         let mut x = self.embedding.apply(device, &packed.patches)?;
         drop(packed.patches);

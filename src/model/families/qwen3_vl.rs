@@ -1,7 +1,7 @@
 //! Qwen3-VL, dense (arXiv 2511.21631): vision tower with interpolated position embeddings and DeepStack, Qwen3 decoder with
 //! interleaved M-RoPE.
 
-use super::qwen::{self, Packed, Patches, VISION_PREFIXES, text_section, vision_section};
+use super::qwen::{self, Patches, StackedPatches, VISION_PREFIXES, text_section, vision_section};
 use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower};
 use crate::checkpoint::Checkpoint;
 use crate::data::image::ImagePatches;
@@ -241,7 +241,7 @@ impl<T> Tower<T> {
     }
 
     /// Embeddings of all patches' positions, `[patches, width]`.
-    fn position_embeddings(&self, images: &[&ImagePatches], packed: &Packed<T>) -> Result<Matrix> {
+    fn position_embeddings(&self, images: &[&ImagePatches], packed: &StackedPatches<T>) -> Result<Matrix> {
         let mut values = Vec::with_capacity(packed.positions.len() * self.positions.table.cols());
         for (image, span) in images.iter().zip(&packed.spans) {
             let grid = (image.grid_height, image.grid_width);
@@ -274,7 +274,7 @@ fn deepstack_indexes(vision: &Section<'_>, depth: usize, layers: usize) -> Resul
 
 impl<D: ModelOps> VisionTower<D> for Tower<D::Tensor> {
     fn encode(&self, device: &D, images: &[&ImagePatches]) -> Result<Features<D::Tensor>> {
-        let packed = Packed::new(device, images, self.patches.merge)?;
+        let packed = StackedPatches::new(device, images, self.patches.merge)?;
         let rotary = packed.rotary(device, &self.frequencies)?;
         let mut x = self.embedding.apply(device, &packed.patches)?;
         device.add_assign(&mut x, &device.upload_model(self.position_embeddings(images, &packed)?)?)?;

@@ -23,6 +23,15 @@ impl fmt::Display for NotFinite {
 
 impl std::error::Error for NotFinite {}
 
+/// Where a residual stream is looked at.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Behind {
+    /// The projection that has just been added to it.
+    pub(super) residual: Projection,
+    /// The path's name.
+    pub(super) path: &'static str,
+}
+
 impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
     /// Says which sample's inputs leave no statistics. What reaches a layer that is not finite reaches all layers behind it:
     /// no run can go on from there. Finite inputs whose squares overflow cost their own layer only.
@@ -33,7 +42,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         chunks: &mut [Chunk<D::Tensor>],
     ) -> Result<()> {
         self.pass(false, None).run(calibrated(chunks), |_, chunk| {
-            let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
+            let u = self.input(set, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
             let Some(row) = self.device.first_non_finite_row(&u)? else { return Ok(()) };
             bail!(NotFinite(format!(
                 "{}: its inputs hold a NaN or an infinity on the quantized path (sample {}); check the checkpoint's \
@@ -50,9 +59,9 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         x: &D::Tensor,
         layout: &Layout<D::Tensor>,
         samples: &[String],
-        residual: Projection,
-        path: &str,
+        behind: Behind,
     ) -> Result<()> {
+        let Behind { residual, path } = behind;
         let Some(row) = self.device.first_non_finite_row(x)? else { return Ok(()) };
         bail!(NotFinite(format!(
             "activations behind {} of block {} hold a NaN or an infinity on the {path} path (sample {}); check the \

@@ -16,7 +16,7 @@ pub use chunk::{Activations, Chunk, rows_of_paths};
 pub use quantizer::{BlockOutcome, BlockQuantizer, SolvedLayer};
 
 use super::Finding;
-use super::importance::{Factors, ImportanceSpread, attention_importance, normalise, temper};
+use super::importance::{BlockInputs, Factors, ImportanceSpread, attention_importance, normalise, temper};
 use super::settings::{Importance, Refit, Solver, SolverSettings};
 use super::solve;
 use super::statistics::Statistics;
@@ -24,7 +24,7 @@ use crate::device::{ModelOps, SolveOps};
 use crate::heap;
 use crate::model::decoder::{Block, Projection};
 use anyhow::{Context, Result, bail};
-use checks::{Distance, without_importance};
+use checks::{Behind, Distance, without_importance};
 use chunk::calibrated;
 use quantizer::place_of;
 use set::LayerSet;
@@ -93,8 +93,8 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         let mut factors = Vec::with_capacity(chunks.len());
         self.pass(true, None).run(calibrated(chunks), |_, chunk| {
             let Some(x_float) = &chunk.x_float else { bail!("importance needs the float path") };
-            let (x_quantized, layout) = (&chunk.x_quantized, &chunk.layout);
-            factors.push(attention_importance(self.device, self.config, &self.float, x_float, x_quantized, layout)?);
+            let inputs = BlockInputs { x_float, x_quantized: &chunk.x_quantized, layout: &chunk.layout };
+            factors.push(attention_importance(self.device, self.config, &self.float, &inputs)?);
             Ok(())
         })?;
         let unusable = normalise(&mut factors);
@@ -126,18 +126,18 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         let visited = if set.residual().is_some() { &mut *chunks } else { calibrated(chunks) };
         self.pass(with_float, set.residual()).run(visited, |i, chunk| {
             let f = match &chunk.x_float {
-                Some(x) if with_float => Some(set.input(self.device, self.config, &self.float, x, &chunk.layout)?),
+                Some(x) if with_float => Some(self.input(set, &self.float, x, &chunk.layout)?),
                 _ => None,
             };
             if !chunk.held_out {
-                let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
+                let u = self.input(set, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
                 let g = factors.and_then(|factors| factors[i].of(projection));
                 statistics.accumulate(self.device, &u, f.as_ref().filter(|_| with_cross), g)?;
             }
             if let (Some(residual), Some(f), Some(x_float)) = (set.residual(), &f, &mut chunk.x_float) {
                 self.float.add_output(self.device, x_float, residual, f)?;
                 self.leave(&chunk.layout, x_float, residual)?;
-                self.check_finite(x_float, &chunk.layout, &chunk.samples, residual, "float")?;
+                self.check_finite(x_float, &chunk.layout, &chunk.samples, Behind { residual, path: "float" })?;
             }
             Ok(())
         })?;
@@ -189,10 +189,15 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         let ends = residual == Projection::Down;
         let mut distance = Distance::default();
         self.pass(ends, Some(residual)).run(chunks, |_, chunk| {
-            let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
+            let u = self.input(set, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
             self.quantized.add_output(self.device, &mut chunk.x_quantized, residual, &u)?;
             self.leave(&chunk.layout, &mut chunk.x_quantized, residual)?;
-            self.check_finite(&chunk.x_quantized, &chunk.layout, &chunk.samples, residual, "quantized")?;
+            self.check_finite(
+                &chunk.x_quantized,
+                &chunk.layout,
+                &chunk.samples,
+                Behind { residual, path: "quantized" },
+            )?;
             if let Some(x_float) = chunk.x_float.as_ref().filter(|_| ends && !chunk.held_out) {
                 distance.add(self.device, &chunk.x_quantized, x_float)?;
             }

@@ -1,6 +1,7 @@
 //! A block on its way to its codes.
 
 use super::chunk::{Activations, Pass};
+use super::set::LayerSet;
 use crate::codes::QuantizedLinear;
 use crate::device::{ModelOps, SolveOps};
 use crate::model::config::DecoderConfig;
@@ -65,6 +66,23 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
     pub(super) fn pass(&self, with_float: bool, residual: Option<Projection>) -> Pass<'_, D> {
         let leaves = residual.filter(|&residual| residual == Projection::Down).map(|_| self.index);
         Pass { device: self.device, activations: self.activations, stop: self.stop, with_float, leaves }
+    }
+
+    /// The input of a set's layers, from the residual stream `x` of the path that runs through `block`.
+    pub(super) fn input(
+        &self,
+        set: LayerSet,
+        block: &Block<D::Tensor>,
+        x: &D::Tensor,
+        layout: &Layout<D::Tensor>,
+    ) -> Result<D::Tensor> {
+        let (device, config) = (self.device, self.config);
+        match set {
+            LayerSet::Attention => block.attention_input(device, config, x),
+            LayerSet::Output => block.output_input(device, config, x, layout),
+            LayerSet::Mlp => block.mlp_input(device, config, x),
+            LayerSet::Down => block.down_input(device, config, x),
+        }
     }
 
     /// What a path meets at the end of the block.

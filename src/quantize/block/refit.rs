@@ -40,7 +40,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         let weight = &self.quantized.linear(layer.projection).weight;
         self.pass(true, None).run(calibrated(chunks), |_, chunk| {
             let x_float = chunk.x_float.as_ref().context("scales are refitted without a float path")?;
-            let u = set.input(self.device, self.config, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
+            let u = self.input(set, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
             // These layers have no bias.
             let y = self.device.linear(&u, weight, None)?;
             drop(u);

@@ -1,9 +1,6 @@
 //! The sets of layers that read the same input, in the order in which they are quantized.
 
-use crate::device::ModelOps;
-use crate::model::config::DecoderConfig;
-use crate::model::decoder::{Block, Layout, Projection};
-use anyhow::Result;
+use crate::model::decoder::Projection;
 
 /// A set of layers that read the same input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,23 +29,6 @@ impl LayerSet {
             Self::Output => Some(Projection::O),
             Self::Down => Some(Projection::Down),
             Self::Attention | Self::Mlp => None,
-        }
-    }
-
-    /// The set's input, from the residual stream.
-    pub(super) fn input<D: ModelOps>(
-        self,
-        device: &D,
-        config: &DecoderConfig,
-        block: &Block<D::Tensor>,
-        x: &D::Tensor,
-        layout: &Layout<D::Tensor>,
-    ) -> Result<D::Tensor> {
-        match self {
-            Self::Attention => block.attention_input(device, config, x),
-            Self::Output => block.output_input(device, config, x, layout),
-            Self::Mlp => block.mlp_input(device, config, x),
-            Self::Down => block.down_input(device, config, x),
         }
     }
 }

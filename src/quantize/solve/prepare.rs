@@ -113,7 +113,8 @@ pub fn prepare<D: SolveOps>(
         }
         dead.iter().for_each(|&i| diagonal[i] = 1.0);
         order = processing_order(&diagonal, group, settings.order);
-        system = factored(device, statistics, settings, &diagonal, &order, &mut findings)?;
+        let how = PermuteSymmetric { order: &order, diagonal: &diagonal };
+        system = factored(device, statistics, settings, how, &mut findings)?;
     }
     Ok(Prepared {
         order,
@@ -133,15 +134,15 @@ pub(super) const ROUNDED: &str = "rounded to nearest instead";
 /// What is done with a layer that GPTAQ's cross term spoils.
 pub(super) const WITHOUT_CROSS: &str = "solved without the cross term, as GPTQ does";
 
-/// Damps and factors H, its diagonal being `diagonal`; `None` where even damping 1 does not help.
+/// Damps and factors H in the order and with the diagonal of `how`; `None` where even damping 1 does not help.
 fn factored<D: SolveOps>(
     device: &D,
     statistics: &Statistics<D::Tensor>,
     settings: &SolverSettings,
-    diagonal: &[f32],
-    order: &[u32],
+    how: PermuteSymmetric<'_>,
     findings: &mut Vec<Finding>,
 ) -> Result<Option<System<D::Tensor>>> {
+    let PermuteSymmetric { order, diagonal } = how;
     let spans = spans(order.len(), settings.group_columns(order.len()), BLOCK);
     let blocks: Vec<_> = spans.iter().flat_map(|span| span.blocks.iter().cloned()).collect();
     let mean = diagonal.iter().map(|&h| f64::from(h)).sum::<f64>() / diagonal.len() as f64;

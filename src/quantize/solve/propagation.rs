@@ -114,12 +114,19 @@ fn enqueue_with<D: SolveOps>(
             state.error = device.zeros(rows, width)?;
             state.cross = cross.map(|_| device.zeros(rows, width)).transpose()?;
         }
-        carry(device, terms, &mut state, 0..span.start, span.start..span.end, 0)?;
+        carry(
+            device,
+            terms,
+            &mut state,
+            ProductRange { inner: 0..span.start, columns: span.start..span.end, target: 0 },
+        )?;
         let own_grid = (group > BLOCK && group < features)
             .then(|| device.group_grid(&state, &wide(&(span.start..span.end), &span.blocks, true)))
             .transpose()?;
         for block in &span.blocks {
-            carry(device, terms, &mut state, span.start..block.start, block.clone(), block.start - span.start)?;
+            let inner = span.start..block.start;
+            let range = ProductRange { inner, columns: block.clone(), target: block.start - span.start };
+            carry(device, terms, &mut state, range)?;
             let job = ColumnBlock {
                 columns: block.clone(),
                 span: span.start,
@@ -158,19 +165,16 @@ impl<D: SolveOps> Enqueued<D> {
     }
 }
 
-/// Brings `columns` of the current span up to date with the columns `done`; `target` is their place in the span.
+/// Brings columns of the current span up to date with the inner ones of `range`, which have their codes.
 fn carry<D: SolveOps>(
     device: &D,
     (factor, term): (&Factor<D::Tensor>, Option<&CrossFactor<D::Tensor>>),
     state: &mut SolveState<D::Tensor>,
-    done: std::ops::Range<usize>,
-    columns: std::ops::Range<usize>,
-    target: usize,
+    range: ProductRange,
 ) -> Result<()> {
-    if done.is_empty() {
+    if range.inner.is_empty() {
         return Ok(());
     }
-    let range = ProductRange { inner: done, columns, target };
     device.add_product(&mut state.error, &state.residual, &factor.root, &range)?;
     if let (Some(cross), Some(carried), Some(term)) = (&mut state.cross, &state.carried, term) {
         device.add_product(cross, carried, &term.scaled, &range)?;

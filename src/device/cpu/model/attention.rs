@@ -3,7 +3,7 @@
 
 use crate::device::cpu::gemm::{Strided, StridedMut, gemm};
 use crate::device::cpu::vector::{LANES, dispatch, dot, exp, sum};
-use crate::device::{AttentionShape, Span};
+use crate::device::{AttentionOperands, AttentionShape, Span};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
 use rayon::prelude::*;
@@ -52,8 +52,9 @@ impl Head<'_> {
     }
 }
 
-pub(super) fn forward(q: &Matrix, k: &Matrix, v: &Matrix, spans: &[Span], shape: AttentionShape) -> Result<Matrix> {
-    check(q, k, v, spans, shape)?;
+pub(super) fn forward(operands: &AttentionOperands<'_, Matrix>) -> Result<Matrix> {
+    check(operands)?;
+    let &AttentionOperands { q, k, v, spans, shape } = operands;
     let dim = shape.head_dim;
     let tasks: Vec<(Head<'_>, std::ops::Range<usize>)> = spans
         .iter()
@@ -94,15 +95,9 @@ struct HeadGradients {
 
 /// Gradients of attention. With P the probabilities, dO the output gradient and s the scale: dV = Pᵀ dO; dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O));
 /// dQ = s dS K; dK = s dSᵀ Q. A task is one key/value head of one span, so that its sums have one fixed order.
-pub(super) fn backward(
-    q: &Matrix,
-    k: &Matrix,
-    v: &Matrix,
-    d_out: &Matrix,
-    spans: &[Span],
-    shape: AttentionShape,
-) -> Result<(Matrix, Matrix, Matrix)> {
-    check(q, k, v, spans, shape)?;
+pub(super) fn backward(operands: &AttentionOperands<'_, Matrix>, d_out: &Matrix) -> Result<(Matrix, Matrix, Matrix)> {
+    check(operands)?;
+    let &AttentionOperands { q, k, v, spans, shape } = operands;
     ensure!(d_out.rows() == q.rows() && d_out.cols() == q.cols(), "output gradient of another shape than the output");
     let dim = shape.head_dim;
     let per_kv = shape.heads / shape.kv_heads;
@@ -198,7 +193,8 @@ fn softmax(row: &mut [f32]) {
     }
 }
 
-fn check(q: &Matrix, k: &Matrix, v: &Matrix, spans: &[Span], shape: AttentionShape) -> Result<()> {
+fn check(operands: &AttentionOperands<'_, Matrix>) -> Result<()> {
+    let &AttentionOperands { q, k, v, spans, shape } = operands;
     ensure!(
         q.cols() == shape.heads * shape.head_dim
             && k.cols() == shape.kv_heads * shape.head_dim

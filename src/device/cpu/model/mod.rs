@@ -7,7 +7,7 @@ mod product;
 pub(super) use attention::QUERY_BLOCK;
 
 use super::Cpu;
-use crate::device::{Activation, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span};
+use crate::device::{Activation, AttentionOperands, ModelOps, QuantizedWeight, Rotary};
 use crate::tensor::{Float, Matrix};
 use anyhow::{Result, ensure};
 use rayon::prelude::*;
@@ -119,20 +119,16 @@ impl ModelOps for Cpu {
         elementwise::rotate(x, rotary, transposed)
     }
 
-    fn attention(&self, q: &Matrix, k: &Matrix, v: &Matrix, spans: &[Span], shape: AttentionShape) -> Result<Matrix> {
-        attention::forward(q, k, v, spans, shape)
+    fn attention(&self, operands: &AttentionOperands<'_, Matrix>) -> Result<Matrix> {
+        attention::forward(operands)
     }
 
     fn attention_backward(
         &self,
-        q: &Matrix,
-        k: &Matrix,
-        v: &Matrix,
+        operands: &AttentionOperands<'_, Matrix>,
         d_out: &Matrix,
-        spans: &[Span],
-        shape: AttentionShape,
     ) -> Result<(Matrix, Matrix, Matrix)> {
-        attention::backward(q, k, v, d_out, spans, shape)
+        attention::backward(operands, d_out)
     }
 
     fn activate(&self, x: &Matrix, activation: Activation) -> Result<Matrix> {

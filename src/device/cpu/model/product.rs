@@ -1,6 +1,6 @@
 //! Products of activations by weights.
 
-use crate::device::cpu::strips::Strips;
+use crate::device::cpu::strips::{Rows, RowsMut, Strips};
 use crate::device::cpu::vector::{dispatch, dot};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
@@ -58,7 +58,8 @@ fn add_product(a: &Matrix, y: &mut Matrix, strips: impl Fn(Range<usize>) -> Stri
     }
     for first in (0..outputs).step_by(STRIP) {
         let strips = strips(first..(first + STRIP).min(outputs));
-        strips.add_product(1.0, a.data(), inner, y.data_mut(), outputs, first);
+        let (a, y) = (Rows { data: a.data(), stride: inner }, RowsMut { data: y.data_mut(), stride: outputs });
+        strips.add_product(1.0, a, y, first);
     }
 }
 

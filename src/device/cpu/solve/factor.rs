@@ -1,6 +1,6 @@
 //! `H = R·Rᵀ` from the last index backwards, and the GPTAQ term in its coordinates.
 
-use crate::device::cpu::strips::Strips;
+use crate::device::cpu::strips::{Rows, RowsMut, Strips};
 use crate::device::cpu::vector::dispatch;
 use crate::device::{BLOCK, CrossFactor, Factor, Factored};
 use crate::tensor::Matrix;
@@ -58,7 +58,8 @@ pub(super) fn cross_factor(
         let right = Strips::transposed(&factor.inverses, block.clone(), 0..width);
         write_panel(&mut c, &panel, block, &right);
         let mut corner = vec![0.0; width * width];
-        right.add_to(1.0, &panel[block.start * width..], width, &mut corner, width, width);
+        let last = Rows { data: &panel[block.start * width..], stride: width };
+        right.add_to(1.0, last, RowsMut { data: &mut corner, stride: width }, width);
         for (i, row) in corner.chunks(width).enumerate() {
             c.row_mut(block.start + i)[block.clone()].copy_from_slice(row);
         }
@@ -72,7 +73,8 @@ pub(super) fn cross_factor(
     for block in blocks {
         let inverse = Strips::new(&factor.inverses, block.clone(), 0..block.len());
         let to = &mut products.data_mut()[block.start * BLOCK..];
-        inverse.add_to(1.0, &c.data()[block.start * n + block.start..], n, to, BLOCK, block.len());
+        let from = Rows { data: &c.data()[block.start * n + block.start..], stride: n };
+        inverse.add_to(1.0, from, RowsMut { data: to, stride: BLOCK }, block.len());
     }
     CrossFactor { scaled: c, blocks: products }
 }
@@ -130,7 +132,8 @@ fn updated_panel(x: &Matrix, r: &Matrix, block: &Range<usize>) -> Vec<f32> {
     let strips = Strips::transposed(r, block.clone(), block.end..n);
     let mut panel = vec![0.0; block.end * width];
     panel.par_chunks_mut(width).enumerate().for_each(|(i, row)| row.copy_from_slice(&x.row(i)[block.clone()]));
-    strips.add_product(-1.0, x.data().get(block.end..).unwrap_or_default(), n, &mut panel, width, 0);
+    let later = Rows { data: x.data().get(block.end..).unwrap_or_default(), stride: n };
+    strips.add_product(-1.0, later, RowsMut { data: &mut panel, stride: width }, 0);
     panel
 }
 
@@ -139,5 +142,5 @@ fn write_panel(x: &mut Matrix, panel: &[f32], block: &Range<usize>, right: &Stri
     let (n, width) = (x.cols(), block.len());
     let above = &mut x.data_mut()[..block.start * n];
     above.par_chunks_mut(n).for_each(|row| row[block.clone()].fill(0.0));
-    right.add_product(1.0, panel, width, above, n, block.start);
+    right.add_product(1.0, Rows { data: panel, stride: width }, RowsMut { data: above, stride: n }, block.start);
 }

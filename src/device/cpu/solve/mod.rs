@@ -13,8 +13,8 @@ pub(super) use statistics::{tile as statistics_tile, workspace as statistics_wor
 
 use super::Cpu;
 use crate::device::{
-    BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, GridRule, Group, GroupGrid, PermuteSymmetric,
-    ProductRange, SolveOps, SolveState,
+    BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, GridRule, Group, GroupGrid, LayerInputs,
+    PermuteSymmetric, ProductRange, SolveOps, SolveState,
 };
 use crate::tensor::Matrix;
 use anyhow::Result;
@@ -53,11 +53,9 @@ impl SolveOps for Cpu {
         &self,
         hessian: &mut Matrix,
         cross: Option<&mut Matrix>,
-        u: &Matrix,
-        f: Option<&Matrix>,
-        g: Option<&[f32]>,
+        inputs: &LayerInputs<'_, Matrix>,
     ) -> Result<()> {
-        statistics::accumulate(hessian, cross, u, f, g);
+        statistics::accumulate(hessian, cross, inputs);
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use crate::device::ProductRange;
 use crate::device::cpu::gemm::Strided;
-use crate::device::cpu::strips::Strips;
+use crate::device::cpu::strips::{Rows, RowsMut, Strips};
 use crate::device::cpu::vector::{LANES, dispatch};
 use crate::tensor::Matrix;
 use rayon::prelude::*;
@@ -28,7 +28,8 @@ pub(super) fn part_of(data: &[f32], stride: usize, rows: Range<usize>, columns: 
 pub(super) fn add_product(c: &mut Matrix, a: &Matrix, b: &Matrix, range: &ProductRange) {
     let cols = c.cols();
     let strips = Strips::new(b, range.inner.clone(), range.columns.clone());
-    strips.add_product(1.0, &a.data()[range.inner.start..], a.cols(), c.data_mut(), cols, range.target);
+    let a = Rows { data: &a.data()[range.inner.start..], stride: a.cols() };
+    strips.add_product(1.0, a, RowsMut { data: c.data_mut(), stride: cols }, range.target);
 }
 
 /// The squared norm `‖x‖²`.
@@ -45,7 +46,9 @@ pub(super) fn weighted_squared_norm(x: &Matrix, h: &Matrix) -> f64 {
     for strip in (0..features).step_by(STRIP).map(|first| first..(first + STRIP).min(features)) {
         let width = product.cols();
         product.data_mut().par_chunks_mut(width).for_each(|row| row.fill(0.0));
-        Strips::upper_triangle(h, strip.clone()).add_product(2.0, x.data(), features, product.data_mut(), width, 0);
+        let to = RowsMut { data: product.data_mut(), stride: width };
+        let strips = Strips::upper_triangle(h, strip.clone());
+        strips.add_product(2.0, Rows { data: x.data(), stride: features }, to, 0);
         let diagonal: Vec<f32> = strip.clone().map(|i| h.row(i)[i]).collect();
         let sums: Vec<f64> = (0..rows)
             .into_par_iter()

@@ -4,9 +4,9 @@ use super::SLAB;
 use super::lanes::{LANES, Lane};
 use super::product::{part, part_of, scaled_square_sum};
 use super::search::{LossTerms, Part};
-use super::tile::{GridOf, Slab, check, gather, groups_of, quantize_tile};
+use super::tile::{GridOf, Slab, Weights, check, gather, groups_of, quantize_tile};
 use crate::device::cpu::gemm::{Strided, StridedMut, gemm};
-use crate::device::cpu::strips::Strips;
+use crate::device::cpu::strips::{Rows, RowsMut, Strips};
 use crate::device::{BLOCK, BlockCodes, ColumnBlock, Factor, Group, GroupGrid, SolveState};
 use crate::tensor::Matrix;
 use anyhow::Result;
@@ -33,6 +33,7 @@ pub(super) fn quantize_block(block: &ColumnBlock<'_, Matrix>, state: &mut SolveS
     for (index, residual) in state.residual.data_mut().chunks_mut(SLAB * features).enumerate() {
         slabs.push(Slab {
             first: index * SLAB,
+            features,
             rows: residual.len() / features,
             residual,
             carried: carried.as_mut().and_then(Iterator::next),
@@ -53,7 +54,7 @@ pub(super) fn quantize_block(block: &ColumnBlock<'_, Matrix>, state: &mut SolveS
     let products = products.as_ref();
     let errors: Vec<f64> = slabs
         .into_par_iter()
-        .map(|slab| Arch::new().dispatch(QuantizeSlab { block, slab, products, cross, features, span }))
+        .map(|slab| Arch::new().dispatch(QuantizeSlab { block, slab, products, cross, span }))
         .collect::<Result<_>>()?;
     out.error = errors.iter().sum();
     Ok(out)
@@ -77,7 +78,6 @@ struct QuantizeSlab<'a, 'b> {
     slab: Slab<'b>,
     products: Option<&'a Products<'a>>,
     cross: Option<&'a Matrix>,
-    features: usize,
     span: usize,
 }
 
@@ -86,20 +86,14 @@ impl WithSimd for QuantizeSlab<'_, '_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Result<f64> {
-        quantize_slab(simd, self.block, self.slab, self.products, self.cross, self.features, self.span)
+        quantize_slab(simd, self)
     }
 }
 
 #[inline(always)]
-fn quantize_slab<S: Simd>(
-    simd: S,
-    block: &ColumnBlock<'_, Matrix>,
-    mut slab: Slab<'_>,
-    products: Option<&Products<'_>>,
-    cross: Option<&Matrix>,
-    features: usize,
-    span: usize,
-) -> Result<f64> {
+fn quantize_slab<S: Simd>(simd: S, job: QuantizeSlab<'_, '_>) -> Result<f64> {
+    let QuantizeSlab { block, mut slab, products, cross, span } = job;
+    let features = slab.features;
     let (rows, columns, width) = (slab.rows, block.columns.clone(), block.columns.len());
     let local = columns.start - block.span..columns.end - block.span;
     // Corrections acc·Ū_BB, kept apart from the weights until a column's turn comes: they are smaller, and so is their
@@ -113,13 +107,15 @@ fn quantize_slab<S: Simd>(
                 add(row, &cross.row(slab.first + r)[local.clone()]);
             }
         }
-        products.inverse.add_to(1.0, &acc, width, &mut current, width, rows);
+        let acc = Rows { data: &acc, stride: width };
+        products.inverse.add_to(1.0, acc, RowsMut { data: &mut current, stride: width }, rows);
     }
 
-    let mut rounded = vec![0.0; rows * width];
+    let mut weights = Weights { current, rounded: vec![0.0; rows * width] };
     for first in (0..rows).step_by(LANES) {
-        quantize_tile(simd, block, &mut slab, first, features, &mut current, &mut rounded)?;
+        quantize_tile(simd, block, &mut slab, first, &mut weights)?;
     }
+    let Weights { mut current, rounded } = weights;
 
     for (residual, rounded) in slab.residual.chunks_mut(features).zip(rounded.chunks(width)) {
         residual[columns.clone()].iter_mut().zip(rounded).for_each(|(w, q)| *w -= q);
@@ -137,9 +133,11 @@ fn quantize_slab<S: Simd>(
     };
     if let (Some(shift), Some(term)) = (slab.shift.as_deref_mut(), &products.shift) {
         current.iter_mut().zip(&rounded).for_each(|(w, q)| *w -= q);
-        term.add_to(1.0, &current, width, &mut shift[columns.start..], features, rows);
+        let shift = RowsMut { data: &mut shift[columns.start..], stride: features };
+        term.add_to(1.0, Rows { data: &current, stride: width }, shift, rows);
     }
-    products.root.add_to(1.0, difference, features, &mut slab.error[local.start..], span, rows);
+    let error = RowsMut { data: &mut slab.error[local.start..], stride: span };
+    products.root.add_to(1.0, Rows { data: difference, stride: features }, error, rows);
     let error = |row: &[f32]| scaled_square_sum(&row[local.clone()], products.diagonal);
     Ok(slab.error.chunks(span).map(error).sum())
 }

@@ -58,10 +58,13 @@ pub(super) fn least_loss<S: Simd>(
             from = best;
         }
         let grid = candidate(k, range, &from, rule);
+        // A quotient a weight and candidate would cost more than all else.
+        let inverse = array::from_fn(|l| 1.0 / grid.scale[l]);
+        let scored = Scored { grid: &grid, inverse, unit: &unit, largest: rule.largest_code() };
         for (column, now) in columns.iter_mut().zip(now) {
             column.0 = *now;
         }
-        let loss = loss(simd, &mut columns, &grid, &unit, rule.largest_code(), terms);
+        let loss = loss(simd, &mut columns, &scored, terms);
         for l in 0..LANES {
             if loss[l] < least[l] {
                 least[l] = loss[l];
@@ -87,24 +90,26 @@ fn candidate(k: usize, (lo, hi): (&Lane, &Lane), from: &LaneGrid, rule: &GridRul
     grid
 }
 
+/// A grid a row whose loss is asked for.
+struct Scored<'a> {
+    grid: &'a LaneGrid,
+    /// One over the scales.
+    inverse: Lane,
+    /// One over the unit that errors are measured in.
+    unit: &'a Lane,
+    /// The largest code.
+    largest: f32,
+}
+
 /// The loss of one grid a row. `columns` are the weights, and spoiled.
 ///
 /// Nothing here is a closure: one that the compiler does not inline has none of the vectors that its caller was compiled for.
 #[inline(always)]
-fn loss<S: Simd>(
-    simd: S,
-    columns: &mut [Column],
-    grid: &LaneGrid,
-    unit: &Lane,
-    largest: f32,
-    terms: Option<&LossTerms<'_>>,
-) -> Lane {
-    // A quotient a weight and candidate would cost more than all else.
-    let inverse: Lane = array::from_fn(|l| 1.0 / grid.scale[l]);
+fn loss<S: Simd>(simd: S, columns: &mut [Column], scored: &Scored<'_>, terms: Option<&LossTerms<'_>>) -> Lane {
     let mut total = [0.0f32; LANES];
     let Some(terms) = terms else {
         for column in columns.iter() {
-            settle(&column.0, grid, &inverse, unit, largest, 1.0, &mut total);
+            settle(&column.0, scored, 1.0, &mut total);
         }
         return total;
     };
@@ -120,17 +125,24 @@ fn loss<S: Simd>(
             for i in first..end {
                 let (k, d) = (i - first, diagonal[part.columns.start + i]);
                 settled[k] = columns[i];
-                errors[k].0 = settle(&columns[i].0, grid, &inverse, unit, largest, d * d, &mut total);
+                errors[k].0 = settle(&columns[i].0, scored, d * d, &mut total);
                 // What is not carried on as a panel has no column behind it.
-                let inverses = [&part.row(&terms.factor.inverses, i)[i + 1..end]];
-                let products = terms.cross.map(|cross| [&part.row(&cross.blocks, i)[i + 1..end]]);
-                carry(simd, &mut columns[i + 1..end], &[errors[k]], &[settled[k]], &inverses, products.as_ref());
+                let column = Panel {
+                    errors: &[errors[k]],
+                    settled: &[settled[k]],
+                    inverses: [&part.row(&terms.factor.inverses, i)[i + 1..end]],
+                    products: terms.cross.map(|cross| [&part.row(&cross.blocks, i)[i + 1..end]]),
+                };
+                carry(simd, &mut columns[i + 1..end], &column);
             }
             if end == first + PANEL {
-                let inverses: [&[f32]; PANEL] = array::from_fn(|k| &part.row(&terms.factor.inverses, first + k)[end..]);
-                let products: Option<[&[f32]; PANEL]> =
-                    terms.cross.map(|cross| array::from_fn(|k| &part.row(&cross.blocks, first + k)[end..]));
-                carry(simd, &mut columns[end..], &errors, &settled, &inverses, products.as_ref());
+                let panel = Panel {
+                    errors: &errors,
+                    settled: &settled,
+                    inverses: array::from_fn(|k| &part.row(&terms.factor.inverses, first + k)[end..]),
+                    products: terms.cross.map(|cross| array::from_fn(|k| &part.row(&cross.blocks, first + k)[end..])),
+                };
+                carry(simd, &mut columns[end..], &panel);
             }
         }
     }
@@ -139,18 +151,11 @@ fn loss<S: Simd>(
 
 /// The errors of a column on the grid; their weighted squares are added to `total`.
 #[inline(always)]
-fn settle(
-    column: &Lane,
-    grid: &LaneGrid,
-    inverse: &Lane,
-    unit: &Lane,
-    largest: f32,
-    weight: f32,
-    total: &mut Lane,
-) -> Lane {
+fn settle(column: &Lane, scored: &Scored<'_>, weight: f32, total: &mut Lane) -> Lane {
+    let Scored { grid, inverse, unit, largest } = scored;
     let mut error = [0.0; LANES];
     for l in 0..LANES {
-        let level = lanes::level(column[l] * inverse[l], grid.zero[l], largest);
+        let level = lanes::level(column[l] * inverse[l], grid.zero[l], *largest);
         error[l] = column[l] - grid.scale[l] * level;
         let e = error[l] * unit[l];
         total[l] += e * e * weight;
@@ -158,16 +163,19 @@ fn settle(
     error
 }
 
-/// Brings `later` columns up to date with `N` that have their codes, whose rows of the triangles begin with those columns.
+/// `N` columns that have their codes, and what they are carried on by: their rows of the triangles, from the first later column on.
+struct Panel<'a, const N: usize> {
+    errors: &'a [Column; N],
+    settled: &'a [Column; N],
+    inverses: [&'a [f32]; N],
+    /// Of the cross term.
+    products: Option<[&'a [f32]; N]>,
+}
+
+/// Brings `later` columns up to date with those of a panel.
 #[inline(always)]
-fn carry<S: Simd, const N: usize>(
-    simd: S,
-    later: &mut [Column],
-    errors: &[Column; N],
-    settled: &[Column; N],
-    inverses: &[&[f32]; N],
-    products: Option<&[&[f32]; N]>,
-) {
+fn carry<S: Simd, const N: usize>(simd: S, later: &mut [Column], panel: &Panel<'_, N>) {
+    let Panel { errors, settled, inverses, products } = panel;
     for (j, column) in later.iter_mut().enumerate() {
         for (v, value) in S::as_mut_simd_f32s(&mut column.0).0.iter_mut().enumerate() {
             let mut sum = *value;

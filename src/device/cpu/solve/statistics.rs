@@ -1,5 +1,6 @@
 //! `H += Uᵀ·diag(g²)·U` and `C += (F−U)ᵀ·diag(g²)·U`.
 
+use crate::device::LayerInputs;
 use crate::device::cpu::gemm::{Strided, StridedMut, gemm, packing_bytes};
 use crate::tensor::Matrix;
 use rayon::prelude::*;
@@ -27,13 +28,8 @@ pub(in crate::device::cpu) fn workspace(tokens: usize, features: usize, threads:
 }
 
 /// Adds some tokens to statistics, see [`SolveOps::accumulate_statistics`](crate::device::SolveOps::accumulate_statistics).
-pub(super) fn accumulate(
-    hessian: &mut Matrix,
-    mut cross: Option<&mut Matrix>,
-    u: &Matrix,
-    f: Option<&Matrix>,
-    g: Option<&[f32]>,
-) {
+pub(super) fn accumulate(hessian: &mut Matrix, mut cross: Option<&mut Matrix>, inputs: &LayerInputs<'_, Matrix>) {
+    let &LayerInputs { u, f, g } = inputs;
     let features = u.cols();
     let live: Vec<usize> = match g {
         Some(g) => (0..u.rows()).filter(|&token| g[token] != 0.0).collect(),

@@ -12,6 +12,8 @@ use std::slice;
 pub(super) struct Slab<'a> {
     pub(super) first: usize,
     pub(super) rows: usize,
+    /// Columns of the whole layer: values from a row of `residual`, `carried` and `shift` to the next.
+    pub(super) features: usize,
     pub(super) residual: &'a mut [f32],
     pub(super) carried: Option<&'a mut [f32]>,
     pub(super) shift: Option<&'a mut [f32]>,
@@ -21,21 +23,27 @@ pub(super) struct Slab<'a> {
     pub(super) zeros: &'a mut [u8],
 }
 
-/// The column loop on up to sixteen rows of a slab, from its row `first`. `current` `[rows, width]` brings the corrections
-/// of earlier blocks and comes back with each weight as it was just before rounding, `rounded` with the weight it became.
+/// A slab's weights of the block, `[rows, width]` each.
+pub(super) struct Weights {
+    /// Before a tile is quantized the corrections of earlier blocks; behind it each weight as it was just before rounding.
+    pub(super) current: Vec<f32>,
+    /// What each weight became.
+    pub(super) rounded: Vec<f32>,
+}
+
+/// The column loop on up to sixteen rows of a slab, from its row `first`.
 #[inline(always)]
 pub(super) fn quantize_tile<S: Simd>(
     simd: S,
     block: &ColumnBlock<'_, Matrix>,
     slab: &mut Slab<'_>,
     first: usize,
-    features: usize,
-    current: &mut [f32],
-    rounded: &mut [f32],
+    weights: &mut Weights,
 ) -> Result<()> {
+    let Weights { current, rounded } = weights;
     let (width, groups, largest) = (block.columns.len(), groups_of(block), block.rule.largest_code());
     let rows = (slab.rows - first).min(LANES);
-    let mut w = gather(&slab.residual[block.columns.start..], features, width, first, rows);
+    let mut w = gather(&slab.residual[block.columns.start..], slab.features, width, first, rows);
     let mut corrections = gather(current, width, width, first, rows);
     let mut grid = match block.grid {
         Some(given) => given_grid(given, slab.first + first, rows),
