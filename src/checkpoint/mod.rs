@@ -23,7 +23,6 @@ pub mod write;
 
 pub use config::{GptqVersion, Packing, Quantization};
 pub use formats::{Format, LinearSpec, Loader};
-pub use linear::LinearWeight;
 pub use mapped::Mapped;
 pub use read::{Checkpoint, StoredTensor};
 pub use shard::MAX_TENSORS;
