@@ -22,11 +22,12 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::own::Foreign;
 use crate::checkpoint::sums::{SUMS, Sums};
 use crate::checkpoint::work::WorkFolder;
+use crate::device::counting::Counting;
 use crate::device::{ModelOps, SolveOps};
 use crate::evaluate::paths::{self, Paths};
-use crate::plan::{DecoderShape, MemoryPlan};
+use crate::plan::{Counted, DecoderShape, MemoryPlan};
 use crate::progress::{Interrupted, Stage, StageClock};
-use crate::quantize::block::{NotFinite, rows_of_paths};
+use crate::quantize::block::{Activations, NotFinite, rows_of_paths};
 use crate::report::card::Card;
 use crate::report::check::ModelCheck;
 use crate::report::provenance::{self, Provenance};
@@ -45,6 +46,14 @@ pub fn plan<D: ModelOps + SolveOps>(device: &D, settings: &RunSettings) -> Resul
     settings.check()?;
     let (input, data) = Input::read::<D>(settings, &mut Vec::new(), &mut ())?;
     input.plan(device, &data, settings.chunk_tokens)
+}
+
+/// What a run with these settings takes on a device that only counts, with activations where they are said to be: the run's own
+/// steps, but for weights and pixels. Errors as [`plan`] does.
+pub fn count(device: &Counting, settings: &RunSettings, activations: Activations) -> Result<Counted> {
+    settings.check()?;
+    let (input, data) = Input::read::<Counting>(settings, &mut Vec::new(), &mut ())?;
+    input.subject(&data.packed(settings.chunk_tokens)).count(device, activations)
 }
 
 /// Quantizes a checkpoint. Everything that can be refused is refused before anything is computed.
