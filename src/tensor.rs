@@ -4,7 +4,6 @@ use anyhow::{Result, ensure};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use std::ops::Range;
 
 /// A float type that tensors are stored in: weights and activations of a model, and scales, which are rounded to it before they are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +69,12 @@ fn widen<const N: usize>(bytes: &[u8], decode: impl Fn([u8; N]) -> f32 + Sync) -
     values
 }
 
+/// What lends a matrix as it is stored: a place in a file, whose pages it holds meanwhile, or a copy.
+pub trait Stored {
+    /// The matrix.
+    fn stored(&self) -> StoredMatrix<'_>;
+}
+
 /// A dense row-major matrix as it is stored, of any float type: borrowed bytes, which a device of that type takes as they are.
 ///
 /// A vector is a matrix of one row.
@@ -108,18 +113,6 @@ impl<'a> StoredMatrix<'a> {
     /// The bytes of all values, row by row.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
-    }
-
-    /// Some consecutive values, counted through all rows, as one row. Errors where there are not as many.
-    pub fn part(&self, values: Range<usize>) -> Result<Self> {
-        ensure!(
-            values.start <= values.end && values.end <= self.rows * self.cols,
-            "values {values:?} of a {}x{} matrix",
-            self.rows,
-            self.cols
-        );
-        let size = self.float.bytes();
-        Self::new(self.float, 1, values.len(), &self.bytes[values.start * size..values.end * size])
     }
 
     /// A matrix of the same values in float32.
@@ -227,10 +220,6 @@ mod tests {
             let stored = StoredMatrix::new(float, 2, 3, &bytes[1..]).unwrap();
             assert_eq!((stored.float(), stored.to_matrix().rows(), stored.to_matrix().cols()), (float, 2, 3));
             assert_eq!(bits(stored.to_matrix()), rounded, "{float:?}");
-            let part = stored.part(2..5).unwrap();
-            assert_eq!((part.rows(), part.cols()), (1, 3));
-            assert_eq!(bits(part.to_matrix()), rounded[2..5]);
-            assert!(stored.part(4..7).is_err());
             assert!(StoredMatrix::new(float, 3, 3, &bytes[1..]).is_err());
             assert!(StoredMatrix::new(float, usize::MAX, 3, &bytes[1..]).is_err());
         }

@@ -1,20 +1,10 @@
 //! Linear layers of a checkpoint, stored as plain numbers or as codes.
 
 use super::formats::{CodeFormat, Quantization, StoredLayer};
-use super::mapped::Mapped;
 use super::read::Checkpoint;
 use crate::codes::QuantizedLinear;
 use crate::tensor::Matrix;
 use anyhow::{Context, Result};
-
-/// A linear layer's weight as a checkpoint holds it.
-#[derive(Debug)]
-pub enum LinearWeight<'a> {
-    /// Plain numbers.
-    Plain(Mapped<'a>),
-    /// Codes, scales and zeros.
-    Quantized(QuantizedLinear),
-}
 
 impl Checkpoint {
     /// How the linear layers are stored, `None` when they are plain floats.
@@ -61,24 +51,16 @@ impl Checkpoint {
     }
 
     /// Whether the weight of a linear layer is stored as plain numbers.
-    fn is_plain(&self, module: &str) -> bool {
+    pub(crate) fn is_plain(&self, module: &str) -> bool {
         self.contains(&format!("{module}.weight")) || !self.is_quantized()
     }
 
-    /// The weight of the linear layer `module` (its name on disk, without `.weight`), `[out, in]`. Errors as
-    /// [`stored_matrix`](Self::stored_matrix) and [`packed`](Self::packed) do.
-    pub fn linear_weight(&self, module: &str, out_features: usize, in_features: usize) -> Result<LinearWeight<'_>> {
-        Ok(match self.is_plain(module) {
-            true => LinearWeight::Plain(self.stored_matrix(&format!("{module}.weight"), out_features, in_features)?),
-            false => LinearWeight::Quantized(self.packed(module, out_features, in_features)?),
-        })
-    }
-
-    /// [`linear_weight`](Self::linear_weight) in float32: as stored, or what its codes stand for.
+    /// The weight of the linear layer `module` (its name on disk, without `.weight`) in float32, `[out, in]`: as stored,
+    /// or what its codes stand for. Errors as [`stored_matrix`](Self::stored_matrix) and [`packed`](Self::packed) do.
     pub fn linear(&self, module: &str, out_features: usize, in_features: usize) -> Result<Matrix> {
-        match self.linear_weight(module, out_features, in_features)? {
-            LinearWeight::Plain(weight) => Ok(weight.to_matrix()),
-            LinearWeight::Quantized(codes) => codes.dequantize(),
+        if self.is_plain(module) {
+            return self.matrix(&format!("{module}.weight"), out_features, in_features);
         }
+        self.packed(module, out_features, in_features)?.dequantize()
     }
 }

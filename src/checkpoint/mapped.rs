@@ -3,7 +3,7 @@
 #[cfg(feature = "run")]
 use super::convert::first_non_finite;
 use super::read::{Checkpoint, StoredTensor};
-use crate::tensor::{Float, Matrix, StoredMatrix};
+use crate::tensor::{Float, Matrix, Stored, StoredMatrix};
 use anyhow::Result;
 #[cfg(feature = "run")]
 use anyhow::ensure;
@@ -23,12 +23,13 @@ pub struct Mapped<'a> {
     bytes: Cow<'a, [u8]>,
 }
 
-impl Mapped<'_> {
-    /// The numbers as they are stored.
-    pub fn stored(&self) -> StoredMatrix<'_> {
+impl Stored for Mapped<'_> {
+    fn stored(&self) -> StoredMatrix<'_> {
         StoredMatrix::new(self.float, self.rows, self.cols, &self.bytes).expect("a shape that was checked")
     }
+}
 
+impl Mapped<'_> {
     /// The numbers in float32.
     pub fn to_matrix(&self) -> Matrix {
         self.stored().to_matrix()
@@ -97,6 +98,16 @@ impl Checkpoint {
             self.release(name);
         }
         Ok(self.mapped(name, float, (indices.len(), cols), Cow::Owned(bytes)))
+    }
+
+    /// Some values of [`stored_vector`](Self::stored_vector) as one row.
+    #[cfg(feature = "run")]
+    pub(crate) fn stored_part(&self, name: &str, len: usize, part: Range<usize>) -> Result<Mapped<'_>> {
+        let tensor = self.shaped_vector(name, len)?;
+        let float = self.float_type_of(name, tensor.dtype)?;
+        self.check_finite(name)?;
+        let bytes = &tensor.bytes[part.start * float.bytes()..part.end * float.bytes()];
+        Ok(self.mapped(name, float, (1, part.len()), Cow::Borrowed(bytes)))
     }
 
     /// All of a tensor. Errors where it is no float, or not finite.

@@ -23,7 +23,6 @@ pub mod write;
 
 pub use config::Packing;
 pub use formats::{Format, GptqVersion, LinearSpec, Loader, Quantization};
-pub use linear::LinearWeight;
 pub use mapped::Mapped;
 pub use read::{Checkpoint, StoredTensor};
 pub use shard::MAX_TENSORS;

@@ -97,12 +97,18 @@ impl ImagePatches {
 /// The normalised patches of some images' crops, one after another, all of one family. See
 /// [`crop_patches`](ImagePatches::crop_patches).
 pub fn stacked_patches<'a>(crops: impl Iterator<Item = (&'a ImagePatches, usize)> + Clone) -> Matrix {
-    let rows = crops.clone().map(|(image, _)| image.grid_height * image.grid_width).sum();
-    let cols = crops.clone().next().map_or(0, |(image, _)| image.settings.patch_values());
+    let (rows, cols) = stacked_shape(crops.clone());
     // They are many: an array that grew would be there twice.
     let mut values = Vec::with_capacity(rows * cols);
     crops.for_each(|(image, crop)| image.settings.patchify(&image.crops[crop], &mut values));
     Matrix::new(rows, cols, values).expect("every patch of a crop, and of one size")
+}
+
+/// Rows and columns of [`stacked_patches`].
+pub fn stacked_shape<'a>(crops: impl Iterator<Item = (&'a ImagePatches, usize)> + Clone) -> (usize, usize) {
+    let rows = crops.clone().map(|(image, _)| image.grid_height * image.grid_width).sum();
+    let cols = crops.clone().next().map_or(0, |(image, _)| image.settings.patch_values());
+    (rows, cols)
 }
 
 /// Context of an error of one image: that what is wrong is the image, and which it is.

@@ -119,6 +119,11 @@ pub trait Device: Clone + Send + Sync + 'static {
     /// Copies a host matrix to the device.
     fn upload(&self, matrix: Matrix) -> Result<Self::Tensor>;
 
+    /// [`upload`](Self::upload) of a matrix of this shape, which `make` computes, where the device keeps numbers at all.
+    fn upload_with(&self, _shape: (usize, usize), make: impl FnOnce() -> Result<Matrix>) -> Result<Self::Tensor> {
+        self.upload(make()?)
+    }
+
     /// Copies a tensor back to the host.
     fn download(&self, tensor: &Self::Tensor) -> Result<Matrix>;
 

@@ -1,7 +1,7 @@
 //! What running a model needs of a device: calibration forward and backward, evaluation.
 
 use super::Device;
-use crate::tensor::{Float, Matrix, StoredMatrix};
+use crate::tensor::{Float, Matrix, Stored, StoredMatrix};
 use anyhow::{Result, ensure};
 use std::ops::Range;
 
@@ -122,6 +122,20 @@ pub trait ModelOps: Device {
     /// until they may change.
     fn upload_stored(&self, stored: StoredMatrix<'_>) -> Result<Self::Tensor> {
         self.upload_model(stored.to_matrix())
+    }
+
+    /// [`upload_model`](Self::upload_model) of a matrix of this shape, which `make` computes, where the device keeps numbers at all.
+    fn upload_model_with(&self, _shape: (usize, usize), make: impl FnOnce() -> Result<Matrix>) -> Result<Self::Tensor> {
+        self.upload_model(make()?)
+    }
+
+    /// [`upload_stored`](Self::upload_stored) of a matrix of this shape, which `read` finds, where the device keeps numbers at all.
+    fn upload_stored_with<S: Stored>(
+        &self,
+        _shape: (usize, usize),
+        read: impl FnOnce() -> Result<S>,
+    ) -> Result<Self::Tensor> {
+        self.upload_stored(read()?.stored())
     }
 
     /// The values of a quantized weight, as [`upload_model`](Self::upload_model) would bring them.

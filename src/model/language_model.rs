@@ -153,7 +153,9 @@ impl<D: ModelOps> Embedder<D> {
     fn embed_tokens(&self, device: &D, tokens: &[u32]) -> Result<D::Tensor> {
         let decoder = &self.config.decoder;
         let name = self.config.table_name();
-        device.upload_stored(self.checkpoint.gathered_rows(&name, decoder.vocab, decoder.hidden, tokens)?.stored())
+        device.upload_stored_with((tokens.len(), decoder.hidden), || {
+            self.checkpoint.gathered_rows(&name, decoder.vocab, decoder.hidden, tokens)
+        })
     }
 }
 
@@ -207,10 +209,10 @@ pub fn parts_of_head<D: ModelOps>(
     let (head, decoder) = (config.head_name()?, &config.decoder);
     for first in (0..decoder.vocab).step_by(HEAD_ROWS) {
         let rows = first..(first + HEAD_ROWS).min(decoder.vocab);
-        let stored = checkpoint.stored_rows(&head, decoder.vocab, decoder.hidden, rows)?;
-        let there = device.upload_stored(stored.stored())?;
-        drop(stored);
-        part(first, &there)?;
+        let some = device.upload_stored_with((rows.len(), decoder.hidden), || {
+            checkpoint.stored_rows(&head, decoder.vocab, decoder.hidden, rows)
+        })?;
+        part(first, &some)?;
     }
     Ok(())
 }

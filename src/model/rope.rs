@@ -69,9 +69,11 @@ fn tables<D: ModelOps>(
     cols: usize,
     angle: impl Fn(usize, usize) -> f32,
 ) -> Result<Rotary<D::Tensor>> {
-    let angles: Vec<f32> = (0..rows * cols).map(|i| angle(i / cols, i % cols)).collect();
-    let table = |f: fn(f32) -> f32| Matrix::new(rows, cols, angles.iter().copied().map(f).collect());
-    Ok(Rotary { cos: device.upload(table(f32::cos)?)?, sin: device.upload(table(f32::sin)?)? })
+    let table = |f: fn(f32) -> f32| {
+        let values = || (0..rows * cols).map(|i| f(angle(i / cols, i % cols))).collect();
+        device.upload_with((rows, cols), || Matrix::new(rows, cols, values()))
+    };
+    Ok(Rotary { cos: table(f32::cos)?, sin: table(f32::sin)? })
 }
 
 #[cfg(test)]

@@ -3,14 +3,14 @@
 //! Loading is written once, over [`Source`]: from a checkpoint [onto a device](Weights), or of its [headers](Headers) alone, which
 //! finds a tensor that is missing, of another shape or of another type without reading a weight.
 
-use crate::checkpoint::{Checkpoint, LinearWeight};
+use crate::checkpoint::Checkpoint;
 use crate::device::ModelOps;
 use crate::tensor::Matrix;
 use anyhow::Result;
 use std::ops::Range;
 
 /// A checkpoint's tensors as a model asks for them. Errors are those of [`Checkpoint::stored_matrix`],
-/// [`Checkpoint::stored_vector`] and [`Checkpoint::linear_weight`].
+/// [`Checkpoint::stored_vector`] and [`Checkpoint::linear`].
 pub trait Source {
     /// What becomes of a tensor.
     type Tensor;
@@ -59,21 +59,23 @@ impl<D: ModelOps> Source for Weights<'_, D> {
     }
 
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<D::Tensor> {
-        self.device.upload_stored(self.checkpoint.stored_matrix(name, rows, cols)?.stored())
+        self.device.upload_stored_with((rows, cols), || self.checkpoint.stored_matrix(name, rows, cols))
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<D::Tensor> {
-        self.device.upload_stored(self.checkpoint.stored_vector(name, len)?.stored())
+        self.device.upload_stored_with((1, len), || self.checkpoint.stored_vector(name, len))
     }
 
     fn part_of_vector(&self, name: &str, len: usize, part: Range<usize>) -> Result<D::Tensor> {
-        self.device.upload_stored(self.checkpoint.stored_vector(name, len)?.stored().part(part)?)
+        self.device.upload_stored_with((1, part.len()), || self.checkpoint.stored_part(name, len, part))
     }
 
     fn linear(&self, module: &str, (outputs, inputs): (usize, usize)) -> Result<D::Tensor> {
-        match self.checkpoint.linear_weight(module, outputs, inputs)? {
-            LinearWeight::Plain(weight) => self.device.upload_stored(weight.stored()),
-            LinearWeight::Quantized(codes) => self.device.upload_model(codes.dequantize()?),
+        match self.checkpoint.is_plain(module) {
+            true => self.matrix(&format!("{module}.weight"), outputs, inputs),
+            false => {
+                self.device.upload_model_with((outputs, inputs), || self.checkpoint.linear(module, outputs, inputs))
+            }
         }
     }
 

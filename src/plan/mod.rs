@@ -16,7 +16,7 @@ mod work;
 pub use disk::DiskPlan;
 pub use host::{HostPlan, Process};
 pub use job::{CheckSize, EmbedderSize, Job};
-pub use memory::MemoryPlan;
+pub use memory::{Counted, MemoryPlan, Subject, SubjectChunk};
 pub use sizes::DecoderShape;
 pub use state::{StateBytes, state_bytes};
 pub use time::TimePlan;

@@ -4,12 +4,11 @@ use super::input::{Data, Input};
 use crate::data::sequence::{Collected, Sequence};
 use crate::device::ModelOps;
 use crate::heap;
-use crate::model::decoder::Layout;
 use crate::model::language_model::{Embedder, image_rows};
 use crate::plan::MemoryPlan;
 use crate::progress::{Stage, StageClock, StageTime};
 use crate::quantize::block::Activations;
-use crate::quantize::block::{Chunk, needs_float_path};
+use crate::quantize::block::{Chunk, embedded, needs_float_path};
 use crate::report::settings::RunSettings;
 use crate::report::{CalibrationCounts, RunObserver};
 use anyhow::Result;
@@ -36,7 +35,7 @@ pub(super) fn encode<D: ModelOps>(
     for (i, sequences) in packed.chunks.iter().enumerate() {
         stop.check()?;
         let with_float = all || packed.is_checked(i);
-        let mut chunk = embed(device, &embedder, sequences, input.config.image_token, with_float)?;
+        let mut chunk = embedded(device, &embedder, sequences, input.config.image_token, with_float)?;
         chunk.held_out = packed.is_held_out(i);
         if plan.activations == Activations::Streamed {
             chunk.park(device)?;
@@ -57,34 +56,4 @@ pub(super) fn counts(data: &Collected, image_token: u32) -> CalibrationCounts {
     let text_tokens = sequences.iter().map(|s| s.tokens.len()).sum::<usize>() - vision_tokens;
     let &Collected { too_long, bad_images, .. } = data;
     CalibrationCounts { used: sequences.len(), too_long, bad_images, vision_tokens, text_tokens }
-}
-
-fn embed<D: ModelOps>(
-    device: &D,
-    embedder: &Embedder<D>,
-    sequences: &[&Sequence],
-    image_token: u32,
-    with_float: bool,
-) -> Result<Chunk<D::Tensor>> {
-    let features = embedder.image_features(device, sequences)?;
-    let (x_quantized, layout) = embedder.embed(device, sequences, features.as_ref())?;
-    let (tokens, _) = device.shape(&x_quantized);
-    let x_float = match with_float {
-        true => Some(device.slice_rows(&x_quantized, 0..tokens)?),
-        false => None,
-    };
-    Ok(chunk(sequences, image_token, layout, x_quantized, x_float))
-}
-
-/// Packed calibration samples with their residual streams.
-pub(super) fn chunk<T>(
-    sequences: &[&Sequence],
-    image_token: u32,
-    layout: Layout<T>,
-    x_quantized: T,
-    x_float: Option<T>,
-) -> Chunk<T> {
-    let is_vision = sequences.iter().flat_map(|s| &s.tokens).map(|&token| token == image_token).collect();
-    let samples = sequences.iter().map(|s| s.id.clone()).collect();
-    Chunk { layout, x_quantized, x_float, held_out: false, is_vision, samples }
 }

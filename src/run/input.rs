@@ -16,8 +16,9 @@ use crate::model::language_model::check_headers;
 use crate::model::parts::{Part, largest_of, values_of};
 use crate::plan::DecoderShape;
 use crate::plan::{CheckSize, DiskPlan, EmbedderSize, Job, MemoryPlan, StateBytes};
-use crate::plan::{ChunkSize, Costs, Process};
+use crate::plan::{ChunkSize, Costs, Process, Subject, SubjectChunk};
 use crate::progress::{Observer, Stage, StageClock, StageTime};
+use crate::quantize::block::needs_float_path;
 use crate::quantize::settings::{Importance, ImportancePower, Refit, Solver, SolverSettings};
 use crate::report::samples::{self, ReportSample};
 use crate::report::settings::RunSettings;
@@ -168,6 +169,26 @@ impl Input {
             embedder,
             check: CheckSize { tokens: asked, vocab: self.config.decoder.vocab },
         })
+    }
+
+    /// What is to be done, for a plan that goes through it.
+    pub(super) fn subject<'a>(&'a self, packed: &Chunked<'a>) -> Subject<'a> {
+        let all = needs_float_path(&self.solver, self.importance, self.refit);
+        let chunk = |(i, sequences): (usize, &Vec<&'a Sequence>)| SubjectChunk {
+            sequences: sequences.clone(),
+            held_out: packed.is_held_out(i),
+            with_float: all || packed.is_checked(i),
+        };
+        Subject {
+            checkpoint: &self.checkpoint,
+            config: &self.config,
+            solver: &self.solver,
+            importance: self.importance,
+            refit: self.refit,
+            chunks: packed.chunks.iter().enumerate().map(chunk).collect(),
+            places: self.places(packed).into_iter().map(|places| (places.chunk, places.rows)).collect(),
+            images: !self.text_only,
+        }
     }
 
     /// Counts what memory a run will take, and refuses what cannot fit.

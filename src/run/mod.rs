@@ -18,4 +18,5 @@ pub use crate::report::settings::{CHUNK_TOKENS, RunSettings};
 pub use devices::{Runs, dry_run, plan, run};
 pub use dry_run::DryRun;
 pub use input::linear_specs;
+pub use quantization::count;
 pub use resume::Unfinished;

@@ -10,11 +10,12 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::own::Foreign;
 use crate::checkpoint::sums::{SUMS, Sums};
 use crate::checkpoint::work::WorkFolder;
+use crate::device::counting::Counting;
 use crate::device::{ModelOps, SolveOps};
 use crate::evaluate::paths::{self, Paths};
-use crate::plan::{DecoderShape, MemoryPlan};
+use crate::plan::{Counted, DecoderShape, MemoryPlan};
 use crate::progress::{Interrupted, Stage, StageClock};
-use crate::quantize::block::{NotFinite, rows_of_paths};
+use crate::quantize::block::{Activations, NotFinite, rows_of_paths};
 use crate::report::card;
 use crate::report::check::ModelCheck;
 use crate::report::provenance::{self, Provenance};
@@ -30,6 +31,14 @@ pub(super) fn plan<D: ModelOps + SolveOps>(device: &D, settings: &RunSettings) -
     settings.check()?;
     let (input, data) = Input::read::<D>(settings, &mut Vec::new(), &mut ())?;
     input.plan(device, &data, settings.chunk_tokens)
+}
+
+/// What a run with these settings takes on a device that only counts, with activations where they are said to be: the run's own
+/// steps, but for weights and pixels. Errors as [`plan`](super::plan) does.
+pub fn count(device: &Counting, settings: &RunSettings, activations: Activations) -> Result<Counted> {
+    settings.check()?;
+    let (input, data) = Input::read::<Counting>(settings, &mut Vec::new(), &mut ())?;
+    input.subject(&data.packed(settings.chunk_tokens)).count(device, activations)
 }
 
 /// Quantizes a checkpoint, see [`run`](super::run).

@@ -77,6 +77,12 @@ impl Counting {
         self.ledger.step(step);
     }
 
+    /// Counts bytes beside the tensors until the result is dropped, where the device's memory is the host's: numbers that the host
+    /// has of them.
+    pub fn hold_on_host(&self, bytes: u64) -> Option<CountedTensor> {
+        self.host.then(|| CountedTensor::holding(&self.ledger, (0, 0), Float::F32, bytes))
+    }
+
     /// Bytes of device memory that are alive.
     pub fn alive(&self) -> u64 {
         self.ledger.total()
@@ -151,6 +157,17 @@ impl Device for Counting {
 
     fn upload(&self, matrix: Matrix) -> Result<CountedTensor> {
         self.tensor(matrix.rows(), matrix.cols(), Float::F32)
+    }
+
+    fn upload_with(
+        &self,
+        (rows, cols): (usize, usize),
+        make: impl FnOnce() -> Result<Matrix>,
+    ) -> Result<CountedTensor> {
+        if self.running {
+            make()?;
+        }
+        self.tensor(rows, cols, Float::F32)
     }
 
     fn download(&self, tensor: &CountedTensor) -> Result<Matrix> {

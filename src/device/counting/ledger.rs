@@ -9,6 +9,9 @@ const UNNAMED: &str = "other";
 /// What an operation takes for itself while it runs.
 const WORKSPACE: &str = "work space";
 
+/// Codes of layers that have left the device, where its memory is the host's.
+const CODES: &str = "codes of layers";
+
 /// Bytes of device memory under one label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holding {
@@ -129,6 +132,20 @@ impl Ledger {
         let mut books = self.books();
         books.add(WORKSPACE, bytes);
         books.take(WORKSPACE, bytes);
+    }
+
+    /// Codes that the host has from now on.
+    pub(super) fn keep_codes(&self, bytes: u64) {
+        self.books().add(CODES, bytes);
+    }
+
+    /// Codes that became weights again, after which nobody keeps them; again and again is once.
+    pub(super) fn drop_codes(&self, bytes: u64) {
+        let mut books = self.books();
+        let there = books.alive.iter().find(|holding| holding.label == CODES).map_or(0, |holding| holding.bytes);
+        if there > 0 {
+            books.take(CODES, bytes.min(there));
+        }
     }
 
     /// Bytes of page-locked host memory that are taken.

@@ -4,7 +4,7 @@ use super::device::Counting;
 use super::tensor::CountedTensor;
 use crate::device::work::ByKind;
 use crate::device::{Activation, AttentionOperands, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span, Work};
-use crate::tensor::{Float, Matrix, StoredMatrix};
+use crate::tensor::{Float, Matrix, Stored, StoredMatrix};
 use anyhow::{Context, Result, ensure};
 use std::ops::Range;
 
@@ -19,8 +19,32 @@ impl ModelOps for Counting {
         self.tensor(matrix.rows(), matrix.cols(), self.element)
     }
 
+    fn upload_model_with(
+        &self,
+        (rows, cols): (usize, usize),
+        make: impl FnOnce() -> Result<Matrix>,
+    ) -> Result<CountedTensor> {
+        if self.running {
+            make()?;
+        }
+        self.tensor(rows, cols, self.element)
+    }
+
     fn upload_stored(&self, stored: StoredMatrix<'_>) -> Result<CountedTensor> {
         let made = self.tensor(stored.rows(), stored.cols(), self.element)?;
+        self.values(made.count());
+        Ok(made)
+    }
+
+    fn upload_stored_with<S: Stored>(
+        &self,
+        (rows, cols): (usize, usize),
+        read: impl FnOnce() -> Result<S>,
+    ) -> Result<CountedTensor> {
+        if self.running {
+            read()?;
+        }
+        let made = self.tensor(rows, cols, self.element)?;
         self.values(made.count());
         Ok(made)
     }
@@ -28,9 +52,11 @@ impl ModelOps for Counting {
     fn dequantize(&self, weight: &QuantizedWeight<'_>) -> Result<CountedTensor> {
         weight.groups()?;
         let made = self.tensor(weight.rows, weight.cols, self.element)?;
-        // A GPU takes the codes first.
-        let there = if self.host { 0 } else { weight.codes.len() + 5 * weight.scales.len() };
-        self.takes(None, there);
+        match self.host {
+            true => self.ledger.drop_codes(weight.codes.len() as u64),
+            // A GPU takes the codes first.
+            false => self.takes(None, weight.codes.len() + 5 * weight.scales.len()),
+        }
         self.values(made.count());
         Ok(made)
     }

@@ -48,7 +48,7 @@ impl SolveOps for Counting {
         ensure!(done == blocks.len(), "{done} of {} blocks have codes", blocks.len());
         if self.host {
             // Here they are put together from their blocks.
-            self.takes(None, rows * room.cols);
+            self.ledger.keep_codes((rows * room.cols) as u64);
         }
         if !self.running {
             return Ok(Vec::new());

@@ -4,7 +4,7 @@ use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::FamilySupport;
 use crate::data::anyres::{Anyres, Kept, TileLayout};
-use crate::data::image::{ImagePatches, stacked_patches};
+use crate::data::image::{ImagePatches, stacked_patches, stacked_shape};
 use crate::data::sequence::VisionInput;
 use crate::device::{Activation, ModelOps, Span};
 use crate::model::config::{DecoderConfig, DecoderNames, Section};
@@ -217,8 +217,8 @@ impl<T> Tower<T> {
     /// Features of some crops, `[crops · patches, hidden]`.
     fn features<D: ModelOps<Tensor = T>>(&self, device: &D, crops: &[Crop<'_>]) -> Result<T> {
         let patches = self.layout.grid().pow(2);
-        let pixels = stacked_patches(crops.iter().map(|crop| (crop.image, crop.index)));
-        let pixels = device.upload_model(pixels)?;
+        let pixels = crops.iter().map(|crop| (crop.image, crop.index));
+        let pixels = device.upload_model_with(stacked_shape(pixels.clone()), || Ok(stacked_patches(pixels)))?;
         let mut x = self.embedding.apply(device, &pixels)?;
         drop(pixels);
         let places: Vec<u32> = (0..crops.len()).flat_map(|_| 0..patches as u32).collect();
@@ -344,7 +344,7 @@ fn reduce<D: ModelOps>(device: &D, x: D::Tensor, kept: &Kept) -> Result<D::Tenso
     let (new_high, new_wide) = kept.size();
     let (_, width) = device.shape(&x);
     let along = |x: D::Tensor, from: usize, to: usize, others: usize| -> Result<D::Tensor> {
-        let weights = device.upload_model(bilinear(from, to))?;
+        let weights = device.upload_model_with((to, from), || Ok(bilinear(from, to)))?;
         let x = device.matmul(&weights, &device.reshape(x, from, others * width)?)?;
         // Transposed, for the other direction or back.
         let order: Vec<u32> = (0..others).flat_map(|j| (0..to).map(move |i| (i * others + j) as u32)).collect();

@@ -2,7 +2,7 @@
 
 use super::{ImageOptions, ModelConfig};
 use crate::checkpoint::Checkpoint;
-use crate::data::image::{ImagePatches, stacked_patches};
+use crate::data::image::{ImagePatches, stacked_patches, stacked_shape};
 use crate::data::native_resolution::{NativeResolution, NativeVision};
 use crate::data::sequence::VisionInput;
 use crate::device::{ModelOps, Rotary, Span};
@@ -154,7 +154,7 @@ impl<T> StackedPatches<T> {
             spans.push(Span::own(start..positions.len()));
         }
         let crops = images.iter().flat_map(|image| (0..image.crops().len()).map(move |crop| (*image, crop)));
-        let patches = device.upload_model(stacked_patches(crops))?;
+        let patches = device.upload_model_with(stacked_shape(crops.clone()), || Ok(stacked_patches(crops)))?;
         Ok(Self { patches, positions, spans })
     }
 

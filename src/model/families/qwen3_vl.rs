@@ -277,7 +277,10 @@ impl<D: ModelOps> VisionTower<D> for Tower<D::Tensor> {
         let packed = StackedPatches::new(device, images, self.patches.merge)?;
         let rotary = packed.rotary(device, &self.frequencies)?;
         let mut x = self.embedding.apply(device, &packed.patches)?;
-        device.add_assign(&mut x, &device.upload_model(self.position_embeddings(images, &packed)?)?)?;
+        let shape = device.shape(&x);
+        let positions = device.upload_model_with(shape, || self.position_embeddings(images, &packed))?;
+        device.add_assign(&mut x, &positions)?;
+        drop(positions);
         drop(packed.patches);
         let per_token = self.patches.per_token();
         let mut deepstack = Vec::with_capacity(self.deepstack.len());

@@ -6,9 +6,11 @@
 //! can be streamed: parked in page-locked host memory but for the chunk at work and the next.
 
 mod count;
+mod counted;
 mod host;
 mod totals;
 
+pub use counted::{Counted, Subject, SubjectChunk};
 pub use totals::MemoryPlan;
 
 use super::{CheckSize, Costs, HostPlan, Job, Process, StagePlan, told};

@@ -1,5 +1,11 @@
 //! What a device's memory holds while a block is quantized, by the names under which it is [made](crate::device::Device::label).
 
+/// The vision tower.
+pub const TOWER: &str = "vision tower";
+
+/// The residual streams of samples, their rotary tables, and image features for later blocks.
+pub const STREAMS: &str = "residual streams";
+
 /// Weights of the block on both paths.
 pub const WEIGHTS: &str = "weights of a block";
 

@@ -6,6 +6,7 @@
 
 mod checks;
 mod chunk;
+mod embed;
 pub mod labels;
 mod quantizer;
 mod refit;
@@ -13,6 +14,7 @@ mod set;
 
 pub use checks::NotFinite;
 pub use chunk::{Activations, Chunk, rows_of_paths};
+pub use embed::embedded;
 pub use quantizer::{BlockOutcome, BlockQuantizer, SolvedLayer};
 
 use super::Finding;

@@ -13,7 +13,6 @@ use crate::model::language_model::{Positions, image_rows};
 use crate::progress::Stop;
 use crate::quantize::block::Activations;
 use crate::quantize::block::{Chunk, needs_float_path};
-use crate::run::encode::chunk;
 use crate::run::input::Input;
 use crate::run::places::Chunked;
 use anyhow::{Context, Error, Result, anyhow};
@@ -129,7 +128,7 @@ impl<D: ModelOps> Session<'_, D> {
             let shape = (sequences.iter().map(|s| s.tokens.len()).sum(), config.decoder.hidden);
             let read = |way: Way| device.upload_model(found.file.matrix(&way.name(i), float, shape).context(Unusable)?);
             let x_float = (all || packed.is_checked(i)).then(|| read(Way::Float)).transpose()?;
-            let mut chunk = chunk(sequences, config.image_token, layout, read(Way::Quantized)?, x_float);
+            let mut chunk = Chunk::of(sequences, config.image_token, layout, read(Way::Quantized)?, x_float);
             chunk.held_out = packed.is_held_out(i);
             if self.activations == Activations::Streamed {
                 chunk.park(device)?;
