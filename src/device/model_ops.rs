@@ -105,7 +105,7 @@ pub struct AttentionOperands<'a, T> {
     pub k: &'a T,
     /// Values, of the shape of the keys.
     pub v: &'a T,
-    /// Which queries see which keys.
+    /// The queries and keys that see each other.
     pub spans: &'a [Span],
     /// Heads.
     pub shape: AttentionShape,

@@ -1,14 +1,17 @@
 //! A whole model on a device: embedding with image features, all blocks, output head, key/value cache.
 
+pub use super::cache::Cache;
+
+use super::cache::{CachedBlock, attend_cached};
 use super::config::DecoderConfig;
-use super::decoder::{Attended, Block, DeepStack, Layout, Projection};
+use super::decoder::{Block, DeepStack, Layout, Projection};
 use super::families::{self, Features, Head, ModelConfig, VisionTower};
 use super::rope::{self, RopeAxes};
 use super::source::{Headers, Source, Weights};
 use crate::checkpoint::Checkpoint;
 use crate::data::image::ImagePatches;
 use crate::data::sequence::Sequence;
-use crate::device::{AttentionOperands, ModelOps, Rotary, Span};
+use crate::device::{ModelOps, Rotary, Span};
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
@@ -177,11 +180,6 @@ fn spans(lengths: impl Iterator<Item = usize>) -> Vec<Span> {
             Span::own(start - length..start)
         })
         .collect()
-}
-
-/// Keys and values of one sequence, per block: `[tokens, kv_heads · head_dim]`.
-pub struct Cache<T> {
-    blocks: Vec<(T, T)>,
 }
 
 /// The embedding table, of a source that keeps nothing of it.
@@ -416,40 +414,4 @@ impl<T> Deref for Lent<'_, T> {
             Self::Loaded(block) => block,
         }
     }
-}
-
-/// A block, by its number from 0, whose keys and values are kept.
-struct CachedBlock<'a, T> {
-    block: &'a Block<T>,
-    index: usize,
-    decoder: &'a DecoderConfig,
-}
-
-/// Input of o of sequences that attend to their caches, which grow by their keys and values.
-fn attend_cached<D: ModelOps>(
-    device: &D,
-    &CachedBlock { block, index, decoder }: &CachedBlock<'_, D::Tensor>,
-    x: &D::Tensor,
-    layout: &Layout<D::Tensor>,
-    caches: &mut [Cache<D::Tensor>],
-) -> Result<D::Tensor> {
-    let input = block.attention_input(device, decoder, x)?;
-    let Attended { mut q, k, v } = block.attended(device, &input, &layout.rotary)?;
-    for (cache, span) in caches.iter_mut().zip(&layout.spans) {
-        let (k, v) = (device.slice_rows(&k, span.k.clone())?, device.slice_rows(&v, span.k.clone())?);
-        match cache.blocks.get_mut(index) {
-            Some((keys, values)) => {
-                device.append_rows(keys, &k)?;
-                device.append_rows(values, &v)?;
-            }
-            None => cache.blocks.push((k, v)),
-        }
-        let (keys, values) = &cache.blocks[index];
-        let own = Span { q: 0..span.q.len(), k: 0..device.shape(keys).0 };
-        let queries = device.slice_rows(&q, span.q.clone())?;
-        let seen = AttentionOperands { q: &queries, k: keys, v: values, spans: &[own], shape: decoder.attention };
-        let rows: Vec<u32> = (span.q.start as u32..span.q.end as u32).collect();
-        device.scatter_rows(&mut q, &rows, &device.attention(&seen)?)?;
-    }
-    Ok(q)
 }

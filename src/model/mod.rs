@@ -1,5 +1,6 @@
 //! The models: vision towers, the decoder, rotary positions, and the families that put them together.
 
+mod cache;
 pub mod config;
 pub mod decoder;
 pub mod families;

@@ -7,6 +7,7 @@ use super::dry_run::{self, DryRun};
 use super::evaluation::{self, EvaluationSettings};
 use super::inspect::{self, Inspection};
 use super::quantization;
+use crate::device::counting::Counting;
 use crate::device::cpu::Cpu;
 use crate::device::cuda::Cuda;
 use crate::device::{ModelOps, SolveOps};
@@ -88,7 +89,7 @@ macro_rules! runs {
     )+};
 }
 
-runs!(Cpu, Cuda);
+runs!(Cpu, Cuda, Counting);
 
 /// What a run with these settings would take on the device, without running it. Errors as [`run`] does before it loads
 /// anything there.

@@ -239,7 +239,8 @@ mod tests {
     use crate::device::counting::Holding;
     use crate::device::cpu::Cpu;
     use crate::device::{
-        AttentionShape, BlockShape, Factored, GridRule, PermuteSymmetric, ProductRange, SolveOps, Span,
+        AttentionOperands, AttentionShape, BlockShape, Factored, Grid, GridRule, LayerInputs, PermuteSymmetric,
+        ProductRange, SolveOps, Span,
     };
 
     fn matrix(rows: usize, cols: usize) -> Matrix {
@@ -277,7 +278,8 @@ mod tests {
         let heads = AttentionShape { heads: 2, kv_heads: 1, head_dim: 8, causal: true };
         let (q, k) = (device.upload_model(matrix(6, 16)).unwrap(), device.upload_model(matrix(6, 8)).unwrap());
         let spans = [Span::own(0..2), Span::own(2..6)];
-        let out = device.attention(&q, &k, &k, &spans, heads).unwrap();
+        let operands = AttentionOperands { q: &q, k: &k, v: &k, spans: &spans, shape: heads };
+        let out = device.attention(&operands).unwrap();
         let space = Cpu.workspace(Work::Attention { tokens: 6, longest: 4, shape: heads });
         assert_eq!(device.alive(), 4 * (6 * 16 + 6 * 8 + 6 * 16));
         assert_eq!(device.peak().bytes, device.alive() + space + size_of_val(&spans) as u64);
@@ -319,8 +321,10 @@ mod tests {
         assert!(device.gather_rows(&x, &[3]).is_err());
         assert!(device.upload_model(matrix(1, 1)).unwrap().check(&Counting::plain(Float::Bf16).ledger).is_err());
         let mut hessian = device.zero_triangle(4).unwrap();
-        assert!(device.accumulate_statistics(&mut hessian, None, &x, None, None).is_ok());
-        assert!(device.accumulate_statistics(&mut hessian, None, &x, None, Some(&[1.0])).is_err());
+        assert!(device.accumulate_statistics(&mut hessian, None, &LayerInputs { u: &x, f: None, g: None }).is_ok());
+        assert!(
+            device.accumulate_statistics(&mut hessian, None, &LayerInputs { u: &x, f: None, g: Some(&[1.0]) }).is_err()
+        );
         assert_eq!(device.work().statistics, 2.0 * 0.5 * 3.0 * 16.0);
     }
 

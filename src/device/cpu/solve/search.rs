@@ -168,7 +168,7 @@ struct Panel<'a, const N: usize> {
     errors: &'a [Column; N],
     settled: &'a [Column; N],
     inverses: [&'a [f32]; N],
-    /// Of the cross term.
+    /// Slab of the cross term.
     products: Option<[&'a [f32]; N]>,
 }
 
