@@ -19,16 +19,23 @@ pub(crate) struct Row {
     pub(crate) refit: Option<Refit>,
 }
 
+/// What is drawn of the calibration data.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Draw {
+    pub(crate) samples: usize,
+    pub(crate) seed: u64,
+}
+
 impl Row {
-    /// A run its way, of `samples` out of `calib`.
-    pub(crate) fn run(&self, model: PathBuf, calib: PathBuf, out: PathBuf, samples: usize, seed: u64) -> RunSettings {
+    /// A run its way, with a draw out of `calib`.
+    pub(crate) fn run(&self, model: PathBuf, calib: PathBuf, out: PathBuf, draw: Draw) -> RunSettings {
         RunSettings {
             solver: self.solver.clone(),
             importance: self.importance,
             importance_power: self.importance_power,
             refit: self.refit,
-            samples,
-            seed,
+            samples: draw.samples,
+            seed: draw.seed,
             // A run is too short to be gone on with.
             save_every: u64::MAX,
             ..RunSettings::new(model, Some(calib), out)

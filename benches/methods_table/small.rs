@@ -3,7 +3,7 @@
 //! Mean over the draws ± half the distance between the best and the worst. Round-to-nearest looks at no data, so it has no spread.
 //! All evaluation questions are asked; divergence is from the float checkpoint.
 
-use super::rows::{self, Row};
+use super::rows::{self, Draw, Row};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 use vlmq::device::cpu::Cpu;
@@ -74,7 +74,8 @@ fn runs(checkpoint: &str, reference: &[Matrix], row: &Row) -> Result<Vec<Evaluat
         .iter()
         .map(|&seed| {
             let out = work.path().join(format!("seed-{seed}"));
-            let settings = row.run(data(checkpoint), data("vqa/calib.jsonl"), out.clone(), SAMPLES, seed);
+            let settings =
+                row.run(data(checkpoint), data("vqa/calib.jsonl"), out.clone(), Draw { samples: SAMPLES, seed });
             run::run(&Cpu, &settings, &mut ())?;
             evaluation::run_against(&Cpu, &evaluation(out), reference, &mut ())
         })

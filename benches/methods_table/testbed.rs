@@ -5,7 +5,7 @@
 //! compared with the first row draw by draw: draws differ by more than methods do.
 
 use super::record::{Figures, Record, Run, figures};
-use super::rows::{self, Row};
+use super::rows::{self, Draw, Row};
 use super::summary::{Entry, table};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
@@ -297,7 +297,12 @@ impl<'a, D: Runs> Table<'a, D> {
         let (bed, out) = (&self.arguments.bed, work.path().join("quantized"));
         let settings = RunSettings {
             chunk_tokens: self.arguments.chunk_tokens,
-            ..self.whole(row, bits).run(bed.join("model"), bed.join(CALIB), out, self.arguments.samples, seed)
+            ..self.whole(row, bits).run(
+                bed.join("model"),
+                bed.join(CALIB),
+                out,
+                Draw { samples: self.arguments.samples, seed },
+            )
         };
         let start = Instant::now();
         let report = run::run(&devices.quantizing, &settings, &mut ())?;

@@ -45,7 +45,7 @@ fn follow(prepared: &Prepared, blocks: &[Range<usize>], w: &Matrix, job: Job, ta
         let what = format!("{job:?}, {} rows, columns {columns:?} of {features}", w.rows());
         let ours = quantize_block(&block, &state);
         let cpu = on_cpu(&block, &state);
-        tally.compare(&ours, &cpu, columns.len(), false, &what);
+        tally.compare(&ours, &cpu, false, &what);
         check_row_errors(&ours, &block, &prepared.factor, &what);
         state = cpu.state;
     }
@@ -135,7 +135,7 @@ fn a_first_block_is_exact() {
                 };
                 let what = format!("{mode:?} {rule:?} {columns} by {group}");
                 let state = prepared.state(&w, mode, columns);
-                tally.compare(&quantize_block(&block, &state), &on_cpu(&block, &state), columns, true, &what);
+                tally.compare(&quantize_block(&block, &state), &on_cpu(&block, &state), true, &what);
             }
         }
     }
@@ -177,7 +177,7 @@ fn round_to_nearest_is_exact() {
                     let state = weights_alone(w.clone());
                     let (ours, cpu) = (quantize_block(&block, &state), on_cpu(&block, &state));
                     let what = format!("{rows}x{columns} by {group}, {rule:?}, given {}", given.is_some());
-                    tally.compare(&ours, &cpu, columns, true, &what);
+                    tally.compare(&ours, &cpu, true, &what);
                     for (row, &error) in ours.row_errors.iter().enumerate() {
                         let residual = &ours.state.residual.row(row)[3..columns + 3];
                         let exact: f64 = residual.iter().map(|x| f64::from(*x).powi(2)).sum();
@@ -348,7 +348,7 @@ fn many_rows_are_as_few() {
         };
         let ((a, _), (b, cpu)) = (run(few), run(many));
         let mut tally = Tally::default();
-        tally.compare(&b, &cpu, columns, false, "many rows");
+        tally.compare(&b, &cpu, false, "many rows");
         tally.finish("many rows");
         for (few, many) in a.bits().iter().zip(b.bits()) {
             // The status is the last of them.

@@ -235,9 +235,10 @@ pub(crate) fn assert_close(a: &[f32], b: &[f32], tolerance: f64, what: &str) {
 
 impl Tally {
     /// Compares with the CPU device; `exact` where both must agree in every code, scale and residual.
-    pub(crate) fn compare(&mut self, ours: &Outcome, cpu: &Outcome, width: usize, exact: bool, what: &str) {
+    pub(crate) fn compare(&mut self, ours: &Outcome, cpu: &Outcome, exact: bool, what: &str) {
         let rows = ours.row_errors.len();
         let (a, b) = (&ours.codes, &cpu.codes);
+        let width = a.codes.len() / rows.max(1);
         let wrong_codes = a.codes.iter().zip(&b.codes).filter(|(a, b)| a != b).count();
         let wrong_scales = a.grid.scales.bits().into_iter().zip(b.grid.scales.bits()).filter(|(a, b)| a != b).count();
         self.codes += a.codes.len();
