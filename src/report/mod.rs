@@ -8,6 +8,7 @@ pub mod samples;
 pub mod settings;
 pub mod split;
 pub mod spread;
+mod templates;
 
 pub use settings::RunSettings;
 
@@ -96,15 +97,11 @@ pub struct CalibrationCounts {
 impl CalibrationCounts {
     /// Counts of samples as they are told: `5 samples, 1 left out as too long`.
     pub fn samples(&self) -> String {
-        format!("{} samples, {} left out as too long{}", self.used, self.too_long, self.bad())
-    }
-
-    /// What is added to them of samples with a bad image: nothing, where there are none.
-    pub(super) fn bad(&self) -> String {
-        match self.bad_images {
+        let bad = match self.bad_images {
             0 => String::new(),
             bad => format!(", {bad} for a bad image"),
-        }
+        };
+        format!("{} samples, {} left out as too long{bad}", self.used, self.too_long)
     }
 }
 

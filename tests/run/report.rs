@@ -10,14 +10,20 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use vlmq::checkpoint::Checkpoint;
+use vlmq::checkpoint::formats::Loader;
 use vlmq::data::dataset;
 use vlmq::data::sequence::{Sequence, SequenceBuilder};
 use vlmq::data::template::TemplateChoice;
 use vlmq::device::cpu::Cpu;
-use vlmq::evaluate::{ComparedAnswer, Comparison};
+use vlmq::evaluate::{ComparedAnswer, ComparedScores, Comparison};
 use vlmq::model::families::{self, ImageOptions};
 use vlmq::model::language_model::Embedder;
+use vlmq::plan::{Entry, StagePlan};
+use vlmq::progress::{Stage, StageTime};
+use vlmq::quantize::importance::ImportanceSpread;
+use vlmq::quantize::settings::{Solver, SolverSettings};
 use vlmq::quantize::{Finding, FindingKind, SolveReport};
+use vlmq::report::check::ModelCheck;
 use vlmq::report::samples::{self, Picture, ReportSample, TextToken};
 use vlmq::report::spread::{BINS, BlockImportance, bin_edges};
 use vlmq::report::{BlockReport, LayerReport, RunReport};
@@ -143,6 +149,126 @@ fn report() -> RunReport {
     report.provenance.settings.chat_template = TemplateChoice::File(HOSTILE.into());
     report.provenance.inputs.model.insert(HOSTILE.into(), HOSTILE.into());
     report
+}
+
+/// A report with something to say everywhere.
+fn whole() -> RunReport {
+    let mut report = report();
+    let found = Finding { kind: FindingKind::ModelDestroyed, found: HOSTILE.into(), done: HOSTILE.into() };
+    report.check =
+        Some(ModelCheck { tokens: 70, kl: 2.5, agreement: 0.25, findings: vec![found], ..Default::default() });
+    let spread = ImportanceSpread { text_mean: 0.5, vision_mean: 1.5, largest: 20.0, power: 0.5 };
+    report.layers.extend((2..70).map(|block| LayerReport {
+        importance: Some(spread.clone()),
+        ..layer("self_attn.v_proj", block, 0.5, Vec::new())
+    }));
+    report.layers[0].solve.effective_tokens = Some(6.0);
+    report.layers[1].solve.damp = Some(0.02);
+    report.quantized_bytes = 1000;
+    report.samples[0].pictures_left_out = 3;
+    let second = Picture { image: 1, row_ends: false, ..report.samples[0].pictures[0].clone() };
+    report.samples[0].pictures.push(second);
+    let text = ReportSample { pictures: Vec::new(), ..report.samples[0].clone() };
+    report.samples.push(text);
+    let kept = report.blocks[0].importance.as_mut().unwrap().samples.as_mut().unwrap();
+    kept.push(kept[0].clone());
+    report.stages =
+        vec![StageTime { stage: Stage::Data, seconds: 1.0 }, StageTime { stage: Stage::Blocks, seconds: 3.0 }];
+    let stage = StagePlan {
+        stage: Stage::Blocks,
+        step: HOSTILE.into(),
+        entries: vec![Entry { name: "codes".into(), bytes: 1 << 20 }],
+        bytes: 3 << 20,
+        measured_bytes: Some(3 << 19),
+    };
+    report.memory_plan.stages = vec![stage.clone()];
+    report.memory_plan.host.stages = vec![StagePlan { measured_bytes: None, ..stage }];
+    report.peak_memory_bytes = Some(2 << 20);
+    report.loaders = vec![Loader { name: "vlmq", command: HOSTILE.into() }];
+    let compared = report.evaluation.as_mut().unwrap();
+    compared.groups.insert(HOSTILE.into(), ComparedScores { n: 4, nll_float: Some(1.25), ..Default::default() });
+    let answer = compared.answers[1].clone();
+    compared.answers.extend((0..1000).map(|_| ComparedAnswer { score_float: 0.5, group: None, ..answer.clone() }));
+    report
+}
+
+/// The page's texts, with a bar between those of different elements.
+fn texts(html: &str) -> String {
+    let document = parse(html);
+    let texts = document.descendants().filter(Node::is_text).map(|node| node.text().unwrap());
+    texts.collect::<Vec<_>>().join("|").replace('\n', " ")
+}
+
+#[test]
+fn every_part_is_shown_where_there_is_something_to_show() {
+    let html = html_of(&whole());
+    check_alone(&parse(&html));
+    let shown = texts(&html);
+    let hostile = HOSTILE.replace('\u{0}', "\u{fffd}");
+    for part in [
+        "1 of 71|",
+        "effective tokens an input, at least|0.75|",
+        "|2.5000|",
+        "the whole model|model destroyed|",
+        "How the float path and the quantized path hold 70 tokens of the calibration samples",
+        "bits per quantized weight|",
+        "In use: 0.01 in 70 layers, 0.02 in 1 layers.",
+        "Distance of the quantized path's activations",
+        "All 71 layers|",
+        "|0.500|1.500|20.000|0.500|",
+        "|–|–|–|–|",
+        "reading data|1.00 s|",
+        &format!("quantizing, at {hostile}|3.00 MiB|1.50 MiB|"),
+        &format!("quantizing, at {hostile}|3.00 MiB|–|"),
+        "\u{2003}codes|1.00 MiB|",
+        "most that the process holds, mapped files included|0 B|2.00 MiB|",
+        "most at once|0 B|–|",
+        "Mean of g by projection|",
+        "2 text and 8 vision tokens; the first 2 of 5 pictures|",
+        "image 1: 30 × 20 pixels, 2 rows of 3 tokens, and one at each row's end|",
+        "image 2: 30 × 20 pixels, 2 rows of 3 tokens|",
+        "[8 image tokens]",
+        "|4|0.00%|0.00%|1.2500|–|–|",
+        "1001 of 1002 answers differ; 1000 score less after quantization, 0 more.",
+        "Answers that differ: the first 1000 of 1001; report.json has all|",
+        "1 answers that do not differ|",
+        "How to load the result|",
+    ] {
+        assert!(shown.contains(part), "{part} is not in {shown}");
+    }
+    let document = parse(&html);
+    let class = |class| document.descendants().filter(|node| node.attribute("class") == Some(class)).count();
+    assert_eq!((class("scroll long"), class("heat"), class("picture")), (2, 2, 2));
+    // Two stages; planned and measured where they are.
+    assert_eq!((class("bar series-0"), class("bar series-1")), (2 + 4, 2));
+}
+
+#[test]
+fn what_a_run_did_not_do_is_left_out() {
+    let page = |solver| {
+        let mut report = RunReport::default();
+        report.provenance.settings.solver = SolverSettings { solver, group_size: None, ..SolverSettings::default() };
+        report.memory_plan.device_is_host = true;
+        html_of(&report)
+    };
+    for (solver, reason) in [(Solver::Rtn, "rounding to nearest runs no samples"), (Solver::Gptq, "no sample has text")]
+    {
+        let html = page(solver);
+        check_alone(&parse(&html));
+        let shown = texts(&html);
+        for part in ["3 bits, one scale a row · ", "None: the numbers of all layers are sound.", reason, "calib|–|"]
+        {
+            assert!(shown.contains(part), "{part} is not in {shown}");
+        }
+        for id in ["layers", "importance", "samples", "evaluation", "figure-kl", "figure-score", "figure-mean-error"] {
+            assert!(!html.contains(&format!("id=\"{id}\"")), "{id}");
+        }
+        assert!(!shown.contains("How to load") && !shown.contains("Memory of the GPU"), "{shown}");
+    }
+    // Layers, and nothing that was factored.
+    let layers = vec![LayerReport { solve: SolveReport::default(), ..layer("q_proj", 0, 0.5, Vec::new()) }];
+    let shown = texts(&html_of(&RunReport { layers, ..RunReport::default() }));
+    assert!(shown.contains("No damping: nothing was factored.") && !shown.contains("Distance of"), "{shown}");
 }
 
 #[test]

@@ -3,10 +3,12 @@
 //! plotters writes colours as attributes of the elements, before which a style sheet goes: the few colours used here are names
 //! that the page's style sheet gives their look in light, in dark and in print.
 
-use super::markup::Text;
+use super::super::templates::markup;
 use anyhow::{Result, anyhow};
+use minijinja::Value;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
+use serde::Serialize;
 
 /// Colours that stand for their roles in style.css.
 const INK: RGBColor = RGBColor(1, 1, 1);
@@ -101,22 +103,25 @@ pub(super) struct Bars<'a> {
     pub(super) height: u32,
 }
 
+/// A chart as templates show it, with its title.
+#[derive(Serialize)]
+pub(super) struct Chart {
+    id: String,
+    title: String,
+    description: String,
+    view_box: String,
+    /// What stands inside the root element, whose beginning the template writes: with a size that follows the page, a name, and
+    /// without the name space that only files of their own need.
+    drawn: Value,
+}
+
 impl Bars<'_> {
-    /// A figure with the chart and its title.
-    pub(super) fn figure(&self) -> Result<String> {
-        let Self { id, height, .. } = self;
+    pub(super) fn chart(self) -> Result<Chart> {
         let drawn = self.draw().map_err(|error| anyhow!("cannot draw {}: {error}", self.title))?;
-        // The root element is written anew: with a size that follows the page, a name, and without the name space that only
-        // files of their own need.
         let content = drawn.find("<svg").and_then(|start| Some(&drawn[start + drawn[start..].find('>')? + 1..]));
         let content = content.ok_or_else(|| anyhow!("no SVG came of {}", self.title))?;
-        Ok(format!(
-            "<figure class=\"chart\"><figcaption>{title}</figcaption><svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" \
-             aria-labelledby=\"{id}-t {id}-d\"><title id=\"{id}-t\">{title}</title><desc id=\"{id}-d\">{description}</desc>\
-             {content}</figure>\n",
-            title = Text(&self.title),
-            description = Text(&self.description),
-        ))
+        let Self { id, title, description, height, .. } = self;
+        Ok(Chart { id, title, description, view_box: format!("0 0 {WIDTH} {height}"), drawn: markup(content) })
     }
 
     fn draw(&self) -> Result<String, Box<dyn std::error::Error>> {
@@ -174,13 +179,6 @@ pub(super) fn block_labels(count: usize) -> Vec<(f64, String)> {
     (0..count).step_by(step).map(|i| (i as f64, i.to_string())).collect()
 }
 
-/// What the colours of two series stand for.
-pub(super) fn legend(names: &[&str]) -> String {
-    let entries =
-        names.iter().enumerate().map(|(i, name)| format!("<li><i class=\"series-{i}\"></i>{}</li>", Text(name)));
-    format!("<ul class=\"legend\">{}</ul>\n", entries.collect::<String>())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,7 +206,7 @@ mod tests {
             labels: block_labels(4),
             height: 280,
         };
-        let figure = chart.figure().unwrap();
+        let figure = format!("<svg>{}", chart.chart().unwrap().drawn);
         let tree = roxmltree::Document::parse(&figure).unwrap();
         let bars: Vec<_> = tree.descendants().filter(|node| node.has_tag_name("rect")).collect();
         let count = |fill| bars.iter().filter(|bar| bar.attribute("fill") == Some(fill)).count();

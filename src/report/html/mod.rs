@@ -1,174 +1,169 @@
 //! `report.html`: the report as one page that needs nothing but itself.
 //!
 //! No script, no reference to anything outside; the page's own policy forbids both, whatever the data says. It is drawn from the
-//! [`RunReport`] alone, so that report.json has every figure of it.
+//! [`RunReport`] alone, so that report.json has every figure of it. What stands where is said by the page's template and one for
+//! each section; beside each is the view that it is filled in with.
 
 mod charts;
-mod check;
 mod evaluation;
 mod importance;
 mod layers;
-mod markup;
 mod resources;
 mod samples;
+mod settings;
 
+use super::check::ModelCheck;
+use super::templates::{markup, render};
 use super::{RunReport, RunSettings};
-use crate::progress::{human_bytes, human_seconds};
+use crate::evaluate::ComparedScores;
+use crate::quantize::Finding;
+use crate::quantize::settings::{Importance, Solver, SolverSettings};
 use anyhow::Result;
-use markup::{Cell, Text, details, error, section, table};
-use serde_json::{Value, json};
+use minijinja::Value;
+use samples::ScaleStep;
+use serde::Serialize;
 
 /// Colours, sizes, and what a narrow screen, a dark one and paper change.
 const STYLE: &str = include_str!("style.css");
 
+#[derive(Serialize)]
+struct PageView<'a> {
+    style: Value,
+    /// The colours of importance.
+    scale: Vec<ScaleStep>,
+    name: String,
+    family: &'a str,
+    solver: &'a SolverSettings,
+    importance: Importance,
+    format: &'a str,
+    device: &'a str,
+    mean_error: Option<f64>,
+    worst_error: Option<f64>,
+    check: Option<&'a ModelCheck>,
+    /// The fewest effective tokens an input.
+    fewest_tokens: Option<f64>,
+    layers: usize,
+    /// Layers with findings.
+    layers_found: usize,
+    bytes_before: u64,
+    bytes_after: u64,
+    bits_per_weight: Option<f64>,
+    scores: Option<&'a ComparedScores>,
+    seconds: f64,
+    peak_memory: Option<u64>,
+    vlmq_version: &'a str,
+    sections: Vec<Section>,
+}
+
+#[derive(Serialize)]
+struct Section {
+    id: &'static str,
+    title: &'static str,
+    content: Value,
+}
+
 /// The page.
 pub(super) fn page(report: &RunReport) -> Result<String> {
-    let title = format!("{}: quantization report", report.provenance.base_model());
-    let parts: Vec<(&str, &str, String)> = [
-        ("findings", "Findings", layers::findings(report)),
-        ("predictions", "Predictions of the finished model", check::section(report)),
-        ("layers", "Error and damping by layer", layers::charts(report)?),
-        ("resources", "Time and memory", resources::section(report)?),
-        ("importance", "Importance of text and vision tokens", importance::section(report)?),
-        ("samples", "Importance over the pictures", samples::section(report)?),
-        ("evaluation", "Float against quantized answers", evaluation::section(report)),
-        ("settings", "Settings and checksums", settings(report)),
-    ]
-    .into_iter()
-    .filter_map(|(id, title, content)| Some((id, title, content?)))
-    .collect();
-
-    let mut out = format!(
-        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n\
-         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; \
-         base-uri 'none'; form-action 'none'\"/>\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n\
-         <meta name=\"color-scheme\" content=\"light dark\"/>\n<title>{title}</title>\n<style>\n{STYLE}{heat}</style>\n</head>\n\
-         <body>\n<header>\n<h1>{name}</h1>\n<p>{line}</p>\n{figures}<nav aria-label=\"Contents\"><ul>",
-        title = Text(&title),
-        heat = samples::heat_style(),
-        name = Text(&report.provenance.base_model()),
-        line = Text(&summary(report)),
-        figures = key_figures(report),
-    );
-    parts.iter().for_each(|(id, title, _)| out += &format!("<li><a href=\"#{id}\">{}</a></li>", Text(title)));
-    out += "</ul></nav>\n</header>\n<main>\n";
-    parts.iter().for_each(|(id, title, content)| out += &section(id, title, content));
-    out += &format!(
-        "</main>\n<footer><p>Made by vlmq {}. The same figures, to the last digit, are in report.json beside this page.</p>\
-         </footer>\n</body>\n</html>\n",
-        Text(&report.provenance.vlmq_version)
-    );
-    Ok(out)
-}
-
-/// What was done, in a line.
-fn summary(report: &RunReport) -> String {
     let RunSettings { solver, importance, .. } = &report.provenance.settings;
-    let group = solver.group_size.map_or_else(|| "one scale a row".to_owned(), |size| format!("groups of {size}"));
-    let (bits, [name, importance]) = (solver.bits, [json!(solver.solver), json!(importance)]);
-    let [name, importance] = [&name, &importance].map(|name| name.as_str().unwrap_or_default());
-    let (family, format, device) = (&report.family, &report.format, &report.device);
-    format!("{family} · {bits} bits, {group} · solver {name} · importance {importance} · {format} · on {device}")
+    render(
+        "page.html.jinja",
+        PageView {
+            style: markup(STYLE),
+            scale: samples::scale_steps(),
+            name: report.provenance.base_model(),
+            family: &report.family,
+            solver,
+            importance: *importance,
+            format: &report.format,
+            device: &report.device,
+            mean_error: report.mean_relative_error(),
+            worst_error: report.worst_layer().map(|worst| worst.solve.relative_error),
+            check: report.check.as_ref(),
+            fewest_tokens: report.fewest_tokens().map(|(layer, tokens)| tokens / layer.cols as f64),
+            layers: report.layers.len(),
+            layers_found: report.layers.iter().filter(|layer| !layer.solve.findings.is_empty()).count(),
+            bytes_before: report.bytes_before,
+            bytes_after: report.bytes_after,
+            bits_per_weight: report.bits_per_weight(),
+            scores: report.evaluation.as_ref().map(|compared| &compared.total),
+            seconds: report.seconds,
+            peak_memory: report.peak_memory_bytes,
+            vlmq_version: &report.provenance.vlmq_version,
+            sections: sections(report)?,
+        },
+    )
 }
 
-/// The figures that one looks for first, with the names under which a test finds them.
-fn key_figures(report: &RunReport) -> String {
-    let mut figures: Vec<(&str, &str, String)> = Vec::new();
-    if let (Some(mean), Some(worst)) = (report.mean_relative_error(), report.worst_layer()) {
-        figures.push(("mean-error", "mean relative error", error(mean)));
-        figures.push(("worst-error", "worst layer's", error(worst.solve.relative_error)));
+/// The parts of the page that the run has something to say in.
+fn sections(report: &RunReport) -> Result<Vec<Section>> {
+    let mut sections = Vec::new();
+    let mut add = |id, title, content: String| sections.push(Section { id, title, content: markup(content) });
+    add("findings", "Findings", render("findings.html.jinja", FindingsView::of(report))?);
+    let predictions = render("predictions.html.jinja", PredictionsView::of(report))?;
+    add("predictions", "Predictions of the finished model", predictions);
+    if let Some(view) = layers::view(report)? {
+        add("layers", "Error and damping by layer", render("layers.html.jinja", view)?);
     }
-    if let Some(check) = &report.check {
-        figures.push(("kl", "KL from the float model", format!("{:.4}", check.kl)));
-        figures.push(("kept", "first choices kept", evaluation::percent(check.agreement)));
+    add("resources", "Time and memory", render("resources.html.jinja", resources::view(report)?)?);
+    if let Some(view) = importance::view(report)? {
+        add("importance", "Importance of text and vision tokens", render("importance.html.jinja", view)?);
     }
-    if let Some((layer, tokens)) = report.fewest_tokens() {
-        figures.push((
-            "fewest-tokens",
-            "effective tokens an input, at least",
-            format!("{:.2}", tokens / layer.cols as f64),
-        ));
+    if let Some(view) = samples::view(report)? {
+        add("samples", "Importance over the pictures", render("samples.html.jinja", view)?);
     }
-    let found = report.layers.iter().filter(|layer| !layer.solve.findings.is_empty()).count();
-    figures.push(("findings-count", "layers with findings", format!("{found} of {}", report.layers.len())));
-    figures.push((
-        "size",
-        "size",
-        format!("{} → {}", human_bytes(report.bytes_before), human_bytes(report.bytes_after)),
-    ));
-    if let Some(bits) = report.bits_per_weight() {
-        figures.push(("bits", "bits per quantized weight", format!("{bits:.2}")));
+    if let Some(view) = evaluation::view(report) {
+        add("evaluation", "Float against quantized answers", render("evaluation.html.jinja", view)?);
     }
-    if let Some(compared) = &report.evaluation {
-        let percent = evaluation::percent;
-        let total = &compared.total;
-        figures.push((
-            "score",
-            "score, float → quantized",
-            format!("{} → {}", percent(total.score_float), percent(total.score_quantized)),
-        ));
-    }
-    figures.push(("seconds", "time", human_seconds(report.seconds)));
-    if let Some(peak) = report.peak_memory_bytes {
-        figures.push(("peak-memory", "peak memory", human_bytes(peak)));
-    }
-    let entry = |(id, name, value): &(&str, &str, String)| {
-        format!("<div><dt>{}</dt><dd id=\"figure-{id}\">{}</dd></div>\n", Text(name), Text(value))
-    };
-    format!("<dl class=\"figures\">\n{}</dl>\n", figures.iter().map(entry).collect::<String>())
+    add("settings", "Settings and checksums", render("settings.html.jinja", settings::view(report)?)?);
+    Ok(sections)
 }
 
-/// Everything that the run was told and what it read.
-fn settings(report: &RunReport) -> Option<String> {
-    let provenance = serde_json::to_value(&report.provenance).ok()?;
-    let mut rows = Vec::new();
-    flatten(&provenance["settings"], "", &mut rows);
-    let mut out = table("Settings as they took effect", &["setting", "value"], &rows);
-    let mut about = Vec::new();
-    for (key, value) in
-        provenance.as_object()?.iter().filter(|(key, _)| !["settings", "inputs"].contains(&key.as_str()))
-    {
-        flatten(value, key, &mut about);
-    }
-    let counts = &report.calibration;
-    let counted = [
-        ("samples used", counts.used),
-        ("samples left out as too long", counts.too_long),
-        ("samples left out for a bad image", counts.bad_images),
-        ("vision tokens", counts.vision_tokens),
-        ("text tokens", counts.text_tokens),
-    ];
-    about.extend(counted.map(|(name, count)| vec![Cell::Text(name.into()), Cell::Code(count.to_string())]));
-    out += &table("Program, model and calibration data", &["what", "value"], &about);
-    let mut sums = Vec::new();
-    flatten(&provenance["inputs"], "", &mut sums);
-    out += &table("SHA-256 of what was read", &["input", "checksum"], &sums);
-    let loaders: Vec<Vec<Cell>> = report
-        .loaders
-        .iter()
-        .map(|loader| vec![Cell::Text(loader.name.to_string()), Cell::Code(loader.command.clone())])
-        .collect();
-    if !loaders.is_empty() {
-        out += &details(
-            "How to load the result",
-            &table("Loaders of exactly this file", &["loader", "command"], &loaders),
-        );
-    }
-    Some(out)
+/// What was found of the whole model and layer by layer.
+#[derive(Serialize)]
+struct FindingsView<'a> {
+    findings: Vec<FindingView<'a>>,
 }
 
-/// Rows for everything inside a JSON value, keys joined by points.
-fn flatten(value: &Value, name: &str, rows: &mut Vec<Vec<Cell>>) {
-    match value {
-        Value::Object(map) => {
-            for (key, value) in map {
-                // Names of files have points of their own: below the first level they stand alone.
-                flatten(value, &if name.is_empty() { key.clone() } else { format!("{name} · {key}") }, rows);
-            }
-        }
-        Value::Null => rows.push(vec![Cell::Text(name.into()), Cell::Text("–".into())]),
-        Value::String(text) => rows.push(vec![Cell::Text(name.into()), Cell::Code(text.clone())]),
-        other => rows.push(vec![Cell::Text(name.into()), Cell::Code(other.to_string())]),
+#[derive(Serialize)]
+struct FindingView<'a> {
+    /// `None`: the whole model.
+    layer: Option<&'a str>,
+    kind: String,
+    found: &'a str,
+    done: &'a str,
+    remedy: &'static str,
+}
+
+impl<'a> FindingsView<'a> {
+    fn of(report: &'a RunReport) -> Self {
+        let view = |layer, Finding { kind, found, done }: &'a Finding| FindingView {
+            layer,
+            kind: kind.to_string(),
+            found,
+            done,
+            remedy: kind.remedy(),
+        };
+        let model = report.check.iter().flat_map(|check| &check.findings).map(|finding| view(None, finding));
+        let of_layer = |layer: &'a super::LayerReport| {
+            layer.solve.findings.iter().map(move |finding| view(Some(layer.name.as_str()), finding))
+        };
+        Self { findings: model.chain(report.layers.iter().flat_map(of_layer)).collect() }
+    }
+}
+
+/// What both paths predict behind the last block, and what it is to be held against.
+#[derive(Serialize)]
+struct PredictionsView<'a> {
+    check: Option<&'a ModelCheck>,
+    /// The samples that the tokens are of.
+    samples: Option<String>,
+    only_rounded: bool,
+}
+
+impl<'a> PredictionsView<'a> {
+    fn of(report: &'a RunReport) -> Self {
+        let check = report.check.as_ref();
+        let only_rounded = report.provenance.settings.solver.solver == Solver::Rtn;
+        Self { check, samples: check.map(ModelCheck::of), only_rounded }
     }
 }

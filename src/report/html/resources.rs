@@ -1,87 +1,105 @@
-//! Where time and memory went.
+//! Where time and memory went: time by stage and block, and memory as it was planned and measured.
 
 use super::super::RunReport;
-use super::charts::{Axis, Bars, block_labels, legend};
-use super::markup::{Cell, or_dash, table};
-use crate::plan::StagePlan;
-use crate::progress::{human_bytes, human_seconds};
+use super::charts::{Axis, Bars, Chart, block_labels};
+use crate::plan::{Entry, StagePlan};
+use crate::progress::human_seconds;
 use anyhow::Result;
+use serde::Serialize;
 
-/// Time by stage and block, and memory as it was planned and measured.
-pub(super) fn section(report: &RunReport) -> Result<Option<String>> {
-    let mut out = format!("<div class=\"beside\">\n<div>{}</div>\n<div class=\"charts\">", stages(report));
-    if !report.blocks.is_empty() {
-        let seconds: Vec<f64> = report.blocks.iter().map(|block| block.seconds).collect();
-        let longest = seconds.iter().copied().fold(0.0, f64::max);
-        let chart = Bars {
-            id: "block-seconds".into(),
-            title: "Seconds by block".into(),
-            description: format!("{} blocks; the longest took {}", seconds.len(), human_seconds(longest)),
-            labels: block_labels(seconds.len()),
-            series: &[seconds],
-            axis: Axis::Linear(longest.max(1e-3) * 1.05),
-            height: 260,
-        };
-        out += &chart.figure()?;
-    }
-    out += "</div>\n</div>\n";
-    out += &memory(report);
-    Ok(Some(out))
+#[derive(Serialize)]
+pub(super) struct ResourcesView<'a> {
+    seconds: f64,
+    stages: Vec<StageView>,
+    /// A chart of the blocks' times, if there are any.
+    blocks: Vec<Chart>,
+    /// The process's memory, and the device's where that is another.
+    memories: Vec<MemoryView<'a>>,
 }
 
-fn stages(report: &RunReport) -> String {
+#[derive(Serialize)]
+struct StageView {
+    name: String,
+    seconds: f64,
+    share: f64,
+}
+
+#[derive(Serialize)]
+struct MemoryView<'a> {
+    caption: &'static str,
+    rows: usize,
+    sums: Vec<SumView<'a>>,
+}
+
+/// A stage's sum and what it is made of, or the most of all stages.
+#[derive(Serialize)]
+struct SumView<'a> {
+    name: String,
+    planned: Option<u64>,
+    measured: Option<u64>,
+    /// Both, as shares of the largest sum.
+    shares: [Option<f64>; 2],
+    parts: &'a [Entry],
+}
+
+pub(super) fn view(report: &RunReport) -> Result<ResourcesView<'_>> {
     let total: f64 = report.stages.iter().map(|stage| stage.seconds).sum();
-    let row = |(name, seconds): (String, f64)| {
-        let share = if total > 0.0 { seconds / total } else { 0.0 };
-        vec![Cell::Text(name), Cell::Number(human_seconds(seconds)), Cell::Bars([Some(share), None])]
-    };
-    let rows: Vec<_> = report.stages.iter().map(|stage| row((stage.stage.to_string(), stage.seconds))).collect();
-    table(&format!("Time by stage: {} in all", human_seconds(report.seconds)), &["stage", "time", ""], &rows)
-}
-
-/// The process's memory, and the device's where that is another.
-fn memory(report: &RunReport) -> String {
-    let plan = &report.memory_plan;
-    let host = &plan.host;
-    let mut out = legend(&["planned", "measured"]);
-    let name = "most that the process holds, mapped files included";
-    out += &stage_table(
+    let share = |seconds: f64| if total > 0.0 { seconds / total } else { 0.0 };
+    let stages = report.stages.iter().map(|stage| StageView {
+        name: stage.stage.to_string(),
+        seconds: stage.seconds,
+        share: share(stage.seconds),
+    });
+    let (plan, host) = (&report.memory_plan, &report.memory_plan.host);
+    let mut memories = vec![memory(
         "Memory of the process: planned before the start, and measured",
         &host.stages,
-        name,
+        "most that the process holds, mapped files included",
         [Some(host.bytes), host.measured_bytes.or(report.peak_memory_bytes)],
-    );
+    )];
     if !plan.device_is_host {
         let most = [Some(plan.device_bytes), report.peak_device_bytes];
-        out += &stage_table("Memory of the GPU: planned, and measured", &plan.stages, "most at once", most);
+        memories.push(memory("Memory of the GPU: planned, and measured", &plan.stages, "most at once", most));
     }
-    out
+    Ok(ResourcesView {
+        seconds: report.seconds,
+        stages: stages.collect(),
+        blocks: blocks(report)?.into_iter().collect(),
+        memories,
+    })
 }
 
-/// Planned and measured bytes of all stages, then the most of all.
-fn stage_table(caption: &str, stages: &[StagePlan], name: &str, most: [Option<u64>; 2]) -> String {
-    let sizes = stages.iter().flat_map(|stage| [Some(stage.bytes), stage.measured_bytes]);
-    let largest = sizes.chain(most).flatten().max().unwrap_or(0);
-    let mut rows: Vec<Vec<Cell>> = stages.iter().flat_map(|stage| stage_rows(stage, largest)).collect();
-    rows.push(sum_row(name.to_owned(), most, largest));
-    table(caption, &["stage, at its worst step", "planned", "measured", ""], &rows)
-}
-
-/// Planned and measured bytes with bars, of which the longest is `largest` bytes.
-fn sum_row(name: String, sizes: [Option<u64>; 2], largest: u64) -> Vec<Cell> {
-    let share = |bytes: u64| bytes as f64 / largest.max(1) as f64;
-    let [planned, measured] = sizes.map(|size| Cell::Number(or_dash(size, human_bytes)));
-    vec![Cell::Text(name), planned, measured, Cell::Bars(sizes.map(|size| size.map(share)))]
-}
-
-/// A stage's sum, and what it is made of.
-fn stage_rows(stage: &StagePlan, largest: u64) -> Vec<Vec<Cell>> {
-    let name = format!("{}, at {}", stage.stage, stage.step);
-    let sum = sum_row(name, [Some(stage.bytes), stage.measured_bytes], largest);
-    let part = |name: &str, size: u64| {
-        let name = Cell::Text(format!("\u{2003}{name}"));
-        vec![name, Cell::Number(human_bytes(size)), Cell::Text(String::new()), Cell::Text(String::new())]
+fn blocks(report: &RunReport) -> Result<Option<Chart>> {
+    let seconds: Vec<f64> = report.blocks.iter().map(|block| block.seconds).collect();
+    if seconds.is_empty() {
+        return Ok(None);
+    }
+    let longest = seconds.iter().copied().fold(0.0, f64::max);
+    let chart = Bars {
+        id: "block-seconds".into(),
+        title: "Seconds by block".into(),
+        description: format!("{} blocks; the longest took {}", seconds.len(), human_seconds(longest)),
+        labels: block_labels(seconds.len()),
+        series: &[seconds],
+        axis: Axis::Linear(longest.max(1e-3) * 1.05),
+        height: 260,
     };
-    let parts = stage.entries.iter().map(|entry| part(&entry.name, entry.bytes));
-    [sum].into_iter().chain(parts).collect()
+    chart.chart().map(Some)
+}
+
+/// Planned and measured bytes of all stages, then the most of all, under its name.
+fn memory<'a>(caption: &'static str, stages: &'a [StagePlan], name: &str, most: [Option<u64>; 2]) -> MemoryView<'a> {
+    let sizes = stages.iter().flat_map(|stage| [Some(stage.bytes), stage.measured_bytes]);
+    let largest = sizes.chain(most).flatten().max().unwrap_or(0).max(1) as f64;
+    let sum = |name: String, sizes: [Option<u64>; 2], parts: &'a [Entry]| {
+        let [planned, measured] = sizes;
+        let shares = sizes.map(|size| size.map(|bytes| bytes as f64 / largest));
+        SumView { name, planned, measured, shares, parts }
+    };
+    let of_stage = |stage: &'a StagePlan| {
+        let name = format!("{}, at {}", stage.stage, stage.step);
+        sum(name, [Some(stage.bytes), stage.measured_bytes], &stage.entries)
+    };
+    let sums: Vec<SumView<'a>> = stages.iter().map(of_stage).chain([sum(name.to_owned(), most, &[])]).collect();
+    MemoryView { caption, rows: sums.iter().map(|sum| 1 + sum.parts.len()).sum(), sums }
 }

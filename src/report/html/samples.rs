@@ -5,12 +5,12 @@
 
 use super::super::RunReport;
 use super::super::samples::{Picture, ReportSample, png};
-use super::markup::Text;
 use anyhow::Result;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use image::{Rgb, RgbImage};
 use plotters::style::colors::colormaps::{ColorMap, ViridisRGB};
+use serde::{Serialize, Serializer};
 
 /// Steps of the scale, as many as eyes tell apart in a row.
 const STEPS: usize = 32;
@@ -24,15 +24,22 @@ fn color(step: usize) -> [u8; 3] {
     [color.0, color.1, color.2]
 }
 
-/// Classes for text in the colours of the scale.
-pub(super) fn heat_style() -> String {
-    let rule = |step: usize| {
+/// A step of the scale behind text.
+#[derive(Serialize)]
+pub(super) struct ScaleStep {
+    color: String,
+    /// The text's own colour.
+    ink: &'static str,
+}
+
+pub(super) fn scale_steps() -> Vec<ScaleStep> {
+    let of = |step: usize| {
         let [r, g, b] = color(step);
         // Relative luminance, roughly: black on the bright half.
         let bright = 0.2126 * f64::from(r) + 0.7152 * f64::from(g) + 0.0722 * f64::from(b) > 110.0;
-        format!(".h{step}{{background:#{r:02x}{g:02x}{b:02x};color:{}}}\n", if bright { "#000" } else { "#fff" })
+        ScaleStep { color: format!("#{r:02x}{g:02x}{b:02x}"), ink: if bright { "#000" } else { "#fff" } }
     };
-    (0..STEPS).map(rule).collect()
+    (0..STEPS).map(of).collect()
 }
 
 /// From importance to colour: logarithmic, between two powers of 2^½.
@@ -58,25 +65,80 @@ impl Scale {
         ((share * STEPS as f64).floor().clamp(0.0, (STEPS - 1) as f64)) as usize
     }
 
-    fn legend(self) -> String {
-        let steps: String = (0..STEPS).map(|step| format!("<i class=\"h{step}\"></i>")).collect();
-        let at = |share: f64| {
-            let g = (self.low + share * (self.high - self.low)).exp2();
-            if g < 10.0 { format!("{g:.2}") } else { format!("{g:.0}") }
-        };
-        format!(
-            "<div class=\"scale\" role=\"img\" aria-label=\"Colour scale of importance, logarithmic, from {low} to {high}\">\
-             <div class=\"steps\">{steps}</div><div class=\"ends\"><span>g ≤ {low}</span><span>{middle}</span><span>≥ {high}\
-             </span></div></div>\n",
-            low = at(0.0),
-            middle = at(0.5),
-            high = at(1.0)
-        )
+    /// The importance at a share of its length, as it is written there.
+    fn at(self, share: f64) -> String {
+        let g = (self.low + share * (self.high - self.low)).exp2();
+        if g < 10.0 { format!("{g:.2}") } else { format!("{g:.0}") }
     }
 }
 
+#[derive(Serialize)]
+pub(super) struct SamplesView<'a> {
+    /// What is written at the beginning, in the middle and at the end of the scale.
+    low: String,
+    middle: String,
+    high: String,
+    steps: usize,
+    samples: Vec<SampleView<'a>>,
+}
+
+#[derive(Serialize)]
+struct SampleView<'a> {
+    id: &'a str,
+    text_tokens: usize,
+    vision_tokens: usize,
+    pictures: Vec<PictureView<'a>>,
+    /// Pictures without a place here.
+    left_out: usize,
+    blocks: Vec<BlockView<'a>>,
+}
+
+/// A picture, which stands on the page once for all blocks, as a property of the sample's element.
+#[derive(Serialize)]
+struct PictureView<'a> {
+    #[serde(flatten)]
+    picture: &'a Picture,
+    data: &'a str,
+    /// Most pixels from left to right: small pictures are enlarged to be seen, large ones share a row.
+    widest: u32,
+}
+
+/// One block's importance of a sample.
+#[derive(Serialize)]
+struct BlockView<'a> {
+    block: usize,
+    heats: Vec<HeatView>,
+    pieces: Vec<PieceView<'a>>,
+    /// Image tokens behind the last piece.
+    images_behind: usize,
+}
+
+/// Importance over a picture, as `data:` URIs.
+#[derive(Serialize)]
+struct HeatView {
+    cells: String,
+    /// Cells of the tokens that end rows, where there are any.
+    ends: Option<String>,
+}
+
+/// A token of text.
+#[derive(Serialize)]
+struct PieceView<'a> {
+    /// Image tokens before it.
+    images: usize,
+    step: usize,
+    value: String,
+    #[serde(serialize_with = "visible")]
+    text: &'a str,
+}
+
+/// White space shows, and a line break still breaks.
+fn visible<S: Serializer>(text: &str, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&text.replace('\n', "⏎\n").replace('\t', "⇥"))
+}
+
 /// Every sample in every block that holds its tokens; `None` where there is nothing to show.
-pub(super) fn section(report: &RunReport) -> Result<Option<String>> {
+pub(super) fn view(report: &RunReport) -> Result<Option<SamplesView<'_>>> {
     let blocks: Vec<(usize, &Vec<Vec<f32>>)> = report
         .blocks
         .iter()
@@ -85,113 +147,55 @@ pub(super) fn section(report: &RunReport) -> Result<Option<String>> {
     if blocks.is_empty() || report.samples.is_empty() {
         return Ok(None);
     }
-    let values = blocks.iter().flat_map(|(_, samples)| samples.iter().flatten().copied());
-    let scale = Scale::of(values);
-    let mut out = format!(
-        "<p>The first calibration samples in the order drawn: the pictures as the vision tower saw them (resized by the \
-         model's own rules; at most 448 pixels of a side are kept here), under the importance g of the token that stands for each \
-         cell, beside the text. One scale for all samples and blocks; the strip at a tiled picture's right is the tokens that \
-         end its rows.</p>\n{}\
-         <fieldset class=\"show\"><legend>Show</legend>\
-         <span><input type=\"radio\" name=\"show\" id=\"show-both\" checked=\"checked\"/><label for=\"show-both\">importance \
-         over the picture, in grey</label></span>\
-         <span><input type=\"radio\" name=\"show\" id=\"show-heat\"/><label for=\"show-heat\">importance alone, in the \
-         scale's own colours</label></span></fieldset>\n",
-        scale.legend()
-    );
-    for (index, sample) in report.samples.iter().enumerate() {
-        out += &format!("<article class=\"sample\" style=\"{}\">\n<h3>{}</h3>\n", pictures(sample), Text(&sample.id));
-        let (text, pictures) = (sample.text.len(), sample.pictures.len());
-        let vision = sample.span.len() - text;
-        out += &format!("<p>{text} text and {vision} vision tokens");
-        if sample.pictures_left_out > 0 {
-            out += &format!("; the first {pictures} of {} pictures", pictures + sample.pictures_left_out);
-        }
-        out += "</p>\n<div class=\"blocks\">\n";
-        out += &plain(sample, index);
-        for &(block, samples) in &blocks {
-            if let Some(g) = samples.get(index) {
-                out += &figure(sample, index, block, g, scale)?;
-            }
-        }
-        out += "</div>\n</article>\n";
-    }
-    Ok(Some(out))
+    let scale = Scale::of(blocks.iter().flat_map(|(_, samples)| samples.iter().flatten().copied()));
+    let of_sample = |(index, sample): (usize, _)| {
+        let in_block = |&(block, samples): &(usize, &Vec<Vec<f32>>)| {
+            samples.get(index).map(|g| block_view(sample, block, g, scale))
+        };
+        let blocks = blocks.iter().filter_map(in_block).collect::<Result<_>>()?;
+        Ok(sample_view(sample, blocks))
+    };
+    Ok(Some(SamplesView {
+        low: scale.at(0.0),
+        middle: scale.at(0.5),
+        high: scale.at(1.0),
+        steps: STEPS,
+        samples: report.samples.iter().enumerate().map(of_sample).collect::<Result<_>>()?,
+    }))
 }
 
-/// The pictures, each once for all blocks, as properties of the sample's element.
-fn pictures(sample: &ReportSample) -> String {
-    let property = |(i, picture): (usize, &Picture)| format!("--picture-{i}:url({});", Text(&picture.data));
-    sample.pictures.iter().enumerate().map(property).collect()
+fn sample_view<'a>(sample: &'a ReportSample, blocks: Vec<BlockView<'a>>) -> SampleView<'a> {
+    let picture = |picture: &'a Picture| {
+        let (width, height) = (picture.width.max(1), picture.height.max(1));
+        let widest = if width >= height { 320 } else { (320 * width / height).max(40) };
+        PictureView { picture, data: &picture.data, widest }
+    };
+    SampleView {
+        id: &sample.id,
+        text_tokens: sample.text.len(),
+        vision_tokens: sample.span.len() - sample.text.len(),
+        pictures: sample.pictures.iter().map(picture).collect(),
+        left_out: sample.pictures_left_out,
+        blocks,
+    }
 }
 
-/// The pictures alone; nothing for a sample of text.
-fn plain(sample: &ReportSample, index: usize) -> String {
-    if sample.pictures.is_empty() {
-        return String::new();
-    }
-    let mut out = format!(
-        "<figure class=\"block\" data-sample=\"{index}\"><figcaption>as the vision tower saw it</figcaption>\n"
-    );
-    let mut sizes = String::new();
-    for (i, picture) in sample.pictures.iter().enumerate() {
-        let Picture { width, height, rows, columns, image, .. } = picture;
-        let name = format!("picture {} of sample {}", i + 1, sample.id);
-        out += &format!(
-            "{open}<div class=\"picture\" role=\"img\" aria-label=\"{name}\" style=\"--picture:var(--picture-{i})\"></div></div>\n",
-            open = frame(picture),
-            name = Text(&name),
-        );
-        let end = if picture.row_ends { ", and one at each row's end" } else { "" };
-        sizes +=
-            &format!("<li>image {}: {width} × {height} pixels, {rows} rows of {columns} tokens{end}</li>\n", image + 1);
-    }
-    out + "<ul class=\"sizes\">\n" + &sizes + "</ul>\n</figure>\n"
-}
-
-/// The beginning of what holds a picture: small ones are enlarged to be seen, large ones share a row.
-fn frame(picture: &Picture) -> String {
-    let (width, height) = (picture.width.max(1), picture.height.max(1));
-    let limit = if width >= height { 320 } else { (320 * width / height).max(40) };
-    format!("<div class=\"tokens\" style=\"aspect-ratio:{width}/{height};max-width:{limit}px\">")
-}
-
-/// One block's importance of a sample.
-fn figure(sample: &ReportSample, index: usize, block: usize, g: &[f32], scale: Scale) -> Result<String> {
-    let mut out = format!(
-        "<figure class=\"block\" data-sample=\"{index}\" data-block=\"{block}\"><figcaption>block {block}</figcaption>\n"
-    );
-    for (i, picture) in sample.pictures.iter().enumerate() {
-        let name = format!("importance over picture {} of sample {} in block {block}", i + 1, sample.id);
-        out += &format!(
-            "{open}<div class=\"picture heated\" style=\"--picture:var(--picture-{i})\"><img class=\"heat\" alt=\"{name}\" \
-             src=\"{src}\"/></div>",
-            open = frame(picture),
-            name = Text(&name),
-            src = cells(picture, g, scale, 0..picture.columns)?,
-        );
-        if picture.row_ends {
-            let src = cells(picture, g, scale, picture.columns..picture.columns + 1)?;
-            out += &format!("<img class=\"ends\" alt=\"importance of the tokens that end rows\" src=\"{src}\"/>");
-        }
-        out += "</div>\n";
-    }
-    out += "<p class=\"text\">";
+fn block_view<'a>(sample: &'a ReportSample, block: usize, g: &[f32], scale: Scale) -> Result<BlockView<'a>> {
+    let heat = |picture: &Picture| {
+        let of = |columns| cells(picture, g, scale, columns);
+        let ends = picture.row_ends.then(|| of(picture.columns..picture.columns + 1)).transpose()?;
+        Ok(HeatView { cells: of(0..picture.columns)?, ends })
+    };
     let mut next = 0;
-    for token in &sample.text {
-        if token.index > next {
-            out += &format!("<b>[{} image tokens]</b>", token.index - next);
-        }
+    let pieces = sample.text.iter().map(|token| {
+        let images = token.index.saturating_sub(next);
         next = token.index + 1;
         let value = g.get(token.index).copied().unwrap_or(f32::NAN);
-        // White space shows, and a line break still breaks.
-        let text = token.text.replace('\n', "⏎\n").replace('\t', "⇥");
-        out += &format!("<span class=\"h{}\" title=\"{value}\">{}</span>", scale.step(value), Text(&text));
-    }
-    if sample.span.len() > next {
-        out += &format!("<b>[{} image tokens]</b>", sample.span.len() - next);
-    }
-    Ok(out + "</p>\n</figure>\n")
+        PieceView { images, step: scale.step(value), value: value.to_string(), text: &token.text }
+    });
+    let pieces = pieces.collect();
+    let heats = sample.pictures.iter().map(heat).collect::<Result<_>>()?;
+    Ok(BlockView { block, heats, pieces, images_behind: sample.span.len().saturating_sub(next) })
 }
 
 /// A pixel for each cell in `columns` of a picture's grid, as a `data:` URI.
