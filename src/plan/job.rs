@@ -13,7 +13,7 @@ pub struct EmbedderSize {
     pub load: VisionLoad,
 }
 
-/// What is asked of the model behind its last block, see [`check`](super::check).
+/// What is asked of the model behind its last block, see [`compare`](crate::evaluate::paths::compare).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CheckSize {
     /// Tokens that are predicted; 0 where nothing is asked.

@@ -28,8 +28,7 @@ pub struct ChunkSize {
     pub reducing: usize,
     /// Products of the numbers of patches of images, or crops, by themselves, summed.
     pub patch_pairs: usize,
-    /// Whether both paths are run for it whatever the method, see
-    /// [`Packed::is_checked`](crate::quantize::check::Packed::is_checked).
+    /// Whether both paths are run for the samples whatever the method, as some of their tokens are predicted behind the last block.
     pub checked: bool,
 }
 

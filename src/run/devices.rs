@@ -29,10 +29,10 @@ pub trait Runs: ModelOps + SolveOps {
     /// Counts a run's memory, see [`plan`].
     fn plan(&self, settings: &RunSettings) -> Result<MemoryPlan>;
 
-    /// Checks and counts a run, see [`dry_run`].
+    /// Checks and counts a run, see [`dry_run()`].
     fn dry_run(&self, settings: &RunSettings, observer: &mut dyn Observer) -> Result<DryRun>;
 
-    /// Reads a checkpoint's configuration and headers, see [`inspect`].
+    /// Reads a checkpoint's configuration and headers, see [`inspect()`].
     fn inspect(&self, folder: &Path) -> Result<Inspection>;
 
     /// Evaluates a checkpoint, see [`evaluate`] and, for `kept` logits of a reference, [`run_against`].

@@ -113,7 +113,7 @@ pub fn estimate(
     })
 }
 
-/// What [`inspect`](super::devices::inspect) found.
+/// What [`inspect`] found.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Inspection {
     /// The folder.
