@@ -4,7 +4,7 @@ use crate::support::checkpoint::*;
 use crate::support::message;
 use std::fs;
 use vlmq::checkpoint::Checkpoint;
-use vlmq::tensor::Float;
+use vlmq::tensor::{Float, Stored};
 
 const CONFIG: (&str, &[u8]) = ("config.json", b"{\"model_type\": \"qwen2_vl\"}");
 

@@ -239,7 +239,7 @@ mod tests {
     use crate::device::counting::Holding;
     use crate::device::cpu::Cpu;
     use crate::device::{
-        AttentionShape, BlockShape, Factored, GridRule, PermuteSymmetric, ProductRange, SolveOps, Span,
+        AttentionShape, BlockShape, Factored, Grid, GridRule, PermuteSymmetric, ProductRange, SolveOps, Span,
     };
 
     fn matrix(rows: usize, cols: usize) -> Matrix {
