@@ -7,6 +7,7 @@ mod prepare;
 mod propagation;
 mod round;
 
+#[cfg(feature = "run")]
 pub(crate) use checks::rule_of;
 pub use layer::solve_layer;
 pub use prepare::{Prepared, prepare};
