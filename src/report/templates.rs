@@ -6,7 +6,7 @@
 use crate::progress::{human_bytes, human_seconds, is_unshown};
 use anyhow::{Context, Result};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
+use minijinja::value::{Serde, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Output, State, UndefinedBehavior, Value};
 use serde::Serialize;
 use std::fmt::{self, Display, Write};
@@ -38,12 +38,12 @@ fn environment() -> Result<Environment<'static>, Error> {
     all.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).keep_trailing_newline(true).build()?);
     all.set_undefined_behavior(UndefinedBehavior::Strict);
     all.set_formatter(show);
-    all.add_filter("bytes", |size: Option<u64>| or_lacking(size, human_bytes));
+    all.add_filter("bytes", |size: Value| or_lacking(size, human_bytes));
     all.add_filter("seconds", human_seconds);
     all.add_filter("percent", |share: f64| format!("{:.2}%", 100.0 * share));
-    all.add_filter("fixed", |value: Option<f64>, digits: usize| or_lacking(value, |value| format!("{value:.digits$}")));
+    all.add_filter("fixed", |value: Value, digits: usize| or_lacking(value, |value: f64| format!("{value:.digits$}")));
     all.add_filter("scientific", |value: f64, digits: usize| format!("{value:.digits$e}"));
-    all.add_filter("shortest", |value: Option<f64>| or_lacking(value, |value| value.to_string()));
+    all.add_filter("shortest", |value: Value| or_lacking(value, |value: f64| value.to_string()));
     all.add_filter("plain", plain);
     all.add_filter("code", |name: &str| format!("`{}`", plain(name)));
     for (name, source) in TEMPLATES {
@@ -80,8 +80,13 @@ fn show(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Resul
     Ok(written?)
 }
 
-fn or_lacking<T>(value: Option<T>, write: impl Fn(T) -> String) -> String {
-    value.map_or_else(|| LACKING.to_owned(), write)
+/// A number, or what stands for none. An `Option` as a filter's argument would take a name that no view has for one, too.
+fn or_lacking<T: TryFrom<Value, Error = Error>>(value: Value, write: impl Fn(T) -> String) -> Result<String, Error> {
+    match value.kind() {
+        ValueKind::Undefined => Err(ErrorKind::UndefinedError.into()),
+        ValueKind::None => Ok(LACKING.to_owned()),
+        _ => T::try_from(value).map(write),
+    }
 }
 
 /// Text from outside, which no reader takes for markup: not in an element, not in a quoted attribute.
