@@ -186,3 +186,28 @@ fn documentation_says_what_it_is_about() {
     assert!(seen > 1000, "only {seen} items with documentation were found");
     assert!(wrong.is_empty(), "documentation without its subject:\n{}", wrong.join("\n"));
 }
+
+/// A file format is one file of src/checkpoint/formats and its line in the list there: other code asks a format what it does, not
+/// which one it is. The command line alone has a flag of one format's own.
+#[test]
+fn formats_are_told_apart_by_nobody_else() {
+    let homes = ["src/checkpoint/formats/", "src/bin/"];
+    for (name, text) in sources().into_iter().filter(|(name, _)| !homes.iter().any(|home| name.starts_with(home))) {
+        for (number, line) in code(&text) {
+            let asks = ["== Format::", "!= Format::"].iter().any(|question| line.contains(question));
+            assert!(!asks, "{name}:{number} asks for one format: {line:?}");
+        }
+    }
+    // And each is in the list.
+    let list = fs::read_to_string(root().join("src/checkpoint/formats/mod.rs")).unwrap();
+    let files = files("src/checkpoint/formats", &["rs"]);
+    let formats: Vec<_> = files.iter().filter(|(_, text)| text.contains("FileFormat for")).collect();
+    assert!(formats.len() >= 3);
+    for (name, _) in formats {
+        let module = Path::new(name).file_stem().unwrap().to_str().unwrap();
+        assert!(
+            list.contains(&format!("mod {module};")) && list.contains(&module.to_uppercase()),
+            "{module} is not in the list"
+        );
+    }
+}
