@@ -183,12 +183,12 @@ impl Default for SolverSettings {
 impl SolverSettings {
     /// Largest code, `2^bits − 1`.
     pub fn largest_code(&self) -> u8 {
-        ((1u32 << self.bits) - 1) as u8
+        self.layout().largest_code()
     }
 
     /// Columns of a group in a layer of `in_features` columns.
     pub fn group_columns(&self, in_features: usize) -> usize {
-        self.group_size.unwrap_or(in_features)
+        self.layout().group_columns(in_features)
     }
 
     /// Whether columns leave their groups, so that a layer must say which column is in which. Round-to-nearest has no order.
