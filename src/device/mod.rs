@@ -4,6 +4,7 @@
 //! type; nothing but shapes where it only [counts](counting)). Two small sets of operations cover the whole program: [`ModelOps`] for
 //! calibration and evaluation, [`SolveOps`] for the statistics and the solver.
 
+mod checks;
 pub mod counting;
 pub mod cpu;
 pub mod cuda;

@@ -2,6 +2,7 @@
 
 use super::ledger::{Label, Ledger, Peak};
 use super::tensor::CountedTensor;
+use crate::device::checks;
 use crate::device::work::ByKind;
 use crate::device::{Device, ModelOps, Work};
 use crate::tensor::{Float, Matrix};
@@ -118,6 +119,11 @@ impl Counting {
         tensors.into_iter().try_for_each(|tensor| tensor.check(&self.ledger))
     }
 
+    /// Runs what the host does beside its device in a whole run; without one it is left out.
+    pub(super) fn meanwhile<T>(&self, on_the_host: impl FnOnce() -> Result<T>) -> Result<()> {
+        if self.running { on_the_host().map(drop) } else { Ok(()) }
+    }
+
     /// Bytes that an operation, whose results are there, takes for itself: of `work`, and tables of `bytes`.
     pub(super) fn takes(&self, work: Option<Work>, bytes: usize) {
         self.ledger.pass(bytes as u64 + work.map_or(0, |work| (self.workspace)(work)));
@@ -164,9 +170,7 @@ impl Device for Counting {
         (rows, cols): (usize, usize),
         make: impl FnOnce() -> Result<Matrix>,
     ) -> Result<CountedTensor> {
-        if self.running {
-            make()?;
-        }
+        self.meanwhile(make)?;
         self.tensor(rows, cols, Float::F32)
     }
 
@@ -186,7 +190,7 @@ impl Device for Counting {
 
     fn scaled_squares_rows(&self, tensor: &CountedTensor, scales: &[f32]) -> Result<Vec<f32>> {
         self.check([tensor])?;
-        ensure!(tensor.cols == scales.len(), "{} scales for {} columns", scales.len(), tensor.cols);
+        checks::scaled(tensor, scales)?;
         self.takes(None, (tensor.rows + tensor.cols) * size_of::<f32>());
         self.values(tensor.count());
         Ok(vec![1.0; tensor.rows])

@@ -2,8 +2,9 @@
 
 use super::device::Counting;
 use super::tensor::CountedTensor;
+use crate::device::checks::{self, Header, OTHER_GRADIENT, alike, fits_rows, longest};
 use crate::device::work::ByKind;
-use crate::device::{Activation, AttentionOperands, AttentionShape, ModelOps, QuantizedWeight, Rotary, Span, Work};
+use crate::device::{Activation, AttentionOperands, ModelOps, QuantizedWeight, Rotary, Span, Work};
 use crate::tensor::{Float, Matrix, Stored, StoredMatrix};
 use anyhow::{Context, Result, ensure};
 use std::ops::Range;
@@ -24,9 +25,7 @@ impl ModelOps for Counting {
         (rows, cols): (usize, usize),
         make: impl FnOnce() -> Result<Matrix>,
     ) -> Result<CountedTensor> {
-        if self.running {
-            make()?;
-        }
+        self.meanwhile(make)?;
         self.tensor(rows, cols, self.element)
     }
 
@@ -41,9 +40,7 @@ impl ModelOps for Counting {
         (rows, cols): (usize, usize),
         read: impl FnOnce() -> Result<S>,
     ) -> Result<CountedTensor> {
-        if self.running {
-            read()?;
-        }
+        self.meanwhile(read)?;
         let made = self.tensor(rows, cols, self.element)?;
         self.values(made.count());
         Ok(made)
@@ -67,9 +64,7 @@ impl ModelOps for Counting {
 
     fn gather_rows(&self, table: &CountedTensor, indices: &[u32]) -> Result<CountedTensor> {
         self.check([table])?;
-        if let Some(row) = indices.iter().find(|&&row| row as usize >= table.rows) {
-            anyhow::bail!("row {row} asked of a table of {} rows", table.rows);
-        }
+        checks::gathered(table, indices)?;
         let made = self.tensor(indices.len(), table.cols, table.float)?;
         self.takes(None, size_of_val(indices));
         self.values(made.count());
@@ -78,19 +73,7 @@ impl ModelOps for Counting {
 
     fn scatter_rows(&self, target: &mut CountedTensor, indices: &[u32], source: &CountedTensor) -> Result<()> {
         self.check([&*target, source])?;
-        ensure!(
-            indices.len() == source.rows && target.cols == source.cols && target.float == source.float,
-            "{} does not go into {} rows of {}",
-            source.describe(),
-            indices.len(),
-            target.describe()
-        );
-        let mut taken = vec![false; target.rows];
-        for &row in indices {
-            let place = taken.get_mut(row as usize);
-            let place = place.with_context(|| format!("row {row} of a target of {} rows", target.rows))?;
-            ensure!(!std::mem::replace(place, true), "row {row} of the target is named twice");
-        }
+        checks::scattered(&*target, indices, source)?;
         self.takes(None, size_of_val(indices));
         self.values(source.count());
         Ok(())
@@ -98,7 +81,7 @@ impl ModelOps for Counting {
 
     fn slice_rows(&self, x: &CountedTensor, rows: Range<usize>) -> Result<CountedTensor> {
         self.check([x])?;
-        ensure!(rows.start <= rows.end && rows.end <= x.rows, "rows {rows:?} of {}", x.describe());
+        checks::sliced(x, &rows)?;
         let made = self.tensor(rows.len(), x.cols, x.float)?;
         self.values(made.count());
         Ok(made)
@@ -106,12 +89,7 @@ impl ModelOps for Counting {
 
     fn append_rows(&self, x: &mut CountedTensor, more: &CountedTensor) -> Result<()> {
         self.check([&*x, more])?;
-        ensure!(
-            x.cols == more.cols && x.float == more.float,
-            "{} does not append to {}",
-            more.describe(),
-            x.describe()
-        );
+        checks::appended(&*x, more)?;
         self.values(more.count());
         let host = self.host;
         // As the devices do: the CPU takes room for some more, a GPU for as many again.
@@ -132,13 +110,7 @@ impl ModelOps for Counting {
         let product = Work::Linear { inner: x.cols };
         self.takes(Some(product), 0);
         if let Some(bias) = bias {
-            ensure!(
-                bias.rows == 1 && bias.cols == weight.rows && bias.float == x.float,
-                "bias {} for {} outputs of {:?}",
-                bias.describe(),
-                weight.rows,
-                x.float
-            );
+            checks::fits_outputs(bias, x, weight.rows)?;
             self.takes(Some(Work::Bias { rows: x.rows, outputs: weight.rows }), 0);
         }
         self.product(&made, x.cols);
@@ -177,7 +149,7 @@ impl ModelOps for Counting {
         d_out: &CountedTensor,
         _eps: f32,
     ) -> Result<CountedTensor> {
-        self.alike(d_out, x).context("output gradient of another shape than the output")?;
+        self.alike(d_out, x).context(OTHER_GRADIENT)?;
         self.norm(x, [weight])
     }
 
@@ -194,22 +166,15 @@ impl ModelOps for Counting {
     fn rotate(&self, x: &mut CountedTensor, rotary: &Rotary<CountedTensor>, _transposed: bool) -> Result<()> {
         let Rotary { cos, sin } = rotary;
         self.check([&*x, cos, sin])?;
-        let half = cos.cols;
-        ensure!(
-            cos.rows == x.rows && sin.rows == x.rows && sin.cols == half && half > 0 && x.cols.is_multiple_of(2 * half),
-            "rotary tables {} and {} on {}",
-            cos.describe(),
-            sin.describe(),
-            x.describe()
-        );
+        checks::rotated(&*x, rotary)?;
         ensure!([cos.float, sin.float] == [Float::F32; 2], "rotary tables {} where float32 is needed", cos.describe());
         self.values(x.count());
         Ok(())
     }
 
     fn attention(&self, operands: &AttentionOperands<'_, CountedTensor>) -> Result<CountedTensor> {
-        let &AttentionOperands { q, k, v, spans, shape } = operands;
-        let attention = self.attended([q, k, v], spans, shape)?;
+        let &AttentionOperands { q, spans, shape, .. } = operands;
+        let attention = self.attended(operands)?;
         let made = self.like(q)?;
         let (tokens, longest) = (q.rows, longest(spans));
         self.takes(Some(Work::Attention { tokens, longest, shape }), size_of_val(spans));
@@ -223,9 +188,9 @@ impl ModelOps for Counting {
         d_out: &CountedTensor,
     ) -> Result<(CountedTensor, CountedTensor, CountedTensor)> {
         let &AttentionOperands { q, k, v, spans, shape } = operands;
-        let forward = self.attended([q, k, v], spans, shape)?;
-        self.alike(d_out, q).context("output gradient of another shape than the output")?;
-        ensure!(apart(spans.iter().map(|span| &span.k)), "spans that share keys have no gradients of their own");
+        let forward = self.attended(operands)?;
+        self.check([d_out])?;
+        checks::gradients(operands, d_out)?;
         let made = (self.like(q)?, self.like(k)?, self.like(v)?);
         let (tokens, longest) = (q.rows, longest(spans));
         self.takes(Some(Work::AttentionBackward { tokens, longest, shape }), size_of_val(spans));
@@ -268,70 +233,26 @@ impl Counting {
 
     fn norm<const N: usize>(&self, x: &CountedTensor, parts: [&CountedTensor; N]) -> Result<CountedTensor> {
         self.check([x].into_iter().chain(parts))?;
-        for part in parts {
-            ensure!(
-                part.rows == 1 && part.cols == x.cols && part.float == x.float,
-                "norm of {} on {}",
-                part.describe(),
-                x.describe()
-            );
-        }
+        parts.into_iter().try_for_each(|part| fits_rows(part, x))?;
         self.values(x.count());
         self.like(x)
     }
 
     fn alike(&self, a: &CountedTensor, b: &CountedTensor) -> Result<()> {
         self.check([a, b])?;
-        ensure!((a.rows, a.cols, a.float) == (b.rows, b.cols, b.float), "{} against {}", a.describe(), b.describe());
-        Ok(())
+        alike(a, b)
     }
 
     /// Floating-point operations of attention; scores that are masked are left out.
-    fn attended(&self, [q, k, v]: [&CountedTensor; 3], spans: &[Span], shape: AttentionShape) -> Result<f64> {
+    fn attended(&self, operands: &AttentionOperands<'_, CountedTensor>) -> Result<f64> {
+        let &AttentionOperands { q, k, v, spans, shape } = operands;
         self.check([q, k, v])?;
-        let AttentionShape { heads, kv_heads, head_dim, causal } = shape;
-        ensure!(
-            q.cols == heads * head_dim
-                && k.cols == kv_heads * head_dim
-                && v.cols == k.cols
-                && v.rows == k.rows
-                && kv_heads > 0
-                && heads.is_multiple_of(kv_heads)
-                && k.float == q.float
-                && v.float == q.float,
-            "attention of {heads}/{kv_heads} heads of {head_dim} on queries {}, keys {}, values {}",
-            q.describe(),
-            k.describe(),
-            v.describe()
-        );
-        ensure!(apart(spans.iter().map(|span| &span.q)), "spans that share queries");
-        let mut scores = 0.0;
-        for span in spans {
+        checks::heads(operands)?;
+        checks::spans(operands)?;
+        let scores = |span: &Span| {
             let (queries, keys) = (span.q.len() as f64, span.k.len() as f64);
-            ensure!(
-                span.q.start <= span.q.end
-                    && span.k.start <= span.k.end
-                    && span.q.end <= q.rows
-                    && span.k.end <= k.rows
-                    && (!causal || span.q.len() <= span.k.len()),
-                "span {span:?} outside {} query and {} key rows",
-                q.rows,
-                k.rows
-            );
-            scores += queries * if causal { keys - (queries - 1.0).max(0.0) / 2.0 } else { keys };
-        }
-        Ok(4.0 * scores * q.cols as f64)
+            queries * if shape.causal { keys - (queries - 1.0).max(0.0) / 2.0 } else { keys }
+        };
+        Ok(4.0 * spans.iter().map(scores).sum::<f64>() * q.cols as f64)
     }
-}
-
-/// The longest span's keys.
-fn longest(spans: &[Span]) -> usize {
-    spans.iter().map(|span| span.k.len()).max().unwrap_or(0)
-}
-
-/// Whether no two ranges share a row.
-fn apart<'a>(ranges: impl Iterator<Item = &'a Range<usize>>) -> bool {
-    let mut ranges: Vec<&Range<usize>> = ranges.filter(|range| !range.is_empty()).collect();
-    ranges.sort_by_key(|range| range.start);
-    ranges.windows(2).all(|pair| pair[0].end <= pair[1].start)
 }

@@ -2,6 +2,7 @@
 
 use super::device::Counting;
 use super::tensor::CountedTensor;
+use crate::device::checks::{self, square};
 use crate::device::work::ByKind;
 use crate::device::{
     BLOCK, BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid,
@@ -64,7 +65,7 @@ impl SolveOps for Counting {
     fn permute_columns(&self, weight: &CountedTensor, order: &[u32], dead: &[usize]) -> Result<CountedTensor> {
         self.check([weight])?;
         let (rows, cols) = (weight.rows, weight.cols);
-        ensure!(order.len() == cols && dead.iter().all(|&i| i < cols), "an order of another matrix than {rows}x{cols}");
+        checks::columns(weight, order, dead)?;
         let made = self.tensor(rows, cols, Float::F32)?;
         self.takes(None, size_of_val(order));
         self.values(made.count());
@@ -80,18 +81,7 @@ impl SolveOps for Counting {
         let &LayerInputs { u, f, g } = inputs;
         let (tokens, features) = (u.rows, u.cols);
         self.check([&*hessian, u].into_iter().chain(cross.as_deref()).chain(f))?;
-        square(hessian, features)?;
-        ensure!(cross.is_some() == f.is_some(), "cross statistics and float-path inputs come together");
-        if let (Some(cross), Some(f)) = (&cross, f) {
-            square(cross, features)?;
-            ensure!(
-                (f.rows, f.cols, f.float) == (u.rows, u.cols, u.float),
-                "float-path inputs {} beside quantized-path inputs {}",
-                f.describe(),
-                u.describe()
-            );
-        }
-        ensure!(g.is_none_or(|g| g.len() == tokens), "importance factors for another number of tokens than {tokens}");
+        checks::statistics(&*hessian, cross.as_deref(), inputs)?;
         let work = Work::Statistics { tokens, features, cross: cross.is_some() };
         self.takes(Some(work), g.map_or(0, size_of_val));
         // H is symmetric, C is not.
@@ -109,7 +99,7 @@ impl SolveOps for Counting {
     }
 
     fn permute_symmetric(&self, x: &CountedTensor, how: PermuteSymmetric<'_>) -> Result<CountedTensor> {
-        ensure!(how.diagonal.len() == x.cols, "a diagonal of {} values for {}", how.diagonal.len(), x.describe());
+        checks::diagonal(x, &how)?;
         self.permuted(x, how.order, size_of_val(how.diagonal))
     }
 
@@ -121,7 +111,7 @@ impl SolveOps for Counting {
         self.check([&h])?;
         let n = h.cols;
         square(&h, n)?;
-        consecutive(blocks, 0..n)?;
+        checks::consecutive(blocks, 0..n)?;
         let (inverses, diagonal) = (self.tensor(n, BLOCK, Float::F32)?, self.tensor(1, n, Float::F32)?);
         self.factors(n);
         Ok(Factored::Done(Factor { root: h, inverses, diagonal }))
@@ -138,7 +128,7 @@ impl SolveOps for Counting {
         let n = c.cols;
         square(&c, n)?;
         self.check_factor(factor, n)?;
-        consecutive(blocks, 0..n)?;
+        checks::consecutive(blocks, 0..n)?;
         let blocks = self.tensor(n, BLOCK, Float::F32)?;
         self.factors(n);
         Ok(CrossFactor { scaled: c, blocks })
@@ -151,21 +141,10 @@ impl SolveOps for Counting {
         b: &CountedTensor,
         range: &ProductRange,
     ) -> Result<()> {
-        let ProductRange { inner, columns, target } = range;
+        let ProductRange { inner, columns, .. } = range;
         self.check([&*c, a, b])?;
         let width = columns.len();
-        ensure!(
-            c.rows == a.rows
-                && inner.start <= inner.end
-                && columns.start <= columns.end
-                && inner.end <= a.cols.min(b.rows)
-                && columns.end <= b.cols
-                && target + width <= c.cols,
-            "{range:?} of {} times {} into {}",
-            a.describe(),
-            b.describe(),
-            c.describe()
-        );
+        checks::product([&*c, a, b], range)?;
         self.takes(Some(Work::Carry { features: inner.len() + width, columns: width }), 0);
         let products = 2.0 * (c.rows * inner.len()) as f64 * width as f64;
         self.ledger.work(ByKind { products, ..ByKind::default() });
@@ -190,23 +169,12 @@ impl SolveOps for Counting {
     fn group_grid(&self, state: &SolveState<CountedTensor>, group: &Group<'_, CountedTensor>) -> Result<GroupGrid> {
         let SolveState { residual, error, cross, .. } = state;
         self.check([residual, error].into_iter().chain(cross))?;
-        let (columns, rule) = (&group.columns, group.rule);
-        let (rows, features) = (residual.rows, residual.cols);
-        ensure!(columns.start < columns.end && columns.end <= features, "group {columns:?} of {}", residual.describe());
-        let is_corrected = group.is_span && group.factor.is_some();
-        if let Some(factor) = group.factor {
-            self.check_factor(factor, features)?;
-            consecutive(group.blocks, columns.clone())?;
-        }
-        if is_corrected {
-            [Some(error), cross.as_ref()]
-                .into_iter()
-                .flatten()
-                .try_for_each(|part| shaped(part, rows, columns.len()))?;
-        }
+        let (columns, rule, rows) = (&group.columns, group.rule, residual.rows);
+        let operands = checks::group(state, group)?;
+        operands.factor.map_or(Ok(()), |factor| self.check_factor(factor, residual.cols))?;
         // The group's weights brought up to date, and for a search by loss a range, a grid and its candidates' losses.
         let losses = 4 + LOSS_SHRINKS + 2 * LOSS_STRETCHES.len();
-        let corrected = if is_corrected { columns.len() } else { 0 };
+        let corrected = operands.corrections[0].map_or(0, |_| columns.len());
         let search = if rule.grid == Grid::Loss { losses } else { 0 };
         self.takes(None, rows * (corrected + search) * size_of::<f32>() + rows * 5);
         self.values((rows * columns.len()) as f64);
@@ -221,33 +189,9 @@ impl SolveOps for Counting {
     ) -> Result<()> {
         let SolveState { residual, carried, shift, error, cross } = &*state;
         self.check([residual, error].into_iter().chain(carried).chain(shift).chain(cross))?;
-        let (rows, features, columns) = (residual.rows, residual.cols, &block.columns);
-        let width = columns.len();
-        ensure!(width > 0 && columns.end <= features, "block {columns:?} of {}", residual.describe());
-        let groups = match block.grid {
-            Some(grid) => {
-                let given = (grid.scales.len(), grid.zeros.len());
-                ensure!(given == (rows, rows), "a grid of {given:?} scales and zeros for {rows} rows");
-                1
-            }
-            None => {
-                let whole = block.group > 0 && width.is_multiple_of(block.group);
-                ensure!(whole, "groups of {} columns in a block of {width}", block.group);
-                width / block.group
-            }
-        };
-        if let Some(factor) = block.factor {
-            self.check_factor(factor, features)?;
-            ensure!(
-                width <= BLOCK && block.span <= columns.start && columns.end <= block.span + error.cols,
-                "block {columns:?} in a span of {} columns from {} on",
-                error.cols,
-                block.span
-            );
-            [carried, shift].into_iter().flatten().try_for_each(|part| shaped(part, rows, features))?;
-            block.cross.map_or(Ok(()), |cross| shaped(&cross.blocks, features, BLOCK))?;
-            ensure!(shift.is_none() || block.cross.is_some(), "a shift without a cross term");
-        }
+        let (rows, columns, width) = (residual.rows, &block.columns, block.columns.len());
+        let groups = checks::block(block, state)?;
+        block.factor.map_or(Ok(()), |factor| self.check_factor(factor, residual.cols))?;
         let wanted = BlockShape { columns: width, groups };
         let place = codes.blocks.get(codes.done).filter(|shape| codes.rows == rows && **shape == wanted);
         place.with_context(|| format!("there is no room for codes of block {columns:?} with {groups} groups"))?;
@@ -261,8 +205,7 @@ impl Counting {
     fn permuted(&self, x: &CountedTensor, order: &[u32], more: usize) -> Result<CountedTensor> {
         self.check([x])?;
         let n = x.cols;
-        square(x, n)?;
-        ensure!(order.len() == n && order.iter().all(|&i| (i as usize) < n), "an order of another matrix than {n}x{n}");
+        checks::order(x, order)?;
         let made = self.tensor(n, n, Float::F32)?;
         self.takes(None, size_of_val(order) + more);
         self.values(made.count());
@@ -278,9 +221,7 @@ impl Counting {
     fn check_factor(&self, factor: &Factor<CountedTensor>, n: usize) -> Result<()> {
         let Factor { root, inverses, diagonal } = factor;
         self.check([root, inverses, diagonal])?;
-        square(root, n)?;
-        shaped(inverses, n, BLOCK)?;
-        shaped(diagonal, 1, n)
+        checks::factor(factor, n)
     }
 }
 
@@ -288,24 +229,4 @@ impl Counting {
 fn grid(groups: usize, rule: &GridRule) -> GroupGrid {
     let zero = if rule.symmetric { 1 << (rule.bits - 1) } else { rule.smallest_zero };
     GroupGrid { scales: vec![1.0; groups], zeros: vec![zero; groups] }
-}
-
-fn square(x: &CountedTensor, n: usize) -> Result<()> {
-    shaped(x, n, n)
-}
-
-fn shaped(x: &CountedTensor, rows: usize, cols: usize) -> Result<()> {
-    ensure!((x.rows, x.cols) == (rows, cols), "{} where {rows}x{cols} is needed", x.describe());
-    Ok(())
-}
-
-/// Errors where blocks do not follow each other over all of `columns`, or one is wider than [`BLOCK`].
-fn consecutive(blocks: &[Range<usize>], columns: Range<usize>) -> Result<()> {
-    let mut at = columns.start;
-    for block in blocks {
-        ensure!(block.start == at && block.end > at && block.len() <= BLOCK, "block {block:?} behind column {at}");
-        at = block.end;
-    }
-    ensure!(at == columns.end, "blocks up to column {at} of {columns:?}");
-    Ok(())
 }

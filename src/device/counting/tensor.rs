@@ -1,6 +1,7 @@
 //! Matrices of which there is nothing but their shape.
 
 use super::ledger::Ledger;
+use crate::device::checks::Header;
 use crate::tensor::Float;
 use anyhow::{Context, Result, ensure};
 use std::sync::Arc;
@@ -73,10 +74,11 @@ impl CountedTensor {
             self.ledger.add_to(self.label, self.bytes);
         }
     }
+}
 
-    /// For messages: `3x4 Bf16`.
-    pub(super) fn describe(&self) -> String {
-        format!("{}x{} {:?}", self.rows, self.cols, self.float)
+impl Header for CountedTensor {
+    fn header(&self) -> (usize, usize, Float) {
+        (self.rows, self.cols, self.float)
     }
 }
 

@@ -9,6 +9,7 @@ use super::kernels::{Arguments, Kernels, NeedsWorkspace};
 use super::memory::Memory;
 use super::runtime::{Product, Runtime};
 use super::tensor::{CudaTensor, dtype_of, encode};
+use crate::device::checks::{self, Header};
 use crate::device::{Device, PoolPeak, Work};
 use crate::tensor::Float;
 use crate::tensor::Matrix;
@@ -303,7 +304,7 @@ impl Device for Cuda {
     }
 
     fn scaled_squares_rows(&self, tensor: &CudaTensor, scales: &[f32]) -> Result<Vec<f32>> {
-        ensure!(tensor.cols == scales.len(), "{} scales for {} columns", scales.len(), tensor.cols);
+        checks::scaled(tensor, scales)?;
         let scales = Memory::of(&self.runtime, scales)?;
         let mut sums = self.tensor(tensor.rows, 1, Float::F32)?;
         self.launch(&vlmq_scaled_squares_rows_args {

@@ -14,7 +14,6 @@
 
 pub mod bindings;
 mod blas;
-mod checks;
 mod codes;
 mod device;
 mod driver;

@@ -7,6 +7,7 @@ use super::bindings::{
 };
 use super::memory::Memory;
 use super::tensor::{CudaTensor, dtype_of};
+use crate::device::checks::{self, Header, OTHER_GRADIENT, alike, fits_rows, longest};
 use crate::device::{Activation, AttentionOperands, AttentionShape, ModelOps, QuantizedWeight, Rotary};
 use crate::tensor::{Float, Matrix, StoredMatrix};
 use anyhow::{Context, Result, ensure};
@@ -40,9 +41,7 @@ impl ModelOps for Cuda {
     }
 
     fn gather_rows(&self, table: &CudaTensor, indices: &[u32]) -> Result<CudaTensor> {
-        if let Some(row) = indices.iter().find(|&&row| row as usize >= table.rows) {
-            anyhow::bail!("row {row} asked of a table of {} rows", table.rows);
-        }
+        checks::gathered(table, indices)?;
         let mut out = self.tensor(indices.len(), table.cols, table.precision)?;
         let indices = Memory::of(&self.runtime, indices)?;
         self.launch(&vlmq_gather_rows_args {
@@ -57,19 +56,7 @@ impl ModelOps for Cuda {
     }
 
     fn scatter_rows(&self, target: &mut CudaTensor, indices: &[u32], source: &CudaTensor) -> Result<()> {
-        ensure!(
-            indices.len() == source.rows && target.cols == source.cols && target.precision == source.precision,
-            "{} does not go into {} rows of {}",
-            source.describe(),
-            indices.len(),
-            target.describe()
-        );
-        let mut taken = vec![false; target.rows];
-        for &row in indices {
-            let place = taken.get_mut(row as usize);
-            let place = place.with_context(|| format!("row {row} of a target of {} rows", target.rows))?;
-            ensure!(!std::mem::replace(place, true), "row {row} of the target is named twice");
-        }
+        checks::scattered(&*target, indices, source)?;
         let indices = Memory::of(&self.runtime, indices)?;
         self.launch(&vlmq_gather_rows_args {
             table: self.read(source)?,
@@ -82,7 +69,7 @@ impl ModelOps for Cuda {
     }
 
     fn slice_rows(&self, x: &CudaTensor, rows: Range<usize>) -> Result<CudaTensor> {
-        ensure!(rows.start <= rows.end && rows.end <= x.rows, "rows {rows:?} of {}", x.describe());
+        checks::sliced(x, &rows)?;
         let mut out = self.tensor(rows.len(), x.cols, x.precision)?;
         let width = x.row_bytes();
         out.memory.copy_from(0, &x.memory, rows.start * width..rows.end * width)?;
@@ -90,12 +77,7 @@ impl ModelOps for Cuda {
     }
 
     fn append_rows(&self, x: &mut CudaTensor, more: &CudaTensor) -> Result<()> {
-        ensure!(
-            x.cols == more.cols && x.precision == more.precision,
-            "{} does not append to {}",
-            more.describe(),
-            x.describe()
-        );
+        checks::appended(&*x, more)?;
         let (old, added) = (x.bytes(), more.bytes());
         if old + added > x.memory.bytes() {
             // Twice the size: a cache that grows row by row is copied a few times, not each time.
@@ -119,13 +101,7 @@ impl ModelOps for Cuda {
             self.product((x, 0), (weight, true), &mut y)?;
             return Ok(y);
         };
-        ensure!(
-            bias.rows == 1 && bias.cols == weight.rows && bias.precision == x.precision,
-            "bias {} for {} outputs of {:?}",
-            bias.describe(),
-            weight.rows,
-            x.precision
-        );
+        checks::fits_outputs(bias, x, weight.rows)?;
         self.biased_product(x, weight, bias, &mut y)?;
         Ok(y)
     }
@@ -159,7 +135,7 @@ impl ModelOps for Cuda {
         d_out: &CudaTensor,
         eps: f32,
     ) -> Result<CudaTensor> {
-        alike(d_out, x).context("output gradient of another shape than the output")?;
+        alike(d_out, x).context(OTHER_GRADIENT)?;
         fits_rows(weight, x)?;
         let mut d_x = self.tensor(x.rows, x.cols, x.precision)?;
         self.launch(&vlmq_norm_backward_args {
@@ -182,13 +158,7 @@ impl ModelOps for Cuda {
     fn rotate(&self, x: &mut CudaTensor, rotary: &Rotary<CudaTensor>, transposed: bool) -> Result<()> {
         let Rotary { cos, sin } = rotary;
         let half = cos.cols;
-        ensure!(
-            cos.rows == x.rows && sin.rows == x.rows && sin.cols == half && half > 0 && x.cols.is_multiple_of(2 * half),
-            "rotary tables {} and {} on {}",
-            cos.describe(),
-            sin.describe(),
-            x.describe()
-        );
+        checks::rotated(&*x, rotary)?;
         self.launch(&vlmq_rotate_args {
             x: self.write(x)?,
             cos: self.floats(cos)?,
@@ -215,8 +185,7 @@ impl ModelOps for Cuda {
     ) -> Result<(CudaTensor, CudaTensor, CudaTensor)> {
         let job = Attention::new(self, operands)?;
         let &AttentionOperands { q, k, v, spans, shape } = operands;
-        alike(d_out, q).context("output gradient of another shape than the output")?;
-        ensure!(apart(spans.iter().map(|span| &span.k)), "spans that share keys have no gradients of their own");
+        checks::gradients(operands, d_out)?;
         // Kept from the forward pass they would cost a chunk's activations; computing them again costs two products of five.
         let mut out = self.tensor(q.rows, q.cols, q.precision)?;
         let mut log_sum = self.tensor(q.rows, shape.heads, Float::F32)?;
@@ -242,7 +211,7 @@ impl ModelOps for Cuda {
             spans: forward.spans,
             span_count: forward.span_count,
             longest_q: forward.longest_q,
-            longest_k: spans.iter().map(|span| span.k.len()).max().unwrap_or(0) as i64,
+            longest_k: longest(spans) as i64,
             q_rows: forward.q_rows,
             k_rows: forward.k_rows,
             heads: forward.heads,
@@ -328,37 +297,14 @@ impl Attention {
     fn new(device: &Cuda, operands: &AttentionOperands<'_, CudaTensor>) -> Result<Self> {
         let &AttentionOperands { q, k, v, spans, shape } = operands;
         let AttentionShape { heads, kv_heads, head_dim, causal } = shape;
-        ensure!(
-            q.cols == heads * head_dim
-                && k.cols == kv_heads * head_dim
-                && v.cols == k.cols
-                && v.rows == k.rows
-                && kv_heads > 0
-                && heads.is_multiple_of(kv_heads)
-                && k.precision == q.precision
-                && v.precision == q.precision,
-            "attention of {heads}/{kv_heads} heads of {head_dim} on queries {}, keys {}, values {}",
-            q.describe(),
-            k.describe(),
-            v.describe()
-        );
+        checks::heads(operands)?;
         ensure!(
             head_dim.is_multiple_of(2) && head_dim <= WIDEST_HEAD,
             "attention heads of {head_dim}: on a GPU they must be even and at most {WIDEST_HEAD} wide"
         );
-        ensure!(apart(spans.iter().map(|span| &span.q)), "spans that share queries");
+        checks::spans(operands)?;
         let mut bounds = Vec::with_capacity(spans.len());
         for span in spans {
-            ensure!(
-                span.q.start <= span.q.end
-                    && span.k.start <= span.k.end
-                    && span.q.end <= q.rows
-                    && span.k.end <= k.rows
-                    && (!causal || span.q.len() <= span.k.len()),
-                "span {span:?} outside {} query and {} key rows",
-                q.rows,
-                k.rows
-            );
             let ends = [span.q.start, span.q.end, span.k.start, span.k.end];
             let mut bound = [0i32; 4];
             for (to, from) in bound.iter_mut().zip(ends) {
@@ -387,32 +333,4 @@ impl Attention {
         };
         Ok(Self { forward, _spans: spans_there })
     }
-}
-
-/// Whether no two ranges share a row.
-fn apart<'a>(ranges: impl Iterator<Item = &'a Range<usize>>) -> bool {
-    let mut ranges: Vec<&Range<usize>> = ranges.filter(|range| !range.is_empty()).collect();
-    ranges.sort_by_key(|range| range.start);
-    ranges.windows(2).all(|pair| pair[0].end <= pair[1].start)
-}
-
-/// Whether a norm's weight or bias goes with every row of `x`.
-fn fits_rows(part: &CudaTensor, x: &CudaTensor) -> Result<()> {
-    ensure!(
-        part.rows == 1 && part.cols == x.cols && part.precision == x.precision,
-        "norm of {} on {}",
-        part.describe(),
-        x.describe()
-    );
-    Ok(())
-}
-
-fn alike(a: &CudaTensor, b: &CudaTensor) -> Result<()> {
-    ensure!(
-        (a.rows, a.cols, a.precision) == (b.rows, b.cols, b.precision),
-        "{} against {}",
-        a.describe(),
-        b.describe()
-    );
-    Ok(())
 }

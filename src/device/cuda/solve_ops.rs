@@ -6,10 +6,10 @@ use super::bindings::{
     vlmq_permute_args, vlmq_permute_columns_args, vlmq_product_args, vlmq_quantize_block_args, vlmq_squared_norm_args,
     vlmq_weighted_hessian_args,
 };
-use super::checks::{check_block, check_factor, ends, shaped, square};
 use super::codes::{CudaCodes, Outputs};
 use super::memory::Memory;
 use super::tensor::{CudaTensor, dtype_of};
+use crate::device::checks::{self, GroupOperands, square};
 use crate::device::{
     BLOCK, BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, Grid, GridRule, Group, GroupGrid,
     LayerInputs, PermuteSymmetric, ProductRange, SolveOps, SolveState,
@@ -34,7 +34,7 @@ impl SolveOps for Cuda {
 
     fn permute_columns(&self, weight: &CudaTensor, order: &[u32], dead: &[usize]) -> Result<CudaTensor> {
         let (rows, cols) = (weight.rows, weight.cols);
-        ensure!(order.len() == cols && dead.iter().all(|&i| i < cols), "an order of another matrix than {rows}x{cols}");
+        checks::columns(weight, order, dead)?;
         let mut from: Vec<i32> = (0..cols).map(i32::try_from).collect::<Result<_, _>>().context("too many columns")?;
         dead.iter().for_each(|&i| from[i] = -1);
         let from: Option<Vec<i32>> = order.iter().map(|&column| from.get(column as usize).copied()).collect();
@@ -59,18 +59,7 @@ impl SolveOps for Cuda {
     ) -> Result<()> {
         let &LayerInputs { u, f, g } = inputs;
         let features = u.cols;
-        square(hessian, features)?;
-        ensure!(cross.is_some() == f.is_some(), "cross statistics and float-path inputs come together");
-        if let (Some(cross), Some(f)) = (&cross, f) {
-            square(cross, features)?;
-            ensure!(
-                (f.rows, f.cols, f.precision) == (u.rows, u.cols, u.precision),
-                "float-path inputs {} beside quantized-path inputs {}",
-                f.describe(),
-                u.describe()
-            );
-        }
-        ensure!(g.is_none_or(|g| g.len() == u.rows), "importance factors for another number of tokens than {}", u.rows);
+        checks::statistics(&*hessian, cross.as_deref(), inputs)?;
         let g = g.map(|g| Memory::of(&self.runtime, g)).transpose()?;
         self.launch_with_workspace(vlmq_weighted_hessian_args {
             u: self.read(u)?,
@@ -101,7 +90,7 @@ impl SolveOps for Cuda {
     }
 
     fn permute_symmetric(&self, x: &CudaTensor, how: PermuteSymmetric<'_>) -> Result<CudaTensor> {
-        ensure!(how.diagonal.len() == x.cols, "a diagonal of {} values for {}", how.diagonal.len(), x.describe());
+        checks::diagonal(x, &how)?;
         self.permuted(x, how.order, Some(how.diagonal))
     }
 
@@ -112,7 +101,8 @@ impl SolveOps for Cuda {
     fn factor(&self, mut h: CudaTensor, blocks: &[Range<usize>]) -> Result<Factored<CudaTensor>> {
         let n = h.cols;
         square(&h, n)?;
-        let ends = ends(blocks, 0..n)?;
+        checks::consecutive(blocks, 0..n)?;
+        let ends = ends(blocks)?;
         let mut inverses = self.tensor(n, BLOCK, Float::F32)?;
         let mut diagonal = self.tensor(1, n, Float::F32)?;
         let mut status = Memory::of(&self.runtime, &[-1i32])?;
@@ -142,8 +132,9 @@ impl SolveOps for Cuda {
     ) -> Result<CrossFactor<CudaTensor>> {
         let n = c.cols;
         square(&c, n)?;
-        check_factor(factor, n)?;
-        let ends = ends(blocks, 0..n)?;
+        checks::factor(factor, n)?;
+        checks::consecutive(blocks, 0..n)?;
+        let ends = ends(blocks)?;
         let mut products = self.tensor(n, BLOCK, Float::F32)?;
         self.launch_with_workspace(vlmq_cross_factor_args {
             c: self.floats_mut(&mut c)?,
@@ -164,18 +155,7 @@ impl SolveOps for Cuda {
     fn add_product(&self, c: &mut CudaTensor, a: &CudaTensor, b: &CudaTensor, range: &ProductRange) -> Result<()> {
         let ProductRange { inner, columns, target } = range;
         let width = columns.len();
-        ensure!(
-            c.rows == a.rows
-                && inner.start <= inner.end
-                && columns.start <= columns.end
-                && inner.end <= a.cols.min(b.rows)
-                && columns.end <= b.cols
-                && target + width <= c.cols,
-            "{range:?} of {} times {} into {}",
-            a.describe(),
-            b.describe(),
-            c.describe()
-        );
+        checks::product([&*c, a, b], range)?;
         self.launch(&vlmq_product_args {
             a: self.floats(a)?.wrapping_add(inner.start),
             b: self.floats(b)?.wrapping_add(inner.start * b.cols + columns.start),
@@ -202,24 +182,10 @@ impl SolveOps for Cuda {
     }
 
     fn group_grid(&self, state: &SolveState<CudaTensor>, group: &Group<'_, CudaTensor>) -> Result<GroupGrid> {
-        let SolveState { residual, error, cross, .. } = state;
-        let (columns, rule) = (group.columns.clone(), group.rule);
+        let GroupOperands { factor, cross: products, corrections } = checks::group(state, group)?;
+        let (residual, columns, rule) = (&state.residual, group.columns.clone(), group.rule);
         let (rows, features) = (residual.rows, residual.cols);
-        ensure!(columns.start < columns.end && columns.end <= features, "group {columns:?} of {}", residual.describe());
-        // Without corrections and losses nothing but the weights is looked at.
-        let factor = group.factor.filter(|_| group.is_span || rule.grid.reads_factor());
-        let products = group.cross.filter(|_| factor.is_some() && rule.grid.reads_factor());
-        let corrections = [Some(error), cross.as_ref()].map(|part| part.filter(|_| group.is_span && factor.is_some()));
-        if let Some(factor) = factor {
-            check_factor(factor, features)?;
-            for part in corrections.into_iter().flatten() {
-                shaped(part, rows, columns.len())?;
-            }
-        }
-        if let Some(products) = products {
-            shaped(&products.blocks, features, BLOCK)?;
-        }
-        let ends = if factor.is_some() { ends(group.blocks, columns.clone())? } else { Vec::new() };
+        let ends = if factor.is_some() { ends(group.blocks)? } else { Vec::new() };
         let mut outputs = Outputs::new(self, rows, &[BlockShape { columns: 0, groups: 1 }])?;
         let place = outputs.blocks[0];
         let optional = |part: Option<&CudaTensor>| part.map_or(Ok(ptr::null()), |part| self.floats(part));
@@ -257,8 +223,7 @@ impl SolveOps for Cuda {
     ) -> Result<()> {
         let (rows, features) = (state.residual.rows, state.residual.cols);
         let (columns, width, span) = (block.columns.clone(), block.columns.len(), state.error.cols);
-        check_block(block, state)?;
-        let groups = if block.grid.is_some() { 1 } else { width / block.group };
+        let groups = checks::block(block, state)?;
         let CudaCodes { outputs, done } = codes;
         let place = outputs.blocks.get(*done).copied().filter(|place| {
             outputs.rows == rows
@@ -324,8 +289,7 @@ impl Cuda {
 
     fn permuted(&self, x: &CudaTensor, order: &[u32], diagonal: Option<&[f32]>) -> Result<CudaTensor> {
         let n = x.cols;
-        square(x, n)?;
-        ensure!(order.len() == n && order.iter().all(|&i| (i as usize) < n), "an order of another matrix than {n}x{n}");
+        checks::order(x, order)?;
         let mut out = self.tensor(n, n, Float::F32)?;
         let order = Memory::of(&self.runtime, order)?;
         let values = diagonal.map(|diagonal| Memory::of(&self.runtime, diagonal)).transpose()?;
@@ -372,6 +336,11 @@ fn statistics_arguments(tokens: usize, features: usize, precision: Float) -> vlm
         workspace: ptr::null_mut(),
         workspace_bytes: 0,
     }
+}
+
+/// Ends of blocks, as kernels take them.
+fn ends(blocks: &[Range<usize>]) -> Result<Vec<i32>> {
+    blocks.iter().map(|block| i32::try_from(block.end).context("too many columns")).collect()
 }
 
 fn rule_arguments(rule: &GridRule) -> vlmq_grid_rule {

@@ -4,6 +4,7 @@ use super::Cuda;
 use super::bindings::{vlmq_cholesky_inverse_args, vlmq_convert_args, vlmq_pack_args, vlmq_unpack_args};
 use super::memory::Memory;
 use super::tensor::{CudaTensor, dtype_of};
+use crate::device::checks::Header;
 use crate::device::{WIDTHS, told_widths};
 use crate::tensor::Float;
 use anyhow::{Result, ensure};

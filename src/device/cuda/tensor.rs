@@ -2,6 +2,7 @@
 
 use super::bindings::vlmq_dtype;
 use super::memory::Memory;
+use crate::device::checks::Header;
 use crate::tensor::{Float, Matrix};
 use anyhow::Result;
 use bytemuck::Pod;
@@ -83,9 +84,10 @@ impl CudaTensor {
         };
         Matrix::new(self.rows, self.cols, values)
     }
+}
 
-    /// For messages: `3x4 Bf16`.
-    pub(super) fn describe(&self) -> String {
-        format!("{}x{} {:?}", self.rows, self.cols, self.precision)
+impl Header for CudaTensor {
+    fn header(&self) -> (usize, usize, Float) {
+        (self.rows, self.cols, self.precision)
     }
 }
