@@ -82,7 +82,7 @@ pub fn kernels() -> &'static Library {
 pub fn open(name: &str, folder: &str, variant: Variant) -> Library {
     let path = build(name, folder, variant);
     // SAFETY: the library is made of this crate's own sources; its initializers only set up the emulator's variables.
-    unsafe { Library::new(&path) }.unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    unsafe { Library::new(&path) }.unwrap_or_else(|error| panic!("{}: {error:?}", path.display()))
 }
 
 /// Calls a function of the C API on host memory, which is the emulator's device memory: `name` as in vlmq.h, `A` its
