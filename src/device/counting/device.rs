@@ -99,6 +99,13 @@ impl Counting {
         self.ledger.most_parked()
     }
 
+    /// Most bytes of host memory that one operation took beside a device with memory of its own since
+    /// [`reset_peak`](Device::reset_peak): numbers that are made on the host for it, results and codes that are fetched from it. Weights
+    /// that come from a checkpoint are not among them. 0 where the device's memory is the host's.
+    pub fn most_on_host(&self) -> u64 {
+        self.ledger.most_on_host()
+    }
+
     /// All work so far, by kind.
     pub fn work(&self) -> ByKind {
         self.ledger.work_done()
@@ -127,6 +134,15 @@ impl Counting {
     /// Bytes that an operation, whose results are there, takes for itself: of `work`, and tables of `bytes`.
     pub(super) fn takes(&self, work: Option<Work>, bytes: usize) {
         self.ledger.pass(bytes as u64 + work.map_or(0, |work| (self.workspace)(work)));
+    }
+
+    /// Notes what the host has of values that go between it and a device with memory of its own, which has them as `float`: float32, and
+    /// where that is another type, those as well.
+    pub(super) fn passes_host(&self, (rows, cols): (usize, usize), float: Float) {
+        if !self.host {
+            let value = size_of::<f32>() + if float == Float::F32 { 0 } else { float.bytes() };
+            self.ledger.on_host(rows as u64 * cols as u64 * value as u64);
+        }
     }
 
     /// Values that are computed one by one.
@@ -162,6 +178,7 @@ impl Device for Counting {
     }
 
     fn upload(&self, matrix: Matrix) -> Result<CountedTensor> {
+        self.passes_host((matrix.rows(), matrix.cols()), Float::F32);
         self.tensor(matrix.rows(), matrix.cols(), Float::F32)
     }
 
@@ -171,12 +188,14 @@ impl Device for Counting {
         make: impl FnOnce() -> Result<Matrix>,
     ) -> Result<CountedTensor> {
         self.meanwhile(make)?;
+        self.passes_host((rows, cols), Float::F32);
         self.tensor(rows, cols, Float::F32)
     }
 
     fn download(&self, tensor: &CountedTensor) -> Result<Matrix> {
         self.check([tensor])?;
         self.values(tensor.count());
+        self.passes_host((tensor.rows, tensor.cols), tensor.float);
         // Zeros take no memory until they are looked at.
         Ok(Matrix::zeros(tensor.rows, tensor.cols))
     }

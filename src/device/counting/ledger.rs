@@ -53,6 +53,8 @@ struct Books {
     parked: u64,
     most_parked: u64,
     peak: Peak,
+    /// Most bytes that the host had of one operation since the peak is looked for.
+    most_on_host: u64,
     step: String,
     label: &'static str,
     work: ByKind,
@@ -66,6 +68,7 @@ impl Default for Books {
             parked: 0,
             most_parked: 0,
             peak: Peak::default(),
+            most_on_host: 0,
             step: String::new(),
             label: UNNAMED,
             work: ByKind::default(),
@@ -160,6 +163,12 @@ impl Ledger {
         self.books().parked -= bytes;
     }
 
+    /// Bytes that the host has of an operation at the moment.
+    pub(super) fn on_host(&self, bytes: u64) {
+        let mut books = self.books();
+        books.most_on_host = books.most_on_host.max(bytes);
+    }
+
     /// Adds work.
     pub(super) fn work(&self, work: ByKind) {
         let mut books = self.books();
@@ -181,6 +190,10 @@ impl Ledger {
         self.books().most_parked
     }
 
+    pub(super) fn most_on_host(&self) -> u64 {
+        self.books().most_on_host
+    }
+
     pub(super) fn peak(&self) -> Peak {
         self.books().peak.clone()
     }
@@ -193,6 +206,7 @@ impl Ledger {
     pub(super) fn reset_peak(&self) {
         let mut books = self.books();
         books.peak = Peak::default();
+        books.most_on_host = 0;
         books.note();
     }
 }

@@ -17,6 +17,7 @@ const BACKWARD: f64 = 2.5;
 
 impl ModelOps for Counting {
     fn upload_model(&self, matrix: Matrix) -> Result<CountedTensor> {
+        self.passes_host((matrix.rows(), matrix.cols()), self.element);
         self.tensor(matrix.rows(), matrix.cols(), self.element)
     }
 
@@ -26,6 +27,7 @@ impl ModelOps for Counting {
         make: impl FnOnce() -> Result<Matrix>,
     ) -> Result<CountedTensor> {
         self.meanwhile(make)?;
+        self.passes_host((rows, cols), self.element);
         self.tensor(rows, cols, self.element)
     }
 

@@ -47,9 +47,13 @@ impl SolveOps for Counting {
         let CountedCodes { room, rows, blocks, done } = codes;
         self.check([&room])?;
         ensure!(done == blocks.len(), "{done} of {} blocks have codes", blocks.len());
+        let bytes = (rows * room.cols) as u64;
         if self.host {
             // Here they are put together from their blocks.
-            self.ledger.keep_codes((rows * room.cols) as u64);
+            self.ledger.keep_codes(bytes);
+        } else {
+            // As they come, and as they are put together.
+            self.ledger.on_host(2 * bytes);
         }
         if !self.running {
             return Ok(Vec::new());
