@@ -39,10 +39,19 @@ pub struct PoolPeak {
 /// Work that takes memory for itself while it runs, beside its arguments and results: for memory plans.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// [`ModelOps::linear`].
+    /// [`ModelOps::linear`] and [`ModelOps::matmul`].
     Linear {
         /// Channels of the input.
         inner: usize,
+        /// Channels of the output.
+        outputs: usize,
+    },
+    /// [`SolveOps::weighted_squared_norm`].
+    WeightedNorm {
+        /// Rows of the matrix.
+        rows: usize,
+        /// Columns of it.
+        features: usize,
     },
     /// The bias of a [`ModelOps::linear`].
     Bias {

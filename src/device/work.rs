@@ -8,7 +8,7 @@ use std::ops::{Add, Mul};
 pub struct ByKind {
     /// Products by weights and factors, in floating-point operations: two for a multiplication and an addition.
     pub products: f64,
-    /// Attention, in floating-point operations; its scores masked or not count alike.
+    /// Attention, in floating-point operations; scores that are masked are left out.
     pub attention: f64,
     /// Statistics, in floating-point operations.
     pub statistics: f64,

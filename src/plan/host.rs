@@ -18,12 +18,8 @@ pub struct Process {
     pub peak: u64,
     /// Memory that is given back once the samples are embedded: their images and tokens.
     pub data: u64,
-    /// A stored weight.
-    pub stored: u64,
     /// The largest tensor that keeps its precision, in the file.
     pub largest_kept: u64,
-    /// The largest tensor that embeds samples, in the file; 0 where none are read.
-    pub largest_embedding: u64,
 }
 
 impl Process {

@@ -3,11 +3,11 @@
 mod disk;
 pub mod evaluation;
 mod host;
-mod job;
 mod memory;
 mod rates;
 mod sizes;
 mod state;
+mod subject;
 pub(crate) mod system;
 mod time;
 mod vision;
@@ -15,12 +15,11 @@ mod work;
 
 pub use disk::DiskPlan;
 pub use host::{HostPlan, Process};
-pub use job::{CheckSize, EmbedderSize, Job};
-pub use memory::{Counted, MemoryPlan, Subject, SubjectChunk};
+pub use memory::{Counted, CountedStep, MemoryPlan};
 pub use sizes::DecoderShape;
 pub use state::{StateBytes, state_bytes};
+pub use subject::{Subject, SubjectChunk};
 pub use time::TimePlan;
-pub(crate) use time::blocks as block_work;
 pub use vision::ChunkSize;
 pub(crate) use vision::encoding;
 pub use work::{Load, Rates, StageEstimate};
@@ -43,8 +42,8 @@ pub(crate) fn entry(name: &str, bytes: u64) -> Entry {
     Entry { name: name.into(), bytes }
 }
 
-/// A step and what it holds.
-pub(crate) type Step = (String, Vec<Entry>);
+/// A step's name and what is held in it.
+pub type Step = (String, Vec<Entry>);
 
 /// Bytes that a step holds.
 pub(crate) fn bytes_of((_, entries): &Step) -> u64 {
@@ -105,8 +104,6 @@ pub struct Costs<'a> {
     pub(crate) host: bool,
     /// Bytes that work takes for itself.
     pub(crate) workspace: Box<dyn Fn(Work) -> u64 + 'a>,
-    /// Bytes of statistics of so many features.
-    pub(crate) triangle: Box<dyn Fn(usize) -> u64 + 'a>,
 }
 
 impl<'a> Costs<'a> {
@@ -116,18 +113,12 @@ impl<'a> Costs<'a> {
             element_bytes: device.element_bytes() as u64,
             host: device.peak_bytes().is_none(),
             workspace: Box::new(|work| device.workspace(work)),
-            triangle: Box::new(|features| device.triangle_bytes(features)),
         }
     }
 
     /// Costs of a device with memory of its own, weights and activations of so many bytes, and no work space.
     pub fn plain(element_bytes: usize) -> Self {
-        Self {
-            element_bytes: element_bytes as u64,
-            host: false,
-            workspace: Box::new(|_| 0),
-            triangle: Box::new(|features| F32 * (features as u64).pow(2)),
-        }
+        Self { element_bytes: element_bytes as u64, host: false, workspace: Box::new(|_| 0) }
     }
 
     /// Bytes of weights or activations.

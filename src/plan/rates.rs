@@ -1,10 +1,10 @@
 //! What a device does in a moment of each kind of work.
 
-use super::Job;
+use super::{DecoderShape, Subject, SubjectChunk};
 use crate::checkpoint::checksum;
 use crate::device::{AttentionOperands, AttentionShape, BLOCK, ModelOps, PermuteSymmetric, SolveOps, Span};
 use crate::plan::Rates;
-use crate::quantize::settings::Solver;
+use crate::quantize::settings::{Solver, SolverSettings};
 use crate::quantize::solve;
 use crate::quantize::statistics::Statistics;
 use crate::tensor::Matrix;
@@ -33,13 +33,13 @@ fn rate(sizes: &[usize], mut probe: impl FnMut(usize) -> Result<(f64, f64)>) -> 
 }
 
 impl Rates {
-    /// Rates of a device for a job, by short probes of sizes at hand; about a second in all. Errors where the device fails.
-    pub fn measure<D: ModelOps + SolveOps>(device: &D, job: &Job<'_>) -> Result<Self> {
-        let shape = &job.shape;
+    /// Rates of a device for a run, by short probes of sizes at hand; about a second in all. Errors where the device fails.
+    pub fn measure<D: ModelOps + SolveOps>(device: &D, subject: &Subject<'_>) -> Result<Self> {
+        let (shape, solver) = (&DecoderShape::of(&subject.config.decoder), subject.solver);
         let most = |wanted: usize, there: usize| wanted.min(there.max(1));
         let (hidden, inner) = (most(2048, shape.hidden), most(4096, shape.intermediate));
         let noise = |rows, cols, seed| device.upload_model(noise(rows, cols, seed)?);
-        let longest = job.chunks.iter().map(|chunk| chunk.tokens).max().unwrap_or(512).max(16);
+        let longest = subject.chunks.iter().map(SubjectChunk::tokens).max().unwrap_or(512).max(16);
         let tokens: Vec<usize> = [64, 256, 1024, 2048].into_iter().map(|tokens| most(tokens, longest)).collect();
         let wait = |tensor: &D::Tensor| device.download(&device.slice_rows(tensor, 0..1)?).map(drop);
         let timed = |work: f64, run: &dyn Fn() -> Result<D::Tensor>| -> Result<(f64, f64)> {
@@ -60,8 +60,8 @@ impl Rates {
         })?;
 
         // As many samples of the usual length as fill a chunk.
-        let samples = job.chunks.iter().map(|chunk| chunk.pairs).sum::<usize>();
-        let usual = samples / job.chunks.iter().map(|chunk| chunk.tokens).sum::<usize>().max(1);
+        let lengths = || subject.chunks.iter().flat_map(|chunk| &chunk.sequences).map(|sequence| sequence.tokens.len());
+        let usual = lengths().map(|tokens| tokens * tokens).sum::<usize>() / lengths().sum::<usize>().max(1);
         let usual = usual.clamp(16, 2048);
         let (heads, kv_heads, head_dim) = (shape.heads, shape.kv_heads, shape.head_dim);
         let heads_of = AttentionShape { heads, kv_heads, head_dim, causal: true };
@@ -76,7 +76,7 @@ impl Rates {
 
         let widest = shape.intermediate.max(shape.hidden);
         let features = most(2048, widest);
-        let cross = job.solver.solver == Solver::Gptaq;
+        let cross = solver.solver == Solver::Gptaq;
         let share = if cross { 1.5 } else { 0.5 };
         let mut sums = Statistics::new(device, features, cross)?;
         let statistics = rate(&tokens, |tokens| {
@@ -96,7 +96,7 @@ impl Rates {
             black_box(device.factor(matrix, &blocks)?);
             Ok(((size as f64).powi(3) / 3.0, start.elapsed().as_secs_f64()))
         })?;
-        let codes = Self::codes(device, job)?;
+        let codes = Self::codes(device, shape, solver)?;
         let checked = rate(&[1 << 20, 8 << 20], |bytes| {
             let bytes = vec![1u8; bytes];
             let threads = rayon::current_num_threads();
@@ -107,28 +107,28 @@ impl Rates {
         Ok(Self { products, attention, statistics, factors, codes, values, checked })
     }
 
-    /// A narrow layer under the job's own settings: of its time most goes to the columns one after the other.
-    fn codes<D: ModelOps + SolveOps>(device: &D, job: &Job<'_>) -> Result<f64> {
-        let group = job.solver.group_size.unwrap_or(256);
+    /// A narrow layer under the run's own settings: of its time most goes to the columns one after the other.
+    fn codes<D: ModelOps + SolveOps>(device: &D, shape: &DecoderShape, solver: &SolverSettings) -> Result<f64> {
+        let group = solver.group_size.unwrap_or(256);
         let features = group * 256usize.div_ceil(group);
-        let rows = [64, 512, 2048].map(|rows| rows.min(job.shape.intermediate.max(1)));
-        if job.solver.solver == Solver::Rtn {
+        let rows = [64, 512, 2048].map(|rows| rows.min(shape.intermediate.max(1)));
+        if solver.solver == Solver::Rtn {
             return rate(&rows, |rows| {
                 let weight = noise(rows, features, 8)?;
                 let start = Instant::now();
-                black_box(solve::round_to_nearest(&weight, job.solver)?);
+                black_box(solve::round_to_nearest(&weight, solver)?);
                 Ok(((rows * features) as f64, start.elapsed().as_secs_f64()))
             });
         }
         let inputs = device.upload_model(noise(2 * features, features, 9)?)?;
-        let mut statistics = Statistics::new(device, features, job.solver.solver == Solver::Gptaq)?;
+        let mut statistics = Statistics::new(device, features, solver.solver == Solver::Gptaq)?;
         let float = statistics.cross.is_some().then_some(&inputs);
         statistics.accumulate(device, &inputs, float, None)?;
-        let prepared = solve::prepare(device, &statistics, job.solver)?;
+        let prepared = solve::prepare(device, &statistics, solver)?;
         rate(&rows, |rows| {
             let weight = device.upload_model(noise(rows, features, 10)?)?;
             let start = Instant::now();
-            black_box(solve::solve(device, &prepared, &weight, job.solver)?);
+            black_box(solve::solve(device, &prepared, &weight, solver)?);
             Ok(((rows * features) as f64, start.elapsed().as_secs_f64()))
         })
     }

@@ -1,8 +1,8 @@
 //! Room that the state of an unfinished run takes.
 
-use super::Job;
+use super::Subject;
 use crate::checkpoint::sealed;
-use crate::quantize::block::needs_float_path;
+use crate::model::language_model::image_rows;
 
 /// Bytes taken on the disk for the reports of a block: those of seven layers are some 5 kB, the rest is for importance.
 const REPORT_BYTES: u64 = 64 << 10;
@@ -24,16 +24,17 @@ pub struct StateBytes {
 }
 
 impl StateBytes {
-    /// Bytes of a job on a device whose activations have so many bytes a value.
-    pub fn of(job: &Job<'_>, element_bytes: usize) -> Self {
-        let tokens = job.chunks.iter().map(|chunk| chunk.tokens as u64).sum::<u64>();
-        let image_tokens = job.chunks.iter().map(|chunk| chunk.image_tokens as u64).sum::<u64>();
-        let all = needs_float_path(job.solver, job.importance, job.refit);
-        let float = job.chunks.iter().filter(|chunk| all || chunk.checked);
-        let float_tokens = float.map(|chunk| chunk.tokens as u64).sum::<u64>();
-        let (hidden, chunks, levels) = (job.shape.hidden, job.chunks.len() as u64, job.deepstack as u64);
+    /// Bytes of a run on a device whose activations have so many bytes a value.
+    pub fn of(subject: &Subject<'_>, element_bytes: usize) -> Self {
+        let Subject { config, chunks, .. } = subject;
+        let tokens: u64 = chunks.iter().map(|chunk| chunk.tokens() as u64).sum();
+        let float_tokens: u64 = chunks.iter().filter(|chunk| chunk.with_float).map(|chunk| chunk.tokens() as u64).sum();
+        let image_tokens =
+            chunks.iter().map(|chunk| image_rows(&chunk.sequences, config.image_token).len() as u64).sum();
+        let (hidden, chunks, levels) =
+            (config.decoder.hidden, chunks.len() as u64, config.levels(subject.images) as u64);
         let streams = state_bytes(tokens + float_tokens, hidden, element_bytes, false);
-        let reports = REPORT_BYTES * (job.shape.blocks as u64 + 1);
+        let reports = REPORT_BYTES * (config.decoder.layers as u64 + 1);
         Self {
             state: sealed::length(2 * chunks + 1, streams) + reports,
             levels: match levels {

@@ -77,7 +77,7 @@ fn tower(costs: &Costs<'_>, chunk: &ChunkSize, load: &VisionLoad) -> u64 {
     let longest = if load.windowed == load.depth { load.window } else { chunk.longest_image };
     let attention = Work::Attention { tokens: chunk.patches, longest, shape };
     let outputs = load.inner.max(load.width).max(load.projected);
-    let product = costs.workspace(Work::Linear { inner: load.inner.max(4 * load.width) });
+    let product = costs.workspace(Work::Linear { inner: load.inner.max(4 * load.width), outputs });
     let held = |values: usize| costs.stored((chunk.patches * values) as u64);
     let computing = held(load.per_patch()) + costs.workspace(attention).max(product);
     let bias = costs.workspace(Work::Bias { rows: chunk.patches, outputs });

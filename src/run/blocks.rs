@@ -27,27 +27,32 @@ pub(super) struct Blocks {
     pub(super) blocks: Vec<BlockReport>,
 }
 
-impl Blocks {
+/// The decoder on its way.
+pub(super) struct BlockRun<'a, D> {
+    pub(super) device: &'a D,
+    pub(super) input: &'a Input,
+    pub(super) activations: Activations,
+    pub(super) stop: &'a Stop,
+    pub(super) done: &'a mut Blocks,
+    pub(super) writer: &'a mut Writer,
+}
+
+impl<D: ModelOps + SolveOps> BlockRun<'_, D> {
     /// Quantizes block `index`, writes its layers, and leaves its outputs in `chunks`.
-    #[allow(clippy::too_many_arguments)]
-    pub(super) fn quantize<D: ModelOps + SolveOps>(
+    pub(super) fn quantize(
         &mut self,
-        device: &D,
-        input: &Input,
-        activations: Activations,
-        stop: &Stop,
         index: usize,
         chunks: &mut [Chunk<D::Tensor>],
-        writer: &mut Writer,
         observer: &mut dyn RunObserver,
     ) -> Result<()> {
+        let Self { device, input, activations, stop, ref mut done, ref mut writer } = *self;
+        let Blocks { layers, blocks } = &mut **done;
         stop.check()?;
         let start = Instant::now();
         let (config, solver, importance) = (&input.config.decoder, &input.solver, input.importance);
         let float = Block::load(&Weights::new(device, &input.checkpoint), config, &input.config.names, index)?;
         heap::trim();
         let shared = RefCell::new(&mut *observer);
-        let layers = &mut self.layers;
         let mut finished = |layer: SolvedLayer| {
             let name = module_name(&input.config.names, index, layer.projection);
             let weight = format!("{name}.weight");
@@ -92,7 +97,7 @@ impl Blocks {
             let shown = shown_blocks(config.layers).contains(&index).then_some(input.samples.as_slice());
             BlockImportance::of(&factors, chunks.iter().flat_map(|chunk| &chunk.is_vision), shown)
         });
-        self.blocks.push(BlockReport {
+        blocks.push(BlockReport {
             block: index,
             seconds: start.elapsed().as_secs_f64(),
             path_error: outcome.path_error,

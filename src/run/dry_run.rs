@@ -2,9 +2,9 @@
 
 use super::encode;
 use super::input::{Input, Sizes};
+use crate::device::counting::Counting;
 use crate::device::{ModelOps, SolveOps};
-use crate::plan::{DiskPlan, MemoryPlan, TimePlan};
-use crate::plan::{Rates, StageEstimate};
+use crate::plan::{DiskPlan, MemoryPlan, Rates, StageEstimate, StateBytes, TimePlan};
 use crate::progress::{Observer, Stage, StageTime};
 use crate::report::CalibrationCounts;
 use crate::report::settings::RunSettings;
@@ -38,17 +38,18 @@ pub(super) fn dry_run<D: ModelOps + SolveOps>(
     let settings = &settings.plain();
     let mut stages: Vec<StageTime> = Vec::new();
     let (input, data) = Input::read::<D>(settings, &mut stages, observer)?;
-    let memory = input.plan(device, &data, settings.chunk_tokens)?;
-    let job = input.job::<D>(&data, settings.chunk_tokens)?;
-    let disk = input.disk(&job, device.element_bytes(), settings.format, &settings.out)?;
+    let (memory, counted) = input.plan(&Counting::of(device), &data)?;
+    let packed = data.packed();
+    let subject = input.subject(&packed);
+    let disk = input.disk(StateBytes::of(&subject, device.element_bytes()), &settings.out)?;
 
     let mut file_bytes = 0;
     for file in input.checkpoint.weight_files() {
         file_bytes += file.metadata().with_context(|| format!("cannot read {}", file.display()))?.len();
     }
     let sizes = Sizes::new(&input.checkpoint, &input.linears, settings.format, &input.solver)?;
-    let rates = Rates::measure(device, &job)?;
-    let mut time = TimePlan::new(&job, rates, file_bytes, sizes.before - sizes.float_layers);
+    let rates = Rates::measure(device, &subject)?;
+    let mut time = TimePlan::new(&counted, rates, file_bytes, sizes.before - sizes.float_layers);
     // This stage has just been through.
     for StageTime { stage, seconds } in stages.into_iter().filter(|time| time.stage == Stage::Data) {
         time.seconds += seconds;

@@ -5,28 +5,30 @@ use crate::data::sequence::{Collected, Sequence};
 use crate::device::ModelOps;
 use crate::heap;
 use crate::model::language_model::{Embedder, image_rows};
-use crate::plan::MemoryPlan;
 use crate::progress::{Stage, StageClock, StageTime};
-use crate::quantize::block::Activations;
-use crate::quantize::block::{Chunk, embedded, needs_float_path};
-use crate::report::settings::RunSettings;
+use crate::quantize::block::{Activations, Chunk, embedded, needs_float_path};
 use crate::report::{CalibrationCounts, RunObserver};
 use anyhow::Result;
 
-/// Encodes all samples; the chunks are parked where the plan streams activations.
+/// Encoded samples.
+pub(super) struct Encoded<T> {
+    pub(super) chunks: Vec<Chunk<T>>,
+    /// How long it took; `None` where there was nothing to encode.
+    pub(super) time: Option<StageTime>,
+}
+
+/// Encodes all samples, and says how long that took; the chunks are parked where activations are streamed.
 pub(super) fn encode<D: ModelOps>(
     device: &D,
     input: &Input,
     data: &Data,
-    settings: &RunSettings,
-    plan: &MemoryPlan,
-    stages: &mut Vec<StageTime>,
+    activations: Activations,
     observer: &mut dyn RunObserver,
-) -> Result<Vec<Chunk<D::Tensor>>> {
-    let packed = data.packed(settings.chunk_tokens);
+) -> Result<Encoded<D::Tensor>> {
+    let packed = data.packed();
     let mut chunks = Vec::with_capacity(packed.chunks.len());
     if packed.chunks.is_empty() {
-        return Ok(chunks);
+        return Ok(Encoded { chunks, time: None });
     }
     let embedder = Embedder::load(device, &input.checkpoint, &input.config, !input.text_only)?;
     let clock = StageClock::start(Stage::Vision, data.all().count() as u64, observer);
@@ -37,7 +39,7 @@ pub(super) fn encode<D: ModelOps>(
         let with_float = all || packed.is_checked(i);
         let mut chunk = embedded(device, &embedder, sequences, input.config.image_token, with_float)?;
         chunk.held_out = packed.is_held_out(i);
-        if plan.activations == Activations::Streamed {
+        if activations == Activations::Streamed {
             chunk.park(device)?;
         }
         chunks.push(chunk);
@@ -45,8 +47,7 @@ pub(super) fn encode<D: ModelOps>(
         done += sequences.len() as u64;
         observer.stage_advanced(Stage::Vision, done, "");
     }
-    stages.push(clock.finish(observer));
-    Ok(chunks)
+    Ok(Encoded { chunks, time: Some(clock.finish(observer)) })
 }
 
 /// What became of the data.

@@ -9,14 +9,12 @@ use crate::data::TakesTooLong;
 use crate::data::chunks::chunks_of_tokens;
 use crate::data::dataset;
 use crate::data::sequence::{Collected, Sequence, SequenceBuilder, VisionInput, collect};
-use crate::device::{ModelOps, SolveOps};
+use crate::device::ModelOps;
+use crate::device::counting::Counting;
 use crate::model::decoder::{Projection, module_name};
-use crate::model::families::{self, Head, ModelConfig, VisionLoad};
+use crate::model::families::{self, Head, ModelConfig};
 use crate::model::language_model::check_headers;
-use crate::model::parts::{Part, largest_of, values_of};
-use crate::plan::DecoderShape;
-use crate::plan::{CheckSize, DiskPlan, EmbedderSize, Job, MemoryPlan, StateBytes};
-use crate::plan::{ChunkSize, Costs, Process, Subject, SubjectChunk};
+use crate::plan::{Counted, DiskPlan, MemoryPlan, Process, StateBytes, Subject, SubjectChunk};
 use crate::progress::{Observer, Stage, StageClock, StageTime};
 use crate::quantize::block::needs_float_path;
 use crate::quantize::settings::{Importance, ImportancePower, Refit, Solver, SolverSettings};
@@ -35,6 +33,8 @@ pub(super) struct Data {
     pub(super) calibration: Collected,
     /// Samples that tell what came of it.
     pub(super) held_out: Vec<Sequence>,
+    /// Most tokens that go through a block together.
+    chunk_tokens: usize,
 }
 
 impl Data {
@@ -43,11 +43,11 @@ impl Data {
         self.calibration.sequences.iter().chain(&self.held_out)
     }
 
-    /// Cuts both kinds into chunks of at most so many tokens.
-    pub(super) fn packed(&self, chunk_tokens: usize) -> Chunked<'_> {
-        let mut chunks = pack(&self.calibration.sequences, chunk_tokens);
+    /// Both kinds in chunks.
+    pub(super) fn packed(&self) -> Chunked<'_> {
+        let mut chunks = pack(&self.calibration.sequences, self.chunk_tokens);
         let calibrated = chunks.len();
-        chunks.extend(pack(&self.held_out, chunk_tokens));
+        chunks.extend(pack(&self.held_out, self.chunk_tokens));
         Chunked { chunks, calibrated }
     }
 }
@@ -132,43 +132,17 @@ impl Input {
         Ok((input, data))
     }
 
+    /// Levels of image features that the first blocks add.
+    pub(super) fn levels(&self) -> usize {
+        self.config.levels(!self.text_only)
+    }
+
     /// The tokens that both paths are to predict behind the last block: none without a head.
     pub(super) fn places(&self, packed: &Chunked<'_>) -> Vec<Places> {
         match self.config.head {
             Head::Missing => Vec::new(),
             Head::Embedding | Head::Stored => places::places(packed, self.config.image_token),
         }
-    }
-
-    /// What is to be done, in sizes.
-    pub(super) fn job<D: ModelOps + SolveOps>(&self, data: &Data, chunk_tokens: usize) -> Result<Job<'_>> {
-        let load = match self.text_only {
-            true => VisionLoad::default(),
-            false => families::of::<D>(&self.checkpoint)?.vision_load(&self.checkpoint)?,
-        };
-        let packed = data.packed(chunk_tokens);
-        let size = |(i, sequences): (usize, &Vec<&Sequence>)| ChunkSize {
-            checked: packed.is_checked(i),
-            ..ChunkSize::of(sequences, &load, self.config.image_token)
-        };
-        let chunks: Vec<ChunkSize> = packed.chunks.iter().enumerate().map(size).collect();
-        let asked = self.places(&packed).iter().map(|places| places.rows.len()).sum();
-        let tower = || match self.text_only {
-            true => 0,
-            false => values_of(&self.checkpoint, &self.config, Part::VisionTower),
-        };
-        let embedder = (!chunks.is_empty()).then(|| EmbedderSize { tower: tower(), load });
-        let shape = DecoderShape::of(&self.config.decoder);
-        Ok(Job {
-            shape,
-            solver: &self.solver,
-            importance: self.importance,
-            refit: self.refit,
-            chunks,
-            deepstack: load.deepstack,
-            embedder,
-            check: CheckSize { tokens: asked, vocab: self.config.decoder.vocab },
-        })
     }
 
     /// What is to be done, for a plan that goes through it.
@@ -191,23 +165,12 @@ impl Input {
         }
     }
 
-    /// Counts what memory a run will take, and refuses what cannot fit.
-    pub(super) fn plan<D: ModelOps + SolveOps>(
-        &self,
-        device: &D,
-        data: &Data,
-        chunk_tokens: usize,
-    ) -> Result<MemoryPlan> {
-        let (job, costs) = (self.job::<D>(data, chunk_tokens)?, Costs::of(device));
+    /// Counts what a run will take on a device, and refuses what cannot fit into its memory or the host's.
+    pub(super) fn plan(&self, device: &Counting, data: &Data) -> Result<(MemoryPlan, Counted)> {
+        let (plan, counted) = MemoryPlan::fit(&self.subject(&data.packed()), device)?;
         let replaced: HashSet<String> = self.linears.iter().map(|linear| format!("{}.weight", linear.module)).collect();
-        let mut process =
-            Process::now(&self.checkpoint, &data.all().collect::<Vec<_>>(), |name| !replaced.contains(name))?;
-        let table = self.checkpoint.tensor(&self.config.table_name())?;
-        process.stored = (table.bytes.len() / table.shape.iter().product::<usize>().max(1)) as u64;
-        if job.embedder.is_some() && !self.text_only {
-            process.largest_embedding = largest_of(&self.checkpoint, &self.config, Part::VisionTower);
-        }
-        MemoryPlan::fit(&job, &costs, device.memory_limit())?.with_host(&job, &costs, &process)
+        let process = Process::now(&self.checkpoint, &data.all().collect::<Vec<_>>(), |name| !replaced.contains(name))?;
+        Ok((plan.with_host(&counted, &process)?, counted))
     }
 
     /// What is to be written, where codes are laid out so.
@@ -215,10 +178,10 @@ impl Input {
         QuantizedCopy { checkpoint: &self.checkpoint, linears: &self.linears, format: self.format, layout }
     }
 
-    /// Counts what room a run will take on disk, and refuses what cannot fit.
-    pub(super) fn disk(&self, job: &Job<'_>, element_bytes: usize, format: Format, out: &Path) -> Result<DiskPlan> {
-        let output = Writer::planned_bytes(&QuantizedCopy { format, ..self.copy(&self.solver.layout()) })?;
-        let plan = DiskPlan::new(out, output, StateBytes::of(job, element_bytes).total());
+    /// Counts what room a run that keeps such states will take on disk, and refuses what cannot fit.
+    pub(super) fn disk(&self, state: StateBytes, out: &Path) -> Result<DiskPlan> {
+        let output = Writer::planned_bytes(&self.copy(&self.solver.layout()))?;
+        let plan = DiskPlan::new(out, output, state.total());
         plan.check(out)?;
         Ok(plan)
     }
@@ -287,7 +250,7 @@ fn read_data(
     });
     let held_out = built.collect::<Result<_>>()?;
     stages.push(clock.finish(observer));
-    Ok((Data { calibration: collected, held_out }, samples))
+    Ok((Data { calibration: collected, held_out, chunk_tokens: settings.chunk_tokens }, samples))
 }
 
 /// Cuts the samples, in order, into chunks of at most `most` tokens.

@@ -5,20 +5,23 @@ pub use super::devices::inspect;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::Format;
 use crate::checkpoint::{Packing, Quantization};
+use crate::data::sequence::Sequence;
+use crate::device::counting::Counting;
 use crate::device::{ModelOps, SolveOps};
 use crate::model::config::Section;
 use crate::model::decoder::{Projection, module_name};
 use crate::model::families::{self, ModelConfig};
 use crate::model::language_model::check_headers;
 use crate::model::parts::{self, part_of};
-use crate::plan::{CheckSize, DecoderShape, Job, MemoryPlan, block_work};
-use crate::plan::{ChunkSize, Costs, Rates};
+use crate::plan::{DecoderShape, Rates, Subject, SubjectChunk};
+use crate::quantize::block::{Activations, needs_float_path};
 use crate::quantize::settings::{Importance, Refit, Solver, SolverSettings};
 use crate::report::settings::CHUNK_TOKENS;
 use crate::report::split::largest_split;
 use anyhow::{Result, ensure};
 use serde::Serialize;
 use std::path::Path;
+use std::sync::Arc;
 
 /// A part of a checkpoint: vision tower, embeddings, decoder, …
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -84,31 +87,42 @@ pub struct Estimate {
     pub flops_per_second: f64,
 }
 
-/// Counts what quantizing a decoder would take; `rates` are asked for once the work is known.
+/// Counts what quantizing a checkpoint would take in the place of `device`; `rates` are asked for once the work is known. Errors as a run
+/// does of tensors that are missing or of another shape.
 pub fn estimate(
-    shape: &DecoderShape,
+    checkpoint: &Arc<Checkpoint>,
+    config: &ModelConfig,
     workload: &Workload,
-    costs: &Costs<'_>,
-    rates: impl FnOnce(&Job<'_>) -> Result<Rates>,
+    device: &Counting,
+    rates: impl FnOnce(&Subject<'_>) -> Result<Rates>,
 ) -> Result<Estimate> {
     let solver = SolverSettings { solver: workload.solver, ..SolverSettings::default() };
-    let per_chunk = (CHUNK_TOKENS / workload.tokens.max(1)).max(1);
-    let chunk = ChunkSize {
-        tokens: per_chunk * workload.tokens,
-        longest: workload.tokens,
-        pairs: per_chunk * workload.tokens * workload.tokens,
-        ..ChunkSize::default()
+    // Text of any kind, but for the place of an image.
+    let tokens = vec![u32::from(config.image_token == 0); workload.tokens];
+    let positions = (0..).map(|place| [place; 3]).take(workload.tokens).collect();
+    let sequence =
+        Sequence { id: String::new(), tokens, vision_tokens: 0, images: Vec::new(), positions, answer: 0..0 };
+    let (samples, importance, refit) = match workload.solver {
+        Solver::Rtn => (0, Importance::None, Refit::None),
+        Solver::Gptq | Solver::Gptaq => (workload.samples, workload.importance, Refit::usual(&solver)),
     };
-    let chunks = vec![chunk; workload.samples.div_ceil(per_chunk)];
-    let importance = workload.importance;
-    let (embedder, check, refit) = (None, CheckSize::default(), Refit::usual(&solver));
-    let job = Job { shape: *shape, solver: &solver, importance, refit, chunks, deepstack: 0, embedder, check };
-    let (work, rates) = (block_work(&job), rates(&job)?);
+    let with_float = needs_float_path(&solver, importance, refit);
+    let per_chunk = (CHUNK_TOKENS / workload.tokens.max(1)).max(1);
+    let chunk = |first| SubjectChunk {
+        sequences: vec![&sequence; per_chunk.min(samples - first)],
+        held_out: false,
+        with_float,
+    };
+    let chunks = (0..samples).step_by(per_chunk).map(chunk).collect();
+    let (places, images) = (Vec::new(), false);
+    let subject = Subject { checkpoint, config, solver: &solver, importance, refit, chunks, places, images };
+    let counted = subject.count(device, Activations::Resident)?;
+    let rates = rates(&subject)?;
     Ok(Estimate {
         workload: *workload,
-        peak_memory_bytes: MemoryPlan::resident(&job, costs).device_bytes,
-        flops: work.flops(),
-        seconds: work.seconds(&rates),
+        peak_memory_bytes: counted.stages().last().map_or(0, |stage| stage.bytes),
+        flops: counted.blocks.flops(),
+        seconds: counted.blocks.seconds(&rates),
         flops_per_second: rates.products,
     })
 }
@@ -148,7 +162,7 @@ pub struct Split {
 
 /// Reads a checkpoint's configuration and headers, see [`inspect`](super::devices::inspect).
 pub(super) fn of<D: ModelOps + SolveOps>(device: &D, folder: &Path) -> Result<Inspection> {
-    let checkpoint = Checkpoint::open(folder)?;
+    let checkpoint = Arc::new(Checkpoint::open(folder)?);
     let config = families::of::<D>(&checkpoint)?.config(&checkpoint)?;
     check_headers::<D>(&checkpoint, &config, true)?;
     let shape = DecoderShape::of(&config.decoder);
@@ -163,7 +177,8 @@ pub(super) fn of<D: ModelOps + SolveOps>(device: &D, folder: &Path) -> Result<In
         None => {
             let (solver, importance) = (SolverSettings::default().solver, Importance::Vlmq);
             let workload = Workload { samples: 512, tokens: 512, solver, importance };
-            Some(estimate(&shape, &workload, &Costs::of(device), |job| Rates::measure(device, job))?)
+            let counting = Counting::of(device);
+            Some(estimate(&checkpoint, &config, &workload, &counting, |subject| Rates::measure(device, subject))?)
         }
     };
     let parts = parts(&checkpoint, &config)?;
@@ -243,55 +258,6 @@ fn parts(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Part>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const SEVEN_BILLION: DecoderShape =
-        DecoderShape { blocks: 28, hidden: 3584, intermediate: 18944, heads: 28, kv_heads: 4, head_dim: 128 };
-
-    fn of(solver: Solver, importance: Importance) -> Estimate {
-        let rates = Rates {
-            products: 1e12,
-            attention: 1e12,
-            statistics: 1e12,
-            factors: 1e12,
-            codes: f64::INFINITY,
-            values: f64::INFINITY,
-            checked: 1.0,
-        };
-        let workload = Workload { samples: 512, tokens: 512, solver, importance };
-        estimate(&SEVEN_BILLION, &workload, &Costs::plain(4), |_| Ok(rates)).unwrap()
-    }
-
-    #[test]
-    fn block_weights_are_those_of_a_7b_model() {
-        // 3584·(3584 + 512 + 512 + 3584) + 3·3584·18944
-        assert_eq!(SEVEN_BILLION.block_weights(), 233_046_016);
-    }
-
-    #[test]
-    fn estimates_are_of_the_known_size() {
-        // 7B, 512 samples of 512 tokens: 28 blocks of two forward passes of about 122 TFLOP and 104 TFLOP of H.
-        let gptq = of(Solver::Gptq, Importance::None);
-        assert!((8e15..11e15).contains(&gptq.flops), "{:e}", gptq.flops);
-        // One stream of 3.8 GB in float32, weights of 1.9 GB, H and factor of 2.9 GB.
-        assert!((8e9..9e9).contains(&(gptq.peak_memory_bytes as f64)), "{}", gptq.peak_memory_bytes);
-        // The second stream, C and the cross term.
-        let vlmq = of(Solver::Gptaq, Importance::Vlmq);
-        assert!((14.5e9..15.5e9).contains(&(vlmq.peak_memory_bytes as f64)), "{}", vlmq.peak_memory_bytes);
-        assert!((gptq.seconds / (gptq.flops / 1e12) - 1.0).abs() < 1e-9);
-    }
-
-    #[test]
-    fn more_method_costs_more() {
-        let flops = |solver, importance| of(solver, importance).flops;
-        let rising = [
-            flops(Solver::Rtn, Importance::Vlmq),
-            flops(Solver::Gptq, Importance::None),
-            flops(Solver::Gptq, Importance::Vlmq),
-            flops(Solver::Gptaq, Importance::Vlmq),
-        ];
-        assert_eq!(rising[0], 0.0);
-        assert!(rising.is_sorted_by(|a, b| a < b), "{rising:?}");
-    }
 
     #[test]
     fn group_sizes_divide() {

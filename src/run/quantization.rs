@@ -1,6 +1,7 @@
 //! From a checkpoint and conversations to a quantized checkpoint: the `input` is read and checked, `encode`d into the decoder's
 //! input, and walks through the `blocks`. What is done is kept on the way, to `resume` from.
 
+use super::blocks::BlockRun;
 use super::encode;
 use super::findings;
 use super::input::{Input, Sizes};
@@ -13,7 +14,7 @@ use crate::checkpoint::work::WorkFolder;
 use crate::device::counting::Counting;
 use crate::device::{ModelOps, SolveOps};
 use crate::evaluate::paths::{self, Paths};
-use crate::plan::{Counted, DecoderShape, MemoryPlan};
+use crate::plan::{Counted, DecoderShape, MemoryPlan, StateBytes};
 use crate::progress::{Interrupted, Stage, StageClock};
 use crate::quantize::block::{Activations, NotFinite, rows_of_paths};
 use crate::report::card;
@@ -30,7 +31,7 @@ use std::time::{Duration, Instant};
 pub(super) fn plan<D: ModelOps + SolveOps>(device: &D, settings: &RunSettings) -> Result<MemoryPlan> {
     settings.check()?;
     let (input, data) = Input::read::<D>(settings, &mut Vec::new(), &mut ())?;
-    input.plan(device, &data, settings.chunk_tokens)
+    Ok(input.plan(&Counting::of(device), &data)?.0)
 }
 
 /// What a run with these settings takes on a device that only counts, with activations where they are said to be: the run's own
@@ -38,7 +39,7 @@ pub(super) fn plan<D: ModelOps + SolveOps>(device: &D, settings: &RunSettings) -
 pub fn count(device: &Counting, settings: &RunSettings, activations: Activations) -> Result<Counted> {
     settings.check()?;
     let (input, data) = Input::read::<Counting>(settings, &mut Vec::new(), &mut ())?;
-    input.subject(&data.packed(settings.chunk_tokens)).count(device, activations)
+    input.subject(&data.packed()).count(device, activations)
 }
 
 /// Quantizes a checkpoint, see [`run`](super::run).
@@ -82,8 +83,7 @@ fn quantize<D: ModelOps + SolveOps>(
     let stop = observer.stop();
     let mut stages = Vec::new();
     let (input, data) = Input::read::<D>(settings, &mut stages, observer)?;
-    let job = input.job::<D>(&data, settings.chunk_tokens)?;
-    let mut plan = input.plan(device, &data, settings.chunk_tokens)?;
+    let (mut plan, _) = input.plan(&Counting::of(device), &data)?;
     plan.lines().iter().for_each(|line| log::info!("{line}"));
     let used = RunSettings {
         solver: input.solver.clone(),
@@ -102,9 +102,19 @@ fn quantize<D: ModelOps + SolveOps>(
 
     let blocks = input.config.decoder.layers;
     let unfinished = |work: &WorkFolder, finished| Some(Unfinished { folder: work.path().into(), finished, blocks });
-    let start = Start { device, input: &input, settings: &used, data: &data, job: &job, stop: &stop, time };
+    let bytes = StateBytes::of(&input.subject(&data.packed()), device.element_bytes());
+    let start = Start {
+        device,
+        input: &input,
+        settings: &used,
+        data: &data,
+        identity: &identity,
+        state: bytes,
+        stop: &stop,
+        time,
+    };
     let (started, before) = match resume::find(work, &identity)? {
-        None => (start.afresh(work, &identity, &mut plan, &mut stages, observer)?, Spent::default()),
+        None => (start.afresh(work, &mut plan, &mut stages, observer)?, Spent::default()),
         Some(found) => {
             *saved = unfinished(work, found.state.finished());
             observer.resumed(found.state.finished(), blocks, work.path());
@@ -113,7 +123,7 @@ fn quantize<D: ModelOps + SolveOps>(
         }
     };
     let Started { mut state, mut writer, mut chunks } = started;
-    let packed = data.packed(settings.chunk_tokens);
+    let packed = data.packed();
     let (places, held_out) = (input.places(&packed), packed.held_out());
     *saved = unfinished(work, state.finished());
     let session = start.session(work, &plan);
@@ -125,7 +135,15 @@ fn quantize<D: ModelOps + SolveOps>(
     let (between_saves, mut last_save) = (Duration::from_secs(settings.save_every), Instant::now());
     observer.stage_advanced(Stage::Blocks, state.finished() as u64, "");
     for index in state.finished()..blocks {
-        state.done.quantize(device, &input, session.activations, &stop, index, &mut chunks, &mut writer, observer)?;
+        let mut run = BlockRun {
+            device,
+            input: &input,
+            activations: session.activations,
+            stop: &stop,
+            done: &mut state.done,
+            writer: &mut writer,
+        };
+        run.quantize(index, &mut chunks, observer)?;
         writer.sync()?;
         state.add_checksums(index, &writer, &grown)?;
         if index + 1 == blocks {

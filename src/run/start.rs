@@ -1,6 +1,6 @@
 //! How a run comes to its next block: from the start, or from what an earlier process left.
 
-use super::encode;
+use super::encode::{self, Encoded};
 use super::findings;
 use super::input::{Data, Input};
 use super::resume::{self, Found, Session, Spent, State};
@@ -8,7 +8,7 @@ use crate::checkpoint::sums::SUMS;
 use crate::checkpoint::work::WorkFolder;
 use crate::checkpoint::write::{SHARD_BYTES, Writer};
 use crate::device::{ModelOps, SolveOps};
-use crate::plan::{Job, MemoryPlan, StateBytes};
+use crate::plan::{MemoryPlan, StateBytes};
 use crate::progress::{Stage, StageClock, StageTime, Stop};
 use crate::quantize::block::Chunk;
 use crate::report::card;
@@ -26,7 +26,10 @@ pub(super) struct Start<'a, 'd, D> {
     /// Settings as they take effect.
     pub(super) settings: &'a RunSettings,
     pub(super) data: &'d Data,
-    pub(super) job: &'a Job<'a>,
+    /// What must be the same for a run to go on.
+    pub(super) identity: &'a Value,
+    /// What a state of the run takes on disk.
+    pub(super) state: StateBytes,
     pub(super) stop: &'a Stop,
     pub(super) time: Instant,
 }
@@ -44,18 +47,17 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
     pub(super) fn afresh(
         &self,
         work: &mut WorkFolder,
-        identity: &Value,
         plan: &mut MemoryPlan,
         stages: &mut Vec<StageTime>,
         observer: &mut dyn RunObserver,
     ) -> Result<Started<D::Tensor>> {
-        let Self { device, input, settings, data, job, stop, .. } = *self;
+        let Self { device, input, settings, data, stop, .. } = *self;
         let mut writer = self.writer(work)?;
         work.clear()?;
-        input.disk(job, device.element_bytes(), settings.format, &settings.out)?;
+        input.disk(self.state, &settings.out)?;
         let source = &input.checkpoint;
         writer.begin(source, &input.linears)?;
-        resume::begin(work, identity, StateBytes::of(job, device.element_bytes()))?;
+        resume::begin(work, self.identity, self.state)?;
 
         let clock = StageClock::start(Stage::Write, writer.bytes_to_copy(source).div_ceil(MEGA), observer);
         let mut copied = 0;
@@ -75,7 +77,8 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
         stages.push(clock.finish(observer));
 
         device.reset_peak();
-        let mut chunks = encode::encode(device, input, data, settings, plan, stages, observer)?;
+        let Encoded { mut chunks, time } = encode::encode(device, input, data, plan.activations, observer)?;
+        stages.extend(time);
         plan.measured(Stage::Vision, device.peak_bytes());
         let spent = Spent::default().and(self.time, stages.iter().cloned());
         let state = State { spent, measured: plan.measurements(), ..State::default() };
@@ -100,7 +103,7 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
         }
         let writer = resume::reopen(self.writer(work)?, input, &state, stop)?;
         let packed = match state.finished() < input.config.decoder.layers {
-            true => data.packed(settings.chunk_tokens),
+            true => data.packed(),
             false => Chunked::default(),
         };
         let chunks = self.session(work, plan).restore(found, &packed, stop)?;
@@ -124,8 +127,7 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
     where
         'a: 'w,
     {
-        let (activations, deepstack) = (plan.activations, self.job.deepstack);
-        Session { device: self.device, input: self.input, work, activations, deepstack }
+        Session { device: self.device, input: self.input, work, activations: plan.activations }
     }
 }
 

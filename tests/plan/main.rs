@@ -6,6 +6,8 @@ mod dry_run;
 mod host;
 mod inspect;
 mod memory;
+mod published;
 mod sparse;
 #[path = "../support/mod.rs"]
 mod support;
+mod work;

@@ -1,17 +1,23 @@
 //! Memory plans of a 7B decoder (3584 wide, MLP 18944, 28/4 heads of 128, 28 blocks) for 512 samples of 512 tokens in bfloat16,
 //! against counts by hand.
 
+use crate::published::{Hollow, Method};
 use crate::support::message;
-use vlmq::model::families::VisionLoad;
-use vlmq::plan::DecoderShape;
-use vlmq::plan::{CheckSize, EmbedderSize, Job, MemoryPlan};
-use vlmq::plan::{ChunkSize, Costs, StagePlan};
+use vlmq::data::sequence::Sequence;
+use vlmq::device::counting::Counting;
+use vlmq::plan::{DecoderShape, MemoryPlan, StagePlan, Subject};
 use vlmq::progress::Stage;
 use vlmq::quantize::block::Activations;
 use vlmq::quantize::settings::{Grid, Importance, Order, Refit, Solver, SolverSettings};
+use vlmq::tensor::Float;
 
-const SHAPE: DecoderShape =
-    DecoderShape { blocks: 28, hidden: 3584, intermediate: 18944, heads: 28, kv_heads: 4, head_dim: 128 };
+/// Of these sizes.
+fn seven_billion() -> Hollow {
+    let model = Hollow::published("Qwen2-VL-7B-Instruct");
+    let sizes = DecoderShape { blocks: 28, hidden: 3584, intermediate: 18944, heads: 28, kv_heads: 4, head_dim: 128 };
+    assert_eq!(DecoderShape::of(&model.config.decoder), sizes);
+    model
+}
 
 /// 128 chunks of four samples.
 const TOKENS: u64 = 512 * 512;
@@ -26,211 +32,204 @@ const SQUARE: u64 = 1_435_500_544;
 /// Both streams in bfloat16 and 64 cosines and sines in float32: 14 848 bytes a token.
 const TOKEN: u64 = 2 * 2 * 3584 + 2 * 4 * 64;
 
-/// Those of down_proj with what belongs to its 148 blocks of 128 columns, where each is a group.
-const CODES: u64 = 3584 * (18944 + 148 * (4 + 1 + 8)) + 148 * 4 * 256;
+/// Those of down_proj with what belongs to its 148 blocks of 128 columns, where each is a group, and a place for what goes wrong.
+const CODES: u64 = 3584 * (18944 + 148 * (4 + 1 + 8)) + 256;
 
 fn settings(solver: Solver) -> SolverSettings {
     SolverSettings { solver, ..SolverSettings::default() }
 }
 
-fn job(solver: &SolverSettings, importance: Importance) -> Job<'_> {
-    let chunk = ChunkSize { tokens: CHUNK as usize, ..ChunkSize::default() };
-    Job {
-        shape: SHAPE,
-        solver,
-        importance,
-        refit: Refit::None,
-        chunks: vec![chunk; 128],
-        deepstack: 0,
-        embedder: None,
-        check: CheckSize::default(),
-    }
+fn method(solver: SolverSettings, importance: Importance) -> Method {
+    Method { solver, importance, refit: Refit::None }
 }
 
-fn fit(job: &Job<'_>, limit: Option<u64>) -> MemoryPlan {
-    MemoryPlan::fit(job, &Costs::plain(2), limit).unwrap()
+/// The plan on a device in bfloat16 that takes no work space.
+fn fit(subject: &Subject<'_>, limit: Option<u64>) -> MemoryPlan {
+    let device = Counting::plain(Float::Bf16);
+    let device = if let Some(limit) = limit { device.limited(limit) } else { device };
+    MemoryPlan::fit(subject, &device).unwrap().0
+}
+
+/// The plan of 128 chunks.
+fn of_text(model: &Hollow, method: &Method, limit: Option<u64>) -> MemoryPlan {
+    let sample = model.sample(CHUNK as usize, None);
+    fit(&model.subject(vec![&sample; 128], method), limit)
 }
 
 fn bytes_of(stage: &StagePlan, name: &str) -> u64 {
     stage.entries.iter().find(|entry| entry.name.contains(name)).unwrap_or_else(|| panic!("{name} in {stage:?}")).bytes
 }
 
+/// The blocks' stage, which is the last.
+fn blocks(plan: &MemoryPlan) -> &StagePlan {
+    let stage = plan.stages.last().unwrap();
+    assert_eq!(stage.stage, Stage::Blocks);
+    stage
+}
+
 #[test]
 fn gptaq_is_at_its_worst_when_it_factors_down_proj() {
-    let solver = settings(Solver::Gptaq);
-    let plan = fit(&job(&solver, Importance::Vlmq), None);
-    let stage = &plan.stages[0];
-    assert_eq!((plan.stages.len(), stage.stage, stage.step.as_str()), (1, Stage::Blocks, "factoring mlp.down_proj"));
+    let (model, method) = (seven_billion(), method(settings(Solver::Gptaq), Importance::Vlmq));
+    let plan = of_text(&model, &method, None);
+    let stage = blocks(&plan);
+    assert_eq!((plan.stages.len(), stage.step.as_str()), (2, "factoring mlp.down_proj"));
     assert_eq!(bytes_of(stage, "weights of a block"), WEIGHTS);
     assert_eq!(bytes_of(stage, "residual streams of all samples"), TOKENS * TOKEN);
     assert_eq!(bytes_of(stage, "H and C"), 2 * SQUARE);
-    // Both again, two columns of 128x128 blocks, diagonal and order, and one block to finish a factorization with.
-    let factors = 2 * SQUARE + 2 * 18944 * 128 * 4 + 2 * 18944 * 4 + 128 * 128 * 4;
+    // Both again, two columns of 128x128 blocks, diagonal, and one block to finish a factorization with.
+    let factors = 2 * SQUARE + 2 * 18944 * 128 * 4 + 18944 * 4;
     assert_eq!(bytes_of(stage, "processing order"), factors);
+    assert_eq!(bytes_of(stage, "for themselves"), 128 * 128 * 4);
     // 9.86 GiB.
-    assert_eq!(plan.device_bytes, 10_586_163_200);
+    assert_eq!(plan.device_bytes, 10_586_087_424);
     assert_eq!((plan.activations, plan.host_bytes), (Activations::Resident, 0));
 }
 
 #[test]
 fn what_does_not_fit_is_streamed() {
-    let solver = settings(Solver::Gptaq);
-    let job = job(&solver, Importance::Vlmq);
-    let resident = fit(&job, Some(10_586_163_200));
+    let (model, method) = (seven_billion(), method(settings(Solver::Gptaq), Importance::Vlmq));
+    let resident = of_text(&model, &method, Some(10_586_087_424));
     assert_eq!(resident.activations, Activations::Resident);
-    let plan = fit(&job, Some(10_586_163_199));
+    let plan = of_text(&model, &method, Some(10_586_087_423));
     assert_eq!((plan.activations, plan.host_bytes), (Activations::Streamed, TOKENS * TOKEN));
     // Nothing of them is there while down_proj is factored: 6.23 GiB.
-    assert_eq!(plan.device_bytes, 10_586_163_200 - TOKENS * TOKEN);
-    assert_eq!(fit(&job, Some(plan.device_bytes)), MemoryPlan { limit_bytes: Some(plan.device_bytes), ..plan });
+    assert_eq!(plan.device_bytes, 10_586_087_424 - TOKENS * TOKEN);
+    let again = of_text(&model, &method, Some(plan.device_bytes));
+    assert_eq!(again, MemoryPlan { limit_bytes: Some(plan.device_bytes), ..plan.clone() });
     // Twice the samples take twice the host memory.
-    let more = Job { chunks: vec![job.chunks[0]; 256], ..job.clone() };
-    let more = fit(&more, Some(plan.device_bytes));
+    let sample = model.sample(CHUNK as usize, None);
+    let more = fit(&model.subject(vec![&sample; 256], &method), Some(plan.device_bytes));
     assert_eq!((more.device_bytes, more.host_bytes), (plan.device_bytes, 2 * plan.host_bytes));
 }
 
 #[test]
 fn gptq_is_at_its_worst_when_it_solves_down_proj() {
-    let solver = settings(Solver::Gptq);
-    let plan = fit(&job(&solver, Importance::None), None);
-    let stage = &plan.stages[0];
+    let (model, method) = (seven_billion(), method(settings(Solver::Gptq), Importance::None));
+    let plan = of_text(&model, &method, None);
+    let stage = blocks(&plan);
     assert_eq!(stage.step, "solving mlp.down_proj");
     // One stream.
     assert_eq!(bytes_of(stage, "residual streams of all samples"), TOKENS * (2 * 3584 + 2 * 4 * 64));
-    let factor = SQUARE + 18944 * 128 * 4 + 2 * 18944 * 4 + 128 * 128 * 4;
+    let factor = SQUARE + 18944 * 128 * 4 + 18944 * 4;
     assert_eq!(bytes_of(stage, "its factor"), factor);
     // Residuals of all columns, errors of a span of 512, codes, and for each of 148 blocks a scale, a zero and an error.
     let state = 3584 * (18944 + 512) * 4 + CODES;
     assert_eq!(bytes_of(stage, "solver's state"), state);
     // 5.76 GiB.
     assert_eq!(plan.device_bytes, WEIGHTS + TOKENS * 7680 + SQUARE + factor + state);
-    assert_eq!(plan.device_bytes, 6_180_278_272);
 }
+
+/// Few heads and a narrow MLP: the attention's backward pass takes more than any matrix of statistics.
+const NARROW: DecoderShape =
+    DecoderShape { blocks: 2, hidden: 64, intermediate: 64, heads: 2, kv_heads: 1, head_dim: 32 };
 
 #[test]
 fn wide_layers_of_small_inputs_are_seen_too() {
-    // Few heads and a narrow MLP: the attention's backward pass takes more than any matrix of statistics.
-    let shape = DecoderShape { blocks: 2, hidden: 64, intermediate: 64, heads: 2, kv_heads: 1, head_dim: 32 };
     let solver = SolverSettings { group_size: Some(32), ..settings(Solver::Gptq) };
-    let chunks = [300, 2048, 700].map(|tokens| ChunkSize { tokens, ..ChunkSize::default() }).to_vec();
-    let job = Job {
-        shape,
-        solver: &solver,
-        importance: Importance::Vlmq,
-        refit: Refit::None,
-        chunks,
-        deepstack: 0,
-        embedder: None,
-        check: CheckSize::default(),
-    };
-    let plan = fit(&job, None);
-    let stage = &plan.stages[0];
+    let method = method(solver, Importance::Vlmq);
+    let model = Hollow::decoder(NARROW, 640);
+    let samples = [300, 2048, 700].map(|tokens| model.sample(tokens, None));
+    let plan = fit(&model.subject(samples.iter().collect(), &method), None);
+    let stage = blocks(&plan);
     assert_eq!(stage.step, "importance");
-    // Four of the stream's width, five of the queries', four of the keys'; row numbers and factors.
-    let temporary = 2048 * 2 * (4 * 64 + 5 * 64 + 4 * 32) + 4096 + 16 * 2048;
+    // Four of the stream's width, five of the queries', four of the keys'.
+    let temporary = 2048 * 2 * (4 * 64 + 5 * 64 + 4 * 32);
     assert_eq!(bytes_of(stage, "intermediate results"), temporary);
     // Streamed: the longest chunk and the one behind it.
-    let streamed = fit(&job, Some(plan.device_bytes - 1));
-    assert_eq!(bytes_of(&streamed.stages[0], "residual streams of two chunks"), (2048 + 700) * (2 * 2 * 64 + 4 * 32));
+    let streamed = fit(&model.subject(samples.iter().collect(), &method), Some(plan.device_bytes - 1));
+    assert_eq!(bytes_of(blocks(&streamed), "residual streams of two chunks"), (2048 + 700) * (2 * 2 * 64 + 4 * 32));
     // One block alone has no importance to compute.
-    let job = Job { shape: DecoderShape { blocks: 1, ..shape }, ..job };
-    assert!(fit(&job, None).stages[0].step.starts_with("statistics of"));
+    let model = Hollow::decoder(DecoderShape { blocks: 1, ..NARROW }, 640);
+    assert!(blocks(&fit(&model.subject(samples.iter().collect(), &method), None)).step.starts_with("statistics of"));
 }
 
 #[test]
 fn the_vision_stage_holds_the_tower_and_what_went_before() {
-    let solver = settings(Solver::Gptq);
-    let chunk = ChunkSize { tokens: 2048, image_tokens: 2000, patches: 8000, ..ChunkSize::default() };
-    // Qwen2-VL's: 1280 wide, MLP of 5120, heads of 80.
-    let load = VisionLoad { patch: 1176, width: 1280, inner: 5120, rotary: 80, depth: 32, ..VisionLoad::default() };
-    let embedder = EmbedderSize { tower: 675_759_104, load };
-    let job = Job { chunks: vec![chunk; 128], embedder: Some(embedder), ..job(&solver, Importance::None) };
-    let plan = fit(&job, None);
+    let (model, method) = (seven_billion(), method(settings(Solver::Gptq), Importance::None));
+    // 80 x 100 patches, merged by four.
+    let sample = model.sample(2048, Some((1400, 1120)));
+    assert_eq!(sample.vision_tokens, 2000);
+    let plan = fit(&model.subject(vec![&sample; 128], &method), None);
     let stage = &plan.stages[0];
     assert_eq!((stage.stage, stage.step.as_str(), plan.stages.len()), (Stage::Vision, "encoding images", 2));
+    assert_eq!(model.values("visual."), 675_759_104);
     assert_eq!(bytes_of(stage, "tower"), 2 * 675_759_104);
     assert_eq!(bytes_of(stage, "streams so far"), 127 * 2048 * 7680);
-    // The stream and both results inside the MLP, and the rotary tables.
-    let per_patch = 2 * (1280 + 2 * 5120) + 320;
-    assert_eq!(bytes_of(stage, "intermediate"), 8000 * per_patch + 4096 + 16 * 8000 + 2 * 2000 * 3584);
-    // Tiles of a large image wait beside the tower's work, then beside its last output while they are reduced.
-    let tiled =
-        VisionLoad { patch: 588, width: 1152, inner: 4304, depth: 26, projected: 3584, ..VisionLoad::default() };
-    let of = |chunk: ChunkSize| {
-        let embedder = EmbedderSize { load: tiled, ..embedder };
-        let plan = fit(&Job { chunks: vec![chunk], embedder: Some(embedder), ..job.clone() }, None);
-        bytes_of(&plan.stages[0], "intermediate")
-    };
-    let small = ChunkSize { patches: 5832, joined: 10_000, reducing: 16_000, ..chunk };
-    let features = 2 * 2000 * 3584;
-    // The stream and both results inside the MLP.
-    let encoding = 5832 * 2 * (1152 + 2 * 4304) + 4096 + 16 * 5832;
-    assert_eq!(of(small), features + 10_000 * 2 * 3584 + encoding);
-    let large = ChunkSize { joined: 26_244, reducing: 70_000, ..small };
-    assert_eq!(of(large), features + 2 * 3584 * (70_000 + 5832));
+    // The stream and both results inside the MLP, 1280 and 5120 wide, and the rotary tables, 40 cosines and sines.
+    let per_patch = 2 * (1280 + 2 * 5120) + 2 * 4 * 40;
+    assert_eq!(bytes_of(stage, "intermediate"), 8000 * per_patch);
     // Without images the last chunk's own stream is what is added.
-    let chunk = ChunkSize { tokens: 2048, ..ChunkSize::default() };
-    let embedder = EmbedderSize { tower: 0, ..embedder };
-    let job = Job { chunks: vec![chunk; 128], embedder: Some(embedder), ..job };
-    let stage = &fit(&job, None).stages[0];
+    let plan = of_text(&model, &method, None);
+    let stage = &plan.stages[0];
     assert_eq!((stage.step.as_str(), bytes_of(stage, "streams so far")), ("embedding", 128 * 2048 * 7680));
+    assert!(stage.entries.iter().all(|entry| !entry.name.contains("tower")));
 }
 
 /// Of a small model with a large vocabulary nothing takes as much as the predictions behind its last block.
 #[test]
 fn the_output_head_comes_part_by_part() {
-    let shape = DecoderShape { blocks: 2, hidden: 64, intermediate: 64, heads: 2, kv_heads: 1, head_dim: 32 };
     let solver = SolverSettings { group_size: Some(32), ..settings(Solver::Gptq) };
-    let mut chunks = vec![ChunkSize { tokens: 300, ..ChunkSize::default() }; 5];
-    chunks[4].checked = true;
-    let check = CheckSize { tokens: 512, vocab: 150_000 };
-    let (importance, refit) = (Importance::None, Refit::None);
-    let job = Job { shape, solver: &solver, importance, refit, chunks, deepstack: 0, embedder: None, check };
-    let plan = fit(&job, None);
-    let stage = &plan.stages[0];
+    let method = method(solver, Importance::None);
+    let model = Hollow::decoder(NARROW, 150_000);
+    let sample = model.sample(600, None);
+    let subject = |asked: usize| {
+        let mut subject = model.subject(vec![&sample; 5], &method);
+        subject.chunks[4].with_float = true;
+        subject.places = vec![(4, (0..asked as u32).collect())];
+        subject.places.retain(|(_, rows)| !rows.is_empty());
+        subject
+    };
+    let plan = fit(&subject(512), None);
+    let stage = blocks(&plan);
     assert_eq!(stage.step, "comparing the paths");
     // The last chunk has both streams.
-    assert_eq!(bytes_of(stage, "residual streams of all samples"), 300 * (6 * 2 * 64 + 5 * 4 * 32));
-    assert_eq!(bytes_of(stage, "tokens that are predicted"), 2 * 512 * 2 * 64 + 4096 + 16 * 512);
-    assert_eq!(bytes_of(stage, "rows of the output head"), 2048 * 2 * 64);
-    assert_eq!(bytes_of(stage, "logits"), 512 * 2048 * 2);
+    assert_eq!(bytes_of(stage, "residual streams of all samples"), 600 * (6 * 2 * 64 + 5 * 4 * 32));
+    // The last norm, rows of both paths, a part of the head, and one path's logits of it.
+    let rest = 2 * 64 + 2 * 512 * 2 * 64 + 2048 * 2 * 64 + 512 * 2048 * 2;
+    assert_eq!(bytes_of(stage, "for themselves"), rest);
     // No stream is there while logits are.
-    let streamed = fit(&job, Some(plan.device_bytes - 1));
-    assert_eq!(streamed.device_bytes, plan.device_bytes - bytes_of(stage, "residual streams"));
+    let streamed = fit(&subject(512), Some(plan.device_bytes - 1));
+    assert_eq!(streamed.device_bytes, rest);
     // Nothing is asked where no sample has text.
-    let job = Job { check: CheckSize::default(), ..job };
-    assert!(fit(&job, None).stages[0].step != "comparing the paths");
+    assert!(blocks(&fit(&subject(0), None)).step != "comparing the paths");
 }
 
 #[test]
 fn features_for_later_blocks_last_as_long_as_the_streams() {
-    let solver = settings(Solver::Gptaq);
-    let chunk = ChunkSize { tokens: 2048, image_tokens: 2000, patches: 8000, ..ChunkSize::default() };
-    let without = Job { chunks: vec![chunk; 128], ..job(&solver, Importance::Vlmq) };
-    let with = Job { deepstack: 3, ..without.clone() };
-    let features = 128 * 3 * 2000 * 3584 * 2;
-    let resident = fit(&with, None);
-    assert_eq!(resident.device_bytes, fit(&without, None).device_bytes + features);
+    let (model, method) =
+        (Hollow::published("Qwen3-VL-8B-Instruct"), method(settings(Solver::Gptaq), Importance::Vlmq));
+    assert_eq!((model.config.deepstack, model.config.decoder.hidden), (3, 4096));
+    // 80 x 100 patches of 16 x 16 pixels, merged by four.
+    let (with, without) = (model.sample(2048, Some((1600, 1280))), model.sample(2048, None));
+    assert_eq!(with.vision_tokens, 2000);
+    let plan = |sample: &Sequence, limit| fit(&model.subject(vec![sample; 128], &method), limit);
+    let features = 128 * 3 * 2000 * 4096 * 2;
+    let resident = plan(&with, None);
+    assert_eq!(blocks(&resident).bytes, blocks(&plan(&without, None)).bytes + features);
     // Streamed they are in host memory, as the streams are.
-    let streamed = fit(&with, Some(resident.device_bytes - 1));
-    assert_eq!(streamed.host_bytes, TOKENS * TOKEN + features);
-    assert_eq!(streamed.device_bytes, resident.device_bytes - TOKENS * TOKEN - features);
+    let streams = TOKENS * (2 * 2 * 4096 + 2 * 4 * 64);
+    let streamed = plan(&with, Some(resident.device_bytes - 1));
+    assert_eq!(streamed.host_bytes, streams + features);
+    assert_eq!(blocks(&streamed).bytes, blocks(&resident).bytes - streams - features);
 }
 
 #[test]
 fn the_solvers_settings_count() {
+    let model = seven_billion();
     let state = |settings: SolverSettings| {
         let solver = SolverSettings { solver: Solver::Gptq, ..settings };
-        let plan = fit(&job(&solver, Importance::None), None);
-        bytes_of(&plan.stages[0], "solver's state")
+        let plan = of_text(&model, &method(solver, Importance::None), None);
+        let stage = blocks(&plan);
+        let searching = stage.entries.iter().filter(|entry| entry.name.contains("for themselves"));
+        bytes_of(stage, "solver's state") + searching.map(|entry| entry.bytes).sum::<u64>()
     };
     let usual = state(SolverSettings::default());
     assert_eq!(state(SolverSettings { order: Order::Act, ..SolverSettings::default() }), usual);
-    // One group a row: one scale a block, spans as before.
+    // One group a row: one scale a block, spans as before, and the grid of a group that is no block.
     let minmax = |group_size| SolverSettings { group_size, grid: Grid::Minmax, ..SolverSettings::default() };
-    assert_eq!(state(minmax(None)), usual);
+    assert_eq!(state(minmax(None)), usual + 3584 * 5);
     // A group of two blocks is a span, and is brought up to date once more for its grid.
-    assert_eq!(state(minmax(Some(256))), 3584 * (18944 + 256 + 256) * 4 + CODES);
+    assert_eq!(state(minmax(Some(256))), 3584 * (18944 + 256 + 256) * 4 + CODES + 3584 * 5);
     // Groups wider than a block: a range, a grid and 24 losses a row.
     for group_size in [None, Some(256)] {
         let loss = state(SolverSettings { grid: Grid::Loss, ..minmax(group_size) });
@@ -243,16 +242,17 @@ fn the_solvers_settings_count() {
 
 #[test]
 fn rounding_needs_a_block_and_nothing_else() {
-    let solver = settings(Solver::Rtn);
-    let job = Job { chunks: Vec::new(), ..job(&solver, Importance::None) };
-    assert_eq!(fit(&job, None).device_bytes, WEIGHTS / 2);
+    let (model, method) = (seven_billion(), method(settings(Solver::Rtn), Importance::None));
+    let plan = fit(&model.subject(Vec::new(), &method), None);
+    assert_eq!((plan.stages.len(), plan.device_bytes), (1, WEIGHTS / 2));
 }
 
 #[test]
 fn what_cannot_fit_is_refused_with_the_numbers() {
-    let solver = settings(Solver::Gptaq);
-    let job = job(&solver, Importance::Vlmq);
-    let error = message(MemoryPlan::fit(&job, &Costs::plain(2), Some(4 << 30)));
+    let (model, method) = (seven_billion(), method(settings(Solver::Gptaq), Importance::Vlmq));
+    let sample = model.sample(CHUNK as usize, None);
+    let subject = model.subject(vec![&sample; 128], &method);
+    let error = message(MemoryPlan::fit(&subject, &Counting::plain(Float::Bf16).limited(4 << 30)));
     for part in [
         "does not fit into 4.00 GiB",
         "factoring mlp.down_proj takes 6.23 GiB",

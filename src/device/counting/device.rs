@@ -1,6 +1,7 @@
 //! The device itself: what it stands for, its tensors, and its books.
 
 use super::ledger::{Label, Ledger, Peak};
+use super::on_host::OnHost;
 use super::tensor::CountedTensor;
 use crate::device::checks;
 use crate::device::work::ByKind;
@@ -26,6 +27,8 @@ pub struct Counting {
     pub(super) host: bool,
     /// Whether results are as long as a real device's, so that a whole run goes through.
     pub(super) running: bool,
+    /// Type of the weights in their files; `None` where what they take on their way is not counted.
+    stored: Option<Float>,
     limit: Option<u64>,
     workspace: Arc<Workspace>,
     triangle: Arc<Triangle>,
@@ -47,6 +50,7 @@ impl Counting {
             element: device.element_type(),
             host: device.peak_bytes().is_none(),
             running: false,
+            stored: None,
             limit: device.memory_limit(),
             workspace: Arc::new(move |work| spaces.workspace(work)),
             triangle: Arc::new(move |features| triangles.triangle_bytes(features)),
@@ -61,10 +65,31 @@ impl Counting {
             element,
             host: false,
             running: false,
+            stored: None,
             limit: None,
             workspace: Arc::new(|_| 0),
             triangle: Arc::new(|features| 4 * (features as u64).pow(2)),
         }
+    }
+
+    /// This device with new books.
+    pub fn afresh(&self) -> Self {
+        Self { ledger: Arc::default(), ..self.clone() }
+    }
+
+    /// This device with a limit of its memory.
+    pub fn limited(self, bytes: u64) -> Self {
+        Self { limit: Some(bytes), ..self }
+    }
+
+    /// This device, reading weights that lie in their files as `stored`: what they take on the host on their way is counted as well.
+    pub fn reading(self, stored: Float) -> Self {
+        Self { stored: Some(stored), ..self }
+    }
+
+    /// Whether the device's memory is the host's.
+    pub fn is_host(&self) -> bool {
+        self.host
     }
 
     /// A counting device for a whole run: weights are read as they would be, and every result is as long as a real device's, so that what the
@@ -78,10 +103,17 @@ impl Counting {
         self.ledger.step(step);
     }
 
-    /// Counts bytes beside the tensors until the result is dropped, where the device's memory is the host's: numbers that the host
-    /// has of them.
-    pub fn hold_on_host(&self, bytes: u64) -> Option<CountedTensor> {
-        self.host.then(|| CountedTensor::holding(&self.ledger, (0, 0), Float::F32, bytes))
+    /// Counts numbers that the host has beside the tensors, until the result is dropped.
+    pub fn hold_on_host(&self, bytes: u64) -> OnHost {
+        match self.host {
+            true => OnHost::shared(&self.ledger, bytes),
+            false => OnHost::beside(&self.ledger, bytes),
+        }
+    }
+
+    /// Adds work that the host does beside its device.
+    pub fn add_work(&self, work: ByKind) {
+        self.ledger.work(work);
     }
 
     /// Bytes of device memory that are alive.
@@ -99,9 +131,9 @@ impl Counting {
         self.ledger.most_parked()
     }
 
-    /// Most bytes of host memory that one operation took beside a device with memory of its own since
-    /// [`reset_peak`](Device::reset_peak): numbers that are made on the host for it, results and codes that are fetched from it. Weights
-    /// that come from a checkpoint are not among them. 0 where the device's memory is the host's.
+    /// Most bytes that the host had beside the tensors since [`reset_peak`](Device::reset_peak): of weights on their way
+    /// ([`reading`](Self::reading)) the pages of their file, and where the device has memory of its own, numbers that are made for it,
+    /// fetched from it or [held](Self::hold_on_host).
     pub fn most_on_host(&self) -> u64 {
         self.ledger.most_on_host()
     }
@@ -141,8 +173,20 @@ impl Counting {
     pub(super) fn passes_host(&self, (rows, cols): (usize, usize), float: Float) {
         if !self.host {
             let value = size_of::<f32>() + if float == Float::F32 { 0 } else { float.bytes() };
-            self.ledger.on_host(rows as u64 * cols as u64 * value as u64);
+            self.ledger.pass_on_host(rows as u64 * cols as u64 * value as u64);
         }
+    }
+
+    /// Notes what the host has of stored values on their way to the device: the pages of their file, and where the device has another type,
+    /// float32 and that.
+    pub(super) fn comes_from_file(&self, (rows, cols): (usize, usize)) {
+        let Some(stored) = self.stored else { return };
+        let converted = match self.element {
+            _ if self.host || stored == self.element => 0,
+            Float::F32 => size_of::<f32>(),
+            element => size_of::<f32>() + element.bytes(),
+        };
+        self.ledger.pass_on_host(rows as u64 * cols as u64 * (stored.bytes() + converted) as u64);
     }
 
     /// Values that are computed one by one.

@@ -53,7 +53,9 @@ struct Books {
     parked: u64,
     most_parked: u64,
     peak: Peak,
-    /// Most bytes that the host had of one operation since the peak is looked for.
+    /// Bytes that the host holds beside a device with memory of its own.
+    on_host: u64,
+    /// Most bytes that the host had since the peak is looked for, those of an operation included.
     most_on_host: u64,
     step: String,
     label: &'static str,
@@ -68,6 +70,7 @@ impl Default for Books {
             parked: 0,
             most_parked: 0,
             peak: Peak::default(),
+            on_host: 0,
             most_on_host: 0,
             step: String::new(),
             label: UNNAMED,
@@ -164,9 +167,20 @@ impl Ledger {
     }
 
     /// Bytes that the host has of an operation at the moment.
-    pub(super) fn on_host(&self, bytes: u64) {
+    pub(super) fn pass_on_host(&self, bytes: u64) {
         let mut books = self.books();
-        books.most_on_host = books.most_on_host.max(bytes);
+        books.most_on_host = books.most_on_host.max(books.on_host + bytes);
+    }
+
+    /// Bytes that the host holds from now on.
+    pub(super) fn hold_on_host(&self, bytes: u64) {
+        self.books().on_host += bytes;
+        self.pass_on_host(0);
+    }
+
+    /// Bytes that the host gives back.
+    pub(super) fn leave_host(&self, bytes: u64) {
+        self.books().on_host -= bytes;
     }
 
     /// Adds work.
@@ -206,7 +220,7 @@ impl Ledger {
     pub(super) fn reset_peak(&self) {
         let mut books = self.books();
         books.peak = Peak::default();
-        books.most_on_host = 0;
+        books.most_on_host = books.on_host;
         books.note();
     }
 }

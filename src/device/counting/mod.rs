@@ -7,10 +7,12 @@
 mod device;
 mod ledger;
 mod model_ops;
+mod on_host;
 mod solve_ops;
 mod tensor;
 
 pub use device::Counting;
 pub use ledger::{Holding, Label, Peak};
+pub use on_host::OnHost;
 pub use solve_ops::CountedCodes;
 pub use tensor::CountedTensor;

@@ -33,6 +33,7 @@ impl ModelOps for Counting {
 
     fn upload_stored(&self, stored: StoredMatrix<'_>) -> Result<CountedTensor> {
         let made = self.tensor(stored.rows(), stored.cols(), self.element)?;
+        self.comes_from_file((stored.rows(), stored.cols()));
         self.values(made.count());
         Ok(made)
     }
@@ -43,6 +44,7 @@ impl ModelOps for Counting {
         read: impl FnOnce() -> Result<S>,
     ) -> Result<CountedTensor> {
         self.meanwhile(read)?;
+        self.comes_from_file((rows, cols));
         let made = self.tensor(rows, cols, self.element)?;
         self.values(made.count());
         Ok(made)
@@ -109,7 +111,7 @@ impl ModelOps for Counting {
         self.check([x, weight].into_iter().chain(bias))?;
         self.operands(x, weight, x.cols == weight.cols)?;
         let made = self.tensor(x.rows, weight.rows, x.float)?;
-        let product = Work::Linear { inner: x.cols };
+        let product = Work::Linear { inner: x.cols, outputs: weight.rows };
         self.takes(Some(product), 0);
         if let Some(bias) = bias {
             checks::fits_outputs(bias, x, weight.rows)?;
@@ -123,7 +125,7 @@ impl ModelOps for Counting {
         self.check([a, b])?;
         self.operands(a, b, a.cols == b.rows)?;
         let made = self.tensor(a.rows, b.cols, a.float)?;
-        self.takes(Some(Work::Linear { inner: a.cols }), 0);
+        self.takes(Some(Work::Linear { inner: a.cols, outputs: b.cols }), 0);
         self.product(&made, a.cols);
         Ok(made)
     }

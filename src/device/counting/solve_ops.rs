@@ -53,7 +53,7 @@ impl SolveOps for Counting {
             self.ledger.keep_codes(bytes);
         } else {
             // As they come, and as they are put together.
-            self.ledger.on_host(2 * bytes);
+            self.ledger.pass_on_host(2 * bytes);
         }
         if !self.running {
             return Ok(Vec::new());
@@ -164,7 +164,7 @@ impl SolveOps for Counting {
     fn weighted_squared_norm(&self, x: &CountedTensor, h: &CountedTensor) -> Result<f64> {
         self.check([x, h])?;
         square(h, x.cols)?;
-        self.takes(Some(Work::Linear { inner: x.cols }), 0);
+        self.takes(Some(Work::WeightedNorm { rows: x.rows, features: x.cols }), 0);
         // H is known by a triangle.
         self.ledger.work(ByKind { products: x.count() * x.cols as f64, ..ByKind::default() });
         Ok(1.0)

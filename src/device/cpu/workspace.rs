@@ -15,7 +15,9 @@ const PACKED_COLUMNS: u64 = 512;
 /// Bytes that `work` takes on `threads` threads.
 pub(super) fn bytes(work: Work, threads: u64) -> u64 {
     match work {
-        Work::Linear { inner } => PACKED_COLUMNS * F32 * inner as u64,
+        Work::Linear { inner, outputs } => packed(inner, outputs),
+        // Beside the packed columns, the product by them.
+        Work::WeightedNorm { rows, features } => packed(features + rows, features),
         Work::Bias { .. } => 0,
         // Every head's rows are made on their own and put in their places when all are there.
         Work::Attention { tokens, longest, shape } => {
@@ -31,6 +33,11 @@ pub(super) fn bytes(work: Work, threads: u64) -> u64 {
             (features.saturating_sub(columns) * columns.next_multiple_of(STRIP_BYTES / 4)) as u64 * F32
         }
     }
+}
+
+/// Some columns of a product's right operand, or of all `columns` where they are fewer.
+fn packed(inner: usize, columns: usize) -> u64 {
+    F32 * inner as u64 * (columns as u64).min(PACKED_COLUMNS)
 }
 
 /// Matrices of scores that each thread has.

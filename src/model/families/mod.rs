@@ -145,6 +145,8 @@ pub struct ModelConfig {
     pub head: Head,
     /// Placeholder token that image features replace.
     pub image_token: u32,
+    /// Levels of [`Features::deepstack`].
+    pub deepstack: usize,
 }
 
 /// What makes logits of a decoder's output.
@@ -166,7 +168,12 @@ impl ModelConfig {
             (false, true) => Head::Embedding,
             (false, false) => Head::Missing,
         };
-        Self { decoder, names, head, image_token }
+        Self { decoder, names, head, image_token, deepstack: 0 }
+    }
+
+    /// Levels of image features that the first blocks add to samples, which have `images` or none.
+    pub fn levels(&self, images: bool) -> usize {
+        if images { self.deepstack } else { 0 }
     }
 
     /// Name of the token embedding's tensor.

@@ -33,7 +33,10 @@ impl<D: ModelOps> Family<D> for Qwen3Vl {
     }
 
     fn config(&self, checkpoint: &Checkpoint) -> Result<ModelConfig> {
-        qwen::model_config(checkpoint, decoder_config(&Section::root(checkpoint)?)?)
+        let root = Section::root(checkpoint)?;
+        let levels = root.section("vision_config")?.map(|vision| deepstack_list(&vision)).transpose()?;
+        let config = qwen::model_config(checkpoint, decoder_config(&root)?)?;
+        Ok(ModelConfig { deepstack: levels.map_or(0, |levels| levels.len()), ..config })
     }
 
     fn vision_input(&self, checkpoint: &Checkpoint, options: ImageOptions) -> Result<Box<dyn VisionInput>> {

@@ -243,8 +243,10 @@ impl<'a> Planner<'a> {
         // Of a sample that attends to its cache: its queries, and what comes of them.
         let own = if self.decode { self.costs.stored(longest as u64 * 2 * query) } else { rows(query) };
         let attending = rows(hidden + query + 2 * key) + own + self.costs.workspace(attention);
-        let gated = rows(hidden + 3 * inner) + self.costs.workspace(Work::Linear { inner: hidden as usize });
-        let down = rows(inner + hidden) + self.costs.workspace(Work::Linear { inner: inner as usize });
+        let gated = rows(hidden + 3 * inner)
+            + self.costs.workspace(Work::Linear { inner: hidden as usize, outputs: inner as usize });
+        let down = rows(inner + hidden)
+            + self.costs.workspace(Work::Linear { inner: inner as usize, outputs: hidden as usize });
         attending.max(gated).max(down)
     }
 

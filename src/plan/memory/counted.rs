@@ -1,63 +1,60 @@
 //! Counting by running: the real embedder, the real block quantizer and the real comparison on a device that only counts.
 
-use crate::checkpoint::Checkpoint;
-use crate::data::sequence::Sequence;
 use crate::device::counting::{CountedTensor, Counting, Peak};
 use crate::device::{ByKind, Device};
 use crate::evaluate::paths::{self, Paths};
 use crate::model::config::DecoderConfig;
-use crate::model::decoder::Block;
+use crate::model::decoder::{Block, Projection};
 use crate::model::families::ModelConfig;
 use crate::model::language_model::{Embedder, HEAD_ROWS};
 use crate::model::source::Weights;
-use crate::plan::{Entry, F32, StagePlan, Step, bytes_of, entry};
+use crate::plan::{Entry, F32, StagePlan, Step, Subject, SubjectChunk, entry, worst};
 use crate::progress::{Stage, Stop};
 use crate::quantize::block::{Activations, BlockQuantizer, Chunk, embedded, labels, rows_of_paths};
-use crate::quantize::settings::{Importance, ImportancePower, Refit, Solver, SolverSettings};
+use crate::quantize::settings::{ImportancePower, Solver};
+use crate::quantize::solve::rounding_bytes;
 use anyhow::Result;
-use std::sync::Arc;
 
-/// What is done with a checkpoint, as a plan goes through it: all but weights and pixels is real.
-pub struct Subject<'a> {
-    /// The checkpoint, of which only headers are read.
-    pub checkpoint: &'a Arc<Checkpoint>,
-    /// What its config.json says.
-    pub config: &'a ModelConfig,
-    /// The solver's settings.
-    pub solver: &'a SolverSettings,
-    /// How tokens are weighted.
-    pub importance: Importance,
-    /// Whether scales are refitted.
-    pub refit: Refit,
-    /// Samples that go through a block together, those that are held out behind all others.
-    pub chunks: Vec<SubjectChunk<'a>>,
-    /// Rows of chunks at which both paths predict what comes next, behind the last block.
-    pub places: Vec<(usize, Vec<u32>)>,
-    /// Whether samples have images.
-    pub images: bool,
-}
-
-/// Samples that go through a block together.
-pub struct SubjectChunk<'a> {
-    /// The samples.
-    pub sequences: Vec<&'a Sequence>,
-    /// Whether their tokens go into no statistics.
-    pub held_out: bool,
-    /// Whether there is a float path beside the quantized one.
-    pub with_float: bool,
+/// A step of a run at its worst moment.
+#[derive(Clone, Debug)]
+pub struct CountedStep {
+    /// The stage that it belongs to.
+    pub stage: Stage,
+    /// The step's name, and what the device holds.
+    pub device: Step,
+    /// What the host has at most beside the device's tensors.
+    pub on_host: Entry,
 }
 
 /// What a run came to on a counting device.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Counted {
-    /// Stages that take memory on the device, in their order, each at its worst step.
-    pub stages: Vec<StagePlan>,
+    /// Steps, in their order.
+    pub steps: Vec<CountedStep>,
     /// Page-locked host memory.
-    pub host_bytes: u64,
+    pub parked_bytes: u64,
     /// Work on the images.
     pub vision: ByKind,
     /// Work on all blocks, and on what is asked behind the last.
     pub blocks: ByKind,
+}
+
+impl Counted {
+    /// Stages that take memory on the device, in their order, each at its worst step.
+    pub fn stages(&self) -> Vec<StagePlan> {
+        let of = |stage: Stage| self.steps.iter().filter(move |step| step.stage == stage);
+        let there = [Stage::Vision, Stage::Blocks].into_iter().filter(|&stage| of(stage).next().is_some());
+        there.map(|stage| StagePlan::new(stage, worst(of(stage).map(|step| step.device.clone())))).collect()
+    }
+}
+
+/// A run as it is counted.
+struct Course<'a> {
+    subject: &'a Subject<'a>,
+    device: Counting,
+    activations: Activations,
+    chunks: Vec<Chunk<CountedTensor>>,
+    steps: Vec<CountedStep>,
 }
 
 /// What is asked of the output head is asked of so many rows of it in the plan: parts of a head are alike.
@@ -67,84 +64,78 @@ fn with_part_of_head(config: &ModelConfig) -> ModelConfig {
 }
 
 impl Subject<'_> {
-    /// Goes through the run on `device`, new books open. Errors as the run does of shapes that do not go together.
+    /// Goes through the run in the place of `device`. Errors as the run does of shapes that do not go together.
     pub fn count(&self, device: &Counting, activations: Activations) -> Result<Counted> {
-        let streamed = activations == Activations::Streamed;
-        let mut stages = Vec::new();
-        let mut chunks = Vec::with_capacity(self.chunks.len());
-        if !self.chunks.is_empty() {
-            self.encode(device, streamed, &mut chunks)?;
-            let at = |peak: &Peak| peak.step.clone();
-            stages.push(StagePlan::new(Stage::Vision, self.step(&device.peak(), at, streamed)));
-        }
-        let vision = device.work();
-        device.reset_peak();
-        let first = self.block(device, activations, 0, &mut chunks)?;
+        let stored = self.checkpoint.float_type(&self.config.table_name())?;
+        let device = device.afresh().reading(stored);
+        let mut course = Course { subject: self, device, activations, chunks: Vec::new(), steps: Vec::new() };
+        let vision = course.encode()?;
         let layers = self.config.decoder.layers;
-        let mut blocks = first;
-        if layers > 1 {
-            // All blocks but the first are alike.
-            blocks = blocks + self.block(device, activations, 1, &mut chunks)? * (layers - 1) as f64;
+        let mut blocks = ByKind::default();
+        // All blocks but the first are alike.
+        for (index, times) in [(0, 1), (1, layers.saturating_sub(1))].into_iter().take(layers) {
+            blocks = blocks + course.block(index)? * times as f64;
         }
-        let worst_block = device.peak();
-        let before = device.work();
-        device.reset_peak();
-        self.compare(device, activations, &mut chunks)?;
-        let parts = self.config.decoder.vocab.div_ceil(HEAD_ROWS).max(1) as f64;
-        blocks = blocks + since(device, before) * parts;
-        let comparison = self.step(&device.peak(), |_| "comparing the paths".into(), streamed);
-        let worst_block = self.step(&worst_block, in_a_block, streamed);
-        let worst = if bytes_of(&comparison) > bytes_of(&worst_block) { comparison } else { worst_block };
-        stages.push(StagePlan::new(Stage::Blocks, worst));
-        Ok(Counted { stages, host_bytes: device.parked_bytes(), vision, blocks })
+        blocks = blocks + course.compare()?;
+        Ok(Counted { parked_bytes: course.device.parked_bytes(), steps: course.steps, vision, blocks })
     }
+}
 
-    fn encode(&self, device: &Counting, streamed: bool, chunks: &mut Vec<Chunk<CountedTensor>>) -> Result<()> {
-        device.step("loading");
-        let label = device.label(labels::TOWER);
-        let embedder = Embedder::load(device, self.checkpoint, self.config, self.images)?;
-        drop(label);
-        for SubjectChunk { sequences, held_out, with_float } in &self.chunks {
-            device.step("encoding images");
-            let mut chunk = embedded(device, &embedder, sequences, self.config.image_token, *with_float)?;
-            chunk.held_out = *held_out;
-            if streamed {
-                chunk.park(device)?;
-            }
-            chunks.push(chunk);
+impl Course<'_> {
+    /// The embedder, all samples through it; its work.
+    fn encode(&mut self) -> Result<ByKind> {
+        let Self { subject, device, .. } = &*self;
+        if subject.chunks.is_empty() {
+            return Ok(ByKind::default());
         }
-        Ok(())
+        let device = device.clone();
+        let label = device.label(labels::TOWER);
+        let embedder = Embedder::load(&device, subject.checkpoint, subject.config, subject.images)?;
+        drop(label);
+        self.note(Stage::Vision, |_| "loading".into(), "the largest tensor on its way");
+        for SubjectChunk { sequences, held_out, with_float } in &self.subject.chunks {
+            let images = sequences.iter().any(|sequence| !sequence.images.is_empty());
+            device.step(if images { "encoding images" } else { "embedding" });
+            let mut chunk = embedded(&device, &embedder, sequences, self.subject.config.image_token, *with_float)?;
+            chunk.held_out = *held_out;
+            if self.activations == Activations::Streamed {
+                chunk.park(&device)?;
+            }
+            self.chunks.push(chunk);
+        }
+        self.note(Stage::Vision, |peak| peak.step.clone(), "numbers of a chunk on their way");
+        drop(embedder);
+        device.reset_peak();
+        Ok(device.work())
     }
 
     /// One block; its work.
-    fn block(
-        &self,
-        device: &Counting,
-        activations: Activations,
-        index: usize,
-        chunks: &mut [Chunk<CountedTensor>],
-    ) -> Result<ByKind> {
+    fn block(&mut self, index: usize) -> Result<ByKind> {
+        let (subject, device) = (self.subject, self.device.clone());
         let before = device.work();
-        let config = &self.config.decoder;
-        device.step("loading a block");
+        let config = &subject.config.decoder;
         let label = device.label(labels::WEIGHTS);
-        let float = Block::load(&Weights::new(device, self.checkpoint), config, &self.config.names, index)?;
-        if self.solver.solver == Solver::Rtn {
-            device.step("rounding");
-            return Ok(since(device, before));
+        let weights = Weights::new(&device, subject.checkpoint);
+        let float = Block::load(&weights, config, &subject.config.names, index)?;
+        if subject.solver.solver == Solver::Rtn {
+            drop(label);
+            self.note(Stage::Blocks, |_| "loading a block".into(), "the largest weight on its way");
+            self.round();
+            return Ok(since(&device, before));
         }
-        let quantized = float.duplicate(device)?;
+        let quantized = float.duplicate(&device)?;
         drop(label);
+        self.note(Stage::Blocks, |_| "loading a block".into(), "the largest weight on its way");
         let stop = Stop::default();
         let mut quantizer = BlockQuantizer {
-            device,
+            device: &device,
             config,
-            settings: self.solver,
-            importance: self.importance,
+            settings: subject.solver,
+            importance: subject.importance,
             // All made-up factors are alike: no power changes them.
             importance_power: ImportancePower::PAPER,
-            refit: self.refit,
-            activations,
+            refit: subject.refit,
+            activations: self.activations,
             stop: &stop,
             index,
             float,
@@ -152,32 +143,68 @@ impl Subject<'_> {
         };
         // "block 1: mlp.down_proj".
         let mut name = |at: &str| device.step(at.rsplit(": ").next().unwrap_or(at));
-        quantizer.run(chunks, &mut name, &mut |_| Ok(()))?;
-        Ok(since(device, before))
+        quantizer.run(&mut self.chunks, &mut name, &mut |_| Ok(()))?;
+        self.note(Stage::Blocks, in_a_block, "numbers of a layer on their way");
+        drop(quantizer);
+        device.reset_peak();
+        Ok(since(&device, before))
     }
 
-    /// Both paths' predictions by one part of the output head.
-    fn compare(&self, device: &Counting, activations: Activations, chunks: &mut [Chunk<CountedTensor>]) -> Result<()> {
-        let stop = Stop::default();
-        let places = self.places.iter().map(|(chunk, rows)| (*chunk, rows.as_slice()));
-        let Some([float, quantized]) = rows_of_paths(device, chunks, places, activations, &stop)? else {
-            return Ok(());
-        };
-        let next: Vec<u32> = self.places.iter().flat_map(|(_, rows)| rows.iter().map(|_| 0)).collect();
-        let config = with_part_of_head(self.config);
-        // On the host two paths' logits are there beside those that are computed.
+    /// Rounding to nearest, which is done on the host, layer by layer.
+    fn round(&mut self) {
+        let device = self.device.clone();
+        device.step("rounding");
+        let _label = device.label(labels::ROUNDING);
+        for (rows, cols) in Projection::ALL.map(|projection| projection.shape(&self.subject.config.decoder)) {
+            let values = rows as f64 * cols as f64;
+            device.add_work(ByKind { codes: values, values: 2.0 * values, ..ByKind::default() });
+            drop(device.hold_on_host(rounding_bytes(rows, cols)));
+        }
+        self.note(Stage::Blocks, |peak| peak.step.clone(), "a layer and its codes");
+    }
+
+    /// Both paths' predictions by one part of the output head; the work of all parts.
+    fn compare(&mut self) -> Result<ByKind> {
+        let (subject, device, stop) = (self.subject, self.device.clone(), Stop::default());
+        let before = device.work();
+        device.step("comparing the paths");
+        let places = subject.places.iter().map(|(chunk, rows)| (*chunk, rows.as_slice()));
+        let rows = rows_of_paths(&device, &mut self.chunks, places, self.activations, &stop)?;
+        let Some([float, quantized]) = rows else { return Ok(ByKind::default()) };
+        let next: Vec<u32> = subject.places.iter().flat_map(|(_, rows)| rows.iter().map(|_| 0)).collect();
+        let config = with_part_of_head(subject.config);
         let logits = next.len() as u64 * config.decoder.vocab as u64 * F32;
-        let _held = device.hold_on_host(2 * logits);
-        paths::compare(device, self.checkpoint, &config, Paths { float, quantized, next }, &stop).map(drop)
+        // One path's are there while the other's come, which on the host are there twice themselves.
+        let held = device.hold_on_host(if device.is_host() { 2 * logits } else { logits });
+        let compared = paths::compare(&device, subject.checkpoint, &config, Paths { float, quantized, next }, &stop);
+        drop(held);
+        compared?;
+        self.note(Stage::Blocks, |peak| peak.step.clone(), "rows of the output head on their way, logits");
+        let parts = subject.config.decoder.vocab as f64 / config.decoder.vocab.max(1) as f64;
+        Ok(since(&device, before) * parts)
+    }
+
+    /// Adds the step since the last one, at its peak.
+    fn note(&mut self, stage: Stage, name: impl Fn(&Peak) -> String, on_host: &str) {
+        let peak = self.device.peak();
+        let on_host = match self.device.is_host() {
+            true => "the file's pages of a tensor",
+            false => on_host,
+        };
+        let on_host = entry(on_host, self.device.most_on_host());
+        self.steps.push(CountedStep { stage, device: self.step(stage, &peak, name), on_host });
+        self.device.reset_peak();
     }
 
     /// A peak as a step of a plan.
-    fn step(&self, peak: &Peak, name: impl Fn(&Peak) -> String, streamed: bool) -> Step {
-        let cross = self.solver.solver == Solver::Gptaq;
+    fn step(&self, stage: Stage, peak: &Peak, name: impl Fn(&Peak) -> String) -> Step {
+        let (solver, streamed) = (self.subject.solver.solver, self.activations == Activations::Streamed);
+        let cross = solver == Solver::Gptaq;
         let told = |label: &str| match label {
-            labels::WEIGHTS if self.solver.solver == Solver::Rtn => "weights of a block",
+            labels::WEIGHTS if solver == Solver::Rtn => "weights of a block",
             labels::WEIGHTS => "weights of a block, float and quantized",
             labels::STREAMS if streamed => "residual streams of two chunks",
+            labels::STREAMS if stage == Stage::Vision => "residual streams so far",
             labels::STREAMS => "residual streams of all samples",
             labels::STATISTICS if cross => "H and C",
             labels::STATISTICS => "H",
@@ -187,6 +214,7 @@ impl Subject<'_> {
             labels::PASS => "intermediate results of a chunk",
             labels::REFIT => "H and C of the outputs",
             labels::TOWER => "vision tower",
+            labels::ROUNDING => "a layer and its codes",
             _ => "what operations take for themselves",
         };
         let mut entries: Vec<Entry> = Vec::new();

@@ -23,3 +23,6 @@ pub const PASS: &str = "intermediate results of a chunk";
 
 /// H and C of a layer's outputs, by which its scales are refitted.
 pub const REFIT: &str = "statistics of the outputs";
+
+/// A layer that is rounded to nearest on the host, and its codes.
+pub const ROUNDING: &str = "rounding to nearest";

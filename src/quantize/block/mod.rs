@@ -143,10 +143,13 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             }
             Ok(())
         })?;
+        // What the pass left free is not what a factorization takes.
+        heap::trim();
         let label = self.device.label(labels::FACTORS);
         let prepared =
             solve::prepare(self.device, &statistics, self.settings).with_context(|| self.place(projection))?;
         drop(label);
+        heap::trim();
         if prepared.damp().is_none() {
             self.check_inputs(set, projection, chunks)?;
         }

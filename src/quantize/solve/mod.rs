@@ -12,4 +12,4 @@ pub(crate) use checks::rule_of;
 pub use layer::solve_layer;
 pub use prepare::{Prepared, prepare};
 pub use propagation::{Enqueued, enqueue, solve};
-pub use round::round_to_nearest;
+pub use round::{round_to_nearest, rounding_bytes};

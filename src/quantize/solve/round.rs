@@ -51,6 +51,12 @@ pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> Result<(Q
     Ok((out.linear, report))
 }
 
+/// Bytes of host memory that [rounding](round_to_nearest) a layer takes: its weights brought over and their residuals, the codes by groups
+/// and as they are put together.
+pub fn rounding_bytes(rows: usize, cols: usize) -> u64 {
+    rows as u64 * cols as u64 * (2 * size_of::<f32>() as u64 + 2)
+}
+
 /// The finding of scales that stand at the smallest value of their type, which a scale becomes that is smaller still: the codes of such
 /// a group are too coarse, whatever they are.
 pub(super) fn small_scales(linear: &QuantizedLinear, settings: &SolverSettings) -> Option<Finding> {

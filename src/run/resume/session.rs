@@ -27,8 +27,6 @@ pub(in crate::run) struct Session<'a, D: ModelOps> {
     pub(in crate::run) input: &'a Input,
     pub(in crate::run) work: &'a WorkFolder,
     pub(in crate::run) activations: Activations,
-    /// Levels of image features that the first blocks add.
-    pub(in crate::run) deepstack: usize,
 }
 
 impl<D: ModelOps> Session<'_, D> {
@@ -109,7 +107,7 @@ impl<D: ModelOps> Session<'_, D> {
     ) -> Result<Vec<Chunk<D::Tensor>>> {
         let (device, config, input) = (self.device, &self.input.config, self.input);
         let levels = self.work.place(Kept::Levels);
-        let levels = (self.deepstack > 0).then(|| Sealed::open(levels)).transpose().context(Unusable)?;
+        let levels = (input.levels() > 0).then(|| Sealed::open(levels)).transpose().context(Unusable)?;
         let positions = Positions::new(&config.decoder);
         let float = device.element_type();
         let all = needs_float_path(&input.solver, input.importance, input.refit);
@@ -123,7 +121,7 @@ impl<D: ModelOps> Session<'_, D> {
                 let read =
                     |level| device.upload_model(levels.matrix(&level_name(i, level), float, shape).context(Unusable)?);
                 layout.deepstack =
-                    Some(DeepStack { rows, levels: (0..self.deepstack).map(read).collect::<Result<_>>()? });
+                    Some(DeepStack { rows, levels: (0..input.levels()).map(read).collect::<Result<_>>()? });
             }
             let shape = (sequences.iter().map(|s| s.tokens.len()).sum(), config.decoder.hidden);
             let read = |way: Way| device.upload_model(found.file.matrix(&way.name(i), float, shape).context(Unusable)?);
