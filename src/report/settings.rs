@@ -14,7 +14,7 @@ use std::path::PathBuf;
 /// inner activations stay small beside the block.
 pub const CHUNK_TOKENS: usize = 2048;
 
-/// What a run reads, does and writes.
+/// What a run reads, does and writes. A setting that a later version adds has a default for reports of earlier ones, which are read again.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunSettings {
     /// Folder of the float checkpoint.
@@ -30,9 +30,11 @@ pub struct RunSettings {
     /// How tokens are weighted.
     pub importance: Importance,
     /// The power of their factors; the run takes 1 where all weigh alike.
+    #[serde(default)]
     pub importance_power: ImportancePower,
     /// Whether scales are refitted; `None`: as is usual at the width ([`Refit::usual`]). The run takes [`Refit::None`] where no sample
     /// is run.
+    #[serde(default)]
     pub refit: Option<Refit>,
     /// Samples to draw from the calibration data; all, when it has fewer.
     pub samples: usize,

@@ -342,6 +342,27 @@ fn settings_are_those_of_a_run() {
     });
 }
 
+/// Settings that were added since do not come between an older output and its verification.
+#[test]
+fn outputs_of_earlier_versions_verify() {
+    let made = Made::of(FLAT, &[]);
+    let (_folder, out) = made.copy();
+    let forget = |settings: &mut Value| {
+        for added in ["importance_power", "refit"] {
+            assert!(settings.as_object_mut().unwrap().remove(added).is_some(), "{added}");
+        }
+    };
+    edit_json(&out.join("report.json"), |all| forget(&mut all["settings"]));
+    edit_json(&out.join("config.json"), |all| forget(&mut all["vlmq"]["settings"]));
+    fs::write(out.join("SHA256SUMS"), Sums::of(&out).unwrap().text()).unwrap();
+    let output = made.verify(&out);
+    assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
+    // What is said must agree still.
+    made.forged(&["config.json's vlmq.settings is not what report.json says"], |out| {
+        edit_json(&out.join("config.json"), |all| all["vlmq"]["settings"]["solver"]["alpha"] = json!(0.125));
+    });
+}
+
 fn made_name(out: &Path) -> String {
     read_json(out.join("report.json"))["layers"][0]["name"].as_str().unwrap().to_owned()
 }
