@@ -14,6 +14,22 @@ const MAPPED_FROM: i32 = 16 << 20;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const KEPT: i32 = 2 * MAPPED_FROM;
 
+/// Heaps of all threads together: with one a thread, as glibc has it, a process keeps more the more threads there are, and another amount
+/// in each run.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const HEAPS: i32 = 2;
+
+/// Bytes that a heap keeps beside what is in use, where arrays of so many bytes came and went. Arrays that stay have others between them
+/// that were given back, and what is asked for next need not fit in: a fifth to the whole of the largest that comes from there was
+/// measured.
+pub(crate) fn between_arrays(arrays: impl Iterator<Item = u64>) -> u64 {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    let largest = arrays.filter(|&bytes| bytes < MAPPED_FROM as u64).max();
+    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+    let largest = arrays.max();
+    2 * largest.unwrap_or(0) / 3
+}
+
 /// Makes what a program holds the same in every run, as [`plan`](crate::plan) counts it. For the beginning
 /// of a program; one that links the library and does not call it holds somewhat more than is planned.
 pub fn fix_thresholds() {
@@ -23,6 +39,7 @@ pub fn fix_thresholds() {
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_FROM);
         libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT);
+        libc::mallopt(libc::M_ARENA_MAX, HEAPS);
     }
 }
 

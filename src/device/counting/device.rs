@@ -138,6 +138,12 @@ impl Counting {
         self.ledger.most_on_host()
     }
 
+    /// Bytes that the host's heap keeps between tensors that came and went in it since [`reset_peak`](Device::reset_peak); 0 of a device with
+    /// memory of its own.
+    pub fn between_arrays(&self) -> u64 {
+        if self.host { self.ledger.between_arrays() } else { 0 }
+    }
+
     /// All work so far, by kind.
     pub fn work(&self) -> ByKind {
         self.ledger.work_done()

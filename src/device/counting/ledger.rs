@@ -1,6 +1,8 @@
 //! The books of a counting device: what is alive, under which label, and the moment at which that was most.
 
 use crate::device::work::ByKind;
+use crate::heap;
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What is made without a label.
@@ -53,6 +55,8 @@ struct Books {
     parked: u64,
     most_parked: u64,
     peak: Peak,
+    /// Bytes of the tensors that were made since the peak is looked for, each size once.
+    sizes: BTreeSet<u64>,
     /// Bytes that the host holds beside a device with memory of its own.
     on_host: u64,
     /// Most bytes that the host had since the peak is looked for, those of an operation included.
@@ -70,6 +74,7 @@ impl Default for Books {
             parked: 0,
             most_parked: 0,
             peak: Peak::default(),
+            sizes: BTreeSet::new(),
             on_host: 0,
             most_on_host: 0,
             step: String::new(),
@@ -119,6 +124,7 @@ impl Ledger {
     pub(super) fn add(&self, bytes: u64) -> &'static str {
         let mut books = self.books();
         let label = books.label;
+        books.sizes.insert(bytes);
         books.add(label, bytes);
         label
     }
@@ -204,6 +210,11 @@ impl Ledger {
         self.books().most_parked
     }
 
+    /// Bytes that the host's heap keeps between tensors that are in it.
+    pub(super) fn between_arrays(&self) -> u64 {
+        heap::between_arrays(self.books().sizes.iter().copied())
+    }
+
     pub(super) fn most_on_host(&self) -> u64 {
         self.books().most_on_host
     }
@@ -221,6 +232,7 @@ impl Ledger {
         let mut books = self.books();
         books.peak = Peak::default();
         books.most_on_host = books.on_host;
+        books.sizes.clear();
         books.note();
     }
 }

@@ -23,7 +23,7 @@ pub struct CountedStep {
     /// The step's name, and what the device holds.
     pub device: Step,
     /// What the host has at most beside the device's tensors.
-    pub on_host: Entry,
+    pub on_host: [Entry; 2],
 }
 
 /// What a run came to on a counting device.
@@ -191,7 +191,8 @@ impl Course<'_> {
             true => "the file's pages of a tensor",
             false => on_host,
         };
-        let on_host = entry(on_host, self.device.most_on_host());
+        let kept = entry("what the heap keeps between tensors", self.device.between_arrays());
+        let on_host = [entry(on_host, self.device.most_on_host()), kept];
         self.steps.push(CountedStep { stage, device: self.step(stage, &peak, name), on_host });
         self.device.reset_peak();
     }

@@ -45,6 +45,6 @@ impl Host<'_> {
         let (name, entries) = &step.device;
         let device = entries.iter().filter(|_| self.memory.device_is_host).cloned();
         let first = [held(before), entry("page-locked residual streams", self.memory.host_bytes)];
-        (name.clone(), first.into_iter().chain(device).chain([step.on_host.clone()]).collect())
+        (name.clone(), first.into_iter().chain(device).chain(step.on_host.clone()).collect())
     }
 }
