@@ -1,6 +1,6 @@
 //! The device itself: what it stands for, its tensors, and its books.
 
-use super::ledger::{Label, Ledger, Peak};
+use super::ledger::{Label, Ledger, Peak, StandsFor};
 use super::tensor::CountedTensor;
 use crate::device::checks;
 use crate::device::work::ByKind;
@@ -73,9 +73,20 @@ impl Counting {
         Self { running: true, ..self }
     }
 
+    /// One whose memory is limited to so many bytes. It keeps no tensor from being made: plans look at it.
+    pub fn limited(self, bytes: u64) -> Self {
+        Self { limit: Some(bytes), ..self }
+    }
+
     /// Names the step that the next operations belong to.
     pub fn step(&self, step: &str) {
         self.ledger.step(step);
+    }
+
+    /// Says that each tensor made and each operation done under a [label](Device::label) stands for so many alike, before any tensor is made
+    /// under it.
+    pub fn stands_for(&self, label: &'static str, alike: StandsFor) {
+        self.ledger.stands_for(label, alike);
     }
 
     /// Counts bytes beside the tensors until the result is dropped, where the device's memory is the host's: numbers that the host
@@ -92,6 +103,11 @@ impl Counting {
     /// The moment at which most bytes of device memory were alive since [`reset_peak`](Device::reset_peak).
     pub fn peak(&self) -> Peak {
         self.ledger.peak()
+    }
+
+    /// As [`peak`](Self::peak), of the moments at which one of these [labels](Device::label) was the current one.
+    pub fn peak_during(&self, labels: &[&str]) -> Peak {
+        self.ledger.peak_during(labels)
     }
 
     /// Most bytes of page-locked host memory that parked tensors had at once.

@@ -11,6 +11,6 @@ mod solve_ops;
 mod tensor;
 
 pub use device::Counting;
-pub use ledger::{Holding, Label, Peak};
+pub use ledger::{Holding, Label, Peak, StandsFor};
 pub use solve_ops::CountedCodes;
 pub use tensor::CountedTensor;
