@@ -110,6 +110,12 @@ impl Counting {
         self.ledger.peak_during(labels)
     }
 
+    /// Bytes that the operation which takes most for itself had beside what it has at a peak, since [`reset_peak`](Device::reset_peak): where
+    /// the device's memory is the host's, whose allocator keeps them in the thread that had them. 0 where the device has its own.
+    pub fn kept_beside(&self, peak: &Peak) -> u64 {
+        if self.host { self.ledger.passing_beside(peak) } else { 0 }
+    }
+
     /// Most bytes of page-locked host memory that parked tensors had at once.
     pub fn parked_bytes(&self) -> u64 {
         self.ledger.most_parked()
@@ -278,8 +284,8 @@ mod tests {
     use crate::device::counting::Holding;
     use crate::device::cpu::Cpu;
     use crate::device::{
-        AttentionOperands, AttentionShape, BlockShape, Factored, Grid, GridRule, LayerInputs, PermuteSymmetric,
-        ProductRange, SolveOps, Span,
+        Activation, AttentionOperands, AttentionShape, BlockShape, Factored, Grid, GridRule, LayerInputs,
+        PermuteSymmetric, ProductRange, SolveOps, Span,
     };
 
     fn matrix(rows: usize, cols: usize) -> Matrix {
@@ -309,6 +315,31 @@ mod tests {
         drop((weight, statistics));
         assert_eq!((device.alive(), device.peak().bytes), (0, 104));
         assert_eq!(device.work().products, 2.0 * 3.0 * 4.0 * 5.0);
+    }
+
+    #[test]
+    fn one_tensor_stands_for_several() {
+        let device = Counting::plain(Float::Bf16);
+        device.stands_for("cache", StandsFor { bytes: 3.0, work: 2.0 });
+        let label = device.label("cache");
+        let mut cache = device.upload_model(matrix(4, 5)).unwrap();
+        drop(label);
+        let more = device.upload_model(matrix(1, 5)).unwrap();
+        assert_eq!(device.alive(), 3 * 40 + 10);
+        // Twice as much as is needed, beside which one of the three is there as it was.
+        let label = device.label("growing");
+        device.append_rows(&mut cache, &more).unwrap();
+        drop(label);
+        assert_eq!(device.alive(), 3 * 100 + 10);
+        assert_eq!([&["growing"][..], &["cache", "other"]].map(|during| device.peak_during(during).bytes), [350, 130]);
+        assert_eq!(device.peak().bytes_of("cache"), 340);
+        let before = device.work().values;
+        let label = device.label("cache");
+        drop(device.activate(&more, Activation::Silu).unwrap());
+        drop((label, cache, more));
+        assert_eq!((device.work().values - before, device.alive()), (2.0 * 3.0 * 5.0, 0));
+        device.reset_peak();
+        assert_eq!(device.peak_during(&["growing"]).bytes, 0);
     }
 
     #[test]

@@ -73,6 +73,8 @@ struct Books {
     alike: Vec<(&'static str, StandsFor)>,
     /// Most bytes that the host had of one operation since the peak is looked for.
     most_on_host: u64,
+    /// Most bytes that an operation took for itself since the peak is looked for.
+    most_passing: u64,
     step: String,
     label: &'static str,
     work: ByKind,
@@ -89,6 +91,7 @@ impl Default for Books {
             peaks: Vec::new(),
             alike: Vec::new(),
             most_on_host: 0,
+            most_passing: 0,
             step: String::new(),
             label: UNNAMED,
             work: ByKind::default(),
@@ -202,6 +205,7 @@ impl Ledger {
     /// Bytes that an operation takes for itself at the moment.
     pub(super) fn pass(&self, bytes: u64) {
         let mut books = self.books();
+        books.most_passing = books.most_passing.max(bytes);
         books.add(WORKSPACE, bytes);
         books.take(WORKSPACE, bytes);
     }
@@ -263,6 +267,11 @@ impl Ledger {
         self.books().most_on_host
     }
 
+    /// Most bytes that an operation took for itself beside what is held at `peak`.
+    pub(super) fn passing_beside(&self, peak: &Peak) -> u64 {
+        self.books().most_passing.saturating_sub(peak.bytes_of(WORKSPACE))
+    }
+
     pub(super) fn peak(&self) -> Peak {
         self.books().peak.clone()
     }
@@ -283,7 +292,7 @@ impl Ledger {
         let mut books = self.books();
         books.peak = Peak::default();
         books.peaks.clear();
-        books.most_on_host = 0;
+        (books.most_on_host, books.most_passing) = (0, 0);
         let Books { alive, total, peak, step, label, .. } = &mut *books;
         peak.note(*total, alive, step, label);
     }

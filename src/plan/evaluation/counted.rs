@@ -49,7 +49,7 @@ pub(super) struct Moment {
 }
 
 impl Moment {
-    fn of(at: At, peak: &Peak, on_host: u64) -> Self {
+    fn of(at: At, peak: &Peak, device: &Counting, on_host: u64) -> Self {
         let mut held: Vec<Entry> = Vec::new();
         for holding in &peak.held {
             let name = match holding.label {
@@ -67,6 +67,8 @@ impl Moment {
                 None => held.push(entry(name, holding.bytes)),
             }
         }
+        let kept = Some(device.kept_beside(peak)).filter(|&kept| kept > 0);
+        held.extend(kept.map(|kept| entry("work space that threads keep", kept)));
         Self { at, held, on_host }
     }
 }
@@ -173,7 +175,7 @@ impl CountedModel {
             &mut [Stream { x, layout }],
             if decode { Some(&mut caches) } else { None },
         )?;
-        let inside = Moment::of(At::Block, &self.device.peak_during(&[labels::PASS]), 0);
+        let inside = Moment::of(At::Block, &self.device.peak_during(&[labels::PASS]), &self.device, 0);
         Ok(inside.held.iter().filter(|entry| entry.name == INSIDE).map(|entry| entry.bytes).sum())
     }
 
@@ -194,7 +196,7 @@ impl CountedModel {
         device.reset_peak();
         let seen = Seen::of(device, embedder, run.whole)?;
         if run.whole.iter().any(|sample| !sample.images.is_empty()) {
-            moments.push(Moment::of(At::Images, &device.peak(), device.most_on_host()));
+            moments.push(Moment::of(At::Images, &device.peak(), device, device.most_on_host()));
         }
         let levels = seen.levels().min(self.size.layers()) as f64;
         device.stands_for(labels::LEVELS, StandsFor { bytes: 1.0, work: levels });
@@ -233,7 +235,7 @@ impl CountedModel {
     /// Notes the steps of passes since the peak is looked for; `logits`: bytes of them on the host at the end.
     fn note(&self, moments: &mut Vec<Moment>, logits: u64) {
         for (at, during, on_host) in [(At::Block, &IN_A_BLOCK[..], 0), (At::Head, &AT_THE_HEAD, logits)] {
-            moments.push(Moment::of(at, &self.device.peak_during(during), on_host));
+            moments.push(Moment::of(at, &self.device.peak_during(during), &self.device, on_host));
         }
     }
 

@@ -164,6 +164,8 @@ impl Planner {
         let runs = chunks(sequences.iter().zip(most_new).map(|(s, &new)| self.lasting(s, new)), RUN_BYTES);
         for run in &runs {
             let own = &sequences[run.clone()];
+            // What the reference is asked has its images once more; before that, reading them left about as much free in the threads.
+            let data = kept + own.iter().map(Process::data_of).sum::<u64>();
             // All of the model's, which are there while the reference is asked.
             let logits = F32 * own.iter().map(|s| s.answer.len() as u64).sum::<u64>();
             let mut steps = Vec::new();
@@ -171,9 +173,7 @@ impl Planner {
                 let decoded = if self.decode && i == 0 { run.clone() } else { 0..0 };
                 let (prompts, limits) = (&prompts[decoded.clone()], &most_new[decoded]);
                 let (moments, work) = model.count(&Run { whole: own, prompts, limits })?;
-                // What the reference is asked has its images once more.
-                let again: u64 = if i == 0 { 0 } else { own.iter().map(Process::data_of).sum() };
-                let (data, before) = (kept + again, if i == 0 { 0 } else { logits * model.size.vocab() });
+                let before = if i == 0 { 0 } else { logits * model.size.vocab() };
                 steps.extend(moments.iter().map(|moment| self.step(i, moment, [data, before])));
                 self.load = self.load + work;
             }
