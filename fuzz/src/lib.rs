@@ -98,7 +98,7 @@ fn load_and_see(checkpoint: &Arc<Checkpoint>) -> Result<()> {
     let family = families::of::<Cpu>(checkpoint)?;
     let config = family.config(checkpoint)?;
     families::float_type(checkpoint)?;
-    family.vision_load(checkpoint)?;
+    family.check_vision_tower(checkpoint)?;
     let vision = family.vision_input(checkpoint, ImageOptions::default())?;
     let model = LanguageModel::<Cpu>::load(&Cpu, checkpoint, Residency::Resident)?;
     let image = vision.prepare(&models::picture(56, 42), 1)?;

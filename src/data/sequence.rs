@@ -180,6 +180,13 @@ impl SequenceBuilder {
     /// The conversation up to the answer, with the beginning of the assistant's turn. Errors as [`Self::build`].
     pub fn prompt(&self, conversation: &Conversation) -> Result<Sequence> {
         let images = self.images(conversation.question(), conversation)?;
+        let prompt = self.question(conversation, &images).with_context(|| conversation.origin.clone())?;
+        Ok(Sequence { images, ..prompt })
+    }
+
+    /// [`prompt`](Self::prompt) by the images of the whole conversation, and without them: its tokens alone.
+    pub fn prompt_of(&self, conversation: &Conversation, whole: &Sequence) -> Result<Sequence> {
+        let images = whole.images.get(..asked(conversation)).unwrap_or(&whole.images);
         self.question(conversation, images).with_context(|| conversation.origin.clone())
     }
 
@@ -217,27 +224,26 @@ impl SequenceBuilder {
         unclear: impl Fn(anyhow::Error) -> Result<Option<usize>>,
     ) -> Result<Sequence> {
         if let Some(text) = &conversation.text {
-            return self.sequence(conversation, text, images, None);
+            let sequence = self.sequence(conversation, text, &images, None)?;
+            return Ok(Sequence { images, ..sequence });
         }
         let text = self.text(&conversation.messages, false, &images)?;
         let from = match conversation.answer() {
             None => None,
             Some(_) => {
-                let question = conversation.question();
-                let shown = question.iter().flat_map(|message| &message.content);
-                let count = shown.filter(|part| matches!(part, Part::Image(_))).count();
-                let prompt = self.text(question, true, &images[..count])?;
+                let prompt = self.text(conversation.question(), true, &images[..asked(conversation)])?;
                 answer_start(&text, &prompt).map(Some).or_else(unclear)?
             }
         };
-        self.sequence(conversation, &text, images, from)
+        let sequence = self.sequence(conversation, &text, &images, from)?;
+        Ok(Sequence { images, ..sequence })
     }
 
-    fn question(&self, conversation: &Conversation, images: Vec<ImagePatches>) -> Result<Sequence> {
+    fn question(&self, conversation: &Conversation, images: &[ImagePatches]) -> Result<Sequence> {
         if conversation.text.is_some() {
             bail!("plain `text` asks no question; write `messages`");
         }
-        let text = self.text(conversation.question(), true, &images)?;
+        let text = self.text(conversation.question(), true, images)?;
         self.sequence(conversation, &text, images, None)
     }
 
@@ -281,12 +287,12 @@ impl SequenceBuilder {
         Ok(())
     }
 
-    /// `answer_from`: where the answer begins in `text`, in bytes.
+    /// The sequence without its images. `answer_from`: where the answer begins in `text`, in bytes.
     fn sequence(
         &self,
         conversation: &Conversation,
         text: &str,
-        images: Vec<ImagePatches>,
+        images: &[ImagePatches],
         answer_from: Option<usize>,
     ) -> Result<Sequence> {
         if images.is_empty() {
@@ -308,12 +314,18 @@ impl SequenceBuilder {
         Ok(Sequence {
             id: conversation.id.clone(),
             vision_tokens: tokens.iter().filter(|&&token| token == id).count(),
-            positions: self.vision.positions(&tokens, &images)?,
+            positions: self.vision.positions(&tokens, images)?,
             tokens,
-            images,
+            images: Vec::new(),
             answer,
         })
     }
+}
+
+/// Images of what comes before the answer.
+fn asked(conversation: &Conversation) -> usize {
+    let shown = conversation.question().iter().flat_map(|message| &message.content);
+    shown.filter(|part| matches!(part, Part::Image(_))).count()
 }
 
 /// Where the answer begins: what `text` has beyond `prompt`. White space at the end of the prompt need not agree:

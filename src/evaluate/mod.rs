@@ -7,6 +7,7 @@ pub mod metrics;
 pub mod paths;
 pub mod presets;
 mod report;
+pub mod seen;
 
 pub use comparison::{ComparedAnswer, ComparedScores, Comparison};
 pub use report::{Answer, Conditions, Evaluation, GroupResult, SampleResult};

@@ -2,6 +2,7 @@
 
 use super::config::DecoderConfig;
 use super::decoder::{Attended, Block, Layout};
+use super::labels;
 use crate::device::{AttentionOperands, ModelOps, Span};
 use anyhow::Result;
 
@@ -28,13 +29,16 @@ pub(super) fn attend_cached<D: ModelOps>(
     let input = block.attention_input(device, decoder, x)?;
     let Attended { mut q, k, v } = block.attended(device, &input, &layout.rotary)?;
     for (cache, span) in caches.iter_mut().zip(&layout.spans) {
-        let (k, v) = (device.slice_rows(&k, span.k.clone())?, device.slice_rows(&v, span.k.clone())?);
+        let own = |all: &D::Tensor| device.slice_rows(all, span.k.clone());
         match cache.blocks.get_mut(index) {
             Some((keys, values)) => {
-                device.append_rows(keys, &k)?;
-                device.append_rows(values, &v)?;
+                device.append_rows(keys, &own(&k)?)?;
+                device.append_rows(values, &own(&v)?)?;
             }
-            None => cache.blocks.push((k, v)),
+            None => {
+                let _label = device.label(labels::CACHE);
+                cache.blocks.push((own(&k)?, own(&v)?));
+            }
         }
         let (keys, values) = &cache.blocks[index];
         let own = Span { q: 0..span.q.len(), k: 0..device.shape(keys).0 };

@@ -6,6 +6,7 @@ use super::cache::{CachedBlock, attend_cached};
 use super::config::DecoderConfig;
 use super::decoder::{Block, DeepStack, Layout, Projection};
 use super::families::{self, Features, Head, ModelConfig, VisionTower};
+use super::labels;
 use super::rope::{self, RopeAxes};
 use super::source::{Headers, Source, Weights};
 use crate::checkpoint::Checkpoint;
@@ -97,7 +98,10 @@ impl<D: ModelOps> Embedder<D> {
             let tower = match (&self.tower, &mut loaded) {
                 (Some(tower), _) => tower,
                 (None, Some(tower)) => &*tower,
-                (None, loaded) => &*loaded.insert(vision_tower(device, &self.checkpoint)?),
+                (None, loaded) => {
+                    let _label = device.label(labels::TOWER);
+                    &*loaded.insert(vision_tower(device, &self.checkpoint)?)
+                }
             };
             features.push(Some(tower.encode(device, &images)?));
         }
@@ -272,6 +276,8 @@ pub struct Stream<T> {
 /// A model for evaluation.
 pub struct LanguageModel<D: ModelOps> {
     embedder: Embedder<D>,
+    /// What the blocks and the head are.
+    config: ModelConfig,
     /// The first ones, all where they are not streamed.
     blocks: Vec<Block<D::Tensor>>,
     norm: D::Tensor,
@@ -284,18 +290,37 @@ impl<D: ModelOps> LanguageModel<D> {
     /// What is wrong with a tensor that is streamed shows when it is read: [`check_headers`] finds it before.
     pub fn load(device: &D, checkpoint: &Arc<Checkpoint>, residency: Residency) -> Result<Self> {
         let config = families::of::<D>(checkpoint)?.config(checkpoint)?;
-        config.head_name()?;
+        Self::with_config(device, checkpoint, [&config, &config], residency)
+    }
+
+    /// A model in part: blocks and head as the first of these configurations says, all else as the second, which is the checkpoint's. A
+    /// device that [counts](crate::device::counting) needs no more of what is alike. Errors where there is no output head.
+    pub fn with_config(
+        device: &D,
+        checkpoint: &Arc<Checkpoint>,
+        [part, whole]: [&ModelConfig; 2],
+        residency: Residency,
+    ) -> Result<Self> {
+        part.head_name()?;
         let weights = Weights::new(device, checkpoint);
         let (resident, held) = match residency {
-            Residency::Resident => (true, config.decoder.layers),
-            Residency::Streamed { held } => (false, held.min(config.decoder.layers)),
+            Residency::Resident => (true, part.decoder.layers),
+            Residency::Streamed { held } => (false, held.min(part.decoder.layers)),
         };
-        let block = |i| Block::load(&weights, &config.decoder, &config.names, i);
+        let label = device.label(labels::BLOCKS);
+        let block = |i| Block::load(&weights, &part.decoder, &part.names, i);
+        let blocks = (0..held).map(block).collect::<Result<_>>()?;
+        drop(label);
+        let label = device.label(labels::HEAD);
+        let head = resident.then(|| output_head(&weights, part)).transpose()?;
+        drop(label);
+        let _label = device.label(labels::WEIGHTS);
         Ok(Self {
-            blocks: (0..held).map(block).collect::<Result<_>>()?,
-            norm: last_norm(&weights, &config)?,
-            head: resident.then(|| output_head(&weights, &config)).transpose()?,
-            embedder: Embedder::load(device, checkpoint, &config, resident)?,
+            blocks,
+            norm: last_norm(&weights, part)?,
+            head,
+            embedder: Embedder::load(device, checkpoint, whole, resident)?,
+            config: part.clone(),
         })
     }
 
@@ -304,12 +329,9 @@ impl<D: ModelOps> LanguageModel<D> {
         &self.embedder
     }
 
-    fn decoder(&self) -> &DecoderConfig {
-        &self.embedder.config.decoder
-    }
-
     /// The decoder's input for one more token of each sequence, at the given text positions.
     pub fn embed_next(&self, device: &D, tokens: &[u32], positions: &[u32]) -> Result<Stream<D::Tensor>> {
+        let _label = device.label(labels::STREAMS);
         let positions: Vec<[u32; 3]> = positions.iter().map(|&p| [p; 3]).collect();
         let rotary = self.embedder.positions.rotary(device, &positions)?;
         let layout = Layout { rotary, spans: spans(tokens.iter().map(|_| 1)), deepstack: None };
@@ -321,9 +343,9 @@ impl<D: ModelOps> LanguageModel<D> {
         match self.blocks.get(index) {
             Some(block) => Ok(Lent::Held(block)),
             None => {
-                let Embedder { checkpoint, config, .. } = &self.embedder;
-                let weights = Weights::new(device, checkpoint);
-                Block::load(&weights, &config.decoder, &config.names, index).map(Lent::Loaded)
+                let _label = device.label(labels::LOADED);
+                let weights = Weights::new(device, &self.embedder.checkpoint);
+                Block::load(&weights, &self.config.decoder, &self.config.names, index).map(Lent::Loaded)
             }
         }
     }
@@ -344,12 +366,13 @@ impl<D: ModelOps> LanguageModel<D> {
         streams: &mut [Stream<D::Tensor>],
         mut caches: Option<&mut [Cache<D::Tensor>]>,
     ) -> Result<()> {
-        let decoder = self.decoder();
+        let decoder = &self.config.decoder;
         let sequences = streams.iter().map(|stream| stream.layout.spans.len()).sum::<usize>();
         if let Some(caches) = &caches {
             ensure!(caches.len() == sequences, "{} caches for {sequences} sequences", caches.len());
         }
         for index in 0..decoder.layers {
+            let _label = device.label(labels::PASS);
             let block = self.block(device, index)?;
             let mut rest = caches.as_deref_mut();
             for Stream { x, layout } in streams.iter_mut() {
@@ -365,10 +388,13 @@ impl<D: ModelOps> LanguageModel<D> {
                 drop(attended);
                 let inner = block.down_input(device, decoder, x)?;
                 block.add_output(device, x, Projection::Down, &inner)?;
+                let label = device.label(labels::LEVELS);
                 layout.add_deepstack(device, x, index)?;
+                drop(label);
                 check_finite(device, x, index)?;
             }
         }
+        let _label = device.label(labels::STREAMS);
         for Stream { x, .. } in streams {
             *x = device.rms_norm(x, &self.norm, decoder.norm_eps)?;
         }
@@ -377,19 +403,25 @@ impl<D: ModelOps> LanguageModel<D> {
 
     /// An empty cache.
     pub fn cache(&self) -> Cache<D::Tensor> {
-        Cache { blocks: Vec::with_capacity(self.decoder().layers) }
+        Cache { blocks: Vec::with_capacity(self.config.decoder.layers) }
     }
 
     /// Logits `[rows, vocab]` of some rows of the output of [`forward`](Self::forward).
     pub fn logits(&self, device: &D, hidden: &D::Tensor, rows: &[u32]) -> Result<Matrix> {
+        let label = device.label(labels::STREAMS);
         let hidden = device.gather_rows(hidden, rows)?;
+        drop(label);
+        let logits_of = |head: &D::Tensor| {
+            let _label = device.label(labels::LOGITS);
+            device.download(&device.linear(&hidden, head, None)?)
+        };
         if let Some(head) = &self.head {
-            return device.download(&device.linear(&hidden, head, None)?);
+            return logits_of(head);
         }
-        let Embedder { checkpoint, config, .. } = &self.embedder;
-        let mut logits = Matrix::zeros(rows.len(), config.decoder.vocab);
-        parts_of_head(device, checkpoint, config, |first, part| {
-            let some = device.download(&device.linear(&hidden, part, None)?)?;
+        let mut logits = Matrix::zeros(rows.len(), self.config.decoder.vocab);
+        let _label = device.label(labels::ROWS);
+        parts_of_head(device, &self.embedder.checkpoint, &self.config, |first, part| {
+            let some = logits_of(part)?;
             for row in 0..some.rows() {
                 logits.row_mut(row)[first..][..some.cols()].copy_from_slice(some.row(row));
             }

@@ -4,6 +4,7 @@ mod cache;
 pub mod config;
 pub mod decoder;
 pub mod families;
+pub mod labels;
 pub mod language_model;
 pub mod parts;
 pub mod rope;

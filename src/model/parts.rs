@@ -57,11 +57,6 @@ pub fn tensors_of<'a>(
     names.filter_map(|name| checkpoint.tensor(name).ok())
 }
 
-/// Values of a part.
-pub fn values_of(checkpoint: &Checkpoint, config: &ModelConfig, part: Part) -> usize {
-    tensors_of(checkpoint, config, part).map(|tensor| tensor.shape.iter().product::<usize>()).sum()
-}
-
 /// Bytes of the largest tensor of a part in the file; 0 where it has none.
 pub fn largest_of(checkpoint: &Checkpoint, config: &ModelConfig, part: Part) -> u64 {
     tensors_of(checkpoint, config, part).map(|tensor| tensor.bytes.len() as u64).max().unwrap_or(0)

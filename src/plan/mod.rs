@@ -10,7 +10,6 @@ mod state;
 mod subject;
 pub(crate) mod system;
 mod time;
-mod vision;
 mod work;
 
 pub use disk::DiskPlan;
@@ -20,12 +19,9 @@ pub use sizes::DecoderShape;
 pub use state::{StateBytes, state_bytes};
 pub use subject::{Subject, SubjectChunk};
 pub use time::TimePlan;
-pub use vision::ChunkSize;
-pub(crate) use vision::encoding;
 pub use work::{Load, Rates, StageEstimate};
 
 pub use crate::device::ByKind;
-use crate::device::{ModelOps, Work};
 use crate::progress::{Stage, human_bytes};
 use serde::Serialize;
 
@@ -95,54 +91,3 @@ impl StagePlan {
 
 /// Bytes of a float32 value, in which statistics, the solver and logits are kept.
 pub(crate) const F32: u64 = 4;
-
-/// What numbers take on a device.
-pub struct Costs<'a> {
-    /// Bytes of a weight or an activation.
-    pub(crate) element_bytes: u64,
-    /// Whether the device's memory is the host's.
-    pub(crate) host: bool,
-    /// Bytes that work takes for itself.
-    pub(crate) workspace: Box<dyn Fn(Work) -> u64 + 'a>,
-}
-
-impl<'a> Costs<'a> {
-    /// Costs of a device.
-    pub fn of<D: ModelOps>(device: &'a D) -> Self {
-        Self {
-            element_bytes: device.element_bytes() as u64,
-            host: device.peak_bytes().is_none(),
-            workspace: Box::new(|work| device.workspace(work)),
-        }
-    }
-
-    /// Costs of a device with memory of its own, weights and activations of so many bytes, and no work space.
-    pub fn plain(element_bytes: usize) -> Self {
-        Self { element_bytes: element_bytes as u64, host: false, workspace: Box::new(|_| 0) }
-    }
-
-    /// Bytes of weights or activations.
-    pub(crate) fn stored(&self, values: u64) -> u64 {
-        values * self.element_bytes
-    }
-
-    /// Bytes that work takes for itself.
-    pub(crate) fn workspace(&self, work: Work) -> u64 {
-        (self.workspace)(work)
-    }
-
-    /// Bytes of a tensor on its way to the device: `mapped` from the file and, where the device's precision is another, as float32
-    /// and in that.
-    pub(crate) fn loading(&self, values: u64, mapped: u64) -> u64 {
-        if mapped == self.stored(values) {
-            return mapped;
-        }
-        let converted = if self.element_bytes < F32 { self.element_bytes } else { 0 };
-        mapped + values * (F32 + converted)
-    }
-}
-
-/// Bytes of small tables for kernels: importance factors, row numbers, bounds of samples and images.
-pub(crate) fn tables(rows: u64) -> u64 {
-    4096 + 16 * rows
-}

@@ -3,25 +3,25 @@
 pub use super::devices::{answer_logits, evaluate, plan_comparison, run_against};
 
 use crate::checkpoint::Checkpoint;
-use crate::data::chunks::chunks_of_tokens;
 use crate::data::dataset::{self, Conversation, Part};
 use crate::data::sequence::{Sequence, SequenceBuilder};
 use crate::data::template::TemplateChoice;
 use crate::device::ModelOps;
+use crate::device::counting::Counting;
 use crate::evaluate::metrics::Metric;
 use crate::evaluate::presets::Preset;
+use crate::evaluate::seen::Seen;
 use crate::evaluate::{Conditions, Evaluation, SampleResult, generate, likelihood};
 use crate::heap;
-use crate::model::families::{self, Features, ImageOptions, ModelConfig};
-use crate::model::language_model::{LanguageModel, Residency, Stream, check_headers};
-use crate::plan::evaluation::{CHUNK_TOKENS, EvaluationPlan, ModelSize, Planner};
+use crate::model::families::{self, ImageOptions, ModelConfig};
+use crate::model::language_model::{LanguageModel, Residency, check_headers};
+use crate::plan::evaluation::{EvaluationPlan, ModelSize, Planner};
 use crate::plan::system::status_bytes;
 use crate::progress::{Observer, Stage, StageClock};
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -103,12 +103,18 @@ impl Opened {
     }
 
     /// `bits`: as if its layers were stored so.
-    fn size<D: ModelOps>(&self, bits: Option<u32>) -> Result<ModelSize> {
-        ModelSize::of::<D>(&self.checkpoint, &self.config, bits)
+    fn size(&self, bits: Option<u32>) -> Result<ModelSize> {
+        ModelSize::of(&self.checkpoint, &self.config, bits)
     }
 
     fn build(&self, batch: &[Conversation]) -> Result<Vec<Sequence>> {
         batch.par_iter().map(|conversation| self.builder.build_answered(conversation)).collect()
+    }
+
+    /// What is asked, by the sequences with their answers.
+    fn prompts(&self, batch: &[Conversation], whole: &[Sequence]) -> Result<Vec<Sequence>> {
+        let prompt = |(conversation, whole)| self.builder.prompt_of(conversation, whole);
+        batch.par_iter().zip(whole).map(prompt).collect()
     }
 
     fn load<D: ModelOps>(self, device: &D, residency: Residency) -> Result<Evaluated<D>> {
@@ -140,17 +146,18 @@ pub(super) fn plans_of_comparison<D: ModelOps>(
     let conversations = read(settings)?;
     conversations.iter().try_for_each(|conversation| rule(conversation).map(drop))?;
     let opened = Opened::read::<D>(&settings.model, settings)?;
-    let (float, quantized) = (opened.size::<D>(None)?, opened.size::<D>(Some(bits))?);
+    let (float, quantized) = (opened.size(None)?, opened.size(Some(bits))?);
+    let device = Counting::of(device);
     let mut planners = [
-        Planner::new(device, float.clone(), None, settings.decode)?,
+        Planner::new(device.clone(), float.clone(), None, settings.decode)?,
         Planner::new(device, quantized, Some(float), settings.decode)?,
     ];
     for batch in conversations.chunks(BATCH) {
         let whole = opened.build(batch)?;
-        batch.par_iter().try_for_each(|conversation| opened.builder.prompt(conversation).map(drop))?;
+        let prompts = opened.prompts(batch, &whole)?;
         let limits: Vec<usize> = batch.iter().map(|c| settings.max_new_tokens(c)).collect();
         for planner in &mut planners {
-            planner.batch(&whole, &limits)?;
+            planner.batch(&whole, &prompts, &limits)?;
         }
     }
     Ok(planners.map(Planner::plan))
@@ -160,7 +167,7 @@ pub(super) fn plans_of_comparison<D: ModelOps>(
 pub(super) fn logits_of_answers<D: ModelOps>(device: &D, settings: &EvaluationSettings) -> Result<Vec<Matrix>> {
     let conversations = read(settings)?;
     let opened = Opened::read::<D>(&settings.model, settings)?;
-    let planner = Planner::new(device, opened.size::<D>(None)?, None, false)?;
+    let planner = Planner::new(Counting::of(device), opened.size(None)?, None, false)?;
     let [residency, _] = planner.residency();
     let evaluated = opened.load(device, residency)?;
     let mut logits = Vec::with_capacity(conversations.len());
@@ -199,8 +206,8 @@ pub(super) fn score<D: ModelOps>(
         .map(|folder| Opened::read::<D>(folder, settings).with_context(|| cannot_refer(folder)))
         .transpose()?;
     let model = Opened::read::<D>(&settings.model, settings).with_context(cannot_evaluate)?;
-    let size = reference.as_ref().map(|reference| reference.size::<D>(None)).transpose()?;
-    let mut planner = Planner::new(device, model.size::<D>(None)?, size, settings.decode)?;
+    let size = reference.as_ref().map(|reference| reference.size(None)).transpose()?;
+    let mut planner = Planner::new(Counting::of(device), model.size(None)?, size, settings.decode)?;
     let [residency, of_reference] = planner.residency();
     let reference = match (kept, reference) {
         (Some(kept), _) => {
@@ -221,11 +228,18 @@ pub(super) fn score<D: ModelOps>(
     for batch in conversations.chunks(BATCH) {
         let whole = evaluated.opened.build(batch)?;
         let limits: Vec<usize> = batch.iter().map(|c| settings.max_new_tokens(c)).collect();
-        for run in planner.batch(&whole, &limits)? {
+        if let Reference::Model(reference) = &reference {
+            // The plan sends the model's sequences through the reference.
+            let one = whole.iter().position(|sequence| !sequence.images.is_empty()).unwrap_or(0);
+            same_tokens(&whole[one..=one], &reference.opened.build(&batch[one..=one])?)?;
+        }
+        let prompts = if settings.decode { evaluated.opened.prompts(batch, &whole)? } else { Vec::new() };
+        for run in planner.batch(&whole, &prompts, &limits)? {
             let first = samples.len();
             let asked = Asked {
                 conversations: &batch[run.clone()],
                 whole: &whole[run.clone()],
+                prompts: if settings.decode { &prompts[run.clone()] } else { &[] },
                 limits: &limits[run.clone()],
                 rules: &rules[first..][..run.len()],
                 settings,
@@ -261,36 +275,16 @@ fn rule(conversation: &Conversation) -> Result<(Metric, Vec<String>)> {
     Ok((metric, answers.into_iter().map(str::to_owned).collect()))
 }
 
-/// Some sequences as they go through a model: in chunks, with the features of each chunk's images.
-struct Seen<T> {
-    chunks: Vec<Range<usize>>,
-    features: Vec<Option<Features<T>>>,
-}
-
 impl<D: ModelOps> Evaluated<D> {
     /// Looks at the images of some sequences.
     fn see(&self, device: &D, sequences: &[Sequence]) -> Result<Seen<D::Tensor>> {
-        let chunks = chunks_of_tokens(sequences, CHUNK_TOKENS);
-        let groups: Vec<Vec<&Sequence>> =
-            chunks.iter().map(|chunk| sequences[chunk.clone()].iter().collect()).collect();
-        Ok(Seen { features: self.model.embedder().features_of_each(device, &groups)?, chunks })
-    }
-
-    /// The decoder's input of sequences that have these images.
-    fn embed(&self, device: &D, sequences: &[Sequence], seen: &Seen<D::Tensor>) -> Result<Vec<Stream<D::Tensor>>> {
-        let chunks = seen.chunks.iter().zip(&seen.features);
-        chunks
-            .map(|(chunk, features)| {
-                let sequences: Vec<&Sequence> = sequences[chunk.clone()].iter().collect();
-                let (x, layout) = self.model.embedder().embed(device, &sequences, features.as_ref())?;
-                Ok(Stream { x, layout })
-            })
-            .collect()
+        Seen::of(device, self.model.embedder(), sequences)
     }
 
     /// Logits of every sequence's answer, `[answer tokens, vocab]`.
     fn answer_logits(&self, device: &D, sequences: &[Sequence], seen: &Seen<D::Tensor>) -> Result<Vec<Matrix>> {
-        likelihood::answer_logits(device, &self.model, sequences, self.embed(device, sequences, seen)?)
+        let streams = seen.embed(device, self.model.embedder(), sequences)?;
+        likelihood::answer_logits(device, &self.model, sequences, streams)
     }
 }
 
@@ -299,6 +293,8 @@ struct Asked<'a> {
     conversations: &'a [Conversation],
     /// Samples with their right answers.
     whole: &'a [Sequence],
+    /// What is asked, without images; none where nothing is decoded.
+    prompts: &'a [Sequence],
     /// Most tokens of an answer.
     limits: &'a [usize],
     rules: &'a [(Metric, Vec<String>)],
@@ -312,17 +308,16 @@ impl Asked<'_> {
         evaluated: &Evaluated<D>,
         reference: &Reference<'_, D>,
     ) -> Result<Vec<SampleResult>> {
-        let Self { conversations, whole, limits, rules, settings } = *self;
+        let Self { conversations, whole, prompts, limits, rules, settings } = *self;
         let Opened { builder, answers_stop, .. } = &evaluated.opened;
         // A prompt has the images of its whole conversation: the vision tower runs once for both.
         let seen = evaluated.see(device, whole)?;
         heap::trim();
         let which = || format!("samples {} to {}", whole[0].id, whole[whole.len() - 1].id);
         let decoded = if settings.decode {
-            let prompts: Vec<Sequence> = conversations.par_iter().map(|c| builder.prompt(c)).collect::<Result<_>>()?;
-            let streams = evaluated.embed(device, &prompts, &seen)?;
+            let streams = seen.embed(device, evaluated.model.embedder(), prompts)?;
             let endings = generate::Endings { limits, tokens: builder.end_tokens() };
-            let answers = generate::greedy(device, &evaluated.model, &prompts, streams, endings);
+            let answers = generate::greedy(device, &evaluated.model, prompts, streams, endings);
             heap::trim();
             answers.with_context(which)?
         } else {
@@ -337,13 +332,7 @@ impl Asked<'_> {
             Reference::Kept(kept) => Some(kept),
             Reference::Model(reference) => {
                 let sequences = reference.opened.build(conversations)?;
-                for (ours, theirs) in whole.iter().zip(&sequences) {
-                    ensure!(
-                        ours.tokens == theirs.tokens,
-                        "sample {}: the reference model's tokenizer or template gives other tokens than the model's",
-                        ours.id
-                    );
-                }
+                same_tokens(whole, &sequences)?;
                 computed = reference.answer_logits(device, &sequences, &reference.see(device, &sequences)?)?;
                 Some(&computed)
             }
@@ -375,6 +364,18 @@ impl Asked<'_> {
             })
             .collect()
     }
+}
+
+/// Errors where sequences of a model and of its reference differ.
+fn same_tokens(ours: &[Sequence], theirs: &[Sequence]) -> Result<()> {
+    for (ours, theirs) in ours.iter().zip(theirs) {
+        ensure!(
+            ours.tokens == theirs.tokens,
+            "sample {}: the reference model's tokenizer or template gives other tokens than the model's",
+            ours.id
+        );
+    }
+    Ok(())
 }
 
 /// The turn that asks for the answer, as text.

@@ -16,6 +16,7 @@ use vlmq::progress::{Observer, Stage};
 use vlmq::quantize::block::Activations;
 use vlmq::quantize::settings::{Importance, Solver, SolverSettings};
 use vlmq::report::{RunObserver, RunReport};
+use vlmq::run::evaluation::{EvaluationSettings, evaluate, plan_comparison};
 use vlmq::run::{self, RunSettings};
 use vlmq::tensor::Float;
 use vlmq::tensor::Matrix;
@@ -315,6 +316,28 @@ fn every_familys_tower_holds_what_was_planned() {
         println!("{}: {measured} of {}, {:.3}", stage.step, stage.bytes, measured as f64 / stage.bytes as f64);
         assert!(measured <= stage.bytes && 10 * measured >= 9 * stage.bytes, "{name}: {measured} of {stage:?}");
         assert!(report.peak_device_bytes.unwrap() <= plan.device_bytes, "{name}");
+    }
+}
+
+#[test]
+fn evaluations_hold_what_was_planned() {
+    for &(name, image_options, precision) in FAMILIES {
+        let (model, questions) = (golden("model").join(name), golden("model").join(format!("{name}.jsonl")));
+        let settings = EvaluationSettings {
+            reference: Some(model.clone()),
+            limit: Some(2),
+            max_new_tokens: Some(3),
+            image_options,
+            ..EvaluationSettings::new(model, questions)
+        };
+        let device = devices::own_device(precision);
+        let [_, against] = plan_comparison(&device, &settings, 4).unwrap();
+        let plan = against.device.unwrap();
+        device.reset_peak();
+        evaluate(&device, &settings, &mut ()).unwrap();
+        let measured = device.peak_bytes().unwrap();
+        println!("{name}, {}: {measured} of {}, {:.3}", plan.step, plan.bytes, measured as f64 / plan.bytes as f64);
+        assert!(measured <= plan.bytes && 10 * measured >= 9 * plan.bytes, "{name}: {measured} of {plan:?}");
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod counting;
 mod dry_run;
+mod evaluation;
 mod host;
 mod inspect;
 mod memory;

@@ -1,7 +1,6 @@
 //! The device itself: what it stands for, its tensors, and its books.
 
-use super::ledger::{Label, Ledger, Peak};
-use super::on_host::OnHost;
+use super::ledger::{Label, Ledger};
 use super::tensor::CountedTensor;
 use crate::device::checks;
 use crate::device::work::ByKind;
@@ -92,61 +91,25 @@ impl Counting {
         self.host
     }
 
+    /// Bytes of so many weights or activations.
+    pub fn model_bytes(&self, values: u64) -> u64 {
+        values * self.element.bytes() as u64
+    }
+
+    /// Bytes that the host has of weights on their way to the device: `mapped` of their file and, where a device with memory of its own
+    /// has another type, float32 and that.
+    pub fn loading_bytes(&self, values: u64, mapped: u64) -> u64 {
+        if self.host || mapped == self.model_bytes(values) {
+            return mapped;
+        }
+        let converted = if self.element == Float::F32 { 0 } else { self.element.bytes() };
+        mapped + values * (size_of::<f32>() + converted) as u64
+    }
+
     /// A counting device for a whole run: weights are read as they would be, and every result is as long as a real device's, so that what the
     /// host does beside its device is all done. All numbers are made up.
     pub fn running(self) -> Self {
         Self { running: true, ..self }
-    }
-
-    /// Names the step that the next operations belong to.
-    pub fn step(&self, step: &str) {
-        self.ledger.step(step);
-    }
-
-    /// Counts numbers that the host has beside the tensors, until the result is dropped.
-    pub fn hold_on_host(&self, bytes: u64) -> OnHost {
-        match self.host {
-            true => OnHost::shared(&self.ledger, bytes),
-            false => OnHost::beside(&self.ledger, bytes),
-        }
-    }
-
-    /// Adds work that the host does beside its device.
-    pub fn add_work(&self, work: ByKind) {
-        self.ledger.work(work);
-    }
-
-    /// Bytes of device memory that are alive.
-    pub fn alive(&self) -> u64 {
-        self.ledger.total()
-    }
-
-    /// The moment at which most bytes of device memory were alive since [`reset_peak`](Device::reset_peak).
-    pub fn peak(&self) -> Peak {
-        self.ledger.peak()
-    }
-
-    /// Most bytes of page-locked host memory that parked tensors had at once.
-    pub fn parked_bytes(&self) -> u64 {
-        self.ledger.most_parked()
-    }
-
-    /// Most bytes that the host had beside the tensors since [`reset_peak`](Device::reset_peak): of weights on their way
-    /// ([`reading`](Self::reading)) the pages of their file, and where the device has memory of its own, numbers that are made for it,
-    /// fetched from it or [held](Self::hold_on_host).
-    pub fn most_on_host(&self) -> u64 {
-        self.ledger.most_on_host()
-    }
-
-    /// Bytes that the host's heap keeps between tensors that came and went in it since [`reset_peak`](Device::reset_peak); 0 of a device with
-    /// memory of its own.
-    pub fn between_arrays(&self) -> u64 {
-        if self.host { self.ledger.between_arrays() } else { 0 }
-    }
-
-    /// All work so far, by kind.
-    pub fn work(&self) -> ByKind {
-        self.ledger.work_done()
     }
 
     /// A tensor of a type.
@@ -183,16 +146,12 @@ impl Counting {
         }
     }
 
-    /// Notes what the host has of stored values on their way to the device: the pages of their file, and where the device has another type,
-    /// float32 and that.
+    /// Notes what the host has of stored values on their way to the device.
     pub(super) fn comes_from_file(&self, (rows, cols): (usize, usize)) {
-        let Some(stored) = self.stored else { return };
-        let converted = match self.element {
-            _ if self.host || stored == self.element => 0,
-            Float::F32 => size_of::<f32>(),
-            element => size_of::<f32>() + element.bytes(),
-        };
-        self.ledger.pass_on_host(rows as u64 * cols as u64 * (stored.bytes() + converted) as u64);
+        if let Some(stored) = self.stored {
+            let values = rows as u64 * cols as u64;
+            self.ledger.pass_on_host(self.loading_bytes(values, values * stored.bytes() as u64));
+        }
     }
 
     /// Values that are computed one by one.
@@ -312,8 +271,8 @@ mod tests {
     use crate::device::counting::Holding;
     use crate::device::cpu::Cpu;
     use crate::device::{
-        AttentionOperands, AttentionShape, BlockShape, Factored, Grid, GridRule, LayerInputs, PermuteSymmetric,
-        ProductRange, SolveOps, Span,
+        Activation, AttentionOperands, AttentionShape, BlockShape, Factored, Grid, GridRule, LayerInputs,
+        PermuteSymmetric, ProductRange, SolveOps, Span,
     };
 
     fn matrix(rows: usize, cols: usize) -> Matrix {
@@ -343,6 +302,31 @@ mod tests {
         drop((weight, statistics));
         assert_eq!((device.alive(), device.peak().bytes), (0, 104));
         assert_eq!(device.work().products, 2.0 * 3.0 * 4.0 * 5.0);
+    }
+
+    #[test]
+    fn one_tensor_stands_for_several() {
+        let device = Counting::plain(Float::Bf16);
+        device.stands_for("cache", StandsFor { bytes: 3.0, work: 2.0 });
+        let label = device.label("cache");
+        let mut cache = device.upload_model(matrix(4, 5)).unwrap();
+        drop(label);
+        let more = device.upload_model(matrix(1, 5)).unwrap();
+        assert_eq!(device.alive(), 3 * 40 + 10);
+        // Twice as much as is needed, beside which one of the three is there as it was.
+        let label = device.label("growing");
+        device.append_rows(&mut cache, &more).unwrap();
+        drop(label);
+        assert_eq!(device.alive(), 3 * 100 + 10);
+        assert_eq!([&["growing"][..], &["cache", "other"]].map(|during| device.peak_during(during).bytes), [350, 130]);
+        assert_eq!(device.peak().bytes_of("cache"), 340);
+        let before = device.work().values;
+        let label = device.label("cache");
+        drop(device.activate(&more, Activation::Silu).unwrap());
+        drop((label, cache, more));
+        assert_eq!((device.work().values - before, device.alive()), (2.0 * 3.0 * 5.0, 0));
+        device.reset_peak();
+        assert_eq!(device.peak_during(&["growing"]).bytes, 0);
     }
 
     #[test]

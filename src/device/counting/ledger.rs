@@ -43,6 +43,20 @@ impl Peak {
     }
 }
 
+/// How many alike a tensor, or an operation, stands for of which one is made in the place of all.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StandsFor {
+    /// Tensors.
+    pub bytes: f64,
+    /// Operations.
+    pub work: f64,
+}
+
+impl StandsFor {
+    /// Itself.
+    pub const ONE: Self = Self { bytes: 1.0, work: 1.0 };
+}
+
 /// Books, shared by a device and its tensors.
 #[derive(Debug, Default)]
 pub(super) struct Ledger(Mutex<Books>);
@@ -61,6 +75,12 @@ struct Books {
     on_host: u64,
     /// Most bytes that the host had since the peak is looked for, those of an operation included.
     most_on_host: u64,
+    /// Peaks of the moments at which these labels were the current ones.
+    peaks: Vec<(&'static str, Peak)>,
+    /// What is made under these labels stands for others as well.
+    alike: Vec<(&'static str, StandsFor)>,
+    /// Most bytes that an operation took for itself since the peak is looked for.
+    most_passing: u64,
     step: String,
     label: &'static str,
     work: ByKind,
@@ -76,10 +96,28 @@ impl Default for Books {
             peak: Peak::default(),
             sizes: BTreeSet::new(),
             on_host: 0,
+            peaks: Vec::new(),
+            alike: Vec::new(),
             most_on_host: 0,
+            most_passing: 0,
             step: String::new(),
             label: UNNAMED,
             work: ByKind::default(),
+        }
+    }
+}
+
+impl Peak {
+    /// Makes this moment the peak if more is alive than ever before.
+    fn note(&mut self, total: u64, alive: &[Holding], step: &str, during: &'static str) {
+        if total <= self.bytes {
+            return;
+        }
+        (self.bytes, self.during) = (total, during);
+        self.held.clear();
+        self.held.extend(alive.iter().filter(|holding| holding.bytes > 0));
+        if self.step != step {
+            step.clone_into(&mut self.step);
         }
     }
 }
@@ -91,9 +129,7 @@ impl Books {
             None => self.alive.push(Holding { label, bytes }),
         }
         self.total += bytes;
-        if self.total > self.peak.bytes {
-            self.note();
-        }
+        self.note();
     }
 
     fn take(&mut self, label: &'static str, bytes: u64) {
@@ -103,15 +139,28 @@ impl Books {
         self.total -= bytes;
     }
 
-    /// Makes this moment the peak.
     fn note(&mut self) {
-        self.peak.bytes = self.total;
-        self.peak.held.clear();
-        self.peak.held.extend(self.alive.iter().filter(|holding| holding.bytes > 0));
-        self.peak.during = self.label;
-        if self.peak.step != self.step {
-            self.peak.step.clone_from(&self.step);
-        }
+        let Self { alive, total, peak, peaks, step, label, .. } = self;
+        peak.note(*total, alive, step, label);
+        let own = match peaks.iter().position(|(during, _)| during == label) {
+            Some(own) => own,
+            None => {
+                peaks.push((label, Peak::default()));
+                peaks.len() - 1
+            }
+        };
+        peaks[own].1.note(*total, alive, step, label);
+    }
+
+    fn alike(&self, label: &str) -> StandsFor {
+        let alike = self.alike.iter().find(|(of, _)| *of == label);
+        alike.map_or(StandsFor::ONE, |(_, alike)| *alike)
+    }
+
+    /// Bytes that stand for more under a label.
+    fn for_all(&self, label: &str, bytes: u64) -> u64 {
+        // Whole numbers are exact up to 2^53.
+        (bytes as f64 * self.alike(label).bytes) as u64
     }
 }
 
@@ -120,28 +169,52 @@ impl Ledger {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes that are alive from now on, under the current label, which comes back.
+    /// What is made under `label` stands for so many alike.
+    pub(super) fn stands_for(&self, label: &'static str, alike: StandsFor) {
+        let mut books = self.books();
+        books.alike.retain(|(of, _)| *of != label);
+        books.alike.push((label, alike));
+    }
+
+    /// Bytes of a tensor that are alive from now on, under the current label, which comes back.
     pub(super) fn add(&self, bytes: u64) -> &'static str {
         let mut books = self.books();
         let label = books.label;
         books.sizes.insert(bytes);
+        let bytes = books.for_all(label, bytes);
         books.add(label, bytes);
         label
     }
 
-    /// Adds bytes under a label that they had before.
+    /// Adds bytes of a tensor under a label that they had before.
     pub(super) fn add_to(&self, label: &'static str, bytes: u64) {
-        self.books().add(label, bytes);
+        let mut books = self.books();
+        let bytes = books.for_all(label, bytes);
+        books.add(label, bytes);
     }
 
-    /// Bytes under a label that are gone.
+    /// Bytes of a tensor under a label that are gone.
     pub(super) fn take(&self, label: &'static str, bytes: u64) {
-        self.books().take(label, bytes);
+        let mut books = self.books();
+        let bytes = books.for_all(label, bytes);
+        books.take(label, bytes);
+    }
+
+    /// A tensor under a label takes other bytes in the place of those that it had: of all that it stands for one after the other has
+    /// both at once.
+    pub(super) fn grow(&self, label: &'static str, before: u64, bytes: u64) {
+        let mut books = self.books();
+        let (all_before, all) = (books.for_all(label, before), books.for_all(label, bytes));
+        books.take(label, all_before);
+        books.add(label, all);
+        books.add(label, before);
+        books.take(label, before);
     }
 
     /// Bytes that an operation takes for itself at the moment.
     pub(super) fn pass(&self, bytes: u64) {
         let mut books = self.books();
+        books.most_passing = books.most_passing.max(bytes);
         books.add(WORKSPACE, bytes);
         books.take(WORKSPACE, bytes);
     }
@@ -192,7 +265,7 @@ impl Ledger {
     /// Adds work.
     pub(super) fn work(&self, work: ByKind) {
         let mut books = self.books();
-        books.work = books.work + work;
+        books.work = books.work + work * books.alike(books.label).work;
     }
 
     /// Names the step from now on.
@@ -219,8 +292,20 @@ impl Ledger {
         self.books().most_on_host
     }
 
+    /// Most bytes that an operation took for itself beside what is held at `peak`.
+    pub(super) fn passing_beside(&self, peak: &Peak) -> u64 {
+        self.books().most_passing.saturating_sub(peak.bytes_of(WORKSPACE))
+    }
+
     pub(super) fn peak(&self) -> Peak {
         self.books().peak.clone()
+    }
+
+    /// The moment at which most bytes were alive of those at which one of these labels was the current one.
+    pub(super) fn peak_during(&self, labels: &[&str]) -> Peak {
+        let books = self.books();
+        let peaks = books.peaks.iter().filter(|(during, _)| labels.contains(during)).map(|(_, peak)| peak);
+        peaks.max_by_key(|peak| peak.bytes).cloned().unwrap_or_default()
     }
 
     pub(super) fn work_done(&self) -> ByKind {
@@ -231,9 +316,11 @@ impl Ledger {
     pub(super) fn reset_peak(&self) {
         let mut books = self.books();
         books.peak = Peak::default();
-        books.most_on_host = books.on_host;
+        books.peaks.clear();
         books.sizes.clear();
-        books.note();
+        (books.most_on_host, books.most_passing) = (books.on_host, 0);
+        let Books { alive, total, peak, step, label, .. } = &mut *books;
+        peak.note(*total, alive, step, label);
     }
 }
 

@@ -4,6 +4,7 @@
 //! [`Counting::of`] stands for a device: it has that one's element type, its work space and its limit. What comes back to the host is
 //! made up, and such that the method goes its usual way: nothing is broken, every factorization succeeds, no solve has an error.
 
+mod books;
 mod device;
 mod ledger;
 mod model_ops;
@@ -12,7 +13,7 @@ mod solve_ops;
 mod tensor;
 
 pub use device::Counting;
-pub use ledger::{Holding, Label, Peak};
+pub use ledger::{Holding, Label, Peak, StandsFor};
 pub use on_host::OnHost;
 pub use solve_ops::CountedCodes;
 pub use tensor::CountedTensor;

@@ -12,6 +12,9 @@ use std::ops::Range;
 /// Values that a nonlinearity counts as.
 const NONLINEAR: f64 = 3.0;
 
+/// Most rows of a product that takes as long as its weights need to be read.
+const FEW_ROWS: usize = 16;
+
 /// Work of a backward pass through attention, by that of the forward pass: five products instead of two.
 const BACKWARD: f64 = 2.5;
 
@@ -118,6 +121,9 @@ impl ModelOps for Counting {
             self.takes(Some(Work::Bias { rows: x.rows, outputs: weight.rows }), 0);
         }
         self.product(&made, x.cols);
+        if x.rows <= FEW_ROWS {
+            self.values(weight.count());
+        }
         Ok(made)
     }
 

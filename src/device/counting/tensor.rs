@@ -52,8 +52,7 @@ impl CountedTensor {
         let (needed, before) = (bytes(all, self.cols, self.float)?, self.bytes);
         if needed > before {
             let bytes = larger(before, needed);
-            self.ledger.add_to(self.label, bytes);
-            self.ledger.take(self.label, before);
+            self.ledger.grow(self.label, before, bytes);
             self.bytes = bytes;
         }
         self.rows = all;

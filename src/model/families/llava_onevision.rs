@@ -1,6 +1,6 @@
 //! LLaVA-OneVision (arXiv 2408.03326): images in tiles, SigLIP without its last layer and norm, projector, Qwen2 decoder.
 
-use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower};
+use super::{Family, Features, ImageOptions, ModelConfig, VisionTower};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::formats::FamilySupport;
 use crate::data::anyres::{Anyres, Kept, TileLayout};
@@ -53,21 +53,6 @@ impl<D: ModelOps> Family<D> for LlavaOnevision {
         let layout = tile_layout(&root)?;
         let tokens = (image_token(&root)?, video_token(&root)?);
         Ok(Box::new(Anyres::read(checkpoint.folder(), layout, options.image_mode, tokens)?))
-    }
-
-    fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
-        let root = Section::root(checkpoint)?;
-        let (vision, layout) = (vision_section(&root)?, tile_layout(&root)?);
-        let sizes = sizes(&vision)?;
-        Ok(VisionLoad {
-            crops: Some(CROPS),
-            patch: vision.count_or("num_channels", 3)? * layout.patch * layout.patch,
-            width: sizes.width,
-            inner: sizes.inner,
-            depth: sizes.depth,
-            projected: decoder_config(&root)?.hidden,
-            ..VisionLoad::default()
-        })
     }
 
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {

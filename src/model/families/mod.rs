@@ -85,55 +85,6 @@ pub trait VisionTower<D: ModelOps>: Send + Sync {
     fn encode(&self, device: &D, images: &[&ImagePatches]) -> Result<Features<D::Tensor>>;
 }
 
-/// What a memory plan must know of a vision tower beyond its tensors.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct VisionLoad {
-    /// Levels of [`Features::deepstack`].
-    pub deepstack: usize,
-    /// Most crops that are encoded together; `None`: all at once.
-    pub crops: Option<usize>,
-    /// Values of a patch.
-    pub patch: usize,
-    /// Width of the tower.
-    pub width: usize,
-    /// Width inside its MLP.
-    pub inner: usize,
-    /// Whether the MLP has a gate.
-    pub gated: bool,
-    /// Cosines and sines of a patch, float32; 0 for towers without rotary positions.
-    pub rotary: usize,
-    /// Blocks.
-    pub depth: usize,
-    /// Blocks that attend inside windows.
-    pub windowed: usize,
-    /// Patches of such a window.
-    pub window: usize,
-    /// Width behind the projector of towers that project every patch; 0 where patches are merged first.
-    pub projected: usize,
-}
-
-impl VisionLoad {
-    /// Most values of a patch that the tower holds at once, in the precision of the model: patch, embedding and position;
-    /// the stream with queries, keys, values and what is mixed of them; the stream with the MLP's results; the projector's.
-    pub fn per_patch(&self) -> usize {
-        let Self { patch, width, inner, projected, .. } = *self;
-        let mlp = if self.gated {
-            (2 * width + 2 * inner).max(width + 3 * inner)
-        } else {
-            width + (width + inner).max(2 * inner)
-        };
-        (patch + 2 * width).max(5 * width).max(mlp).max((width + projected).max(2 * projected))
-    }
-
-    /// Most values of a patch that are there while a product gets its bias: the stream, the norm's result, and what comes of
-    /// it; the projector's.
-    pub fn per_biased_patch(&self) -> usize {
-        let Self { width, inner, projected, .. } = *self;
-        let mlp = 2 * width + if self.gated { 2 * inner } else { inner };
-        mlp.max(5 * width).max((width + projected).max(2 * projected))
-    }
-}
-
 /// What a checkpoint's config.json and tensor names say, before any weight is read.
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
@@ -242,9 +193,6 @@ pub trait Family<D: ModelOps>: Send + Sync {
 
     /// How images become patches, placeholders and positions.
     fn vision_input(&self, checkpoint: &Checkpoint, options: ImageOptions) -> Result<Box<dyn VisionInput>>;
-
-    /// Sizes of the vision tower, of config.json alone.
-    fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad>;
 
     /// Loads the vision tower and its projector.
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>>;

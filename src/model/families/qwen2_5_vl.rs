@@ -2,7 +2,7 @@
 //! windows of the image but for a few that see all of it.
 
 use super::qwen::{self, Patches, StackedPatches, VISION_PREFIXES, text_section, vision_section};
-use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower};
+use super::{Family, Features, ImageOptions, ModelConfig, VisionTower};
 use crate::checkpoint::Checkpoint;
 use crate::data::image::ImagePatches;
 use crate::data::sequence::VisionInput;
@@ -34,23 +34,6 @@ impl<D: ModelOps> Family<D> for Qwen25Vl {
     fn vision_input(&self, checkpoint: &Checkpoint, options: ImageOptions) -> Result<Box<dyn VisionInput>> {
         let patches = Patches::read(&vision_section(&Section::root(checkpoint)?)?, PATCH_SIZE)?;
         qwen::vision_input(checkpoint, options, &patches)
-    }
-
-    fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
-        let vision = vision_section(&Section::root(checkpoint)?)?;
-        let patches = Patches::read(&vision, PATCH_SIZE)?;
-        let Sizes { tower, window_pixels, full } = Sizes::read(&vision)?;
-        Ok(VisionLoad {
-            patch: patches.values(),
-            width: tower.width,
-            inner: tower.inner,
-            gated: true,
-            rotary: tower.width / tower.heads.max(1),
-            depth: tower.depth,
-            window: (window_pixels / patches.side.max(1)).pow(2),
-            windowed: (0..tower.depth).filter(|i| !full.contains(i)).count(),
-            ..VisionLoad::default()
-        })
     }
 
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {

@@ -1,7 +1,7 @@
 //! Qwen2-VL (arXiv 2409.12191): native-resolution vision tower, 2×2 patch merger, Qwen2 decoder with M-RoPE.
 
 use super::qwen::{self, Patches, StackedPatches, VISION_PREFIXES, text_section, vision_section};
-use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower};
+use super::{Family, Features, ImageOptions, ModelConfig, VisionTower};
 use crate::checkpoint::Checkpoint;
 use crate::data::image::ImagePatches;
 use crate::data::sequence::VisionInput;
@@ -35,25 +35,6 @@ impl<D: ModelOps> Family<D> for Qwen2Vl {
     fn vision_input(&self, checkpoint: &Checkpoint, options: ImageOptions) -> Result<Box<dyn VisionInput>> {
         let patches = Patches::read(&vision_section(&Section::root(checkpoint)?)?, PATCH_SIZE)?;
         qwen::vision_input(checkpoint, options, &patches)
-    }
-
-    fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
-        let vision = vision_section(&Section::root(checkpoint)?)?;
-        let (patches, sizes) = (Patches::read(&vision, PATCH_SIZE)?, sizes(&vision)?);
-        // A wrong size should be told as such, not as memory that the machine has not.
-        qwen::vision_frequencies(&vision, "embed_dim", sizes.width, sizes.heads)?;
-        let prefix = checkpoint.prefix(&VISION_PREFIXES, "patch_embed.proj.weight")?;
-        if sizes.depth > 0 {
-            checkpoint.shaped(&format!("{prefix}blocks.0.mlp.fc1.weight"), sizes.inner, sizes.width)?;
-        }
-        Ok(VisionLoad {
-            patch: patches.values(),
-            width: sizes.width,
-            inner: sizes.inner,
-            rotary: sizes.width / sizes.heads.max(1),
-            depth: sizes.depth,
-            ..VisionLoad::default()
-        })
     }
 
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {

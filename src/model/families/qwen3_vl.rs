@@ -2,7 +2,7 @@
 //! interleaved M-RoPE.
 
 use super::qwen::{self, Patches, StackedPatches, VISION_PREFIXES, text_section, vision_section};
-use super::{Family, Features, ImageOptions, ModelConfig, VisionLoad, VisionTower};
+use super::{Family, Features, ImageOptions, ModelConfig, VisionTower};
 use crate::checkpoint::Checkpoint;
 use crate::data::image::ImagePatches;
 use crate::data::sequence::VisionInput;
@@ -42,20 +42,6 @@ impl<D: ModelOps> Family<D> for Qwen3Vl {
     fn vision_input(&self, checkpoint: &Checkpoint, options: ImageOptions) -> Result<Box<dyn VisionInput>> {
         let patches = Patches::read(&vision_section(&Section::root(checkpoint)?)?, PATCH_SIZE)?;
         qwen::vision_input(checkpoint, options, &patches)
-    }
-
-    fn vision_load(&self, checkpoint: &Checkpoint) -> Result<VisionLoad> {
-        let vision = vision_section(&Section::root(checkpoint)?)?;
-        let (patches, sizes) = (Patches::read(&vision, PATCH_SIZE)?, sizes(&vision)?);
-        Ok(VisionLoad {
-            deepstack: deepstack_list(&vision)?.len(),
-            patch: patches.values(),
-            width: sizes.width,
-            inner: sizes.inner,
-            rotary: sizes.width / sizes.heads.max(1),
-            depth: sizes.depth,
-            ..VisionLoad::default()
-        })
     }
 
     fn vision_tower(&self, device: &D, checkpoint: &Checkpoint) -> Result<Box<dyn VisionTower<D>>> {

@@ -1,18 +1,20 @@
 //! What evaluating a model takes: where its weights are, which samples it answers together, memory, and work.
 
+mod counted;
 mod size;
 
 pub(crate) use size::ModelSize;
 
-use crate::data::chunks::{chunks, chunks_of_tokens};
+use crate::data::chunks::chunks;
 use crate::data::sequence::Sequence;
-use crate::device::{ModelOps, Work};
+use crate::device::Device;
+use crate::device::counting::Counting;
+use crate::evaluate::seen::CHUNK_TOKENS;
 use crate::model::language_model::{HEAD_ROWS, Residency};
-use crate::plan::{
-    ChunkSize, Costs, Entry, F32, HostPlan, Load, Process, StagePlan, Step, bytes_of, encoding, entry, told,
-};
+use crate::plan::{Entry, F32, HostPlan, Load, Process, StagePlan, Step, bytes_of, entry, told};
 use crate::progress::{Stage, human_bytes};
 use anyhow::{Result, ensure};
+use counted::{At, CountedModel, Moment, Run};
 use serde::Serialize;
 use std::ops::Range;
 
@@ -31,27 +33,8 @@ const RUN_BYTES: u64 = 512 << 20;
 /// 4 MB were measured on small models).
 const KEPT_BYTES: u64 = 3 << 20;
 
-/// Most tokens that go through a block together; a longer sample goes alone.
-pub(crate) const CHUNK_TOKENS: u64 = 2048;
-
 /// A cache that grows has room for more.
 const CACHE_ROOM: f64 = 1.125;
-
-/// Samples that are answered together.
-#[derive(Clone, Debug, Default)]
-struct Run {
-    chunks: Vec<ChunkSize>,
-    /// Samples.
-    samples: u64,
-    /// Tokens of right answers.
-    answers: u64,
-    /// Tokens that may be decoded, of all samples.
-    decoded: u64,
-    /// Passes that decoding is expected to take.
-    steps: u64,
-    /// Bytes of images and tokens on the host.
-    data: u64,
-}
 
 /// What an evaluation takes.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -81,11 +64,10 @@ impl EvaluationPlan {
 }
 
 /// Counts an evaluation while its samples become known.
-pub(crate) struct Planner<'a> {
-    costs: Costs<'a>,
-    limit: Option<u64>,
-    model: ModelSize,
-    reference: Option<ModelSize>,
+pub(crate) struct Planner {
+    device: Counting,
+    /// The model, and the reference behind it.
+    models: Vec<CountedModel>,
     decode: bool,
     residency: Residency,
     process: Process,
@@ -93,102 +75,106 @@ pub(crate) struct Planner<'a> {
     steps: [Step; 2],
     load: Load,
     samples: usize,
+    /// Blocks behind which image features are added, once there was an image.
+    levels: Option<u64>,
 }
 
-impl<'a> Planner<'a> {
-    /// Planner of a model without samples yet. Errors, with the numbers, where there is not enough memory for it.
-    pub(crate) fn new<D: ModelOps>(
-        device: &'a D,
-        model: ModelSize,
-        reference: Option<ModelSize>,
-        decode: bool,
-    ) -> Result<Self> {
-        Self::counting(Costs::of(device), device.memory_limit(), model, reference, decode)
-    }
-
-    fn counting(
-        costs: Costs<'a>,
-        limit: Option<u64>,
-        model: ModelSize,
-        reference: Option<ModelSize>,
-        decode: bool,
-    ) -> Result<Self> {
-        let all = costs.stored([Some(&model), reference.as_ref()].into_iter().flatten().map(ModelSize::values).sum());
-        let held = match limit {
-            None if costs.host => all <= HELD_BYTES,
-            None => true,
-            // Half as much again for what goes through.
-            Some(limit) => all + all / 2 <= limit,
-        };
+impl Planner {
+    /// Planner of a model on the device in whose place `device` is, without samples yet. Errors, with the numbers, where there is not enough
+    /// memory for it.
+    pub(crate) fn new(device: Counting, model: ModelSize, reference: Option<ModelSize>, decode: bool) -> Result<Self> {
+        let sizes: Vec<ModelSize> = [Some(model), reference].into_iter().flatten().collect();
         let mut planner = Self {
-            costs,
-            limit,
-            model,
-            reference,
+            models: models(&device, &sizes, Residency::Resident)?,
             decode,
-            residency: if held { Residency::Resident } else { Residency::Streamed { held: 0 } },
+            residency: Residency::Resident,
             process: Process::with_data(),
             steps: Default::default(),
             load: Load::default(),
             samples: 0,
+            levels: None,
+            device,
         };
-        planner.add(&Run::default())?;
+        let all = planner.weights();
+        let held = match planner.device.memory_limit() {
+            None if planner.device.is_host() => all <= HELD_BYTES,
+            None => true,
+            // Half as much again for what goes through.
+            Some(limit) => all + all / 2 <= limit,
+        };
         if !held {
-            let held = planner.room_for_blocks();
-            planner.residency = Residency::Streamed { held };
-            planner.add(&Run::default())?;
+            planner.stream(&sizes, 0)?;
+            planner.start()?;
+            planner.stream(&sizes, planner.room_for_blocks()?)?;
         }
+        planner.load = planner.models.iter().map(CountedModel::work).fold(Load::default(), |all, work| all + work);
+        planner.start()?;
         Ok(planner)
     }
 
+    /// Leaves all but so many blocks of the model in the files.
+    fn stream(&mut self, sizes: &[ModelSize], held: usize) -> Result<()> {
+        self.residency = Residency::Streamed { held };
+        self.models = models(&self.device, sizes, self.residency)?;
+        Ok(())
+    }
+
+    /// Bytes of all weights between passes.
+    fn weights(&self) -> u64 {
+        self.models.iter().map(CountedModel::weights).sum()
+    }
+
     /// How many blocks may be held beside what the steps take at most.
-    fn room_for_blocks(&self) -> usize {
-        let tokens = CHUNK_TOKENS as usize;
-        let inside = self.in_a_block(&ChunkSize { tokens, longest: tokens, ..ChunkSize::default() });
-        let (most, there) = match self.limit {
+    fn room_for_blocks(&self) -> Result<usize> {
+        let model = &self.models[0];
+        let inside = model.in_a_block(CHUNK_TOKENS as usize, self.decode)?;
+        let (most, there) = match self.device.memory_limit() {
             Some(limit) => (limit, &self.steps[0]),
             None => {
                 let total = self.host_plan(Step::default()).total_bytes.unwrap_or(u64::MAX);
-                ((self.model.file + BESIDE_FILE).min(total), &self.steps[1])
+                ((model.size.file + BESIDE_FILE).min(total), &self.steps[1])
             }
         };
         let room = most.saturating_sub(bytes_of(there) + RUN_BYTES + inside);
-        (room / self.costs.stored(self.model.block).max(1)).min(self.model.layers()) as usize
+        Ok((room / model.block()?.max(1)).min(model.size.layers() as u64) as usize)
     }
 
     /// Where the weights of the model, and of the reference, are to be.
     pub(crate) fn residency(&self) -> [Residency; 2] {
-        let reference = match self.residency {
-            Residency::Resident => Residency::Resident,
-            Residency::Streamed { .. } => Residency::Streamed { held: 0 },
-        };
-        [self.residency, reference]
+        [self.residency, of_reference(self.residency)]
     }
 
-    /// Takes in some samples, with the most tokens that each may answer, and cuts them into runs that are answered together. Errors
-    /// where there is not enough memory for one.
-    pub(crate) fn batch(&mut self, sequences: &[Sequence], most_new: &[usize]) -> Result<Vec<Range<usize>>> {
-        let image_token = self.model.config.image_token;
+    /// Takes in some samples, and where answers are decoded what is asked for them, with the most tokens that each may answer, and cuts
+    /// them into runs that are answered together. Errors where there is not enough memory for one.
+    pub(crate) fn batch(
+        &mut self,
+        sequences: &[Sequence],
+        prompts: &[Sequence],
+        most_new: &[usize],
+    ) -> Result<Vec<Range<usize>>> {
         let kept: u64 = sequences.iter().map(Process::data_of).sum();
+        let first = sequences.iter().position(|sequence| !sequence.images.is_empty());
+        if let (Some(first), None) = (first, self.levels) {
+            self.levels = Some(self.models[0].levels(&sequences[first..=first])? as u64);
+        }
         let runs = chunks(sequences.iter().zip(most_new).map(|(s, &new)| self.lasting(s, new)), RUN_BYTES);
         for run in &runs {
-            let (own, new) = (&sequences[run.clone()], &most_new[run.clone()]);
-            let groups = chunks_of_tokens(own, CHUNK_TOKENS);
-            let size = |group: Range<usize>| {
-                ChunkSize::of(&own[group].iter().collect::<Vec<_>>(), &self.model.load, image_token)
-            };
-            let expected = own.iter().zip(new).map(|(s, &new)| s.answer.len().min(new)).max().unwrap_or(0);
-            let run = Run {
-                chunks: groups.into_iter().map(size).collect(),
-                samples: own.len() as u64,
-                answers: own.iter().map(|s| s.answer.len() as u64).sum(),
-                decoded: if self.decode { new.iter().map(|&new| new as u64).sum() } else { 0 },
-                steps: if self.decode { expected as u64 } else { 0 },
-                // Prompts have their images once more, and so has what the reference is asked.
-                data: kept + own.iter().map(Process::data_of).sum::<u64>(),
-            };
+            let own = &sequences[run.clone()];
+            // What the reference is asked has its images once more; before that, reading them left about as much free in the threads.
+            let data = kept + own.iter().map(Process::data_of).sum::<u64>();
+            // All of the model's, which are there while the reference is asked.
+            let logits = F32 * own.iter().map(|s| s.answer.len() as u64).sum::<u64>();
+            let mut steps = Vec::new();
+            for (i, model) in self.models.iter().enumerate() {
+                let decoded = if self.decode && i == 0 { run.clone() } else { 0..0 };
+                let (prompts, limits) = (&prompts[decoded.clone()], &most_new[decoded]);
+                let (moments, work) = model.count(&Run { whole: own, prompts, limits })?;
+                let before = if i == 0 { 0 } else { logits * model.size.vocab() };
+                steps.extend(moments.iter().map(|moment| self.step(i, moment, [data, before])));
+                self.load = self.load + work;
+            }
             self.samples += own.len();
-            self.add(&run)?;
+            self.add(steps)?;
         }
         Ok(runs)
     }
@@ -199,7 +185,7 @@ impl<'a> Planner<'a> {
             samples: self.samples,
             weights: self.residency,
             host: self.host_plan(host),
-            device: (!self.costs.host).then(|| StagePlan::new(Stage::Evaluate, device)),
+            device: (!self.device.is_host()).then(|| StagePlan::new(Stage::Evaluate, device)),
             load: self.load,
         }
     }
@@ -210,71 +196,56 @@ impl<'a> Planner<'a> {
         HostPlan::new(vec![data, StagePlan::new(Stage::Evaluate, step)], &self.process)
     }
 
-    /// Bytes of a sample that last from pass to pass.
+    /// Bytes of a sample that last from pass to pass, about.
     fn lasting(&self, sequence: &Sequence, new: usize) -> u64 {
+        let (device, size) = (&self.device, &self.models[0].size);
+        let attention = size.config.decoder.attention;
         let tokens = sequence.tokens.len() as u64;
-        let new = if self.decode { new as u64 } else { 0 };
-        let features = (1 + self.model.load.deepstack as u64) * tokens;
-        let logits = sequence.answer.len() as u64 * self.model.config.decoder.vocab as u64 * F32;
-        self.caches(tokens + new)
-            + self.streams(tokens)
-            + self.costs.stored(features * self.model.hidden())
-            + logits * if self.reference.is_some() { 2 } else { 1 }
+        let cached = if self.decode { tokens + new as u64 } else { 0 };
+        let key = 2 * size.layers() as u64 * (attention.kv_heads * attention.head_dim) as u64;
+        let caches = (device.model_bytes(cached * key) as f64 * CACHE_ROOM) as u64;
+        let streams = tokens * (device.model_bytes(size.hidden()) + F32 * attention.head_dim as u64);
+        let features = (1 + self.levels.unwrap_or(0)) * tokens;
+        let logits = sequence.answer.len() as u64 * size.vocab() * F32;
+        caches + streams + device.model_bytes(features * size.hidden()) + logits * self.models.len() as u64
     }
 
-    fn caches(&self, tokens: u64) -> u64 {
-        let (_, key) = self.model.widths();
-        let bytes = self.costs.stored(tokens * self.model.layers() * 2 * key);
-        if self.decode { (bytes as f64 * CACHE_ROOM) as u64 } else { 0 }
+    /// Counts what is there and what is read before there are samples.
+    fn start(&mut self) -> Result<()> {
+        let mut steps = Vec::new();
+        for (i, model) in self.models.iter().enumerate() {
+            let [of_tower, _, of_head] = model.size.mapped;
+            let (name, tower, values, mapped) = match self.residency {
+                Residency::Resident => ("loading", 0, model.size.vocab() * model.size.hidden(), of_head),
+                Residency::Streamed { .. } => ("loading the vision tower", model.tower()?, 0, of_tower),
+            };
+            let held = vec![entry("weights", self.weights()), entry("vision tower", tower)];
+            let mapped = entry("the largest tensor on its way", self.device.loading_bytes(values, mapped));
+            steps.push((name, held, vec![self.held_by_process(), mapped]));
+            let moments = model.at_least(self.decode && i == 0)?;
+            steps.extend(moments.iter().map(|moment| self.step(i, moment, [0, 0])));
+        }
+        self.add(steps)
     }
 
-    fn streams(&self, tokens: u64) -> u64 {
-        tokens * (self.costs.stored(self.model.hidden()) + F32 * self.model.config.decoder.attention.head_dim as u64)
-    }
-
-    /// What one chunk takes in a block beside what lasts.
-    fn in_a_block(&self, chunk: &ChunkSize) -> u64 {
-        let decoder = &self.model.config.decoder;
-        let (hidden, inner) = (self.model.hidden(), decoder.intermediate as u64);
-        let (query, key) = self.model.widths();
-        let (tokens, longest) = (chunk.tokens, chunk.longest);
-        let rows = |values: u64| self.costs.stored(tokens as u64 * values);
-        let attention = Work::Attention { tokens, longest, shape: decoder.attention };
-        // Of a sample that attends to its cache: its queries, and what comes of them.
-        let own = if self.decode { self.costs.stored(longest as u64 * 2 * query) } else { rows(query) };
-        let attending = rows(hidden + query + 2 * key) + own + self.costs.workspace(attention);
-        let gated = rows(hidden + 3 * inner)
-            + self.costs.workspace(Work::Linear { inner: hidden as usize, outputs: inner as usize });
-        let down = rows(inner + hidden)
-            + self.costs.workspace(Work::Linear { inner: inner as usize, outputs: hidden as usize });
-        attending.max(gated).max(down)
-    }
-
-    /// Counts a run, on the model and on the reference.
-    fn add(&mut self, run: &Run) -> Result<()> {
-        let models = [Some(&self.model), self.reference.as_ref()];
+    /// Takes in steps with what they hold on the device, and on the host. Errors where that is more than there is.
+    fn add(&mut self, steps: Vec<(&'static str, Vec<Entry>, Vec<Entry>)>) -> Result<()> {
         let mut found = self.steps.clone();
-        let mut load = Load::default();
-        for (i, model) in models.into_iter().enumerate() {
-            let Some(model) = model else { continue };
-            for (name, device, host) in self.steps_of(model, run, i == 1) {
-                let (device, host) = match self.costs.host {
-                    true => (Vec::new(), [host, device].concat()),
-                    false => (device, host),
-                };
-                for (worst, entries) in found.iter_mut().zip([device, host]) {
-                    let step = (name.to_owned(), entries);
-                    if bytes_of(&step) > bytes_of(worst) {
-                        *worst = step;
-                    }
+        for (name, device, host) in steps {
+            let (device, host) = match self.device.is_host() {
+                true => (Vec::new(), [host, device].concat()),
+                false => (device, host),
+            };
+            for (worst, entries) in found.iter_mut().zip([device, host]) {
+                let step = (name.to_owned(), entries);
+                if bytes_of(&step) > bytes_of(worst) {
+                    *worst = step;
                 }
             }
-            load = load + self.load_of(model, run, i == 1);
         }
         let larger = bytes_of(&found[1]) > bytes_of(&self.steps[1]);
         self.steps = found;
-        self.load = self.load + load;
-        if let Some(limit) = self.limit {
+        if let Some(limit) = self.device.memory_limit() {
             let (step, entries) = &self.steps[0];
             ensure!(
                 bytes_of(&self.steps[0]) <= limit,
@@ -292,110 +263,61 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 
-    /// Steps with what they hold on the device, and on the host.
-    fn steps_of(&self, model: &ModelSize, run: &Run, second: bool) -> Vec<(&'static str, Vec<Entry>, Vec<Entry>)> {
-        let costs = &self.costs;
-        let (streamed, hidden) = (self.residency != Residency::Resident, model.hidden());
-        let all = [Some(&self.model), self.reference.as_ref()].into_iter().flatten();
-        let held = match self.residency {
-            Residency::Resident => all.map(ModelSize::values).sum(),
-            Residency::Streamed { held } => all.map(ModelSize::hidden).sum::<u64>() + held as u64 * self.model.block,
-        };
-        let weights = entry("weights", costs.stored(held));
-        let models = if self.reference.is_some() { 2 } else { 1 };
-        let process = entry("program, tokenizer and questions", self.process.held + models * KEPT_BYTES);
-        let images = entry("images of some samples", run.data);
-        let vocab = model.config.decoder.vocab as u64;
-        let before = if second { F32 * run.answers * vocab } else { 0 };
-        let host = |more: Vec<Entry>| [vec![process.clone(), images.clone()], more].concat();
-        let [of_tower, of_block, of_head] = model.mapped;
-        let way = |name: &str, values: u64, mapped: u64| {
-            // On the host the float32 is what is held.
-            entry(name, if costs.host { mapped } else { costs.loading(values, mapped) })
-        };
-
-        let mut steps = Vec::new();
-        if !streamed {
-            let mapped = way("the largest tensor on its way", model.head(), of_head);
-            steps.push(("loading", vec![weights.clone()], vec![process.clone(), mapped]));
-        }
-        let features =
-            |chunk: &ChunkSize| costs.stored((1 + model.load.deepstack as u64) * chunk.image_tokens as u64 * hidden);
-        let all_features = run.chunks.iter().map(features).sum::<u64>();
-        let tower = entry("vision tower", if streamed { costs.stored(model.tower) } else { 0 });
-        if all_features > 0 {
-            let most = run.chunks.iter().map(|chunk| encoding(costs, chunk, &model.load, features(chunk))).max();
-            let own = entry("features of images on their way", all_features + most.unwrap_or(0));
-            let pixels = run.chunks.iter().map(|chunk| chunk.patches * model.load.patch).max().unwrap_or(0) as u64;
-            let pixels = if costs.host { 0 } else { pixels * (F32 + costs.element_bytes) };
-            let more = vec![entry("logits", before), entry("patches of a chunk", pixels)];
-            steps.push(("encoding images", vec![weights.clone(), tower, own], host(more)));
-        } else if streamed && model.load.width > 0 && run.samples == 0 {
-            let mapped = way("a tensor on its way", 0, of_tower);
-            steps.push(("loading the vision tower", vec![weights.clone(), tower], vec![process.clone(), mapped]));
-        }
-        let tokens: u64 = run.chunks.iter().map(|chunk| chunk.tokens as u64).sum();
-        let caches = if second { 0 } else { self.caches(tokens + run.decoded) };
-        let lasting = |with_caches: u64| {
-            entry("samples that are answered together", all_features + self.streams(tokens) + with_caches)
-        };
-        let loaded =
-            streamed && (second || self.residency != Residency::Streamed { held: model.config.decoder.layers });
-        let block = entry("weights of a block", if loaded { costs.stored(model.block) } else { 0 });
-        let inside = run.chunks.iter().map(|chunk| self.in_a_block(chunk)).max().unwrap_or(0);
-        let loading = |name: &str, values: u64, mapped: u64| match streamed {
-            true => way(name, values, mapped + (values as f64 * model.unpacking) as u64),
-            false => entry(name, 0),
-        };
-        let on_way = loading("a layer on its way", model.layer, of_block);
-        let own = vec![weights.clone(), block, lasting(caches), entry("intermediate results", inside)];
-        steps.push(("a block", own, host(vec![entry("logits", before), on_way])));
-
-        let part = (HEAD_ROWS as u64 * hidden).min(model.head());
-        let head = entry("rows of the output head", if streamed { costs.stored(part) } else { 0 });
-        // Of a chunk, as they come from the device and cut into samples.
-        let most = run.chunks.iter().map(|chunk| chunk.tokens as u64).max().unwrap_or(0).min(run.answers);
-        let logits = F32 * vocab * (run.answers + 2 * most.max(run.samples));
-        let own = vec![weights, head, lasting(0)];
-        let on_way = loading("rows on their way", part, part * F32 / 2);
-        steps.push(("logits", own, host(vec![entry("logits", before + logits), on_way])));
-        steps
+    fn held_by_process(&self) -> Entry {
+        entry("program, tokenizer and questions", self.process.held + self.models.len() as u64 * KEPT_BYTES)
     }
 
-    /// Work of a run on a model; the reference decodes nothing.
-    fn load_of(&self, model: &ModelSize, run: &Run, second: bool) -> Load {
-        let decodes = self.decode && !second;
-        let decoder = &model.config.decoder;
-        let ((query, key), hidden) = (model.widths(), model.hidden() as f64);
-        let sum = |of: fn(&ChunkSize) -> usize| run.chunks.iter().map(of).sum::<usize>() as f64;
-        let (tokens, pairs, layers) = (sum(|chunk| chunk.tokens), sum(|chunk| chunk.pairs), decoder.layers as f64);
-        // Prompts are whole conversations but for their answers.
-        let times = if decodes { 2.0 } else { 1.0 };
-        let (steps, samples) = if decodes { (run.steps as f64, run.samples as f64) } else { (0.0, 0.0) };
-        let through = times * tokens + steps * samples;
-        let computed = 3.0 * hidden + 2.0 * (query + key) as f64 + 5.0 * decoder.intermediate as f64;
-        let asked = run.answers as f64 + samples * (1.0 + steps);
-        let passes = if run.chunks.is_empty() { 0.0 } else { times + steps };
-        let read = match self.residency {
-            Residency::Streamed { held } => {
-                let held = if second { 0.0 } else { held as f64 };
-                passes * ((layers - held) * model.block as f64 + model.head() as f64)
-            }
-            Residency::Resident => 0.0,
-        };
-        // With few rows the weights are what is read.
-        let few = passes * layers * model.block as f64;
-        let logits = Load {
-            products: 2.0 * through * layers * model.block as f64 + 2.0 * asked * model.head() as f64,
-            attention: layers * 2.0 * query as f64 * (times * pairs + steps * tokens),
-            values: layers * through * computed + 8.0 * run.answers as f64 * decoder.vocab as f64 + read + few,
-            ..Load::default()
-        };
-        let images = run.chunks.iter().any(|chunk| chunk.all_patches > 0);
-        match images {
-            true => Load::of_vision(&model.load, model.tower as usize, &run.chunks) + logits,
-            false => logits,
+    /// What a step of a model holds on the device, and on the host beside `data` and `logits` from before.
+    fn step(&self, i: usize, moment: &Moment, [data, before]: [u64; 2]) -> (&'static str, Vec<Entry>, Vec<Entry>) {
+        let (model, streamed) = (&self.models[i], self.residency != Residency::Resident);
+        let size = &model.size;
+        // Those of the other model are there as well.
+        let others = self.weights() - model.weights();
+        let mut held = moment.held.clone();
+        match held.iter_mut().find(|entry| entry.name == "weights") {
+            Some(weights) => weights.bytes += others,
+            None => held.push(entry("weights", others)),
         }
+        let mut host = vec![self.held_by_process(), entry("images of some samples", data)];
+        let name = match moment.at {
+            At::Images => {
+                host.push(entry("logits", before));
+                host.push(entry("patches of a chunk", moment.on_host));
+                "encoding images"
+            }
+            At::Block => {
+                host.push(entry("logits", before));
+                if streamed {
+                    let mapped = size.mapped[1] + (size.layer as f64 * size.unpacking) as u64;
+                    host.push(entry("a layer on its way", self.device.loading_bytes(size.layer, mapped)));
+                }
+                "a block"
+            }
+            At::Head => {
+                host.push(entry("logits", before + moment.on_host));
+                if streamed {
+                    let rows = (HEAD_ROWS as u64).min(size.vocab());
+                    let mapped = rows * size.head_row;
+                    host.push(entry("rows on their way", self.device.loading_bytes(rows * size.hidden(), mapped)));
+                }
+                "logits"
+            }
+        };
+        (name, held, host)
+    }
+}
+
+/// The model, and the reference where there is one, with their weights where the former's are to be.
+fn models(device: &Counting, sizes: &[ModelSize], residency: Residency) -> Result<Vec<CountedModel>> {
+    let residencies = [residency, of_reference(residency)];
+    sizes.iter().zip(residencies).map(|(size, residency)| CountedModel::load(device, size.clone(), residency)).collect()
+}
+
+/// Where the weights of a reference are beside a model's.
+fn of_reference(residency: Residency) -> Residency {
+    match residency {
+        Residency::Resident => Residency::Resident,
+        Residency::Streamed { .. } => Residency::Streamed { held: 0 },
     }
 }
 
@@ -405,38 +327,63 @@ mod tests {
     use crate::checkpoint::Checkpoint;
     use crate::device::cpu::Cpu;
     use crate::model::families;
+    use crate::tensor::Float;
+    use std::fs;
     use std::path::Path;
+    use std::sync::Arc;
 
-    /// A small model, its vision tower as large as is asked for.
+    /// A small model whose vision tower has about so many values, by its config.json: weights are not looked at.
     fn model(tower: u64) -> ModelSize {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model/flat-tied-bf16");
-        let checkpoint = Checkpoint::open(&folder).unwrap();
-        let config = families::of::<Cpu>(&checkpoint).unwrap().config(&checkpoint).unwrap();
-        ModelSize { tower, ..ModelSize::of::<Cpu>(&checkpoint, &config, None).unwrap() }
+        let work = tempfile::tempdir().unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            fs::copy(folder.join(file), work.path().join(file)).unwrap();
+        }
+        let size = |ratio: u64| {
+            let mut config: serde_json::Value =
+                serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
+            config["vision_config"]["mlp_ratio"] = ratio.into();
+            fs::write(work.path().join("config.json"), config.to_string()).unwrap();
+            let checkpoint = Arc::new(Checkpoint::open(work.path()).unwrap());
+            let config = families::of::<Cpu>(&checkpoint).unwrap().config(&checkpoint).unwrap();
+            ModelSize::of(&checkpoint, &config, None).unwrap()
+        };
+        let bytes = |ratio: u64| {
+            let device = Counting::plain(Float::Bf16);
+            CountedModel::load(&device, size(ratio), Residency::Resident).unwrap().tower().unwrap()
+        };
+        // A straight line in the ratio.
+        let (first, step) = (bytes(1), bytes(2) - bytes(1));
+        size(1 + ((2 * tower).saturating_sub(first) + step / 2) / step)
     }
 
-    fn message(planner: Result<Planner<'_>>) -> String {
+    fn message(planner: Result<Planner>) -> String {
         planner.err().map_or_else(|| "no error".into(), |error| format!("{error:#}"))
     }
 
     #[test]
     fn what_cannot_fit_is_refused_with_the_numbers() {
         // 4 TB: no machine that runs this has them.
-        let said = message(Planner::counting(Costs::of(&Cpu), None, model(1 << 40), None, true));
+        let said = message(Planner::new(Counting::of(&Cpu), model(1 << 40), None, true));
         for part in ["the evaluation does not fit into the ", "loading the vision tower takes 4.00 TiB", "--max-pixels"]
         {
             assert!(said.contains(part), "{part:?} is not in {said}");
         }
-        let said = message(Planner::counting(Costs::plain(2), Some(1 << 20), model(1 << 20), None, true));
-        for part in ["does not fit into 1.00 MiB of GPU memory", "vision tower 2.00 MiB"] {
+        let (small, model) = (Counting::plain(Float::Bf16).limited(1 << 20), model(1 << 20));
+        let tower = CountedModel::load(&small, model.clone(), Residency::Resident).unwrap().tower().unwrap();
+        assert!(tower.abs_diff(2 << 20) < 1 << 15, "{tower}");
+        let said = message(Planner::new(small, model, None, true));
+        for part in ["does not fit into 1.00 MiB of GPU memory", &format!("vision tower {}", human_bytes(tower))] {
             assert!(said.contains(part), "{part:?} is not in {said}");
         }
     }
 
     #[test]
     fn weights_are_held_while_they_leave_room() {
-        let residency =
-            |limit, tower| Planner::counting(Costs::plain(2), Some(limit), model(tower), None, true).unwrap();
+        let residency = |limit, tower| {
+            let device = Counting::plain(Float::Bf16).limited(limit);
+            Planner::new(device, model(tower), None, true).unwrap()
+        };
         assert_eq!(residency(1 << 30, 1 << 20).residency(), [Residency::Resident; 2]);
         // Half as much again must be free, or else room for what is answered together.
         let streamed = |held| [Residency::Streamed { held }, Residency::Streamed { held: 0 }];
