@@ -32,8 +32,8 @@ pub struct RunSettings {
     /// The power of their factors; the run takes 1 where all weigh alike.
     #[serde(default)]
     pub importance_power: ImportancePower,
-    /// Whether scales are refitted; `None`: as is usual at the width ([`Refit::usual`]). The run takes [`Refit::None`] where no sample
-    /// is run.
+    /// Whether scales are refitted; `None`: as is usual at the width ([`Refit::usual`]). Round-to-nearest
+    /// runs no sample: it takes [`Refit::None`].
     #[serde(default)]
     pub refit: Option<Refit>,
     /// Samples to draw from the calibration data; all, when it has fewer.
@@ -113,6 +113,10 @@ impl RunSettings {
         ensure!(
             self.calib.is_some() || self.solver.solver == Solver::Rtn,
             "the solvers gptq and gptaq need calibration data: give a file with --calib"
+        );
+        ensure!(
+            self.refit != Some(Refit::Residual) || self.solver.solver != Solver::Rtn,
+            "--refit residual looks at outputs of calibration samples, of which --solver rtn reads none: leave one of the two out"
         );
         ensure!(model.is_dir(), "{}: no such folder; give the folder of a Hugging Face checkpoint", model.display());
         check_target(out)
