@@ -1,7 +1,7 @@
 //! A run up to where the first weight would be read: every input checked, memory, disk and time counted.
 
 use super::encode;
-use super::input::{Input, Sizes};
+use super::input::Input;
 use crate::device::counting::Counting;
 use crate::device::{ModelOps, SolveOps};
 use crate::plan::{DiskPlan, MemoryPlan, Rates, StageEstimate, StateBytes, TimePlan};
@@ -47,9 +47,8 @@ pub(super) fn dry_run<D: ModelOps + SolveOps>(
     for file in input.checkpoint.weight_files() {
         file_bytes += file.metadata().with_context(|| format!("cannot read {}", file.display()))?.len();
     }
-    let sizes = Sizes::new(&input.checkpoint, &input.linears, settings.format, &input.solver)?;
     let rates = Rates::measure(device, &subject)?;
-    let mut time = TimePlan::new(&counted, rates, file_bytes, sizes.before - sizes.float_layers);
+    let mut time = TimePlan::new(&counted, rates, file_bytes, input.sizes.before - input.sizes.float_layers);
     // This stage has just been through.
     for StageTime { stage, seconds } in stages.into_iter().filter(|time| time.stage == Stage::Data) {
         time.seconds += seconds;

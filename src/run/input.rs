@@ -23,6 +23,7 @@ use crate::report::settings::RunSettings;
 use anyhow::{Result, bail};
 use rayon::prelude::*;
 use std::collections::HashSet;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -33,8 +34,8 @@ pub(super) struct Data {
     pub(super) calibration: Collected,
     /// Samples that tell what came of it.
     pub(super) held_out: Vec<Sequence>,
-    /// Most tokens that go through a block together.
-    chunk_tokens: usize,
+    /// Samples of each kind that go through a block together.
+    chunks: [Vec<Range<usize>>; 2],
 }
 
 impl Data {
@@ -43,12 +44,18 @@ impl Data {
         self.calibration.sequences.iter().chain(&self.held_out)
     }
 
-    /// Both kinds in chunks.
+    /// Samples, those that are held out among them, in chunks of at most so many tokens.
+    fn new(calibration: Collected, held_out: Vec<Sequence>, chunk_tokens: usize) -> Self {
+        let chunks = [&calibration.sequences, &held_out].map(|samples| chunks_of_tokens(samples, chunk_tokens as u64));
+        Self { calibration, held_out, chunks }
+    }
+
+    /// Both kinds in chunks, in order.
     pub(super) fn packed(&self) -> Chunked<'_> {
-        let mut chunks = pack(&self.calibration.sequences, self.chunk_tokens);
-        let calibrated = chunks.len();
-        chunks.extend(pack(&self.held_out, self.chunk_tokens));
-        Chunked { chunks, calibrated }
+        let [calibrated, held_out] = &self.chunks;
+        let calibration = calibrated.iter().map(|chunk| &self.calibration.sequences[chunk.clone()]);
+        let chunks = calibration.chain(held_out.iter().map(|chunk| &self.held_out[chunk.clone()]));
+        Chunked { chunks: chunks.map(|samples| samples.iter().collect()).collect(), calibrated: calibrated.len() }
     }
 }
 
@@ -65,6 +72,7 @@ pub(super) struct Input {
     pub(super) refit: Refit,
     pub(super) format: Format,
     pub(super) linears: Vec<LinearSpec>,
+    pub(super) sizes: Sizes,
     /// Whether no sample has an image, so that the vision tower is not needed.
     pub(super) text_only: bool,
     /// Whether the first finding ends the run.
@@ -114,6 +122,7 @@ impl Input {
         };
         let text_only = data.all().all(|sequence| sequence.images.is_empty());
         check_headers::<D>(&checkpoint, &config, !text_only)?;
+        let sizes = Sizes::new(&checkpoint, &linears, settings.format, &layout)?;
         let input = Self {
             checkpoint,
             family: family.model_type(),
@@ -125,6 +134,7 @@ impl Input {
             refit,
             format: settings.format,
             linears,
+            sizes,
             text_only,
             strict: settings.strict,
             samples,
@@ -206,18 +216,12 @@ pub(super) struct Sizes {
 }
 
 impl Sizes {
-    pub(super) fn new(
-        checkpoint: &Checkpoint,
-        linears: &[LinearSpec],
-        format: Format,
-        solver: &SolverSettings,
-    ) -> Result<Self> {
-        let layout = solver.layout();
+    fn new(checkpoint: &Checkpoint, linears: &[LinearSpec], format: Format, layout: &CodeLayout) -> Result<Self> {
         let bytes = |name: &str| Ok(checkpoint.tensor(name)?.bytes.len() as u64);
         Ok(Self {
             before: checkpoint.names().map(bytes).sum::<Result<u64>>()?,
             float_layers: linears.iter().map(|l| bytes(&format!("{}.weight", l.module))).sum::<Result<u64>>()?,
-            quantized_layers: linears.iter().flat_map(|l| format.specs(l, &layout)).map(|s| s.bytes() as u64).sum(),
+            quantized_layers: linears.iter().flat_map(|l| format.specs(l, layout)).map(|s| s.bytes() as u64).sum(),
         })
     }
 }
@@ -250,10 +254,5 @@ fn read_data(
     });
     let held_out = built.collect::<Result<_>>()?;
     stages.push(clock.finish(observer));
-    Ok((Data { calibration: collected, held_out, chunk_tokens: settings.chunk_tokens }, samples))
-}
-
-/// Cuts the samples, in order, into chunks of at most `most` tokens.
-fn pack(sequences: &[Sequence], most: usize) -> Vec<Vec<&Sequence>> {
-    chunks_of_tokens(sequences, most as u64).into_iter().map(|chunk| sequences[chunk].iter().collect()).collect()
+    Ok((Data::new(collected, held_out, settings.chunk_tokens), samples))
 }

@@ -4,7 +4,7 @@
 use super::blocks::BlockRun;
 use super::encode;
 use super::findings;
-use super::input::{Input, Sizes};
+use super::input::Input;
 use super::resume::{self, Spent, Unfinished, Unusable};
 use super::start::{Start, Started};
 use crate::checkpoint::Checkpoint;
@@ -98,7 +98,6 @@ fn quantize<D: ModelOps + SolveOps>(
     stages.push(clock.finish(observer));
     let identity = resume::identity(&provenance, &device.name(), device.libraries())?;
     let calibration = encode::counts(&data.calibration, input.config.image_token);
-    let sizes = Sizes::new(&input.checkpoint, &input.linears, settings.format, &input.solver)?;
 
     let blocks = input.config.decoder.layers;
     let unfinished = |work: &WorkFolder, finished| Some(Unfinished { folder: work.path().into(), finished, blocks });
@@ -192,9 +191,9 @@ fn quantize<D: ModelOps + SolveOps>(
         peak_device_bytes: plan.measured_bytes(),
         device_pool: device.pool_peak()?,
         memory_plan: plan,
-        bytes_before: sizes.before,
-        bytes_after: sizes.before - sizes.float_layers + sizes.quantized_layers,
-        quantized_bytes: sizes.quantized_layers,
+        bytes_before: input.sizes.before,
+        bytes_after: input.sizes.before - input.sizes.float_layers + input.sizes.quantized_layers,
+        quantized_bytes: input.sizes.quantized_layers,
         loaders: settings.format.loaders(&layout, input.support, &settings.out),
         shut_out: settings.format.shut_out(&layout, input.support),
         largest_split: largest_split(&DecoderShape::of(&input.config.decoder), settings.format, &input.solver),

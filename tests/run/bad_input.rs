@@ -262,6 +262,7 @@ fn groups_that_do_not_divide() {
     let says = ["group size 64", "q_proj (32 x 32)", "8, 16, 32, none"];
     bench.refused(&bench.quantize(&["--group-size", "64", "--format", "gptq"]), &says);
 }
+
 /// What would be ignored is refused.
 #[test]
 fn a_refit_needs_samples() {
