@@ -268,7 +268,7 @@ impl Device for Counting {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::counting::Holding;
+    use crate::device::counting::{Holding, StandsFor};
     use crate::device::cpu::Cpu;
     use crate::device::{
         Activation, AttentionOperands, AttentionShape, BlockShape, Factored, Grid, GridRule, LayerInputs,
