@@ -58,6 +58,12 @@ pub fn group_sizes(cols: usize) -> Vec<usize> {
     [32, 64, 128, 256, 512, 1024].into_iter().filter(|&size| size <= cols && cols.is_multiple_of(size)).collect()
 }
 
+/// Group sizes, the usual one first, that divide the input features of all layers, and behind them whole rows.
+fn fitting_groups(cols: impl Iterator<Item = usize> + Clone) -> impl Iterator<Item = Option<usize>> {
+    let fits = move |size: &usize| cols.clone().all(|cols| group_sizes(cols).contains(size));
+    [128, 64, 32].into_iter().filter(fits).map(Some).chain([None])
+}
+
 /// The amount of calibration that an estimate is for.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Workload {
@@ -96,7 +102,9 @@ pub fn estimate(
     device: &Counting,
     rates: impl FnOnce(&Subject<'_>) -> Result<Rates>,
 ) -> Result<Estimate> {
-    let solver = SolverSettings { solver: workload.solver, ..SolverSettings::default() };
+    let cols = Projection::ALL.map(|projection| projection.shape(&config.decoder).1);
+    let group_size = fitting_groups(cols.into_iter()).next().flatten();
+    let solver = SolverSettings { solver: workload.solver, group_size, ..SolverSettings::default() };
     // Text of any kind, but for the place of an image.
     let tokens = vec![u32::from(config.image_token == 0); workload.tokens];
     let positions = (0..).map(|place| [place; 3]).take(workload.tokens).collect();
@@ -204,8 +212,7 @@ fn splits(shape: &DecoderShape, stored: Option<Quantization>, kinds: &[LinearKin
     let Quantization { format, packing } = match stored {
         Some(stored) => stored,
         None => {
-            let fits = |size: &usize| kinds.iter().all(|kind| kind.group_sizes.contains(size));
-            let sizes = [128, 64, 32].into_iter().filter(fits).map(Some).chain([None]);
+            let sizes = fitting_groups(kinds.iter().map(|kind| kind.cols));
             let settings = |group_size| SolverSettings { group_size, ..SolverSettings::default() };
             return sizes.map(|size| split(Format::COMPRESSED_TENSORS, &settings(size))).collect();
         }
