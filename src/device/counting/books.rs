@@ -11,8 +11,8 @@ impl Counting {
         self.ledger.step(step);
     }
 
-    /// Says that each tensor made and each operation done under a [label](Device::label) stands for so many alike, before any tensor is made
-    /// under it.
+    /// Says that each tensor made and each operation done under a [label](crate::device::Device::label) stands for so many alike,
+    /// before any tensor is made under it.
     pub fn stands_for(&self, label: &'static str, alike: StandsFor) {
         self.ledger.stands_for(label, alike);
     }
@@ -35,18 +35,19 @@ impl Counting {
         self.ledger.total()
     }
 
-    /// The moment at which most bytes of device memory were alive since [`reset_peak`](Device::reset_peak).
+    /// The moment at which most bytes of device memory were alive since [`reset_peak`](crate::device::Device::reset_peak).
     pub fn peak(&self) -> Peak {
         self.ledger.peak()
     }
 
-    /// As [`peak`](Self::peak), of the moments at which one of these [labels](Device::label) was the current one.
+    /// As [`peak`](Self::peak), of the moments at which one of these [labels](crate::device::Device::label) was the current one.
     pub fn peak_during(&self, labels: &[&str]) -> Peak {
         self.ledger.peak_during(labels)
     }
 
-    /// Bytes that the operation which takes most for itself had beside what it has at a peak, since [`reset_peak`](Device::reset_peak): where
-    /// the device's memory is the host's, whose allocator keeps them in the thread that had them. 0 where the device has its own.
+    /// Bytes that the operation which takes most for itself had beside what it has at a peak, since
+    /// [`reset_peak`](crate::device::Device::reset_peak): where the device's memory is the host's, whose allocator keeps them in the
+    /// thread that had them. 0 where the device has its own.
     pub fn kept_beside(&self, peak: &Peak) -> u64 {
         if self.host { self.ledger.passing_beside(peak) } else { 0 }
     }
@@ -56,15 +57,15 @@ impl Counting {
         self.ledger.most_parked()
     }
 
-    /// Most bytes that the host had beside the tensors since [`reset_peak`](Device::reset_peak): of weights on their way
+    /// Most bytes that the host had beside the tensors since [`reset_peak`](crate::device::Device::reset_peak): of weights on their way
     /// ([`reading`](Self::reading)) the pages of their file, and where the device has memory of its own, numbers that are made for it,
     /// fetched from it or [held](Self::hold_on_host).
     pub fn most_on_host(&self) -> u64 {
         self.ledger.most_on_host()
     }
 
-    /// Bytes that the host's heap keeps between tensors that came and went in it since [`reset_peak`](Device::reset_peak); 0 of a device with
-    /// memory of its own.
+    /// Bytes that the host's heap keeps between tensors that came and went in it since
+    /// [`reset_peak`](crate::device::Device::reset_peak); 0 of a device with memory of its own.
     pub fn between_arrays(&self) -> u64 {
         if self.host { self.ledger.between_arrays() } else { 0 }
     }
