@@ -64,10 +64,9 @@ impl Counting {
         self.ledger.most_on_host()
     }
 
-    /// Bytes that the host's heap keeps between tensors that came and went in it since
-    /// [`reset_peak`](crate::device::Device::reset_peak); 0 of a device with memory of its own.
-    pub fn between_arrays(&self) -> u64 {
-        if self.host { self.ledger.between_arrays() } else { 0 }
+    /// Bytes of the tensors that were made since [`reset_peak`](crate::device::Device::reset_peak), each size once.
+    pub fn sizes(&self) -> Vec<u64> {
+        self.ledger.sizes()
     }
 
     /// All work so far, by kind.

@@ -1,7 +1,6 @@
 //! The books of a counting device: what is alive, under which label, and the moment at which that was most.
 
 use crate::device::work::ByKind;
-use crate::heap;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -283,9 +282,8 @@ impl Ledger {
         self.books().most_parked
     }
 
-    /// Bytes that the host's heap keeps between tensors that are in it.
-    pub(super) fn between_arrays(&self) -> u64 {
-        heap::between_arrays(self.books().sizes.iter().copied())
+    pub(super) fn sizes(&self) -> Vec<u64> {
+        self.books().sizes.iter().copied().collect()
     }
 
     pub(super) fn most_on_host(&self) -> u64 {

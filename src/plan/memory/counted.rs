@@ -3,6 +3,7 @@
 use crate::device::counting::{CountedTensor, Counting, Peak};
 use crate::device::{ByKind, Device};
 use crate::evaluate::paths::{self, Paths};
+use crate::heap;
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::{Block, Projection};
 use crate::model::families::ModelConfig;
@@ -191,7 +192,8 @@ impl Course<'_> {
             true => "the file's pages of a tensor",
             false => on_host,
         };
-        let kept = entry("what the heap keeps between tensors", self.device.between_arrays());
+        let sizes = if self.device.is_host() { self.device.sizes() } else { Vec::new() };
+        let kept = entry("what the heap keeps between tensors", heap::between_arrays(sizes.into_iter()));
         let on_host = [entry(on_host, self.device.most_on_host()), kept];
         self.steps.push(CountedStep { stage, device: self.step(stage, &peak, name), on_host });
         self.device.reset_peak();
