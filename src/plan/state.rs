@@ -28,7 +28,8 @@ impl StateBytes {
     pub fn of(subject: &Subject<'_>, element_bytes: usize) -> Self {
         let Subject { config, chunks, .. } = subject;
         let tokens: u64 = chunks.iter().map(|chunk| chunk.tokens() as u64).sum();
-        let float_tokens: u64 = chunks.iter().filter(|chunk| chunk.with_float).map(|chunk| chunk.tokens() as u64).sum();
+        let float_tokens: u64 =
+            chunks.iter().filter(|chunk| subject.with_float(chunk)).map(|chunk| chunk.tokens() as u64).sum();
         let image_tokens =
             chunks.iter().map(|chunk| image_rows(&chunk.sequences, config.image_token).len() as u64).sum();
         let (hidden, chunks, levels) =

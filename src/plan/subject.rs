@@ -3,6 +3,7 @@
 use crate::checkpoint::Checkpoint;
 use crate::data::sequence::Sequence;
 use crate::model::families::ModelConfig;
+use crate::quantize::block::needs_float_path;
 use crate::quantize::settings::{Importance, Refit, SolverSettings};
 use std::sync::Arc;
 
@@ -34,8 +35,15 @@ pub struct SubjectChunk<'a> {
     pub sequences: Vec<&'a Sequence>,
     /// Whether their tokens go into no statistics.
     pub held_out: bool,
-    /// Whether there is a float path beside the quantized one.
-    pub with_float: bool,
+    /// Whether both paths predict what comes next there, behind the last block.
+    pub checked: bool,
+}
+
+impl Subject<'_> {
+    /// Whether a chunk has a float path beside the quantized one.
+    pub fn with_float(&self, chunk: &SubjectChunk<'_>) -> bool {
+        chunk.checked || needs_float_path(self.solver, self.importance, self.refit)
+    }
 }
 
 impl SubjectChunk<'_> {

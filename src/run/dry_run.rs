@@ -38,9 +38,9 @@ pub(super) fn dry_run<D: ModelOps + SolveOps>(
     let settings = &settings.plain();
     let mut stages: Vec<StageTime> = Vec::new();
     let (input, data) = Input::read::<D>(settings, &mut stages, observer)?;
-    let (memory, counted) = input.plan(&Counting::of(device), &data)?;
     let packed = data.packed();
     let subject = input.subject(&packed);
+    let (memory, counted) = input.plan(&Counting::of(device), &data, &subject)?;
     let disk = input.disk(StateBytes::of(&subject, device.element_bytes()), &settings.out)?;
 
     let mut file_bytes = 0;

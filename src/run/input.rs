@@ -16,7 +16,6 @@ use crate::model::families::{self, Head, ModelConfig};
 use crate::model::language_model::check_headers;
 use crate::plan::{Counted, DiskPlan, MemoryPlan, Process, StateBytes, Subject, SubjectChunk};
 use crate::progress::{Observer, Stage, StageClock, StageTime};
-use crate::quantize::block::needs_float_path;
 use crate::quantize::settings::{Importance, ImportancePower, Refit, Solver, SolverSettings};
 use crate::report::samples::{self, ReportSample};
 use crate::report::settings::RunSettings;
@@ -157,11 +156,10 @@ impl Input {
 
     /// What is to be done, for a plan that goes through it.
     pub(super) fn subject<'a>(&'a self, packed: &Chunked<'a>) -> Subject<'a> {
-        let all = needs_float_path(&self.solver, self.importance, self.refit);
         let chunk = |(i, sequences): (usize, &Vec<&'a Sequence>)| SubjectChunk {
             sequences: sequences.clone(),
             held_out: packed.is_held_out(i),
-            with_float: all || packed.is_checked(i),
+            checked: packed.is_checked(i),
         };
         Subject {
             checkpoint: &self.checkpoint,
@@ -176,8 +174,8 @@ impl Input {
     }
 
     /// Counts what a run will take on a device, and refuses what cannot fit into its memory or the host's.
-    pub(super) fn plan(&self, device: &Counting, data: &Data) -> Result<(MemoryPlan, Counted)> {
-        let (plan, counted) = MemoryPlan::fit(&self.subject(&data.packed()), device)?;
+    pub(super) fn plan(&self, device: &Counting, data: &Data, subject: &Subject<'_>) -> Result<(MemoryPlan, Counted)> {
+        let (plan, counted) = MemoryPlan::fit(subject, device)?;
         let replaced: HashSet<String> = self.linears.iter().map(|linear| format!("{}.weight", linear.module)).collect();
         let process = Process::now(&self.checkpoint, &data.all().collect::<Vec<_>>(), |name| !replaced.contains(name))?;
         Ok((plan.with_host(&counted, &process)?, counted))

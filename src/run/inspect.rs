@@ -14,7 +14,7 @@ use crate::model::families::{self, ModelConfig};
 use crate::model::language_model::check_headers;
 use crate::model::parts::{self, part_of};
 use crate::plan::{DecoderShape, Rates, Subject, SubjectChunk};
-use crate::quantize::block::{Activations, needs_float_path};
+use crate::quantize::block::Activations;
 use crate::quantize::settings::{Importance, Refit, Solver, SolverSettings};
 use crate::report::settings::CHUNK_TOKENS;
 use crate::report::split::largest_split;
@@ -114,12 +114,11 @@ pub fn estimate(
         Solver::Rtn => (0, Importance::None, Refit::None),
         Solver::Gptq | Solver::Gptaq => (workload.samples, workload.importance, Refit::usual(&solver)),
     };
-    let with_float = needs_float_path(&solver, importance, refit);
     let per_chunk = (CHUNK_TOKENS / workload.tokens.max(1)).max(1);
     let chunk = |first| SubjectChunk {
         sequences: vec![&sequence; per_chunk.min(samples - first)],
         held_out: false,
-        with_float,
+        checked: false,
     };
     let chunks = (0..samples).step_by(per_chunk).map(chunk).collect();
     let (places, images) = (Vec::new(), false);

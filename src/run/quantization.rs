@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 pub(super) fn plan<D: ModelOps + SolveOps>(device: &D, settings: &RunSettings) -> Result<MemoryPlan> {
     settings.check()?;
     let (input, data) = Input::read::<D>(settings, &mut Vec::new(), &mut ())?;
-    Ok(input.plan(&Counting::of(device), &data)?.0)
+    Ok(input.plan(&Counting::of(device), &data, &input.subject(&data.packed()))?.0)
 }
 
 /// What a run with these settings takes on a device that only counts, with activations where they are said to be: the run's own
@@ -83,7 +83,9 @@ fn quantize<D: ModelOps + SolveOps>(
     let stop = observer.stop();
     let mut stages = Vec::new();
     let (input, data) = Input::read::<D>(settings, &mut stages, observer)?;
-    let (mut plan, _) = input.plan(&Counting::of(device), &data)?;
+    let packed = data.packed();
+    let subject = input.subject(&packed);
+    let (mut plan, _) = input.plan(&Counting::of(device), &data, &subject)?;
     plan.lines().iter().for_each(|line| log::info!("{line}"));
     let used = RunSettings {
         solver: input.solver.clone(),
@@ -101,7 +103,7 @@ fn quantize<D: ModelOps + SolveOps>(
 
     let blocks = input.config.decoder.layers;
     let unfinished = |work: &WorkFolder, finished| Some(Unfinished { folder: work.path().into(), finished, blocks });
-    let bytes = StateBytes::of(&input.subject(&data.packed()), device.element_bytes());
+    let bytes = StateBytes::of(&subject, device.element_bytes());
     let start = Start {
         device,
         input: &input,
@@ -122,7 +124,6 @@ fn quantize<D: ModelOps + SolveOps>(
         }
     };
     let Started { mut state, mut writer, mut chunks } = started;
-    let packed = data.packed();
     let (places, held_out) = (input.places(&packed), packed.held_out());
     *saved = unfinished(work, state.finished());
     let session = start.session(work, &plan);

@@ -174,7 +174,7 @@ fn the_output_head_comes_part_by_part() {
     let sample = model.sample(600, None);
     let subject = |asked: usize| {
         let mut subject = model.subject(vec![&sample; 5], &method);
-        subject.chunks[4].with_float = true;
+        subject.chunks[4].checked = true;
         subject.places = vec![(4, (0..asked as u32).collect())];
         subject.places.retain(|(_, rows)| !rows.is_empty());
         subject
@@ -265,4 +265,13 @@ fn what_cannot_fit_is_refused_with_the_numbers() {
         assert!(error.contains(part), "{part:?} is not in {error}");
     }
     assert!(!error.contains('\n'));
+    // What another solver does not look at is not there with it.
+    let (gptaq, gptq) = (self::method(settings(Solver::Gptaq), Importance::None), settings(Solver::Gptq));
+    let subject = model.subject(vec![&sample; 128], &gptaq);
+    let streams = |subject: &Subject<'_>| {
+        let counted = subject.count(&Counting::plain(Float::Bf16), Activations::Streamed).unwrap();
+        counted.parked_bytes
+    };
+    assert_eq!(streams(&subject), TOKENS * TOKEN);
+    assert_eq!(streams(&Subject { solver: &gptq, ..subject.clone() }), TOKENS * 7680);
 }

@@ -13,7 +13,6 @@ use vlmq::data::sequence::Sequence;
 use vlmq::device::cpu::Cpu;
 use vlmq::model::families::{self, ImageOptions, ModelConfig};
 use vlmq::plan::{DecoderShape, Subject, SubjectChunk};
-use vlmq::quantize::block::needs_float_path;
 use vlmq::quantize::settings::{Importance, Refit, SolverSettings};
 
 /// A checkpoint whose weights are holes.
@@ -99,9 +98,8 @@ impl Hollow {
     /// What is to be done with chunks of a sample each.
     pub(crate) fn subject<'a>(&'a self, samples: Vec<&'a Sequence>, method: &'a Method) -> Subject<'a> {
         let Method { solver, importance, refit } = method;
-        let with_float = needs_float_path(solver, *importance, *refit);
         let images = samples.iter().any(|sample| !sample.images.is_empty());
-        let chunk = |sample| SubjectChunk { sequences: vec![sample], held_out: false, with_float };
+        let chunk = |sample| SubjectChunk { sequences: vec![sample], held_out: false, checked: false };
         Subject {
             checkpoint: &self.checkpoint,
             config: &self.config,

@@ -94,10 +94,12 @@ impl Course<'_> {
         let embedder = Embedder::load(&device, subject.checkpoint, subject.config, subject.images)?;
         drop(label);
         self.note(Stage::Vision, |_| "loading".into(), "the largest tensor on its way");
-        for SubjectChunk { sequences, held_out, with_float } in &self.subject.chunks {
+        for own in &self.subject.chunks {
+            let SubjectChunk { sequences, held_out, .. } = own;
+            let with_float = self.subject.with_float(own);
             let images = sequences.iter().any(|sequence| !sequence.images.is_empty());
             device.step(if images { "encoding images" } else { "embedding" });
-            let mut chunk = embedded(&device, &embedder, sequences, self.subject.config.image_token, *with_float)?;
+            let mut chunk = embedded(&device, &embedder, sequences, self.subject.config.image_token, with_float)?;
             chunk.held_out = *held_out;
             if self.activations == Activations::Streamed {
                 chunk.park(&device)?;
