@@ -191,7 +191,14 @@ fn multiply<S: Simd, const VECTORS: usize>(
             }
         }
         for r in 0..ROWS {
-            S::as_mut_simd_f32s(&mut out[r]).0[first..first + VECTORS].copy_from_slice(&sums[r]);
+            let out = &mut S::as_mut_simd_f32s(&mut out[r]).0[first..first + VECTORS];
+            #[expect(
+                clippy::manual_memcpy,
+                reason = "a copy of a row wants it in memory, and there the sums would stand all along"
+            )]
+            for v in 0..VECTORS {
+                out[v] = sums[r][v];
+            }
         }
     }
 }

@@ -29,6 +29,7 @@ pub(super) struct Part {
 
 impl Part {
     /// The part's columns of row `i` of its own in a matrix of diagonal blocks.
+    #[inline]
     fn row<'a>(&self, blocks: &'a Matrix, i: usize) -> &'a [f32] {
         &blocks.row(self.columns.start + i)[self.columns.start - self.block..self.columns.end - self.block]
     }

@@ -103,12 +103,13 @@ pub(super) fn quantize_tile<S: Simd>(
 }
 
 /// `d += lane · factor`, product and sum rounded apart. Spelled out: left to itself the compiler vectorizes along the
-/// columns and gathers.
+/// columns and gathers. Counted, not zipped: what makes a pair of iterators is a function that is not always inlined.
 #[inline(always)]
 fn propagate<S: Simd>(simd: S, d: &mut Lane, lane: &Lane, factor: f32) {
     let factor = simd.splat_f32s(factor);
-    for (d, &x) in S::as_mut_simd_f32s(d).0.iter_mut().zip(S::as_simd_f32s(lane).0) {
-        *d = simd.add_f32s(*d, simd.mul_f32s(x, factor));
+    let (d, lane) = (S::as_mut_simd_f32s(d).0, S::as_simd_f32s(lane).0);
+    for v in 0..d.len() {
+        d[v] = simd.add_f32s(d[v], simd.mul_f32s(lane[v], factor));
     }
 }
 
