@@ -1,14 +1,14 @@
 //! How a picture is to be turned, wherever Pillow's `exif_transpose` finds that said: in EXIF data of the file's own kind, of a PNG's
 //! `eXIf` chunk anywhere or `Raw profile type exif` text, else in XMP.
 
-use super::container::{png_chunks, webp_metadata};
+use super::container::{Pixels, png_chunks, webp_metadata};
 use super::jpeg;
 use flate2::read::ZlibDecoder;
 use image::codecs::tiff::TiffDecoder;
 use image::metadata::Orientation;
 use image::{ImageDecoder, ImageFormat};
 use std::borrow::Cow;
-use std::io::{Cursor, Read};
+use std::io::Read;
 
 /// Most bytes of a PNG's text once it is unpacked, as for Pillow.
 const MAX_TEXT: u64 = 1 << 20;
@@ -30,7 +30,7 @@ pub(super) fn orientation(format: ImageFormat, bytes: &[u8]) -> Orientation {
         ImageFormat::WebP => webp_metadata(bytes),
         // A decoder of its own, with the limits that it begins with: 1 MiB for the values of a tag.
         ImageFormat::Tiff => {
-            let found = TiffDecoder::new(Cursor::new(bytes)).and_then(|mut decoder| decoder.orientation());
+            let found = TiffDecoder::new(Pixels::of(bytes, format)).and_then(|mut decoder| decoder.orientation());
             return found.unwrap_or(Orientation::NoTransforms);
         }
         _ => [None, None],
