@@ -5,16 +5,16 @@
 //! is cut off, what is left is reduced when there is too much of it, and a learned vector ends each of its rows.
 
 use super::image::{ImagePatches, MAX_PIXELS};
-use super::patches::{PatchSettings, count, image_processor, read_json, refuse_extreme_aspect, resize};
+use super::patches::{PatchSettings, count, image_processor, read_json, refuse_extreme_aspect};
 use super::sequence::VisionInput;
 pub use super::tiles::{Kept, Tiles};
 use super::view::View;
 use anyhow::{Context, Result, bail, ensure};
-use image::{Rgb, RgbImage, imageops};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
+use vlmq_picture::{Rgb, RgbImage, imageops, resize};
 
 /// Above this many times what fits, features are reduced (`pack_image_features` in transformers).
 const REDUCE_ABOVE: f64 = 1.1;

@@ -1,14 +1,14 @@
 //! Images at their own resolution: the Qwen towers' resizing, and one token for each merged square of patches.
 
 use super::image::{ImagePatches, MAX_PIXELS};
-use super::patches::{PatchSettings, count, image_processor, refuse_extreme_aspect, resize};
+use super::patches::{PatchSettings, count, image_processor, refuse_extreme_aspect};
 use super::positions::mrope_positions;
 use super::sequence::VisionInput;
 use anyhow::{Context, Result, ensure};
-use image::RgbImage;
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
+use vlmq_picture::{RgbImage, resize};
 
 /// How an image is resized before it is cut into patches.
 #[derive(Clone, Debug, PartialEq)]

@@ -2,12 +2,9 @@
 
 use crate::input;
 use anyhow::{Context, Result, bail, ensure};
-use fast_image_resize::images::{TypedImage, TypedImageRef};
-use fast_image_resize::pixels::U8x3;
-use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
-use image::RgbImage;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
+use vlmq_picture::RgbImage;
 
 /// How pixels become patches.
 #[derive(Clone, Debug, PartialEq)]
@@ -118,23 +115,6 @@ impl PatchSettings {
     pub(super) fn patch_values(&self) -> usize {
         3 * self.temporal_patch_size * self.patch_size * self.patch_size
     }
-}
-
-/// Antialiased bicubic, byte to byte. The width first, then the height, each rounded to bytes: so torchvision does it, and
-/// in one call fast_image_resize would go through the axes the other way round.
-pub(super) fn resize(image: &RgbImage, width: u32, height: u32) -> Result<RgbImage> {
-    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom)).use_alpha(false);
-    let mut resizer = Resizer::new();
-    // Images of one type of pixel: else code for all types is compiled.
-    let mut resized = |from: &RgbImage, width, height| -> Result<RgbImage> {
-        let mut to = RgbImage::new(width, height);
-        let source = TypedImageRef::<U8x3>::from_buffer(from.width(), from.height(), from.as_raw())?;
-        let mut target = TypedImage::<U8x3>::from_buffer(width, height, &mut to)?;
-        resizer.resize_typed(&source, &mut target, &options).context("cannot be resized")?;
-        Ok(to)
-    };
-    let wide = resized(image, width, image.height())?;
-    resized(&wide, width, height)
 }
 
 /// Refuses an image one side of which is more than 200 times the other: Qwen's own limit, and beyond all real images.

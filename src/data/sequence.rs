@@ -8,10 +8,10 @@ use super::template::{ChatTemplate, MAX_BYTES, TemplateChoice};
 use super::tokenizer::Tokenizer;
 use super::view::View;
 use anyhow::{Context, Result, bail, ensure};
-use image::RgbImage;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::path::Path;
+use vlmq_picture::RgbImage;
 
 /// Most tokens of a sample: four times the longest context of the families' models, and few enough for positions to be
 /// numbered in 32 bits.

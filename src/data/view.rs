@@ -1,7 +1,7 @@
 //! What an image's tokens show: the picture as the vision tower saw it, and a token for each cell of a grid over it.
 
 use super::image::ImagePatches;
-use image::RgbImage;
+use vlmq_picture::RgbImage;
 
 /// A picture under a grid of tokens. An image has one or several, one behind the other in its tokens.
 #[derive(Clone, Debug)]
@@ -23,7 +23,7 @@ impl View {
         let (rows, columns) = image.merged_grid();
         let [width, height] = image.crop_size();
         let crop = &image.crops()[0];
-        let picture = image::imageops::crop_imm(crop, 0, 0, width, height).to_image();
+        let picture = vlmq_picture::imageops::crop_imm(crop, 0, 0, width, height).to_image();
         Self { picture, rows, columns, row_ends: false }
     }
 

@@ -5,11 +5,9 @@ use crate::data::view::View;
 use anyhow::{Context, Result};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use image::codecs::jpeg::JpegEncoder;
-use image::codecs::png::PngEncoder;
-use image::{RgbImage, imageops};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
+use vlmq_picture::{RgbImage, imageops, write_jpeg, write_png};
 
 /// Samples with images that are shown, and pictures of one of them.
 const WITH_IMAGES: usize = 4;
@@ -135,17 +133,7 @@ fn picture(view: View, image: usize, first_token: usize) -> Result<Picture> {
 
 /// PNG or JPEG, whichever is shorter.
 fn data_uri(picture: &RgbImage) -> Result<String> {
-    let mut jpeg = Vec::new();
-    picture.write_with_encoder(JpegEncoder::new_with_quality(&mut jpeg, QUALITY))?;
-    let png = png(picture)?;
+    let (jpeg, png) = (write_jpeg(picture, QUALITY)?, write_png(picture)?);
     let (kind, bytes) = if png.len() <= jpeg.len() { ("png", png) } else { ("jpeg", jpeg) };
     Ok(format!("data:image/{kind};base64,{}", STANDARD.encode(bytes)))
-}
-
-/// Bytes of a PNG file.
-pub(super) fn png(picture: &RgbImage) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    // By its encoder: of a format that is a value the encoders of all formats would be compiled.
-    picture.write_with_encoder(PngEncoder::new(&mut bytes))?;
-    Ok(bytes)
 }

@@ -17,7 +17,7 @@ const FLOORS: &[&[&str]] = &[
     &["codes"],
     &["device"],
     &["tensor"],
-    &["heap", "input", "progress"],
+    &["heap", "input", "picture", "progress"],
 ];
 
 /// A file of the sources: its path below `src`, the module it is, such as `quantize::block`, and its text without comments and tests.
@@ -86,10 +86,14 @@ fn expanded(tree: &str) -> Vec<Vec<String>> {
 }
 
 /// A path as seen from `module` as one from the root of the sources; `None` for a path that leaves the house. In the program
-/// `crate` is the program, and `vlmq` the library.
+/// `crate` is the program, and `vlmq` the library; `vlmq_picture` is a crate of its own in a room of its own.
 fn absolute(path: &[String], module: &[String], children: &BTreeSet<Vec<String>>) -> Option<Vec<String>> {
     let program = module.first().is_some_and(|room| room == "bin");
-    let root: Vec<String> = if program { module[..2].to_vec() } else { Vec::new() };
+    let root = match module.first().map(String::as_str) {
+        Some("bin") => module[..2].to_vec(),
+        Some("picture") => module[..1].to_vec(),
+        _ => Vec::new(),
+    };
     let mut at = module.to_vec();
     let mut rest = path;
     match path.first()?.as_str() {
@@ -99,6 +103,10 @@ fn absolute(path: &[String], module: &[String], children: &BTreeSet<Vec<String>>
         }
         "vlmq" if program => {
             at = Vec::new();
+            rest = &path[1..];
+        }
+        "vlmq_picture" => {
+            at = vec!["picture".to_owned()];
             rest = &path[1..];
         }
         "self" => rest = &path[1..],
@@ -138,7 +146,7 @@ fn uses(source: &Source) -> Vec<(bool, Vec<String>)> {
         rest = &rest[end + 1..];
     }
     elsewhere += rest;
-    for start in ["crate::", "super::", "vlmq::"] {
+    for start in ["crate::", "super::", "vlmq::", "vlmq_picture::"] {
         for (i, _) in elsewhere.match_indices(start) {
             let before = elsewhere[..i].chars().next_back();
             // `pub(in crate::…)` uses nothing.

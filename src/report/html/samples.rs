@@ -4,13 +4,13 @@
 //! tokens, and a page of many stays small.
 
 use super::super::RunReport;
-use super::super::samples::{Picture, ReportSample, png};
+use super::super::samples::{Picture, ReportSample};
 use anyhow::Result;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use image::{Rgb, RgbImage};
 use plotters::style::colors::colormaps::{ColorMap, ViridisRGB};
 use serde::{Serialize, Serializer};
+use vlmq_picture::{Rgb, RgbImage, write_png};
 
 /// Steps of the scale, as many as eyes tell apart in a row.
 const STEPS: usize = 32;
@@ -205,5 +205,5 @@ fn cells(picture: &Picture, g: &[f32], scale: Scale, columns: std::ops::Range<us
         Rgb(g.get(token).map_or([128; 3], |&g| color(scale.step(g))))
     };
     let cells = RgbImage::from_fn(columns.len() as u32, picture.rows as u32, pixel);
-    Ok(format!("data:image/png;base64,{}", STANDARD.encode(png(&cells)?)))
+    Ok(format!("data:image/png;base64,{}", STANDARD.encode(write_png(&cells)?)))
 }

@@ -1,8 +1,8 @@
 //! How a picture is to be turned, wherever Pillow's `exif_transpose` finds that said: in EXIF data of the file's own kind, of a PNG's
 //! `eXIf` chunk anywhere or `Raw profile type exif` text, else in XMP.
 
-use super::container::{Pixels, png_chunks, webp_metadata};
-use super::jpeg;
+use crate::container::{Pixels, png_chunks, webp_metadata};
+use crate::jpeg;
 use flate2::read::ZlibDecoder;
 use image::codecs::tiff::TiffDecoder;
 use image::metadata::Orientation;
@@ -23,7 +23,7 @@ const LEAST_TEXT: u64 = 4 << 10;
 const MAX_HEX: usize = 8 << 20;
 
 /// How to turn the picture of `bytes`; what is broken says nothing.
-pub(super) fn orientation(format: ImageFormat, bytes: &[u8]) -> Orientation {
+pub(crate) fn orientation(format: ImageFormat, bytes: &[u8]) -> Orientation {
     let said = match format {
         ImageFormat::Png => return said(png_metadata(bytes)),
         ImageFormat::Jpeg => jpeg::metadata(bytes),

@@ -12,13 +12,13 @@ const COMMENT: u8 = 0xfe;
 
 /// Whether a JPEG file has its end marker: the decoder fills what is missing of a shorter one with grey, without a word, as Pillow
 /// does not. A thumbnail inside a segment does not count.
-pub(super) fn is_complete(bytes: &[u8]) -> bool {
+pub(crate) fn is_complete(bytes: &[u8]) -> bool {
     segments(bytes).any(|segment| segment.marker == END_OF_IMAGE)
 }
 
 /// The file, in parts, without the segments that no pixel depends on. The decoder would keep all of them, and sort those of long XMP
 /// anew behind every single one.
-pub(super) fn pixel_parts(bytes: &[u8]) -> Box<dyn Iterator<Item = &[u8]> + '_> {
+pub(crate) fn pixel_parts(bytes: &[u8]) -> Box<dyn Iterator<Item = &[u8]> + '_> {
     let mut left_out = segments(bytes).filter(Segment::says_no_pixel).map(|segment| segment.range);
     let mut at = 0;
     Box::new(std::iter::from_fn(move || {
@@ -33,7 +33,7 @@ pub(super) fn pixel_parts(bytes: &[u8]) -> Box<dyn Iterator<Item = &[u8]> + '_> 
 }
 
 /// EXIF data and XMP, each the last of the file's head.
-pub(super) fn metadata(bytes: &[u8]) -> [Option<&[u8]>; 2] {
+pub(crate) fn metadata(bytes: &[u8]) -> [Option<&[u8]>; 2] {
     let (mut exif, mut xmp) = (None, None);
     let head = segments(bytes).take_while(|segment| segment.marker != START_OF_SCAN);
     for segment in head.filter(|segment| segment.marker == APP1) {

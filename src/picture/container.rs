@@ -1,11 +1,11 @@
 //! What a decoder is given of an image file: its bytes without what no pixel depends on, so that it cannot unpack or keep that.
 
-use super::jpeg;
+use crate::jpeg;
 use image::ImageFormat;
 use std::io::{self, BufRead, Cursor, Read, Seek, SeekFrom};
 
 /// Bytes for a decoder.
-pub(super) enum Pixels<'a> {
+pub(crate) enum Pixels<'a> {
     /// The bytes as they are.
     Whole(Cursor<&'a [u8]>),
     /// Put together of parts.
@@ -14,7 +14,7 @@ pub(super) enum Pixels<'a> {
 
 impl<'a> Pixels<'a> {
     /// Bytes of a file for its decoder. The other formats' decoders read no more than they are asked for.
-    pub(super) fn of(bytes: &'a [u8], format: ImageFormat) -> Self {
+    pub(crate) fn of(bytes: &'a [u8], format: ImageFormat) -> Self {
         match format {
             ImageFormat::Png => Self::Parts { part: &[], further: Box::new(png_parts(bytes)) },
             ImageFormat::Jpeg => Self::Parts { part: &[], further: Box::new(jpeg::pixel_parts(bytes)) },
@@ -66,16 +66,16 @@ impl Seek for Pixels<'_> {
 }
 
 /// A chunk of a PNG file (PNG, section 5.3).
-pub(super) struct Chunk<'a> {
-    pub(super) kind: &'a [u8; 4],
+pub(crate) struct Chunk<'a> {
+    pub(crate) kind: &'a [u8; 4],
     /// `None` where the file ends before.
-    pub(super) data: Option<&'a [u8]>,
+    pub(crate) data: Option<&'a [u8]>,
     /// The whole chunk: length, kind, data, checksum.
     whole: &'a [u8],
 }
 
 /// The chunks of a PNG file, up to where it ends.
-pub(super) fn png_chunks(bytes: &[u8]) -> impl Iterator<Item = Chunk<'_>> {
+pub(crate) fn png_chunks(bytes: &[u8]) -> impl Iterator<Item = Chunk<'_>> {
     let mut rest = bytes.get(8..).unwrap_or_default();
     std::iter::from_fn(move || {
         let (length, body) = rest.split_first_chunk::<4>()?;
@@ -104,7 +104,7 @@ fn png_parts(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
 }
 
 /// EXIF data and XMP of a WebP file, each the first of an extended file's chunks (RFC 9649, section 2.7).
-pub(super) fn webp_metadata(bytes: &[u8]) -> [Option<&[u8]>; 2] {
+pub(crate) fn webp_metadata(bytes: &[u8]) -> [Option<&[u8]>; 2] {
     let number = |at: usize| Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?) as usize);
     let named = |at: usize, name: &[u8]| bytes.get(at..at + 4) == Some(name);
     let (mut exif, mut xmp) = (None, None);
