@@ -19,6 +19,7 @@ pub mod checkpoint;
 pub mod codes;
 pub mod device;
 mod input;
+mod parallel;
 pub mod progress;
 pub mod quantize;
 pub mod tensor;

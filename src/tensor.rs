@@ -1,5 +1,6 @@
 //! Dense row-major matrices on the host, the currency between modules, and the float types that tensors are stored in.
 
+use crate::parallel::each_chunk;
 use anyhow::{Result, ensure};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -60,9 +61,10 @@ const TILE: usize = 1 << 16;
 
 fn widen<const N: usize>(bytes: &[u8], decode: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
     let mut values = vec![0.0; bytes.len() / N];
-    values.par_chunks_mut(TILE).zip(bytes.par_chunks(TILE * N)).for_each(|(values, bytes)| {
+    let bytes = bytes.as_chunks::<N>().0;
+    each_chunk(&mut values, TILE, |i, values| {
         // Tensors start at any byte of the file, so no cast: the compiler turns this into plain unaligned loads.
-        for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<N>().0) {
+        for (value, bytes) in values.iter_mut().zip(&bytes[i * TILE..]) {
             *value = decode(*bytes);
         }
     });

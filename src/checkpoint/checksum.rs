@@ -1,7 +1,7 @@
 //! SHA-256 of files and of what a run makes of them.
 
+use crate::parallel::try_map;
 use anyhow::{Context, Result};
-use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -79,14 +79,12 @@ pub fn of_files(folder: &Path, files: &[PathBuf]) -> Result<BTreeMap<String, Str
 
 /// As [`of_files`], as long as `check` lets it.
 pub fn of_files_until(folder: &Path, files: &[PathBuf], check: Check<'_>) -> Result<BTreeMap<String, String>> {
-    files
-        .par_iter()
-        .map(|path| {
-            let name = path.strip_prefix(folder).unwrap_or(path).display().to_string();
-            Ok((name, of_range_until(path, 0..u64::MAX, check)?))
-        })
-        .collect::<Result<Vec<_>>>()
-        .map(|sums| sums.into_iter().collect())
+    let sums = try_map(files.len(), |i| {
+        let path = &files[i];
+        let name = path.strip_prefix(folder).unwrap_or(path).display().to_string();
+        Ok((name, of_range_until(path, 0..u64::MAX, check)?))
+    })?;
+    Ok(sums.into_iter().collect())
 }
 
 #[cfg(test)]

@@ -12,8 +12,8 @@ use super::own;
 use super::read::Checkpoint;
 use super::side_files::TEMPLATES;
 use crate::input;
+use crate::parallel::try_map;
 use anyhow::{Context, Result, bail};
-use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
@@ -97,11 +97,11 @@ impl Sums {
 /// SHA-256 of the bytes of every tensor, by name.
 pub(crate) fn of_tensors(checkpoint: &Checkpoint) -> Result<BTreeMap<String, String>> {
     let names: Vec<&str> = checkpoint.names().collect();
-    let sums = names.par_iter().map(|name| {
-        let (file, range) = checkpoint.place(name)?;
-        Ok(((*name).to_owned(), of_range(file, range)?))
-    });
-    Ok(sums.collect::<Result<Vec<_>>>()?.into_iter().collect())
+    let sums = try_map(names.len(), |i| {
+        let (file, range) = checkpoint.place(names[i])?;
+        Ok((names[i].to_owned(), of_range(file, range)?))
+    })?;
+    Ok(sums.into_iter().collect())
 }
 
 /// Every file of a checkpoint's folder but [`SUMS`], by its name in there, in order: hidden ones are the tools' own. A

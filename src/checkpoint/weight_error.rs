@@ -8,9 +8,9 @@ use super::convert::float_type;
 use super::formats::Format;
 use super::read::StoredTensor;
 use crate::codes::QuantizedLinear;
+use crate::parallel::try_map;
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Elements worked on at a time by a thread: 1 MiB of float32 of each of both matrices.
@@ -45,13 +45,10 @@ fn of_rows(
     ensure!(weight.shape == [rows, cols], "the float weight is of shape {:?}, not [{rows}, {cols}]", weight.shape);
     let step = (SLAB / cols.max(1)).max(1);
     let slabs: Vec<Range<usize>> = (0..rows).step_by(step).map(|first| first..rows.min(first + step)).collect();
-    let sums = slabs
-        .into_par_iter()
-        .map(|slab| {
-            let (ours, theirs) = (stored(slab.clone())?, floats(weight, slab, cols)?);
-            Ok((0..ours.rows()).map(|row| sums(ours.row(row), theirs.row(row))).collect())
-        })
-        .collect::<Result<Vec<Vec<(f64, f64)>>>>()?;
+    let sums: Vec<Vec<(f64, f64)>> = try_map(slabs.len(), |i| {
+        let (ours, theirs) = (stored(slabs[i].clone())?, floats(weight, slabs[i].clone(), cols)?);
+        Ok((0..ours.rows()).map(|row| sums(ours.row(row), theirs.row(row))).collect())
+    })?;
     let (error, norm) = sums.into_iter().flatten().fold((0.0, 0.0), |(error, norm), (e, n)| (error + e, norm + n));
     Ok(if error == 0.0 { 0.0 } else { (error / norm).sqrt() })
 }

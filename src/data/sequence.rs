@@ -7,8 +7,8 @@ use super::patches::read_json;
 use super::template::{ChatTemplate, MAX_BYTES, TemplateChoice};
 use super::tokenizer::Tokenizer;
 use super::view::View;
+use crate::parallel::map;
 use anyhow::{Context, Result, bail, ensure};
-use rayon::prelude::*;
 use std::ops::Range;
 use std::path::Path;
 use vlmq_picture::RgbImage;
@@ -399,15 +399,12 @@ pub fn collect(
 ) -> Result<Collected> {
     ensure!(!conversations.is_empty(), "there are no conversations");
     // What is too long is dropped at once, so that it does not take memory until the end.
-    let built: Vec<Result<Result<Sequence, usize>>> = conversations
-        .par_iter()
-        .map(|conversation| {
-            check()?;
-            let sequence = builder.build(conversation)?;
-            let length = sequence.tokens.len();
-            Ok(if length <= max_tokens { Ok(sequence) } else { Err(length) })
-        })
-        .collect();
+    let built: Vec<Result<Result<Sequence, usize>>> = map(conversations.len(), |i| {
+        check()?;
+        let sequence = builder.build(&conversations[i])?;
+        let length = sequence.tokens.len();
+        Ok(if length <= max_tokens { Ok(sequence) } else { Err(length) })
+    });
     let mut sequences = Vec::with_capacity(built.len());
     let mut shortest = usize::MAX;
     let (mut too_long, mut bad_images) = (0, 0);

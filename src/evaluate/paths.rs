@@ -6,10 +6,10 @@ use crate::device::ModelOps;
 use crate::model::families::ModelConfig;
 use crate::model::language_model::{last_norm, parts_of_head};
 use crate::model::source::Weights;
+use crate::parallel::each_chunk;
 use crate::progress::Stop;
 use crate::tensor::Matrix;
 use anyhow::Result;
-use rayon::prelude::*;
 
 /// Rows of both paths' residual streams behind the last block, and the tokens that come next.
 pub struct Paths<T> {
@@ -59,7 +59,7 @@ pub fn compare<D: ModelOps>(
         stop.check()?;
         let logits = |x: &D::Tensor| -> Result<Matrix> { device.download(&device.linear(x, part, None)?) };
         let (p, q) = (logits(&float)?, logits(&quantized)?);
-        sums.par_iter_mut().enumerate().for_each(|(i, sums)| sums.add(p.row(i), q.row(i), first));
+        each_chunk(&mut sums, 1, |i, sums| sums[0].add(p.row(i), q.row(i), first));
         Ok(())
     })?;
     let mean = |of: &dyn Fn(&Sums) -> f64| sums.iter().map(of).sum::<f64>() / sums.len() as f64;

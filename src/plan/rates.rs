@@ -3,13 +3,13 @@
 use super::{DecoderShape, Subject, SubjectChunk};
 use crate::checkpoint::checksum;
 use crate::device::{AttentionOperands, AttentionShape, BLOCK, ModelOps, PermuteSymmetric, SolveOps, Span};
+use crate::parallel::{each_chunk, map};
 use crate::plan::Rates;
 use crate::quantize::settings::{Solver, SolverSettings};
 use crate::quantize::solve;
 use crate::quantize::statistics::Statistics;
 use crate::tensor::Matrix;
 use anyhow::Result;
-use rayon::prelude::*;
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -101,7 +101,7 @@ impl Rates {
             let bytes = vec![1u8; bytes];
             let threads = rayon::current_num_threads();
             let start = Instant::now();
-            (0..threads).into_par_iter().for_each(|_| drop(black_box(checksum::of_bytes(&bytes))));
+            map(threads, |_| drop(black_box(checksum::of_bytes(&bytes))));
             Ok(((threads * bytes.len()) as f64, start.elapsed().as_secs_f64()))
         })?;
         Ok(Self { products, attention, statistics, factors, codes, values, checked })
@@ -137,7 +137,7 @@ impl Rates {
 /// Numbers between -1 and 1, the same every time.
 fn noise(rows: usize, cols: usize, seed: u64) -> Result<Matrix> {
     let mut data = vec![0.0f32; rows * cols];
-    data.par_chunks_mut(cols.max(1)).enumerate().for_each(|(row, values)| {
+    each_chunk(&mut data, cols, |row, values| {
         let mut random = fastrand::Rng::with_seed(seed << 32 | row as u64);
         values.iter_mut().for_each(|value| *value = 2.0 * random.f32() - 1.0);
     });

@@ -10,8 +10,8 @@ use super::settings::ImportancePower;
 use crate::device::{AttentionOperands, ModelOps};
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::{Attended, Block, Layout, Projection};
+use crate::parallel::map;
 use anyhow::Result;
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 /// One importance factor a token, for each projection of the attention module; all `>= 0`.
@@ -153,22 +153,18 @@ pub fn temper(chunks: &mut [Factors], power: ImportancePower, inputs: [usize; 4]
 fn even_enough(chunks: &[Factors], projection: usize, inputs: usize) -> f64 {
     const STEPS: u32 = 1024;
     // Chunk by chunk, so that threads do not change the order of a sum.
-    let logs = |factors: &Factors| -> Vec<f64> {
-        factors.projections[projection].iter().filter(|&&g| g > 0.0).map(|&g| f64::from(g).ln()).collect()
-    };
-    let logs: Vec<Vec<f64>> = chunks.par_iter().map(logs).collect();
+    let logs: Vec<Vec<f64>> = map(chunks.len(), |i| {
+        chunks[i].projections[projection].iter().filter(|&&g| g > 0.0).map(|&g| f64::from(g).ln()).collect()
+    });
     let count: usize = logs.iter().map(Vec::len).sum();
     let enough = (TOKENS_PER_INPUT * inputs as f64).min(count as f64 / 2.0);
     let largest = logs.iter().flatten().copied().fold(f64::NEG_INFINITY, f64::max);
     let is_even = |steps: u32| {
         let power = f64::from(steps) / f64::from(STEPS);
-        let sums: Vec<(f64, f64)> = logs
-            .par_iter()
-            .map(|logs| {
-                let squares = logs.iter().map(|log| (2.0 * power * (log - largest)).exp());
-                squares.fold((0.0, 0.0), |(sum, fourth), square| (sum + square, fourth + square * square))
-            })
-            .collect();
+        let sums = map(logs.len(), |i| {
+            let squares = logs[i].iter().map(|log| (2.0 * power * (log - largest)).exp());
+            squares.fold((0.0, 0.0), |(sum, fourth), square| (sum + square, fourth + square * square))
+        });
         let (sum, fourth) = sums.iter().fold((0.0, 0.0), |(a, b), (c, d)| (a + c, b + d));
         sum * sum >= enough * fourth
     };

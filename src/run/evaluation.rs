@@ -15,12 +15,12 @@ use crate::evaluate::{Conditions, Evaluation, SampleResult, generate, likelihood
 use crate::heap;
 use crate::model::families::{self, ImageOptions, ModelConfig};
 use crate::model::language_model::{LanguageModel, Residency, check_headers};
+use crate::parallel::try_map;
 use crate::plan::evaluation::{EvaluationPlan, ModelSize, Planner};
 use crate::plan::system::status_bytes;
 use crate::progress::{Observer, Stage, StageClock};
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, ensure};
-use rayon::prelude::*;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -108,13 +108,12 @@ impl Opened {
     }
 
     fn build(&self, batch: &[Conversation]) -> Result<Vec<Sequence>> {
-        batch.par_iter().map(|conversation| self.builder.build_answered(conversation)).collect()
+        try_map(batch.len(), |i| self.builder.build_answered(&batch[i]))
     }
 
     /// What is asked, by the sequences with their answers.
     fn prompts(&self, batch: &[Conversation], whole: &[Sequence]) -> Result<Vec<Sequence>> {
-        let prompt = |(conversation, whole)| self.builder.prompt_of(conversation, whole);
-        batch.par_iter().zip(whole).map(prompt).collect()
+        try_map(whole.len(), |i| self.builder.prompt_of(&batch[i], &whole[i]))
     }
 
     fn load<D: ModelOps>(self, device: &D, residency: Residency) -> Result<Evaluated<D>> {
@@ -339,30 +338,27 @@ impl Asked<'_> {
         };
 
         // Each over the whole vocabulary, for every token of an answer.
-        (0..whole.len())
-            .into_par_iter()
-            .map(|i| {
-                let (conversation, sequence, (metric, answers)) = (&conversations[i], &whole[i], &rules[i]);
-                let kl = reference.map(|reference| likelihood::divergence(&reference[i], &logits[i])).transpose()?;
-                let agreeing = reference.map(|reference| likelihood::agreeing(&reference[i], &logits[i]));
-                let nll = likelihood::negative_log_likelihood(&logits[i], &sequence.tokens[sequence.answer.clone()]);
-                let said = builder.decode(&decoded[i])?;
-                let answer = settings.preset.map_or(said.as_str(), |preset| preset.kept(*answers_stop, &said));
-                let answer = answer.trim().to_owned();
-                Ok(SampleResult {
-                    id: conversation.id.clone(),
-                    group: conversation.group.clone(),
-                    question: last_turn(conversation),
-                    expected: answers.clone(),
-                    score: metric.score(&answer, answers),
-                    answer,
-                    answer_tokens: sequence.answer.len(),
-                    nll,
-                    kl,
-                    agreeing,
-                })
+        try_map(whole.len(), |i| {
+            let (conversation, sequence, (metric, answers)) = (&conversations[i], &whole[i], &rules[i]);
+            let kl = reference.map(|reference| likelihood::divergence(&reference[i], &logits[i])).transpose()?;
+            let agreeing = reference.map(|reference| likelihood::agreeing(&reference[i], &logits[i]));
+            let nll = likelihood::negative_log_likelihood(&logits[i], &sequence.tokens[sequence.answer.clone()]);
+            let said = builder.decode(&decoded[i])?;
+            let answer = settings.preset.map_or(said.as_str(), |preset| preset.kept(*answers_stop, &said));
+            let answer = answer.trim().to_owned();
+            Ok(SampleResult {
+                id: conversation.id.clone(),
+                group: conversation.group.clone(),
+                question: last_turn(conversation),
+                expected: answers.clone(),
+                score: metric.score(&answer, answers),
+                answer,
+                answer_tokens: sequence.answer.len(),
+                nll,
+                kl,
+                agreeing,
             })
-            .collect()
+        })
     }
 }
 

@@ -14,13 +14,13 @@ use crate::device::counting::Counting;
 use crate::model::decoder::{Projection, module_name};
 use crate::model::families::{self, Head, ModelConfig};
 use crate::model::language_model::check_headers;
+use crate::parallel::try_map;
 use crate::plan::{Counted, DiskPlan, MemoryPlan, Process, StateBytes, Subject, SubjectChunk};
 use crate::progress::{Observer, Stage, StageClock, StageTime};
 use crate::quantize::settings::{Importance, ImportancePower, Refit, Solver, SolverSettings};
 use crate::report::samples::{self, ReportSample};
 use crate::report::settings::RunSettings;
 use anyhow::{Result, bail};
-use rayon::prelude::*;
 use std::collections::HashSet;
 use std::ops::Range;
 use std::path::Path;
@@ -246,11 +246,12 @@ fn read_data(
     let collected =
         collect(&builder, &conversations, settings.max_tokens, settings.skip_bad_images, || Ok(stop.check()?))?;
     let samples = samples::choose(&builder, &collected.sequences)?;
-    let built = others.par_iter().filter_map(|conversation| match builder.build(conversation) {
-        Ok(sequence) => (sequence.tokens.len() <= settings.max_tokens).then_some(Ok(sequence)),
-        Err(error) => error.is::<TakesTooLong>().then_some(Err(error)),
-    });
-    let held_out = built.collect::<Result<_>>()?;
+    let built = try_map(others.len(), |i| match builder.build(&others[i]) {
+        Ok(sequence) => Ok((sequence.tokens.len() <= settings.max_tokens).then_some(sequence)),
+        Err(error) if error.is::<TakesTooLong>() => Err(error),
+        Err(_) => Ok(None),
+    })?;
+    let held_out = built.into_iter().flatten().collect();
     stages.push(clock.finish(observer));
     Ok((Data::new(collected, held_out, settings.chunk_tokens), samples))
 }

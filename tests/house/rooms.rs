@@ -17,7 +17,7 @@ const FLOORS: &[&[&str]] = &[
     &["codes"],
     &["device"],
     &["tensor"],
-    &["heap", "input", "picture", "progress"],
+    &["heap", "input", "parallel", "picture", "progress"],
 ];
 
 /// A file of the sources: its path below `src`, the module it is, such as `quantize::block`, and its text without comments and tests.

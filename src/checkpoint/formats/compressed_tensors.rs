@@ -17,8 +17,8 @@ use crate::checkpoint::convert::{bytes_from_floats, bytes_from_words, dtype_of};
 use crate::codes::Order;
 use crate::codes::pack::{PackedRun, pack, packed_words, unpack};
 use crate::codes::{CodeLayout, QuantizedLinear};
+use crate::parallel::each_chunk;
 use anyhow::{Context, Result, bail, ensure};
-use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -58,8 +58,8 @@ impl FileFormat for CompressedTensors {
             (quantized.out_features, quantized.in_features, quantized.bits, quantized.groups());
         let row = packed_words(inputs, bits);
         let mut packed = vec![0; out * row];
-        quantized.codes.par_chunks_exact(inputs).zip(packed.par_chunks_exact_mut(row)).for_each(|(codes, words)| {
-            pack(codes, words, PackedRun::dense(bits, inputs));
+        each_chunk(&mut packed, row, |i, words| {
+            pack(&quantized.codes[i * inputs..][..inputs], words, PackedRun::dense(bits, inputs));
         });
         let shape = [out as i64, inputs as i64].iter().flat_map(|size| size.to_le_bytes()).collect();
         let mut tensors =
@@ -190,8 +190,10 @@ impl CodeFormat for CompressedTensors {
         let Headers { weight, zeros: stored_zeros, has_index } = Headers::of(layer)?;
         let packed = weight.read();
         let mut codes = vec![0; out * inputs];
-        let rows = packed.par_chunks_exact(packed_words(inputs, bits)).zip(codes.par_chunks_exact_mut(inputs));
-        rows.for_each(|(words, codes)| unpack(words, codes, PackedRun::dense(bits, inputs)));
+        let row = packed_words(inputs, bits);
+        each_chunk(&mut codes, inputs, |i, codes| {
+            unpack(&packed[i * row..][..row], codes, PackedRun::dense(bits, inputs));
+        });
         let scales = checkpoint.matrix(&layer.name("weight_scale"), out, groups)?.into_data();
         let mut zeros = vec![1 << (bits - 1); out * groups];
         if let Some(packed) = stored_zeros {

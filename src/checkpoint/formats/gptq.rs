@@ -15,9 +15,9 @@ use crate::checkpoint::config::{Packing, bits, group_size};
 use crate::checkpoint::convert::{bytes_from_floats, bytes_from_words, dtype_of};
 use crate::codes::pack::{PackedRun, pack, packed_words, unpack};
 use crate::codes::{CodeLayout, QuantizedLinear};
+use crate::parallel::each_chunk;
 use crate::tensor::Float;
 use anyhow::{Context, Result, bail, ensure};
-use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
@@ -126,7 +126,7 @@ impl FileFormat for Gptq {
         );
         let mut weight = vec![0; packed_words(inputs, bits) * out];
         // 32 codes fill whole words, as many as a code has bits: rows of words that no other codes share.
-        weight.par_chunks_mut(bits as usize * out).enumerate().for_each(|(first, words)| {
+        each_chunk(&mut weight, bits as usize * out, |first, words| {
             let columns = first * 32..inputs.min(first * 32 + 32);
             let run = PackedRun { word_stride: out, ..PackedRun::dense(bits, columns.len()) };
             for (row, codes) in quantized.codes.chunks_exact(inputs).enumerate() {

@@ -8,9 +8,9 @@ pub(crate) mod vector;
 mod workspace;
 
 use super::{Device, Work};
+use crate::parallel::{each_chunk, map};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
-use rayon::prelude::*;
 
 /// The CPU. Threads come from the surrounding rayon pool.
 #[derive(Clone, Copy, Debug, Default)]
@@ -28,7 +28,7 @@ impl Device for Cpu {
     }
 
     fn clear(&self, tensor: &mut Matrix) -> Result<()> {
-        tensor.data_mut().par_chunks_mut(1 << 16).for_each(|chunk| chunk.fill(0.0));
+        each_chunk(tensor.data_mut(), 1 << 16, |_, chunk| chunk.fill(0.0));
         Ok(())
     }
 
@@ -46,7 +46,7 @@ impl Device for Cpu {
 
     fn scaled_squares_rows(&self, tensor: &Matrix, scales: &[f32]) -> Result<Vec<f32>> {
         ensure!(tensor.cols() == scales.len(), "{} scales for {} columns", scales.len(), tensor.cols());
-        Ok(tensor.data().par_chunks(scales.len().max(1)).map(|row| vector::scaled_squares(row, scales)).collect())
+        Ok(map(tensor.rows(), |row| vector::scaled_squares(tensor.row(row), scales)))
     }
 
     fn workspace(&self, work: Work) -> u64 {

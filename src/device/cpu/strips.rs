@@ -4,9 +4,9 @@
 //! operands anew for each slab and loses a third to a half of its speed to that; here strips of the right operand's
 //! columns are laid out once, and the left one is read where it lies, a value at a time, six rows side by side.
 
+use crate::parallel::each_chunk;
 use crate::tensor::Matrix;
 use pulp::{Arch, Simd, WithSimd};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Columns of a strip: four AVX-512 vectors.
@@ -97,7 +97,7 @@ impl Strips {
     fn fill(inner: usize, columns: usize, strip: impl Fn(Range<usize>, &mut [Line]) + Sync) -> Self {
         let mut data = vec![Line([0.0; STRIP]); columns.div_ceil(STRIP) * inner];
         if inner > 0 {
-            data.par_chunks_mut(inner).enumerate().for_each(|(index, out)| {
+            each_chunk(&mut data, inner, |index, out| {
                 let first = index * STRIP;
                 strip(first..(first + STRIP).min(columns), out);
             });
@@ -112,7 +112,7 @@ impl Strips {
             return;
         }
         let stride = c.stride;
-        c.data.par_chunks_mut(TILE * stride).enumerate().for_each(|(tile, c)| {
+        each_chunk(c.data, TILE * stride, |tile, c| {
             let rows = c.len() / stride;
             let a = Rows { data: &a.data[tile * TILE * a.stride..], ..a };
             self.add_to(alpha, a, RowsMut { data: &mut c[first..], stride }, rows);

@@ -3,11 +3,11 @@
 use super::bindings::vlmq_dtype;
 use super::memory::Memory;
 use crate::device::checks::Header;
+use crate::parallel::each_chunk;
 use crate::tensor::{Float, Matrix};
 use anyhow::Result;
 use bytemuck::Pod;
 use half::{bf16, f16};
-use rayon::prelude::*;
 use std::borrow::Cow;
 
 /// The bytes of `values` in this type, rounded to nearest, ties to even.
@@ -33,8 +33,8 @@ const TILE: usize = 1 << 15;
 
 fn narrow<T: Pod + Send + Sync>(values: &[f32], one: fn(f32) -> T) -> Vec<u8> {
     let mut bytes = vec![0; size_of_val(values) / size_of::<f32>() * size_of::<T>()];
-    bytes.par_chunks_mut(TILE * size_of::<T>()).zip(values.par_chunks(TILE)).for_each(|(bytes, values)| {
-        for (bytes, &value) in bytes.chunks_exact_mut(size_of::<T>()).zip(values) {
+    each_chunk(&mut bytes, TILE * size_of::<T>(), |i, bytes| {
+        for (bytes, &value) in bytes.chunks_exact_mut(size_of::<T>()).zip(&values[i * TILE..]) {
             bytes.copy_from_slice(bytemuck::bytes_of(&one(value)));
         }
     });

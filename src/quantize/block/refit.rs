@@ -6,10 +6,10 @@ use super::quantizer::{BlockQuantizer, SolvedLayer};
 use super::set::LayerSet;
 use crate::codes::QuantizedLinear;
 use crate::device::{GridRule, ModelOps, SolveOps};
+use crate::parallel::each_chunk;
 use crate::quantize::solve::rule_of;
 use crate::quantize::statistics::Statistics;
 use anyhow::{Context, Result};
-use rayon::prelude::*;
 
 /// How far a channel's scales are moved at most, either way: what little a channel has to say may agree with what is lacking by
 /// chance.
@@ -61,8 +61,8 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
 /// Multiplies each row's scales by `lacking / own`, see [`BlockQuantizer::refit_scales`].
 fn multiply_scales(linear: &mut QuantizedLinear, rule: &GridRule, own: &[f32], lacking: &[f32]) {
     let groups = linear.scales.len() / linear.out_features;
-    linear.scales.par_chunks_mut(groups).zip(own.par_iter().zip(lacking)).for_each(|(scales, (&own, &lacking))| {
-        let factor = f64::from(lacking) / f64::from(own);
+    each_chunk(&mut linear.scales, groups, |row, scales| {
+        let factor = f64::from(lacking[row]) / f64::from(own[row]);
         if !factor.is_finite() {
             return;
         }

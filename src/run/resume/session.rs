@@ -10,13 +10,13 @@ use crate::checkpoint::write::Writer;
 use crate::device::ModelOps;
 use crate::model::decoder::DeepStack;
 use crate::model::language_model::{Positions, image_rows};
+use crate::parallel::try_map;
 use crate::progress::Stop;
 use crate::quantize::block::Activations;
 use crate::quantize::block::{Chunk, needs_float_path};
 use crate::run::input::Input;
 use crate::run::places::Chunked;
 use anyhow::{Context, Error, Result, anyhow};
-use rayon::prelude::*;
 use safetensors::Dtype;
 use std::collections::HashSet;
 use std::fs;
@@ -162,13 +162,11 @@ impl State {
     pub(in crate::run) fn add_checksums(&mut self, block: usize, writer: &Writer, grown: &Checkpoint) -> Result<()> {
         let layers = self.done.layers.iter().filter(|layer| layer.block == block);
         let names: Vec<String> = layers.flat_map(|layer| writer.tensors_of(&layer.name)).collect();
-        let sums = names.into_par_iter().map(|name| {
-            let (file, range) = grown.place(&name)?;
-            let sum = of_range(file, range)?;
-            Ok((name, sum))
-        });
-        let sums = sums.collect::<Result<Vec<_>>>()?;
-        self.checksums.extend(sums);
+        let sums = try_map(names.len(), |i| {
+            let (file, range) = grown.place(&names[i])?;
+            of_range(file, range)
+        })?;
+        self.checksums.extend(names.into_iter().zip(sums));
         Ok(())
     }
 }
@@ -189,7 +187,8 @@ pub(in crate::run) fn reopen(mut writer: Writer, input: &Input, state: &State, s
         let (file, range) = checkpoint.place(name)?;
         of_range_until(file, range, &|| Ok(stop.check()?))
     };
-    names.into_par_iter().try_for_each(|name| {
+    try_map(names.len(), |i| {
+        let name = names[i];
         let found = sum(&grown, name)?;
         let same = match state.checksums.get(name) {
             Some(sum) => found == *sum,

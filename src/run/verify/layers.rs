@@ -4,9 +4,9 @@ use super::{Check, LayerCheck, Written};
 use crate::checkpoint::formats::LinearSpec;
 use crate::checkpoint::{Checkpoint, weight_error};
 use crate::codes::QuantizedLinear;
+use crate::parallel::map;
 use crate::progress::{Observer, Stage, StageClock};
 use anyhow::Result;
-use rayon::prelude::*;
 use std::collections::BTreeMap;
 
 /// Weights of the layers that are worked on together: about 5 bytes each, codes and packed words twice, 320 MiB in all.
@@ -32,7 +32,7 @@ impl Check<'_> {
                 weights <= TOGETHER
             };
             let count = rest.iter().take_while(fits).count().max(1);
-            done.par_extend(rest[..count].par_iter().map(|linear| layer(model, written, linear)));
+            done.extend(map(count, |i| layer(model, written, &rest[i])));
             observer.stage_advanced(Stage::Verify, done.len() as u64, &rest[count - 1].module);
         }
         for (linear, (error, mut wrong)) in linears.iter().zip(done) {

@@ -17,13 +17,13 @@ use crate::checkpoint::{Checkpoint, Packing, Quantization};
 use crate::device::cpu::Cpu;
 use crate::input;
 use crate::model::families;
+use crate::parallel::map;
 use crate::progress::{Observer, Stage, StageClock};
 use crate::quantize::settings::SolverSettings;
 use crate::report::RunSettings;
 use crate::report::provenance::{Inputs, KEY, Provenance};
 use crate::run::input::linear_specs;
 use anyhow::{Context, Result, ensure};
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -183,8 +183,8 @@ impl Check<'_> {
                 Err(error) => Some(format!("{error:#}")),
             }
         };
-        let differences: Vec<String> = names.par_iter().filter_map(compare).collect();
-        self.found.differences.extend(differences);
+        let differences = map(names.len(), |i| compare(&names[i]));
+        self.found.differences.extend(differences.into_iter().flatten());
         self.found.files += names.len();
     }
 
@@ -297,8 +297,8 @@ impl Check<'_> {
             }
             (!wrong.is_empty()).then(|| format!("the tensor {name} {}", wrong.join("; it ")))
         };
-        let differences: Vec<String> = planned.par_iter().filter_map(compare).collect();
-        self.found.differences.extend(differences);
+        let differences = map(planned.len(), |i| compare(&planned[i]));
+        self.found.differences.extend(differences.into_iter().flatten());
         self.found.tensors = planned.len();
         Ok(())
     }

@@ -4,9 +4,9 @@
 use crate::device::cpu::gemm::{Strided, StridedMut, gemm};
 use crate::device::cpu::vector::{LANES, dispatch, dot, exp, sum};
 use crate::device::{AttentionOperands, AttentionShape, Span};
+use crate::parallel::map;
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
-use rayon::prelude::*;
 
 /// Queries whose scores exist at a time.
 pub(in crate::device::cpu) const QUERY_BLOCK: usize = 256;
@@ -63,21 +63,19 @@ pub(super) fn forward(operands: &AttentionOperands<'_, Matrix>) -> Result<Matrix
                 .flat_map(move |head| blocks(span.q.len()).map(move |block| (task(shape, span, head), block)))
         })
         .collect();
-    let results: Vec<Vec<f32>> = tasks
-        .par_iter()
-        .map(|(head, block)| {
-            let (scores, keys) = head.probabilities(q, k, block.clone());
-            let mut out = vec![0.0; block.len() * dim];
-            gemm(
-                1.0,
-                Strided::new(&scores, block.len(), keys, keys),
-                head.view(v, head.span.k.start..head.span.k.start + keys, head.k_column),
-                0.0,
-                StridedMut::new(&mut out, block.len(), dim, dim),
-            );
-            out
-        })
-        .collect();
+    let results = map(tasks.len(), |i| {
+        let (head, block) = &tasks[i];
+        let (scores, keys) = head.probabilities(q, k, block.clone());
+        let mut out = vec![0.0; block.len() * dim];
+        gemm(
+            1.0,
+            Strided::new(&scores, block.len(), keys, keys),
+            head.view(v, head.span.k.start..head.span.k.start + keys, head.k_column),
+            0.0,
+            StridedMut::new(&mut out, block.len(), dim, dim),
+        );
+        out
+    });
     let mut out = Matrix::zeros(q.rows(), q.cols());
     for ((head, block), rows) in tasks.iter().zip(&results) {
         place(&mut out, head.span.q.start + block.start, head.q_column, rows, dim);
@@ -104,46 +102,44 @@ pub(super) fn backward(operands: &AttentionOperands<'_, Matrix>, d_out: &Matrix)
     let scale = (dim as f32).powf(-0.5);
     let tasks: Vec<(usize, &Span)> =
         spans.iter().flat_map(|span| (0..shape.kv_heads).map(move |kv_head| (kv_head, span))).collect();
-    let results: Vec<HeadGradients> = tasks
-        .par_iter()
-        .map(|&(kv_head, span)| {
-            let mut d_k = vec![0.0; span.k.len() * dim];
-            let mut d_v = vec![0.0; span.k.len() * dim];
-            let d_q = (kv_head * per_kv..(kv_head + 1) * per_kv)
-                .map(|index| {
-                    let head = task(shape, span, index);
-                    let mut d_q = vec![0.0; span.q.len() * dim];
-                    for block in blocks(span.q.len()) {
-                        let (mut scores, keys) = head.probabilities(q, k, block.clone());
-                        let q_rows = span.q.start + block.start..span.q.start + block.end;
-                        let k_rows = span.k.start..span.k.start + keys;
-                        let d_out = head.view(d_out, q_rows.clone(), head.q_column);
-                        let p = Strided::new(&scores, block.len(), keys, keys);
-                        gemm(1.0, p.t(), d_out, 1.0, StridedMut::new(&mut d_v, keys, dim, dim));
-                        let mut d_p = vec![0.0; block.len() * keys];
-                        let values = head.view(v, k_rows.clone(), head.k_column);
-                        gemm(1.0, d_out, values.t(), 0.0, StridedMut::new(&mut d_p, block.len(), keys, keys));
-                        dispatch(|| {
-                            for (p, d_p) in scores.chunks_exact_mut(keys).zip(d_p.chunks_exact(keys)) {
-                                let mean = dot(p, d_p);
-                                for (p, d) in p.iter_mut().zip(d_p) {
-                                    *p *= d - mean;
-                                }
+    let results = map(tasks.len(), |i| {
+        let (kv_head, span) = tasks[i];
+        let mut d_k = vec![0.0; span.k.len() * dim];
+        let mut d_v = vec![0.0; span.k.len() * dim];
+        let d_q = (kv_head * per_kv..(kv_head + 1) * per_kv)
+            .map(|index| {
+                let head = task(shape, span, index);
+                let mut d_q = vec![0.0; span.q.len() * dim];
+                for block in blocks(span.q.len()) {
+                    let (mut scores, keys) = head.probabilities(q, k, block.clone());
+                    let q_rows = span.q.start + block.start..span.q.start + block.end;
+                    let k_rows = span.k.start..span.k.start + keys;
+                    let d_out = head.view(d_out, q_rows.clone(), head.q_column);
+                    let p = Strided::new(&scores, block.len(), keys, keys);
+                    gemm(1.0, p.t(), d_out, 1.0, StridedMut::new(&mut d_v, keys, dim, dim));
+                    let mut d_p = vec![0.0; block.len() * keys];
+                    let values = head.view(v, k_rows.clone(), head.k_column);
+                    gemm(1.0, d_out, values.t(), 0.0, StridedMut::new(&mut d_p, block.len(), keys, keys));
+                    dispatch(|| {
+                        for (p, d_p) in scores.chunks_exact_mut(keys).zip(d_p.chunks_exact(keys)) {
+                            let mean = dot(p, d_p);
+                            for (p, d) in p.iter_mut().zip(d_p) {
+                                *p *= d - mean;
                             }
-                        });
-                        let d_s = Strided::new(&scores, block.len(), keys, keys);
-                        let block_d_q = &mut d_q[block.start * dim..block.end * dim];
-                        let keys_view = head.view(k, k_rows, head.k_column);
-                        gemm(scale, d_s, keys_view, 0.0, StridedMut::new(block_d_q, block.len(), dim, dim));
-                        let queries = head.view(q, q_rows, head.q_column);
-                        gemm(scale, d_s.t(), queries, 1.0, StridedMut::new(&mut d_k, keys, dim, dim));
-                    }
-                    d_q
-                })
-                .collect();
-            HeadGradients { queries: d_q, keys: d_k, values: d_v }
-        })
-        .collect();
+                        }
+                    });
+                    let d_s = Strided::new(&scores, block.len(), keys, keys);
+                    let block_d_q = &mut d_q[block.start * dim..block.end * dim];
+                    let keys_view = head.view(k, k_rows, head.k_column);
+                    gemm(scale, d_s, keys_view, 0.0, StridedMut::new(block_d_q, block.len(), dim, dim));
+                    let queries = head.view(q, q_rows, head.q_column);
+                    gemm(scale, d_s.t(), queries, 1.0, StridedMut::new(&mut d_k, keys, dim, dim));
+                }
+                d_q
+            })
+            .collect();
+        HeadGradients { queries: d_q, keys: d_k, values: d_v }
+    });
     let mut d_q = Matrix::zeros(q.rows(), q.cols());
     let mut d_k = Matrix::zeros(k.rows(), k.cols());
     let mut d_v = Matrix::zeros(v.rows(), v.cols());

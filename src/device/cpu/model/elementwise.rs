@@ -2,17 +2,17 @@
 
 use crate::device::cpu::vector::{dispatch, dot, erfc, exp, sum};
 use crate::device::{Activation, Rotary};
+use crate::parallel::{each_chunk, map};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
-use rayon::prelude::*;
 
 /// Values a thread takes at a time in elementwise work.
 const TILE: usize = 16 * 1024;
 
 pub(super) fn add_assign(x: &mut Matrix, y: &Matrix) -> Result<()> {
     same_shape(x, y)?;
-    x.data_mut().par_chunks_mut(TILE).zip(y.data().par_chunks(TILE)).for_each(|(x, y)| {
-        for (x, y) in x.iter_mut().zip(y) {
+    each_chunk(x.data_mut(), TILE, |i, x| {
+        for (x, y) in x.iter_mut().zip(&y.data()[i * TILE..]) {
             *x += y;
         }
     });
@@ -22,8 +22,8 @@ pub(super) fn add_assign(x: &mut Matrix, y: &Matrix) -> Result<()> {
 pub(super) fn scaled_difference(a: &Matrix, b: &Matrix, factor: f32) -> Result<Matrix> {
     same_shape(a, b)?;
     let mut y = a.clone();
-    y.data_mut().par_chunks_mut(TILE).zip(b.data().par_chunks(TILE)).for_each(|(a, b)| {
-        for (a, b) in a.iter_mut().zip(b) {
+    each_chunk(y.data_mut(), TILE, |i, a| {
+        for (a, b) in a.iter_mut().zip(&b.data()[i * TILE..]) {
             *a = factor * (*a - b);
         }
     });
@@ -33,7 +33,7 @@ pub(super) fn scaled_difference(a: &Matrix, b: &Matrix, factor: f32) -> Result<M
 pub(super) fn rms_norm(x: &Matrix, weight: &Matrix, eps: f32) -> Result<Matrix> {
     ensure!(weight.cols() == x.cols(), "norm of {} channels on {}", weight.cols(), x.cols());
     let mut y = x.clone();
-    rows_mut(&mut y).for_each(|row| {
+    each_row(&mut y, |_, row| {
         let scale = 1.0 / (dot(row, row) / row.len() as f32 + eps).sqrt();
         for (value, weight) in row.iter_mut().zip(weight.data()) {
             *value = *value * scale * weight;
@@ -47,7 +47,8 @@ pub(super) fn rms_norm_backward(x: &Matrix, weight: &Matrix, d_out: &Matrix, eps
     same_shape(x, d_out)?;
     let mut d_x = d_out.clone();
     let cols = x.cols().max(1);
-    rows_mut(&mut d_x).zip(x.data().par_chunks(cols)).for_each(|(row, x)| {
+    each_row(&mut d_x, |i, row| {
+        let x = x.row(i);
         for (value, weight) in row.iter_mut().zip(weight.data()) {
             *value *= weight;
         }
@@ -63,7 +64,7 @@ pub(super) fn rms_norm_backward(x: &Matrix, weight: &Matrix, d_out: &Matrix, eps
 pub(super) fn layer_norm(x: &Matrix, weight: &Matrix, bias: &Matrix, eps: f32) -> Result<Matrix> {
     ensure!(weight.cols() == x.cols() && bias.cols() == x.cols(), "norm of {} channels on {}", weight.cols(), x.cols());
     let mut y = x.clone();
-    rows_mut(&mut y).for_each(|row| {
+    each_row(&mut y, |_, row| {
         let mean = sum(row, |x| x) / row.len() as f32;
         for value in row.iter_mut() {
             *value -= mean;
@@ -88,7 +89,7 @@ pub(super) fn rotate(x: &mut Matrix, rotary: &Rotary<Matrix>, transposed: bool) 
     );
     let direction = if transposed { -1.0 } else { 1.0 };
     let cols = x.cols();
-    x.data_mut().par_chunks_mut(cols).enumerate().for_each(|(token, row)| {
+    each_chunk(x.data_mut(), cols, |token, row| {
         let (cos, sin) = (rotary.cos.row(token), rotary.sin.row(token));
         for head in row.chunks_exact_mut(2 * half) {
             let (low, high) = head.split_at_mut(half);
@@ -104,16 +105,16 @@ pub(super) fn rotate(x: &mut Matrix, rotary: &Rotary<Matrix>, transposed: bool) 
 
 pub(super) fn activate(x: &Matrix, activation: Activation) -> Matrix {
     let mut y = x.clone();
-    y.data_mut().par_chunks_mut(TILE).for_each(|values| activate_tile(values, activation));
+    each_chunk(y.data_mut(), TILE, |_, values| activate_tile(values, activation));
     y
 }
 
 pub(super) fn gated(gate: &Matrix, up: &Matrix, activation: Activation) -> Result<Matrix> {
     same_shape(gate, up)?;
     let mut y = gate.clone();
-    y.data_mut().par_chunks_mut(TILE).zip(up.data().par_chunks(TILE)).for_each(|(y, up)| {
+    each_chunk(y.data_mut(), TILE, |i, y| {
         activate_tile(y, activation);
-        for (y, up) in y.iter_mut().zip(up) {
+        for (y, up) in y.iter_mut().zip(&up.data()[i * TILE..]) {
             *y *= up;
         }
     });
@@ -122,7 +123,7 @@ pub(super) fn gated(gate: &Matrix, up: &Matrix, activation: Activation) -> Resul
 
 pub(super) fn mean_abs_rows(x: &Matrix) -> Vec<f32> {
     let cols = x.cols().max(1);
-    x.data().par_chunks(cols).map(|row| sum(row, f32::abs) / cols as f32).collect()
+    map(x.rows(), |row| sum(x.row(row), f32::abs) / cols as f32)
 }
 
 fn activate_tile(values: &mut [f32], activation: Activation) {
@@ -147,9 +148,9 @@ fn each(values: &mut [f32], f: impl Fn(f32) -> f32) {
     }
 }
 
-fn rows_mut(x: &mut Matrix) -> rayon::slice::ChunksMut<'_, f32> {
-    let cols = x.cols().max(1);
-    x.data_mut().par_chunks_mut(cols)
+fn each_row(x: &mut Matrix, work: impl Fn(usize, &mut [f32]) + Sync) {
+    let cols = x.cols();
+    each_chunk(x.data_mut(), cols, work);
 }
 
 fn same_shape(a: &Matrix, b: &Matrix) -> Result<()> {

@@ -8,9 +8,9 @@ pub(super) use attention::QUERY_BLOCK;
 
 use super::Cpu;
 use crate::device::{Activation, AttentionOperands, ModelOps, QuantizedWeight, Rotary};
+use crate::parallel::each_chunk;
 use crate::tensor::{Float, Matrix};
 use anyhow::{Result, ensure};
-use rayon::prelude::*;
 use std::ops::Range;
 
 impl ModelOps for Cpu {
@@ -26,7 +26,7 @@ impl ModelOps for Cpu {
             None => (0..cols).map(|column| column * groups / cols).collect(),
         };
         let mut out = Matrix::zeros(rows, cols);
-        out.data_mut().par_chunks_mut(cols.max(1)).enumerate().for_each(|(row, out)| {
+        each_chunk(out.data_mut(), cols, |row, out| {
             let codes = &codes[row * cols..][..cols];
             let (scales, zeros) = (&scales[row * groups..][..groups], &zeros[row * groups..][..groups]);
             for ((value, &code), &group) in out.iter_mut().zip(codes).zip(&group_of) {

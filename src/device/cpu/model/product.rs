@@ -2,9 +2,9 @@
 
 use crate::device::cpu::strips::{Rows, RowsMut, Strips};
 use crate::device::cpu::vector::{dispatch, dot};
+use crate::parallel::{each_chunk, map};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Columns of the right operand that are packed at a time: enough to pay for laying out the rows that run over them,
@@ -32,7 +32,7 @@ pub(super) fn linear(x: &Matrix, weight: &Matrix, bias: Option<&Matrix>) -> Resu
     let outputs = weight.rows();
     let mut y = Matrix::zeros(x.rows(), outputs);
     if let Some(bias) = bias {
-        y.data_mut().par_chunks_mut(outputs.max(1)).for_each(|row| row.copy_from_slice(bias.data()));
+        each_chunk(y.data_mut(), outputs, |_, row| row.copy_from_slice(bias.data()));
     }
     if x.rows() <= FEW_ROWS {
         few_rows(x, weight, &mut y);
@@ -69,21 +69,18 @@ fn few_rows(x: &Matrix, weight: &Matrix, y: &mut Matrix) {
     if inner == 0 {
         return;
     }
-    let tiles: Vec<Vec<f32>> = weight
-        .data()
-        .par_chunks(FEW_ROWS_TILE * inner)
-        .map(|tile| {
-            let mut sums = Vec::with_capacity(tile.len() / inner * rows);
-            dispatch(|| {
-                for w in tile.chunks_exact(inner) {
-                    for row in 0..rows {
-                        sums.push(dot(x.row(row), w));
-                    }
+    let tiles: Vec<&[f32]> = weight.data().chunks(FEW_ROWS_TILE * inner).collect();
+    let tiles = map(tiles.len(), |i| {
+        let mut sums = Vec::with_capacity(tiles[i].len() / inner * rows);
+        dispatch(|| {
+            for w in tiles[i].chunks_exact(inner) {
+                for row in 0..rows {
+                    sums.push(dot(x.row(row), w));
                 }
-            });
-            sums
-        })
-        .collect();
+            }
+        });
+        sums
+    });
     for (output, sums) in tiles.iter().flat_map(|tile| tile.chunks_exact(rows)).enumerate() {
         for (row, sum) in sums.iter().enumerate() {
             y.data_mut()[row * outputs + output] += sum;

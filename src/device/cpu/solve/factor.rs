@@ -3,8 +3,8 @@
 use crate::device::cpu::strips::{Rows, RowsMut, Strips};
 use crate::device::cpu::vector::dispatch;
 use crate::device::{BLOCK, CrossFactor, Factor, Factored};
+use crate::parallel::each_chunk;
 use crate::tensor::Matrix;
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Blocked left-looking factorization: a block of columns is brought up to date with all columns to its right by one
@@ -36,7 +36,7 @@ pub(super) fn factor(mut h: Matrix, blocks: &[Range<usize>]) -> Factored<Matrix>
         write_panel(&mut h, &panel, block, &Strips::new(&finish, 0..width, 0..width));
     }
     let scale: Vec<f32> = diagonal.iter().map(|d| 1.0 / d).collect();
-    h.data_mut().par_chunks_mut(n).enumerate().for_each(|(i, row)| {
+    each_chunk(h.data_mut(), n, |i, row| {
         row[..i].fill(0.0);
         row[i..].iter_mut().zip(&scale[i..]).for_each(|(value, s)| *value *= s);
         row[i] = 1.0;
@@ -65,7 +65,7 @@ pub(super) fn cross_factor(
         }
     }
     let scale: Vec<f32> = factor.diagonal.data().iter().map(|d| alpha / (d * d)).collect();
-    c.data_mut().par_chunks_mut(n).enumerate().for_each(|(i, row)| {
+    each_chunk(c.data_mut(), n, |i, row| {
         row[..=i].fill(0.0);
         row[i + 1..].iter_mut().zip(&scale[i + 1..]).for_each(|(value, s)| *value *= s);
     });
@@ -131,7 +131,7 @@ fn updated_panel(x: &Matrix, r: &Matrix, block: &Range<usize>) -> Vec<f32> {
     let (n, width) = (x.cols(), block.len());
     let strips = Strips::transposed(r, block.clone(), block.end..n);
     let mut panel = vec![0.0; block.end * width];
-    panel.par_chunks_mut(width).enumerate().for_each(|(i, row)| row.copy_from_slice(&x.row(i)[block.clone()]));
+    each_chunk(&mut panel, width, |i, row| row.copy_from_slice(&x.row(i)[block.clone()]));
     let later = Rows { data: x.data().get(block.end..).unwrap_or_default(), stride: n };
     strips.add_product(-1.0, later, RowsMut { data: &mut panel, stride: width }, 0);
     panel
@@ -141,6 +141,6 @@ fn updated_panel(x: &Matrix, r: &Matrix, block: &Range<usize>) -> Vec<f32> {
 fn write_panel(x: &mut Matrix, panel: &[f32], block: &Range<usize>, right: &Strips) {
     let (n, width) = (x.cols(), block.len());
     let above = &mut x.data_mut()[..block.start * n];
-    above.par_chunks_mut(n).for_each(|row| row[block.clone()].fill(0.0));
+    each_chunk(above, n, |_, row| row[block.clone()].fill(0.0));
     right.add_product(1.0, Rows { data: panel, stride: width }, RowsMut { data: above, stride: n }, block.start);
 }

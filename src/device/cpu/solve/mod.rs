@@ -16,9 +16,9 @@ use crate::device::{
     BlockCodes, BlockShape, ColumnBlock, CrossFactor, Factor, Factored, GridRule, Group, GroupGrid, LayerInputs,
     PermuteSymmetric, ProductRange, SolveOps, SolveState,
 };
+use crate::parallel::each_chunk;
 use crate::tensor::Matrix;
 use anyhow::Result;
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows that one task takes. Fixed, because the products' rounding may depend on it; 128 rows are enough to pay for
@@ -40,7 +40,7 @@ impl SolveOps for Cpu {
         let mut alive = vec![true; order.len()];
         dead.iter().for_each(|&i| alive[i] = false);
         let mut out = Matrix::zeros(weight.rows(), weight.cols());
-        out.data_mut().par_chunks_mut(order.len().max(1)).enumerate().for_each(|(r, row)| {
+        each_chunk(out.data_mut(), order.len(), |r, row| {
             for (value, &column) in row.iter_mut().zip(order) {
                 let column = column as usize;
                 *value = if alive[column] { weight.row(r)[column] } else { 0.0 };
@@ -69,7 +69,7 @@ impl SolveOps for Cpu {
         const ROWS: usize = 16;
         let (n, order) = (x.cols(), how.order);
         let mut out = Matrix::zeros(n, n);
-        out.data_mut().par_chunks_mut((ROWS * n).max(1)).enumerate().for_each(|(tile, rows)| {
+        each_chunk(out.data_mut(), ROWS * n, |tile, rows| {
             let first = tile * ROWS;
             for j in first..n {
                 let b = order[j] as usize;
@@ -87,7 +87,7 @@ impl SolveOps for Cpu {
 
     fn permute(&self, x: &Matrix, order: &[u32]) -> Result<Matrix> {
         let mut out = Matrix::zeros(x.rows(), x.cols());
-        out.data_mut().par_chunks_mut(x.cols().max(1)).enumerate().for_each(|(i, row)| {
+        each_chunk(out.data_mut(), x.cols(), |i, row| {
             let from = x.row(order[i] as usize);
             for (value, &b) in row[i..].iter_mut().zip(&order[i..]) {
                 *value = from[b as usize];

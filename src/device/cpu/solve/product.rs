@@ -4,8 +4,8 @@ use crate::device::ProductRange;
 use crate::device::cpu::gemm::Strided;
 use crate::device::cpu::strips::{Rows, RowsMut, Strips};
 use crate::device::cpu::vector::{LANES, dispatch};
+use crate::parallel::{each_chunk, map};
 use crate::tensor::Matrix;
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Columns of a product that are made and summed at a time.
@@ -34,8 +34,8 @@ pub(super) fn add_product(c: &mut Matrix, a: &Matrix, b: &Matrix, range: &Produc
 
 /// The squared norm `‖x‖²`.
 pub(super) fn squared_norm(x: &Matrix) -> f64 {
-    let sums: Vec<f64> = x.data().par_chunks(1 << 14).map(|part| dispatch(|| dot_in_f64(part, part))).collect();
-    sums.iter().sum()
+    let parts: Vec<&[f32]> = x.data().chunks(1 << 14).collect();
+    map(parts.len(), |i| dispatch(|| dot_in_f64(parts[i], parts[i]))).iter().sum()
 }
 
 /// `tr(x·H·xᵀ) = Σ x ∘ (2·x·triu(H) − x·diag(H))`, from the upper triangle of H, strip by strip of its columns.
@@ -45,20 +45,17 @@ pub(super) fn weighted_squared_norm(x: &Matrix, h: &Matrix) -> f64 {
     let mut total = 0.0;
     for strip in (0..features).step_by(STRIP).map(|first| first..(first + STRIP).min(features)) {
         let width = product.cols();
-        product.data_mut().par_chunks_mut(width).for_each(|row| row.fill(0.0));
+        each_chunk(product.data_mut(), width, |_, row| row.fill(0.0));
         let to = RowsMut { data: product.data_mut(), stride: width };
         let strips = Strips::upper_triangle(h, strip.clone());
         strips.add_product(2.0, Rows { data: x.data(), stride: features }, to, 0);
         let diagonal: Vec<f32> = strip.clone().map(|i| h.row(i)[i]).collect();
-        let sums: Vec<f64> = (0..rows)
-            .into_par_iter()
-            .map(|row| {
-                let x = &x.row(row)[strip.clone()];
-                let mut scaled = x.to_vec();
-                scaled.iter_mut().zip(product.row(row)).zip(&diagonal).for_each(|((x, p), d)| *x = p - *x * d);
-                dispatch(|| dot_in_f64(x, &scaled))
-            })
-            .collect();
+        let sums = map(rows, |row| {
+            let x = &x.row(row)[strip.clone()];
+            let mut scaled = x.to_vec();
+            scaled.iter_mut().zip(product.row(row)).zip(&diagonal).for_each(|((x, p), d)| *x = p - *x * d);
+            dispatch(|| dot_in_f64(x, &scaled))
+        });
         total += sums.iter().sum::<f64>();
     }
     total

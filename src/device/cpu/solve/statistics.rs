@@ -2,8 +2,8 @@
 
 use crate::device::LayerInputs;
 use crate::device::cpu::gemm::{Strided, StridedMut, gemm, packing_bytes};
+use crate::parallel::each_chunk;
 use crate::tensor::Matrix;
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Tokens that enter H and C with one rounding to float32. Their products are summed in float64, at half the speed:
@@ -38,8 +38,8 @@ pub(super) fn accumulate(hessian: &mut Matrix, mut cross: Option<&mut Matrix>, i
     for tokens in live.chunks(TOKENS) {
         let weights: Vec<f64> = tokens.iter().map(|&token| g.map_or(1.0, |g| f64::from(g[token]).powi(2))).collect();
         let mut inputs = vec![0.0f64; tokens.len() * features];
-        inputs.par_chunks_mut(features).zip(tokens).for_each(|(row, &token)| {
-            row.iter_mut().zip(u.row(token)).for_each(|(value, &u)| *value = f64::from(u));
+        each_chunk(&mut inputs, features, |i, row| {
+            row.iter_mut().zip(u.row(tokens[i])).for_each(|(value, &u)| *value = f64::from(u));
         });
         add_outer(hessian, &inputs, true, |token, columns, row| {
             let from = &inputs[token * features..][columns];
@@ -65,7 +65,7 @@ where
     let features = out.cols();
     let tokens = right.len() / features;
     let height = tile(features);
-    out.data_mut().par_chunks_mut(height * features).enumerate().for_each(|(index, out)| {
+    each_chunk(out.data_mut(), height * features, |index, out| {
         let rows = out.len() / features;
         let first = index * height;
         let mut scaled = vec![0.0; tokens * rows];
