@@ -28,6 +28,7 @@ impl Float {
     }
 
     /// `value` rounded (to nearest, ties to even) to this type.
+    #[inline]
     pub fn round(self, value: f32) -> f32 {
         match self {
             Self::F16 => f16::from_f32(value).to_f32(),

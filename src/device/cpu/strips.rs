@@ -153,7 +153,10 @@ impl WithSimd for Tile<'_> {
                 let columns = index * STRIP..((index + 1) * STRIP).min(strips.columns);
                 for top in (0..rows).step_by(ROWS) {
                     // Rows past the last repeat it, and their sums are dropped.
-                    let left = std::array::from_fn(|r| &a[(top + r).min(rows - 1) * a_stride..][inner.clone()]);
+                    let mut left = [a; ROWS];
+                    for (r, row) in left.iter_mut().enumerate() {
+                        *row = &a[(top + r).min(rows - 1) * a_stride..][inner.clone()];
+                    }
                     let mut sums = [[0.0; STRIP]; ROWS];
                     if S::F32_LANES == 16 {
                         multiply::<S, 4>(simd, left, strip, &mut sums);
@@ -174,11 +177,13 @@ impl WithSimd for Tile<'_> {
 #[inline(always)]
 fn multiply<S: Simd, const VECTORS: usize>(
     simd: S,
-    left: [&[f32]; ROWS],
+    mut left: [&[f32]; ROWS],
     strip: &[Line],
     out: &mut [[f32; STRIP]; ROWS],
 ) {
-    let left = left.map(|row| &row[..strip.len()]);
+    for row in &mut left {
+        *row = &row[..strip.len()];
+    }
     for first in (0..STRIP / S::F32_LANES).step_by(VECTORS) {
         let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
         for (k, columns) in strip.iter().enumerate() {

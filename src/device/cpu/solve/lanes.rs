@@ -43,7 +43,11 @@ pub(super) fn round(w: &Lane, grid: &LaneGrid, largest: f32) -> (Lane, Lane) {
 /// Codes from levels: an integer below 2⁸ stands in the lowest byte of itself plus 2²³.
 #[inline(always)]
 pub(super) fn codes(level: &Lane, grid: &LaneGrid) -> [u8; LANES] {
-    std::array::from_fn(|l| (level[l] + grid.zero[l] + 8_388_608.0).to_bits() as u8)
+    let mut codes = [0; LANES];
+    for l in 0..LANES {
+        codes[l] = (level[l] + grid.zero[l] + 8_388_608.0).to_bits() as u8;
+    }
+    codes
 }
 
 /// `x`, a weight in units of the scale, as code − zero.

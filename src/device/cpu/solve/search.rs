@@ -176,14 +176,23 @@ struct Panel<'a, const N: usize> {
 /// Brings `later` columns up to date with those of a panel.
 #[inline(always)]
 fn carry<S: Simd, const N: usize>(simd: S, later: &mut [Column], panel: &Panel<'_, N>) {
-    let Panel { errors, settled, inverses, products } = panel;
+    let &Panel { errors, settled, mut inverses, mut products } = panel;
+    // Of one length: no place in them is checked inside the loop.
+    for row in &mut inverses {
+        *row = &row[..later.len()];
+    }
+    if let Some(products) = &mut products {
+        for row in products {
+            *row = &row[..later.len()];
+        }
+    }
     for (j, column) in later.iter_mut().enumerate() {
         for (v, value) in S::as_mut_simd_f32s(&mut column.0).0.iter_mut().enumerate() {
             let mut sum = *value;
             for k in 0..N {
                 let error = S::as_simd_f32s(&errors[k].0).0[v];
                 sum = simd.sub_f32s(sum, simd.mul_f32s(error, simd.splat_f32s(inverses[k][j])));
-                if let Some(products) = products {
+                if let Some(products) = &products {
                     let weight = S::as_simd_f32s(&settled[k].0).0[v];
                     sum = simd.add_f32s(sum, simd.mul_f32s(weight, simd.splat_f32s(products[k][j])));
                 }

@@ -79,7 +79,7 @@ pub(super) fn quantize_tile<S: Simd>(
             rounded[(first + l) * width + i] = value[l];
         }
         let Some(factor) = block.factor else { continue };
-        let error: Lane = std::array::from_fn(|l| column[l] - value[l]);
+        let error = difference(&column, &value);
         let place = block.columns.start + i;
         let later = &mut corrections[i + 1..];
         let inverse = &factor.inverses.row(place)[i + 1..width];
@@ -115,7 +115,20 @@ fn propagate<S: Simd>(simd: S, d: &mut Lane, lane: &Lane, factor: f32) {
 
 #[inline(always)]
 fn sum(a: &Lane, b: &Lane) -> Lane {
-    std::array::from_fn(|l| a[l] + b[l])
+    let mut sum = *a;
+    for l in 0..LANES {
+        sum[l] += b[l];
+    }
+    sum
+}
+
+#[inline(always)]
+fn difference(a: &Lane, b: &Lane) -> Lane {
+    let mut difference = *a;
+    for l in 0..LANES {
+        difference[l] -= b[l];
+    }
+    difference
 }
 
 /// Scale and zero of each row's group from the group's weights, one lane a column.
