@@ -12,7 +12,7 @@
 namespace vlmq::emulator {
 
 __thread const ThreadView* current;
-thread_local Worker* worker;
+__thread Worker* worker;
 
 namespace {
 
@@ -61,47 +61,6 @@ void report_threads(const Worker& w) {
   }
 }
 
-void switch_to(Worker& w, Thread& from, Thread& to, bool from_ends) {
-  current = &to;
-#if defined(VLMQ_SANITIZE_ADDRESS)
-  const bool to_host = &to == &w.host;
-  __sanitizer_start_switch_fiber(from_ends ? nullptr : &from.fake_stack,
-                                 to_host ? w.host_stack : w.stacks + to.linear * kStackBytes,
-                                 to_host ? w.host_stack_bytes : kStackBytes);
-  from.context.switch_to(to.context);
-  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
-#elif defined(VLMQ_SANITIZE_THREAD)
-  (void)w, (void)from_ends;
-  __tsan_switch_to_fiber(to.fiber, 1);  // 1: no edge between the two
-  from.context.switch_to(to.context);
-#else
-  (void)w, (void)from_ends;
-  from.context.switch_to(to.context);
-#endif
-}
-
-Thread* ready_lane(Worker& w, Warp& warp) {
-  if (warp.ready == 0) return nullptr;
-  for (;; warp.cursor = (warp.cursor + 1) % kLanes) {
-    const unsigned lane = warp.order[warp.cursor];
-    if (warp.ready >> lane & 1) {
-      warp.ready &= ~(1u << lane);
-      warp.cursor = (warp.cursor + 1) % kLanes;
-      return &w.threads[static_cast<unsigned>(&warp - w.warps) * kLanes + lane];
-    }
-  }
-}
-
-Thread* next_thread(Worker& w, Warp* preferred) {
-  if (preferred != nullptr) {
-    if (Thread* thread = ready_lane(w, *preferred)) return thread;
-  }
-  for (unsigned i = 0; i < w.warp_count; ++i) {
-    if (Thread* thread = ready_lane(w, w.warps[w.priority[i]])) return thread;
-  }
-  return nullptr;
-}
-
 void shuffle(Random& random, unsigned char* values, unsigned count) {
   for (unsigned i = count; i > 1; --i) {
     const unsigned j = random.below(i);
@@ -109,12 +68,6 @@ void shuffle(Random& random, unsigned char* values, unsigned count) {
     values[j] = values[i - 1];
     values[i - 1] = swapped;
   }
-}
-
-[[noreturn]] void report_deadlock() {
-  fail(
-      {nullptr, 0},
-      "deadlock: no thread can go on (divergent barrier, or threads waiting for different things)");
 }
 
 [[noreturn]] void thread_main() {
@@ -170,14 +123,10 @@ void fail(Site site, const char* format, ...) {
   std::abort();
 }
 
-void make_ready(Warp& warp, uint32_t lanes) { warp.ready |= lanes; }
-
-void switch_away(bool stay_in_warp) {
-  Worker& w = *worker;
-  Thread& thread = *self();
-  Thread* next = next_thread(w, stay_in_warp ? thread.warp : nullptr);
-  if (next == nullptr) report_deadlock();
-  if (next != &thread) switch_to(w, thread, *next, false);
+void report_deadlock() {
+  fail(
+      {nullptr, 0},
+      "deadlock: no thread can go on (divergent barrier, or threads waiting for different things)");
 }
 
 Worker* Worker::create() {
@@ -266,11 +215,14 @@ void Worker::start_block(uint64_t index) {
   for (unsigned i = 0; i < warp_count; ++i) {
     Warp& warp = warps[i];
     const unsigned lanes = thread_count - i * kLanes;
-    warp.exists = warp.ready = lanes >= kLanes ? 0xffffffffu : (1u << lanes) - 1;
+    warp.exists = lanes >= kLanes ? 0xffffffffu : (1u << lanes) - 1;
     warp.exited = 0;
     warp.cursor = 0;
     for (unsigned j = 0; j < kLanes; ++j) warp.order[j] = static_cast<unsigned char>(j);
     shuffle(random, warp.order, kLanes);
+    for (unsigned j = 0; j < kLanes; ++j) warp.place[warp.order[j]] = static_cast<unsigned char>(j);
+    warp.ready = 0;
+    make_ready(warp, warp.exists);
     warp.open = nullptr;
     if (warp.pool == nullptr) {
       for (Rendezvous& meeting : warp.meetings) {

@@ -93,9 +93,11 @@ struct Rendezvous {
 };
 
 struct Warp {
-  uint32_t exists, ready, exited;
+  uint32_t exists, exited;  // by lane
+  // Lanes that can run, by their place in the order, and where the search for the next one begins.
+  uint32_t ready;
   unsigned cursor;
-  unsigned char order[kLanes];
+  unsigned char order[kLanes], place[kLanes];  // each the other's inverse
   Rendezvous* open;
   Rendezvous* pool;
   // A lane waits at one meeting and may still have to leave none: as many meetings as lanes can be
@@ -155,15 +157,76 @@ struct Worker {
   void start_thread(unsigned id);
 };
 
-// The worker of this OS thread.
-extern thread_local Worker* worker __attribute__((tls_model("initial-exec")));
+// The worker of this OS thread. As `current`, one instruction.
+extern __thread Worker* worker __attribute__((tls_model("initial-exec")));
 
 inline Thread* self() { return static_cast<Thread*>(const_cast<ThreadView*>(current)); }
 
-void make_ready(Warp& warp, uint32_t lanes);
+inline void make_ready(Warp& warp, uint32_t lanes) {
+  for (; lanes != 0; lanes &= lanes - 1) warp.ready |= 1u << warp.place[__builtin_ctz(lanes)];
+}
+
+[[noreturn]] void report_deadlock();
+
+// What follows stands here to be inlined: a warp's operation switches 32 times, and most of a
+// test's time is such switches.
+
+// The place of the next lane that can run, of one that is there.
+inline unsigned next_place(const Warp& warp) {
+  const uint32_t ahead = warp.ready & ~0u << warp.cursor;
+  return static_cast<unsigned>(__builtin_ctz(ahead != 0 ? ahead : warp.ready));
+}
+
+inline Thread* ready_lane(Worker& w, Warp& warp) {
+  if (warp.ready == 0) return nullptr;
+  Thread* const lanes = &w.threads[(&warp - w.warps) * kLanes];
+  const unsigned place = next_place(warp);
+  warp.ready &= ~(1u << place);
+  warp.cursor = (place + 1) % kLanes;
+  // The one behind it will want its stack.
+  if (warp.ready != 0) lanes[warp.order[next_place(warp)]].context.prefetch();
+  return &lanes[warp.order[place]];
+}
+
+inline Thread* next_thread(Worker& w, Warp* preferred) {
+  if (preferred != nullptr) {
+    if (Thread* thread = ready_lane(w, *preferred)) return thread;
+  }
+  for (unsigned i = 0; i < w.warp_count; ++i) {
+    if (Thread* thread = ready_lane(w, w.warps[w.priority[i]])) return thread;
+  }
+  return nullptr;
+}
+
+inline void switch_to(Worker& w, Thread& from, Thread& to, bool from_ends) {
+  current = &to;
+#if defined(VLMQ_SANITIZE_ADDRESS)
+  const bool to_host = &to == &w.host;
+  __sanitizer_start_switch_fiber(from_ends ? nullptr : &from.fake_stack,
+                                 to_host ? w.host_stack : w.stacks + to.linear * kStackBytes,
+                                 to_host ? w.host_stack_bytes : kStackBytes);
+  from.context.switch_to(to.context);
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#elif defined(VLMQ_SANITIZE_THREAD)
+  (void)w, (void)from_ends;
+  __tsan_switch_to_fiber(to.fiber, 1);  // 1: no edge between the two
+  from.context.switch_to(to.context);
+#else
+  (void)w, (void)from_ends;
+  from.context.switch_to(to.context);
+#endif
+}
+
 // Gives up the processor; the thread must have been marked ready, or wait at what another one will
 // release.
-void switch_away(bool stay_in_warp);
+inline void switch_away(bool stay_in_warp) {
+  Worker& w = *worker;
+  Thread& thread = *self();
+  Thread* next = next_thread(w, stay_in_warp ? thread.warp : nullptr);
+  if (next == nullptr) report_deadlock();
+  if (next != &thread) switch_to(w, thread, *next, false);
+}
+
 void check_no_one_waits_for(Thread& leaver);
 
 }  // namespace vlmq::emulator
