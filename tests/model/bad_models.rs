@@ -1,5 +1,6 @@
 //! A family's own keys, tensors and data, when they are wrong: one clear error that names the model and the key.
 
+use crate::support::picture::save_png;
 use crate::support::program::{Bench, IMAGE, Meets, broken, edit_json, question};
 use crate::support::{golden, message};
 use serde_json::{Value, json};
@@ -199,7 +200,7 @@ fn videos() {
 #[test]
 fn images_of_extreme_proportions() {
     let bench = Bench::new("qwen2_5_vl-nested-f16");
-    image::RgbImage::new(10, 2010).save(bench.file("long.png")).unwrap();
+    save_png(&image::RgbImage::new(10, 2010), bench.file("long.png"));
     bench.write_data(&[&question("model/long.png")]);
     let says = ["data.jsonl:1: image 1", "is 10x2010: one side is more than 200 times the other"];
     bench.refused(&bench.quantize(&[]), &says);

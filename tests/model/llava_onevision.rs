@@ -1,6 +1,7 @@
 //! LLaVA-OneVision through the program: its flags, and what is wrong with a checkpoint or an image of it.
 
 use crate::support::data;
+use crate::support::picture::save_png;
 use crate::support::program::{Bench, edit_header, edit_json, read_json, succeed, text};
 use serde_json::{Value, json};
 use std::fs;
@@ -132,7 +133,7 @@ fn images_and_flags() {
     bench.refused(&bench.eval(&["--chat-template", &plain]), &["plain.jinja", "only plain strings"]);
     bench.write_data(&[r#"{"text": "see <video>"}"#]);
     bench.refused(&bench.quantize(&[]), &["data.jsonl:1", "<video>", "videos are not supported"]);
-    image::RgbImage::new(2010, 10).save(folder.join("long.png")).unwrap();
+    save_png(&image::RgbImage::new(2010, 10), folder.join("long.png"));
     bench.write_data(&[&crate::support::program::question("long.png")]);
     bench.refused(&bench.quantize(&[]), &["data.jsonl:1", "image 1", "2010x10", "200 times"]);
 

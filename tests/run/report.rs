@@ -1,6 +1,7 @@
 //! report.html: well-formed, self-contained, and true: its pictures show what its figures say, cell by cell.
 
 use crate::support::golden;
+use crate::support::picture::{decode_jpeg, decode_png, open_png, save_png};
 use crate::support::program::{Bench, IMAGE, files_of, question, read_json, succeed, text};
 use base64::Engine;
 use image::RgbImage;
@@ -287,7 +288,7 @@ fn what_strangers_write_stays_text() {
 fn pixels(uri: &str) -> RgbImage {
     let encoded = uri.split_once("base64,").unwrap().1;
     let bytes = base64::engine::general_purpose::STANDARD.decode(encoded).unwrap();
-    image::load_from_memory(&bytes).unwrap().into_rgb8()
+    if uri.starts_with("data:image/png;") { decode_png(&bytes) } else { decode_jpeg(&bytes) }
 }
 
 #[test]
@@ -353,7 +354,7 @@ fn json_is_the_same_with_lists_in_lines() {
 fn seen(checkpoint: &str, folder: &Path, [before, after]: [&RgbImage; 2]) -> (ReportSample, [RgbImage; 2], Vec<f32>) {
     let files = [before, after].map(|picture| {
         let path = folder.join(format!("{}.png", std::ptr::from_ref(picture) as usize));
-        picture.save(&path).unwrap();
+        save_png(picture, &path);
         question(&text(path))
     });
     fs::write(folder.join("data.jsonl"), files.join("\n")).unwrap();
@@ -383,7 +384,7 @@ fn seen(checkpoint: &str, folder: &Path, [before, after]: [&RgbImage; 2]) -> (Re
 /// other paint does to it: in a tower every token sees all others.
 #[test]
 fn cells_are_where_their_tokens_look() {
-    let original = image::open(golden("model/images/tall-200x330.png")).unwrap().into_rgb8();
+    let original = open_png(golden("model/images/tall-200x330.png"));
     for checkpoint in ["flat-tied-bf16", "qwen3_vl-tied-bf16", "llava-hub-tied-f16"] {
         let folder = tempfile::tempdir().unwrap();
         let (sample, ..) = seen(checkpoint, folder.path(), [&original, &original.clone()]);

@@ -1,7 +1,9 @@
 //! Data files and images that are wrong, or name what is none of theirs: one line says so, and nothing is left behind.
 
 use crate::support::golden;
+use crate::support::picture::save_png;
 use crate::support::program::{Bench, IMAGE, limited_run, question, stderr, succeed, text};
+use image::codecs::webp::WebPEncoder;
 use serde_json::json;
 use std::fs;
 
@@ -102,7 +104,7 @@ fn images() {
         bench.refused(&bench.eval(&[]), &says);
     }
     let long = image::RgbImage::new(2010, 10);
-    long.save(scratch.join("long.png")).unwrap();
+    save_png(&long, scratch.join("long.png"));
     bench.write_data(&[&question("long.png")]);
     bench.refused(&bench.quantize(&[]), &["2010x10", "200 times", "crop it"]);
 }
@@ -270,8 +272,7 @@ fn images_with_much_beside_the_pixels() {
     let text = named(b"Raw profile type exif", &packed_zeros(1));
     let texts = png_with(b"zTXt", &text, 50_000);
     // Parts of XMP, of which the last is missing: looked through anew behind every single one.
-    let mut jpeg = Vec::new();
-    image::RgbImage::new(8, 8).write_to(&mut std::io::Cursor::new(&mut jpeg), image::ImageFormat::Jpeg).unwrap();
+    let jpeg = vlmq_picture::write_jpeg(&image::RgbImage::new(8, 8), 75).unwrap();
     let xmp = (0..100_000u32).flat_map(|part| {
         let head: &[u8] = &[0xff, 0xe1, 0, 2 + 35 + 32 + 8 + 1];
         let name = b"http://ns.adobe.com/xmp/extension/\0";
@@ -280,7 +281,7 @@ fn images_with_much_beside_the_pixels() {
     let xmp = [&jpeg[..2], &xmp.collect::<Vec<u8>>(), &jpeg[2..]].concat();
     // EXIF data of 4 GB, as its chunk says.
     let mut webp = Vec::new();
-    image::RgbImage::new(8, 8).write_to(&mut std::io::Cursor::new(&mut webp), image::ImageFormat::WebP).unwrap();
+    image::RgbImage::new(8, 8).write_with_encoder(WebPEncoder::new_lossless(&mut webp)).unwrap();
     let extended = [b"VP8X\x0a\0\0\0\x08\0\0\0\x07\0\0\x07\0\0", &webp[12..], b"EXIF\xf0\xff\xff\xffII*\0"].concat();
     let size = (extended.len() as u32 + 4).to_le_bytes();
     let webp = [b"RIFF", &size[..], b"WEBP", &extended].concat();

@@ -1,5 +1,6 @@
 //! The forms of calibration data, and everything that must be refused with a clear message.
 
+use crate::support::picture::save_png;
 use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -391,7 +392,7 @@ fn texts_and_templates_that_disagree_about_images_are_refused() {
     assert_eq!((calibrated.vision_tokens, calibrated.answer), (6, 0..0));
     let long = image::RgbImage::new(2, 402);
     let folder = folder();
-    long.save(folder.path().join("long.png")).unwrap();
+    save_png(&long, folder.path().join("long.png"));
     let error = build_below(SIMPLE, &with_image.replace(png, "long.png"), folder.path()).unwrap_err();
     assert!(error.contains("200 times") && error.contains("data.jsonl:1"), "{error}");
 }

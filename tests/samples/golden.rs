@@ -1,5 +1,6 @@
 //! Calibration data against transformers, torchvision and Pillow: goldens of tests/golden/make_calibration.py.
 
+use crate::support::picture::open_png;
 use crate::support::{data, golden};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -43,8 +44,7 @@ fn decoding_equals_pillow() {
     for case in list(&cases(), "images", 52).iter().filter(|case| case["decoded"] == true) {
         let name = case["file"].as_str().unwrap();
         let ours = open(golden("calibration").join("images").join(name));
-        let theirs =
-            image::open(golden("calibration").join("decoded").join(format!("{name}.png"))).unwrap().into_rgb8();
+        let theirs = open_png(golden("calibration").join("decoded").join(format!("{name}.png")));
         assert_eq!(ours.dimensions(), theirs.dimensions(), "{name}");
         if case["exact"] == true {
             assert!(ours == theirs, "{name} differs");
@@ -82,7 +82,7 @@ fn patches_equal_torchvision() {
     for case in list(&cases(), "images", 52).iter().filter(|case| case["resized"] == true) {
         let name = case["file"].as_str().unwrap();
         let ours = settings.prepare(&open(golden("calibration").join("images").join(name))).unwrap();
-        let theirs = image::open(golden("calibration").join("resized").join(name)).unwrap().into_rgb8();
+        let theirs = open_png(golden("calibration").join("resized").join(name));
         assert!(ours.crops() == [theirs], "{name}: resized pixels differ");
         assert_eq!([ours.grid_height, ours.grid_width], numbers(&case["grid"])[..], "{name}");
         let patches = ours.patches();

@@ -8,6 +8,8 @@ pub mod checkpoint;
 pub mod devices;
 pub mod golden;
 pub mod kernels;
+#[cfg(feature = "run")]
+pub mod picture;
 pub mod process;
 #[cfg(feature = "run")]
 pub mod program;
