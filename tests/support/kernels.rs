@@ -1,8 +1,9 @@
-//! The kernels on the host: built with the C++ compiler of this machine (`CXX`, else g++, else c++), run by the emulator.
+//! The kernels on the host: built with the C++ compiler of this machine (`CXX`, else g++, else c++) and the flags of `CXXFLAGS`, run by the
+//! emulator.
 //!
 //! A library comes in three variants: plain, with the address and undefined-behaviour sanitizers, and with ThreadSanitizer.
 //! A sanitizer must be in the process from its start, so a test program runs tests of its own once more as a child, with the
-//! sanitizer preloaded: [`pass_under`]. In the child, [`Variant::current`] says so and [`kernels`] opens that variant.
+//! sanitizer preloaded: [`pass_under_sanitizers`]. In the child, [`Variant::current`] says so and [`kernels`] opens that variant.
 
 #![allow(unsafe_code)]
 
@@ -51,23 +52,23 @@ impl Variant {
         }
     }
 
-    /// For the kernels, and for linking.
+    /// For the kernels, and for linking. Lines are all that a report needs; variables, which take a debugger, would be a third of the time.
     fn flags(self) -> &'static [&'static str] {
         match self {
-            Variant::Plain => &["-O2", "-g"],
+            Variant::Plain => &["-O2", "-g1"],
             Variant::Address => {
-                &["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+                &["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
             }
-            Variant::Thread => &["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=thread"],
+            Variant::Thread => &["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread"],
         }
     }
 
     /// For the emulator's runtime, which is never instrumented: its accesses would count as the kernel's.
     fn runtime_flags(self) -> &'static [&'static str] {
         match self {
-            Variant::Plain => &["-O3", "-g"],
-            Variant::Address => &["-O3", "-g", "-DVLMQ_SANITIZE_ADDRESS"],
-            Variant::Thread => &["-O3", "-g", "-DVLMQ_SANITIZE_THREAD"],
+            Variant::Plain => &["-O3", "-g1"],
+            Variant::Address => &["-O3", "-g1", "-DVLMQ_SANITIZE_ADDRESS"],
+            Variant::Thread => &["-O3", "-g1", "-DVLMQ_SANITIZE_THREAD"],
         }
     }
 }
@@ -183,7 +184,8 @@ pub fn build(name: &str, folder: &str, variant: Variant) -> PathBuf {
 
     let common = common_flags();
     // Other flags (another compiler, another processor): nothing of before can be kept.
-    let flags = format!("{} {common:?} {:?} {:?}", compiler(), variant.flags(), variant.runtime_flags());
+    let flags =
+        format!("{} {common:?} {:?} {:?} {:?}", compiler(), variant.flags(), variant.runtime_flags(), users_flags());
     let flags_file = target.join("flags");
     if fs::read_to_string(&flags_file).is_ok_and(|before| before != flags) {
         for old in fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().path()) {
@@ -259,6 +261,11 @@ fn compiler() -> &'static str {
     })
 }
 
+/// What the environment adds to the flags of every file, as `-g` for a debugger.
+fn users_flags() -> Vec<String> {
+    std::env::var("CXXFLAGS").unwrap_or_default().split_whitespace().map(str::to_owned).collect()
+}
+
 /// What every file is compiled with.
 fn common_flags() -> Vec<&'static str> {
     // No contraction: a product and a sum round as __fmul_rn and __fadd_rn say. No strict aliasing: kernels, as CUDA code
@@ -283,6 +290,7 @@ fn compile(root: &Path, source: &Path, object: &Path, common: &[&str], variant: 
     } else {
         command.args(variant.runtime_flags());
     }
+    command.args(users_flags());
     let unfinished = object.with_extension("new");
     command.arg("-MMD").arg("-MF").arg(object.with_extension("d")).arg("-MT").arg("object");
     let output = command.arg("-c").arg(source).arg("-o").arg(&unfinished).output().map_err(|e| e.to_string())?;
