@@ -223,7 +223,7 @@ device_tests() {
   local module code=0 counts="" tests=("")
   [[ -z ${GPU_REHEARSAL:-} ]] || tests=(shared_rows products_and_norms the_limit_holds)
   for module in device memory; do
-    "$scratch/gpu" --test-threads 4 --show-output "${tests[@]/#/$module::}" 2>&1 | tee "$scratch/$module.txt" || code=1
+    "$scratch/gpu" --include-ignored --test-threads 4 --show-output "${tests[@]/#/$module::}" 2>&1 | tee "$scratch/$module.txt" || code=1
     counts+="$module: $(grep -o '[0-9]* passed; [0-9]* failed' "$scratch/$module.txt" || echo "no result"); "
   done
   grep -h '^test .* FAILED' "$scratch"/{device,memory}.txt || true

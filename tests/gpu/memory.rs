@@ -5,7 +5,7 @@ use crate::support::devices::{self, on_gpu, whole};
 use crate::support::kernels::{Variant, build};
 use crate::support::program::{names_in, stderr, text};
 use crate::support::{data, golden, message};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use vlmq::device::cpu::Cpu;
 use vlmq::device::cuda::Cuda;
@@ -190,13 +190,14 @@ fn settings(out: &Path, solver: SolverSettings, importance: Importance) -> RunSe
 }
 
 /// Chunks of plain text through a model so narrow that they are the worst of all: the predictions at the end, or with chunks
-/// some `times` as long a pass over them.
-fn long_chunks(settings: RunSettings, calib: PathBuf, times: usize) -> RunSettings {
+/// some `times` as long a pass over them. The texts lie beside the output.
+fn long_chunks(settings: RunSettings, times: usize) -> RunSettings {
     let words = ["a red ring", "two blue squares", "what is the pink digit?", "describe the image."];
     let line = |i: usize| {
         let text: Vec<&str> = (0..times * (25 + i)).map(|j| words[(i + j * j) % 4]).collect();
         serde_json::json!({"text": text.join(" ")}).to_string()
     };
+    let calib = settings.out.with_file_name("calib.jsonl");
     std::fs::write(&calib, (0..8).map(line).collect::<Vec<_>>().join("\n")).unwrap();
     RunSettings {
         model: golden("model/rope-parameters-f32"),
@@ -224,49 +225,63 @@ fn check_plan(report: &RunReport, expected: &MemoryPlan) {
     assert_eq!(report.peak_device_bytes, plan.stages.iter().filter_map(|stage| stage.measured_bytes).max());
 }
 
-#[test]
-fn streamed_runs_write_the_same_bytes_within_their_plan() {
+/// A run that keeps all on the device and one that streams its activations from host memory write the same bytes, each given no byte more
+/// than its plan asks for. The worst step of the blocks is `step`.
+fn check_streaming(step: &str, settings: impl Fn(&Path) -> RunSettings) {
     let work = tempfile::tempdir().unwrap();
-    let gptaq = SolverSettings::default();
-    let gptq = SolverSettings { solver: Solver::Gptq, group_size: Some(32), ..SolverSettings::default() };
-    let (none, vlmq, narrow) = (Importance::None, Importance::Vlmq, SolverSettings::default());
-    // Their scales are refitted.
-    let refitted = SolverSettings { solver: Solver::Gptq, bits: 2, ..SolverSettings::default() };
-    let cases = [
-        ("narrow", narrow.clone(), vlmq, "comparing the paths"),
-        ("long", narrow, vlmq, "importance"),
-        ("gptaq", gptaq, vlmq, "solving mlp.down_proj"),
-        ("gptq", gptq, none, "solving mlp.down_proj"),
-        ("refitted", refitted, none, "solving mlp.down_proj"),
-    ];
-    for (name, solver, importance, step) in cases {
-        let settings = |out: &Path| {
-            let settings = settings(out, solver.clone(), importance);
-            match name {
-                "narrow" => long_chunks(settings, work.path().join("calib.jsonl"), 1),
-                "long" => long_chunks(settings, work.path().join("calib.jsonl"), 4),
-                _ => settings,
-            }
-        };
-        let run = |limit: Option<u64>, expected: Activations| {
-            let device = limited(limit);
-            let out = work.path().join(format!("{name}-{expected:?}"));
-            let settings = settings(&out);
-            let plan = run::plan(&device, &settings).unwrap();
-            assert_eq!(plan.activations, expected);
-            assert_eq!(plan.stages[1].step, step);
-            check_plan(&run::run(&device, &settings, &mut ()).unwrap(), &plan);
-            std::fs::read(out.join("model.safetensors")).unwrap()
-        };
-        let plan = |limit: Option<u64>| run::plan(&limited(limit), &settings(&work.path().join("plan"))).unwrap();
-        // Each run is given no byte more than its plan asks for.
-        let resident = plan(None);
-        assert_eq!((resident.activations, resident.host_bytes), (Activations::Resident, 0));
-        let streamed = plan(Some(resident.device_bytes - 1));
-        assert!(streamed.device_bytes < resident.device_bytes && streamed.host_bytes > 0, "{streamed:?}");
-        let bytes = run(Some(resident.device_bytes), Activations::Resident);
-        assert!(run(Some(streamed.device_bytes), Activations::Streamed) == bytes, "{name}: other bytes when streamed");
-    }
+    let run = |limit: Option<u64>, expected: Activations| {
+        let device = limited(limit);
+        let out = work.path().join(format!("{expected:?}"));
+        let settings = settings(&out);
+        let plan = run::plan(&device, &settings).unwrap();
+        assert_eq!(plan.activations, expected);
+        assert_eq!(plan.stages[1].step, step);
+        check_plan(&run::run(&device, &settings, &mut ()).unwrap(), &plan);
+        std::fs::read(out.join("model.safetensors")).unwrap()
+    };
+    let plan = |limit: Option<u64>| run::plan(&limited(limit), &settings(&work.path().join("plan"))).unwrap();
+    let resident = plan(None);
+    assert_eq!((resident.activations, resident.host_bytes), (Activations::Resident, 0));
+    let streamed = plan(Some(resident.device_bytes - 1));
+    assert!(streamed.device_bytes < resident.device_bytes && streamed.host_bytes > 0, "{streamed:?}");
+    let bytes = run(Some(resident.device_bytes), Activations::Resident);
+    assert!(run(Some(streamed.device_bytes), Activations::Streamed) == bytes, "other bytes when streamed");
+}
+
+#[test]
+fn comparisons_of_the_paths_are_streamed_within_their_plan() {
+    check_streaming("comparing the paths", |out| {
+        long_chunks(settings(out, SolverSettings::default(), Importance::Vlmq), 1)
+    });
+}
+
+#[test]
+#[ignore = "slow: whole runs on the emulator"]
+fn long_chunks_are_streamed_within_their_plan() {
+    check_streaming("importance", |out| long_chunks(settings(out, SolverSettings::default(), Importance::Vlmq), 4));
+}
+
+#[test]
+#[ignore = "slow: whole runs on the emulator"]
+fn gptaq_is_streamed_within_its_plan() {
+    check_streaming("solving mlp.down_proj", |out| settings(out, SolverSettings::default(), Importance::Vlmq));
+}
+
+#[test]
+#[ignore = "slow: whole runs on the emulator"]
+fn gptq_is_streamed_within_its_plan() {
+    check_streaming("solving mlp.down_proj", |out| {
+        let solver = SolverSettings { solver: Solver::Gptq, group_size: Some(32), ..SolverSettings::default() };
+        settings(out, solver, Importance::None)
+    });
+}
+
+#[test]
+#[ignore = "slow: whole runs on the emulator"]
+fn refits_are_streamed_within_their_plan() {
+    check_streaming("solving mlp.down_proj", |out| {
+        settings(out, SolverSettings { solver: Solver::Gptq, bits: 2, ..SolverSettings::default() }, Importance::None)
+    });
 }
 
 /// Checkpoints of every family, their settings of images, and the device's precision.

@@ -100,6 +100,7 @@ fn float32_copy(to: &Path) {
 /// single run can hold a KL to 10 %. The layers' own errors can, where no importance redraws their weights: those are held
 /// to it, and the KL to a clear gain over rounding to nearest.
 #[test]
+#[ignore = "slow: whole runs on the emulator"]
 fn from_the_images_on_the_model_beats_rounding_to_nearest() {
     let work = tempfile::tempdir().unwrap();
     let out = work.path().join("rounded");
@@ -234,6 +235,7 @@ fn given_the_same_statistics_the_codes_are_the_same() {
 /// In float32 both devices compute nearly the same, up to a code at a tie. A layer whose codes agree has the same scales before they are
 /// refitted, and so the same factors; without a refit its scales are others.
 #[test]
+#[ignore = "slow: whole runs on the emulator"]
 fn refitted_scales_are_those_of_the_cpu() {
     let work = tempfile::tempdir().unwrap();
     let model = work.path().join("float32");

@@ -441,6 +441,7 @@ fn bad_arguments() {
 }
 
 #[test]
+#[ignore = "slow: the kernels compiled under sanitizers"]
 fn clean_under_sanitizers() {
     if Variant::current() == Variant::Plain {
         pass_under_sanitizers(module_path!(), &["against_float64", "bad_arguments"], &[("vlmq_kernels", "kernels")]);

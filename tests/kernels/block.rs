@@ -421,6 +421,7 @@ fn bad_arguments() {
 }
 
 #[test]
+#[ignore = "slow: the kernels compiled under sanitizers"]
 fn clean_under_sanitizers() {
     if Variant::current() == Variant::Plain {
         let tests = ["norms", "norm_gradients", "rotary_embedding", "activations", "sums", "bad_arguments"];

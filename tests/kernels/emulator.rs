@@ -146,11 +146,13 @@ fn defects_are_seen_plain() {
 }
 
 #[test]
+#[ignore = "slow: the kernels compiled under sanitizers"]
 fn defects_are_seen_by_the_address_sanitizer() {
     defects_are_seen(Variant::Address);
 }
 
 #[test]
+#[ignore = "slow: the kernels compiled under sanitizers"]
 fn defects_are_seen_by_the_thread_sanitizer() {
     defects_are_seen(Variant::Thread);
 }
@@ -208,6 +210,7 @@ fn right_twins_pass() {
 
 /// Every kernel and result of this file, and no report.
 #[test]
+#[ignore = "slow: the kernels compiled under sanitizers"]
 fn right_kernels_pass_under_sanitizers() {
     let tests = [
         "right_twins_pass",

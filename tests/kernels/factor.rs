@@ -388,6 +388,7 @@ fn cross(c: &mut Buffer, x: &[f32], ends: &[i32]) -> vlmq_cross_factor_args {
 }
 
 #[test]
+#[ignore = "slow: the kernels compiled under sanitizers"]
 fn small_cases_pass_under_the_sanitizers() {
     if Variant::current() == Variant::Plain {
         let tests = [

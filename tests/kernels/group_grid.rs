@@ -191,6 +191,7 @@ fn bad_arguments_are_refused() {
 }
 
 #[test]
+#[ignore = "slow: the kernels compiled under sanitizers"]
 fn small_cases_pass_under_the_sanitizers() {
     let tests = ["grids_of_wide_groups", "a_scale_that_does_not_fit_is_told", "bad_arguments_are_refused"];
     pass_under_sanitizers(module_path!(), &tests, &[("vlmq_kernels", "kernels")]);

@@ -339,6 +339,7 @@ fn bad_arguments_are_refused() {
 }
 
 #[test]
+#[ignore = "slow: the kernels compiled under sanitizers"]
 fn small_cases_pass_under_the_sanitizers() {
     let tests = [
         "packs_and_unpacks_as_the_library",

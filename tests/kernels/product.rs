@@ -376,6 +376,7 @@ fn norms_refuse_bad_arguments() {
 }
 
 #[test]
+#[ignore = "slow: the kernels compiled under sanitizers"]
 fn small_cases_pass_under_the_sanitizers() {
     if Variant::current() == Variant::Plain {
         let tests = [

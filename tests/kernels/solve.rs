@@ -447,6 +447,7 @@ fn bad_arguments_are_refused() {
 }
 
 #[test]
+#[ignore = "slow: the kernels compiled under sanitizers"]
 fn small_cases_pass_under_the_sanitizers() {
     let tests = [
         "blocks_follow_the_cpu",

@@ -396,6 +396,7 @@ fn bad_arguments_are_refused() {
 }
 
 #[test]
+#[ignore = "slow: the kernels compiled under sanitizers"]
 fn small_cases_pass_under_sanitizers() {
     let tests = ["integers_are_summed_exactly", "bad_arguments_are_refused"];
     kernels::pass_under_sanitizers(module_path!(), &tests, &[("vlmq_kernels", "kernels")]);

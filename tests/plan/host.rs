@@ -46,6 +46,7 @@ const METHODS: &[(&str, &[&str])] = &[
 ];
 
 #[test]
+#[ignore = "slow: hundreds of millions of weights"]
 fn wide_runs_hold_what_was_planned() {
     let work = tempfile::tempdir().unwrap();
     let (model, calib) = (text(work.path().join("wide")), text(data("vqa/calib.jsonl")));
@@ -61,18 +62,27 @@ fn wide_runs_hold_what_was_planned() {
     }
 }
 
-#[test]
-fn small_runs_hold_what_was_planned() {
+/// Runs of a model by every method.
+fn check_small_runs(name: &str, samples: &str) {
     let work = tempfile::tempdir().unwrap();
     let calib = text(data("vqa/calib.jsonl"));
-    for (name, samples) in [("tiny-qwen2-vl", "16"), ("tiny-qwen2-vl-narrow", "24")] {
-        for (method, flags) in METHODS {
-            let out = work.path().join(format!("{name}-{}", method.replace(' ', "-")));
-            let (model, to) = (text(data(name)), text(&out));
-            let line = ["quantize", &model, "--calib", &calib, "--out", &to, "--samples", samples, "--quiet"];
-            check(&format!("{name} {method}"), &[&line[..], flags].concat(), &out);
-        }
+    for (method, flags) in METHODS {
+        let out = work.path().join(method.replace(' ', "-"));
+        let (model, to) = (text(data(name)), text(&out));
+        let line = ["quantize", &model, "--calib", &calib, "--out", &to, "--samples", samples, "--quiet"];
+        check(&format!("{name} {method}"), &[&line[..], flags].concat(), &out);
     }
+}
+
+#[test]
+#[ignore = "slow: several whole runs"]
+fn small_runs_hold_what_was_planned() {
+    check_small_runs("tiny-qwen2-vl", "16");
+}
+
+#[test]
+fn narrow_runs_hold_what_was_planned() {
+    check_small_runs("tiny-qwen2-vl-narrow", "24");
 }
 
 #[test]
@@ -99,17 +109,23 @@ fn check_evaluation(what: &str, line: &[&str]) -> f64 {
     measured
 }
 
+/// Evaluations of a model by itself and beside a reference.
+fn check_small_evaluations(name: &str) {
+    let (model, questions) = (text(data(name)), text(data("vqa/eval.jsonl")));
+    let alone = ["eval", &model, &questions, "--limit", "40"];
+    check_evaluation(name, &alone);
+    check_evaluation(&format!("{name}, twice"), &[&alone[..], &["--reference", &model]].concat());
+}
+
 #[test]
+#[ignore = "slow: two evaluations"]
 fn small_evaluations_hold_what_was_planned() {
-    let questions = text(data("vqa/eval.jsonl"));
-    for name in ["tiny-qwen2-vl", "tiny-qwen2-vl-narrow"] {
-        let model = text(data(name));
-        check_evaluation(name, &["eval", &model, &questions, "--limit", "40"]);
-        check_evaluation(
-            &format!("{name}, twice"),
-            &["eval", &model, &questions, "--limit", "40", "--reference", &model],
-        );
-    }
+    check_small_evaluations("tiny-qwen2-vl");
+}
+
+#[test]
+fn narrow_evaluations_hold_what_was_planned() {
+    check_small_evaluations("tiny-qwen2-vl-narrow");
 }
 
 /// Bytes of a folder's weights.
@@ -121,6 +137,7 @@ fn weights_of(folder: &str) -> f64 {
 
 /// A model whose float32 weights pass what is held is never there as a whole, as a float model, as codes, or beside a reference.
 #[test]
+#[ignore = "slow: half a billion weights"]
 fn large_evaluations_hold_some_blocks() {
     let work = tempfile::tempdir().unwrap();
     let (model, out) = (text(work.path().join("wide")), text(work.path().join("out")));
@@ -139,6 +156,7 @@ fn large_evaluations_hold_some_blocks() {
 
 /// Qwen2-VL-2B's shapes: 2.2 billion weights, 4.4 GB in the file, 8.8 GB in float32.
 #[test]
+#[ignore = "slow: two billion weights, twice"]
 fn a_published_model_answers_in_little_more_than_its_file() {
     let folder = tempfile::tempdir().unwrap();
     hollow("Qwen2-VL-2B-Instruct", folder.path());
@@ -151,6 +169,7 @@ fn a_published_model_answers_in_little_more_than_its_file() {
 /// The emulator takes some 10 MB for itself, which no plan knows, and more with more images: what a wider model takes more is
 /// looked at, with two samples in all.
 #[test]
+#[ignore = "slow: whole runs on the emulator"]
 fn a_wider_model_takes_on_emulated_kernels_what_was_planned() {
     let work = tempfile::tempdir().unwrap();
     let (wide, narrow, calib) =

@@ -122,6 +122,7 @@ fn stopped_in_any_stage_a_run_keeps_what_is_worth_it() {
 }
 
 #[test]
+#[ignore = "slow: whole runs on the emulator"]
 fn streamed_from_host_memory_or_not_a_run_goes_on_in_half_precision() {
     // The emulated device is slow: the smallest checkpoint, two blocks in bfloat16.
     let device = |limit: Option<u64>| {
