@@ -148,7 +148,7 @@ pub fn run_under(variant: Variant, tests: &[String], environment: &[(&str, &str)
     // Only the kernels are instrumented: allocations handed between the test program's threads would look like races.
     child.env("TSAN_OPTIONS", "halt_on_error=1:ignore_interceptors_accesses=1:history_size=4");
     child.env(VARIANT, variant.name()).env_remove("RUST_BACKTRACE").envs(environment.iter().copied());
-    child.arg(program).args(["--exact", "--test-threads=1", "--nocapture"]).args(tests);
+    child.arg(program).args(["--exact", "--include-ignored", "--test-threads=1", "--nocapture"]).args(tests);
     child.output().unwrap_or_else(|error| panic!("setarch (of util-linux) runs the sanitized tests: {error}"))
 }
 
