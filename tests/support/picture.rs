@@ -1,5 +1,5 @@
-//! Image files of tests. By the type of their coder: where a format is a value, `image::open` and `save` bring the coders of every format into
-//! each test program, a third of what it compiled.
+//! Image files of tests, by the type of their coder: where a format is a value, as for `image::open` and `save`, the coders of every
+//! format are compiled into each test program.
 
 use image::codecs::jpeg::JpegDecoder;
 use image::codecs::png::PngDecoder;
