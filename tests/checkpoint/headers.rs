@@ -64,6 +64,7 @@ fn said<T>(result: anyhow::Result<T>) -> Option<String> {
 
 /// Each tensor of each family, absent, of another shape, of another type: the error names it before a weight is read.
 #[test]
+#[ignore = "slow: many runs"]
 fn every_tensor_that_a_run_reads_is_looked_for_at_its_start() {
     for family in FAMILIES {
         let checkpoint = Checkpoint::open(&golden("model").join(family)).unwrap();

@@ -31,6 +31,7 @@ fn number(value: &Value) -> f64 {
 }
 
 #[test]
+#[ignore = "slow: a run for every published size"]
 fn published_checkpoints_are_inspected() {
     let models = read_json(golden("configs.json"));
     for &(name, family, billions, dtype) in PUBLISHED {
