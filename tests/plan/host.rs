@@ -46,7 +46,7 @@ const METHODS: &[(&str, &[&str])] = &[
 ];
 
 #[test]
-#[ignore = "slow: hundreds of millions of weights"]
+#[ignore = "slow: whole runs of a wide model"]
 fn wide_runs_hold_what_was_planned() {
     let work = tempfile::tempdir().unwrap();
     let (model, calib) = (text(work.path().join("wide")), text(data("vqa/calib.jsonl")));

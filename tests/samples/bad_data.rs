@@ -239,9 +239,7 @@ fn data_of_any_shape_takes_little_memory() {
 
 /// A PNG file of 8x8 pixels with `count` times the same chunk in front of its own.
 fn png_with(kind: &[u8; 4], data: &[u8], count: usize) -> Vec<u8> {
-    let mut png = Vec::new();
-    let encoder = image::codecs::png::PngEncoder::new(&mut png);
-    image::ImageEncoder::write_image(encoder, &[100; 192], 8, 8, image::ExtendedColorType::Rgb8).unwrap();
+    let mut png = vlmq_picture::write_png(&image::RgbImage::from_pixel(8, 8, image::Rgb([100; 3]))).unwrap();
     // Signature and header.
     let rest = png.split_off(33);
     let body = [&kind[..], data].concat();
