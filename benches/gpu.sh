@@ -282,7 +282,7 @@ model() {
   local watch=$! code=0
   # The small images, enlarged to 470 tokens or a few more.
   "$scratch/vlmq-run" quantize "$wide" --calib "$scratch/samples.jsonl" --image-root "$(dirname $CALIB)" --samples "$samples" \
-    --min-pixels $((pixels[0] * 28 * 28)) --max-pixels $((pixels[1] * 28 * 28)) --save-every 120 --max-gpu-memory 24GiB \
+    --min-pixels $((pixels[0] * 28 * 28)) --max-pixels $((pixels[1] * 28 * 28)) --max-gpu-memory 24GiB \
     --device cuda --log-level info --out "$wide-w3" "${@:3}" || code=$?
   kill $watch 2> /dev/null || true
   ((code == 0)) || return $code

@@ -1,7 +1,7 @@
 //! A checkpoint of real width with random weights, to measure memory and time on before a long run.
 //!
 //! ```sh
-//! cargo run --release --example wide_checkpoint -- OUT [--hidden 1536 --intermediate 8960 --heads 12 --kv-heads 2 --blocks 3]
+//! cargo run --release --example wide_checkpoint -- OUT [--hidden 1536 --intermediate 8960 --heads 12 --kv-heads 2 --blocks 3] [--sparse]
 //! ```
 //!
 //! The default is Qwen2-VL-2B's block; `--hidden 3584 --intermediate 18944 --heads 28 --kv-heads 4 --blocks 28` is Qwen2-VL-7B.
@@ -16,7 +16,7 @@ use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 
 /// What to write where.
@@ -34,6 +34,9 @@ pub struct Arguments {
     kv_heads: usize,
     #[arg(long, default_value_t = 3)]
     blocks: usize,
+    /// Leave holes in place of random weights: zeros that take no room on the disk.
+    #[arg(long)]
+    sparse: bool,
     /// The small checkpoint.
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-qwen2-vl"))]
     small: PathBuf,
@@ -182,8 +185,14 @@ pub fn write(arguments: &Arguments) -> Result<usize> {
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(&header)?;
     for (seed, tensor) in tensors.iter().enumerate() {
-        file.write_all(&tensor.data(seed as u64 + 1))?;
+        match tensor.content {
+            Content::Normal if arguments.sparse => {
+                file.seek(SeekFrom::Current(tensor.bytes() as i64))?;
+            }
+            _ => file.write_all(&tensor.data(seed as u64 + 1))?,
+        }
     }
-    file.flush()?;
+    let length = file.stream_position()?;
+    file.into_inner()?.set_len(length)?;
     Ok(end)
 }

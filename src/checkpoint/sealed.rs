@@ -1,14 +1,14 @@
 //! safetensors files that end with the checksum of all before, so that a torn or damaged one is never taken for whole.
 
 use super::checksum::{Checksum, of_range};
-use super::convert::{bytes_from_floats, dtype_of};
+use super::convert::dtype_of;
 use super::file_layout::header;
 use super::formats::TensorSpec;
 use super::shard::Shard;
 use crate::tensor::Float;
-use crate::tensor::Matrix;
 use anyhow::{Context, Result, ensure};
 use safetensors::Dtype;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
@@ -26,32 +26,44 @@ pub(crate) fn length(tensors: u64, bytes: u64) -> u64 {
 }
 
 /// A tensor to be written.
-pub(crate) fn spec(name: String, dtype: Dtype, shape: Vec<usize>) -> TensorSpec {
+#[derive(Clone, Debug)]
+pub(crate) struct Sealing<'a> {
+    spec: TensorSpec,
+    bytes: Cow<'a, [u8]>,
+}
+
+impl<'a> Sealing<'a> {
+    /// Some bytes.
+    pub(crate) fn bytes(name: &str, bytes: Vec<u8>) -> Self {
+        Self { spec: spec(name.to_owned(), Dtype::U8, vec![bytes.len()]), bytes: bytes.into() }
+    }
+
+    /// A matrix of floats as it is stored.
+    pub(crate) fn matrix(name: String, float: Float, (rows, cols): (usize, usize), bytes: Cow<'a, [u8]>) -> Self {
+        Self { spec: spec(name, dtype_of(float), vec![rows, cols]), bytes }
+    }
+
+    /// This tensor with bytes of its own.
+    pub(crate) fn into_owned(self) -> Sealing<'static> {
+        Sealing { spec: self.spec, bytes: self.bytes.into_owned().into() }
+    }
+}
+
+fn spec(name: String, dtype: Dtype, shape: Vec<usize>) -> TensorSpec {
     TensorSpec { name, dtype, shape }
 }
 
-/// A matrix of floats to be written.
-pub(crate) fn matrix_spec(name: String, float: Float, (rows, cols): (usize, usize)) -> TensorSpec {
-    spec(name, dtype_of(float), vec![rows, cols])
-}
-
-/// Writes tensors, wider elements first, over what the file holds, and returns once they have reached the disk. `bytes` is
-/// asked for one tensor after the other.
-pub(crate) fn write(
-    mut file: File,
-    mut specs: Vec<TensorSpec>,
-    mut bytes: impl FnMut(usize) -> Result<Vec<u8>>,
-) -> Result<()> {
-    specs.push(spec(SEAL.to_owned(), Dtype::U8, vec![64]));
-    let all: Vec<&TensorSpec> = specs.iter().collect();
+/// Writes tensors, wider elements first, over what the file holds, and returns once they have reached the disk.
+pub(crate) fn write(mut file: File, tensors: Vec<Sealing<'_>>) -> Result<()> {
+    let seal = spec(SEAL.to_owned(), Dtype::U8, vec![64]);
+    let all: Vec<&TensorSpec> = tensors.iter().map(|tensor| &tensor.spec).chain([&seal]).collect();
     let header = header(&all, &BTreeMap::new())?;
     file.rewind()?;
     let mut checksum = Checksum::default();
     let mut out = BufWriter::new(&file);
     checksum.update(&header);
     out.write_all(&header)?;
-    for (i, spec) in specs[..specs.len() - 1].iter().enumerate() {
-        let bytes = bytes(i)?;
+    for Sealing { spec, bytes } in tensors {
         ensure!(bytes.len() == spec.bytes(), "{}: {} bytes in place of {}", spec.name, bytes.len(), spec.bytes());
         checksum.update(&bytes);
         out.write_all(&bytes)?;
@@ -62,11 +74,6 @@ pub(crate) fn write(
     let end = file.stream_position()?;
     file.set_len(end)?;
     Ok(file.sync_all()?)
-}
-
-/// The bytes of `values`, which are exact in `float`.
-pub(crate) fn bytes_of(float: Float, values: &Matrix) -> Vec<u8> {
-    bytes_from_floats(float, values.data())
 }
 
 /// A file that was written so. It is read, not mapped: a mapped file counts as memory in use.
@@ -107,11 +114,11 @@ impl Sealed {
         Ok(bytes)
     }
 
-    /// A matrix of floats. Errors where it has another type or shape.
-    pub(crate) fn matrix(&self, name: &str, float: Float, (rows, cols): (usize, usize)) -> Result<Matrix> {
+    /// The bytes of a matrix of floats. Errors where it has another type or shape.
+    pub(crate) fn matrix(&self, name: &str, float: Float, (rows, cols): (usize, usize)) -> Result<Vec<u8>> {
         let bytes = self.bytes(name)?;
         let info = self.shard.header.info(name).filter(|i| i.dtype == dtype_of(float) && i.shape == [rows, cols]);
         ensure!(info.is_some(), "{}: {name} is not {rows}x{cols} of {float:?}", self.path().display());
-        Matrix::new(rows, cols, float.widen(&bytes))
+        Ok(bytes)
     }
 }

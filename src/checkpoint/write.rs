@@ -1,5 +1,6 @@
 //! Writing a quantized checkpoint: everything planned first, each layer put in its place as it is solved.
 
+use super::checksum::of_bytes;
 use super::config::with_key;
 use super::file_layout::{FileLayout, Place};
 use super::formats::{Format, LinearSpec, TensorSpec};
@@ -16,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 const CONFIG: &str = "config.json";
 
@@ -47,7 +49,8 @@ pub struct Writer {
     beside: SideFiles,
     /// All that this checkpoint is to have: nothing else is written.
     names: BTreeSet<PathBuf>,
-    files: Vec<File>,
+    /// The shards, open.
+    files: Arc<Vec<OpenShard>>,
     written: HashSet<String>,
 }
 
@@ -88,7 +91,7 @@ impl Writer {
             on_disk,
             beside,
             names,
-            files: Vec::new(),
+            files: Arc::default(),
             written: HashSet::new(),
         };
         let shards: Vec<String> = writer.on_disk.shards.iter().map(|shard| shard.name.clone()).collect();
@@ -114,12 +117,14 @@ impl Writer {
     pub fn begin(&mut self, checkpoint: &Checkpoint, quantized: &[LinearSpec]) -> Result<()> {
         self.config(checkpoint, quantized)?;
         fs::create_dir(&self.folder).with_context(|| cannot_write(&self.folder))?;
+        let mut files = Vec::new();
         for shard in &mut self.on_disk.shards {
             let path = self.folder.join(&shard.name);
             let mut file = reserve(&path, shard.length)?;
             file.write_all(&std::mem::take(&mut shard.header)).with_context(|| cannot_write(&path))?;
-            self.files.push(file);
+            files.push(OpenShard { path, file });
         }
+        self.files = Arc::new(files);
         self.write_side_files(checkpoint, quantized)
     }
 
@@ -130,6 +135,7 @@ impl Writer {
     /// not looked at: [`write_side_files`](Self::write_side_files) makes them anew.
     pub fn go_on(&mut self, is_written: impl Fn(&str) -> bool) -> Result<()> {
         self.check_contents()?;
+        let mut files = Vec::new();
         for shard in &mut self.on_disk.shards {
             let path = self.folder.join(&shard.name);
             let mut file = own::open(&path)?;
@@ -146,8 +152,9 @@ impl Writer {
                 path.display()
             );
             shard.header.clear();
-            self.files.push(file);
+            files.push(OpenShard { path, file });
         }
+        self.files = Arc::new(files);
         self.written = self.on_disk.places.keys().filter(|name| is_written(name)).cloned().collect();
         Ok(())
     }
@@ -239,10 +246,10 @@ impl Writer {
         name.strip_suffix(".weight").is_some_and(|module| self.linears.contains_key(module))
     }
 
-    /// Writes the layer `module`, one of those announced, in any order.
+    /// Writes the layer `module`, one of those announced, in any order. Returns SHA-256 of its tensors' bytes, by name.
     ///
     /// Errors when it was not announced, was written before, is not as announced, or cannot be written.
-    pub fn write(&mut self, module: &str, quantized: &QuantizedLinear) -> Result<()> {
+    pub fn write(&mut self, module: &str, quantized: &QuantizedLinear) -> Result<Vec<(String, String)>> {
         let Some(linear) = self.linears.get(module) else {
             bail!("the layer {module} was not announced to the writer");
         };
@@ -252,7 +259,7 @@ impl Writer {
             ensure!(self.written.insert(spec.name.clone()), "the layer {module} was written before");
             self.put(self.on_disk.places[&spec.name], bytes)?;
         }
-        Ok(())
+        Ok(specs.into_iter().zip(&tensors).map(|(spec, bytes)| (spec.name, of_bytes(bytes))).collect())
     }
 
     /// Adds the file `name`, one of those [announced](Self::announce), with these `bytes` beside the weights, in place of one of
@@ -278,10 +285,9 @@ impl Writer {
 
     fn put(&self, place: Place, bytes: &[u8]) -> Result<()> {
         debug_assert_eq!(place.length, bytes.len() as u64);
-        let mut file = &self.files[place.shard];
-        file.seek(SeekFrom::Start(place.offset))
-            .and_then(|_| file.write_all(bytes))
-            .with_context(|| cannot_write(&self.folder.join(&self.on_disk.shards[place.shard].name)))
+        let OpenShard { path, file } = &self.files[place.shard];
+        let mut file = file;
+        file.seek(SeekFrom::Start(place.offset)).and_then(|_| file.write_all(bytes)).with_context(|| cannot_write(path))
     }
 
     /// Names of the tensors that stand for the layer `module`, one of those announced.
@@ -290,12 +296,9 @@ impl Writer {
         specs.into_iter().flatten().map(|spec| spec.name).collect()
     }
 
-    /// Returns once all tensors written so far have reached the disk.
-    pub fn sync(&self) -> Result<()> {
-        for (file, shard) in self.files.iter().zip(&self.on_disk.shards) {
-            file.sync_data().with_context(|| cannot_write(&self.folder.join(&shard.name)))?;
-        }
-        sync_folder(&self.folder)
+    /// What brings the tensors written so far to the disk, on whichever thread.
+    pub fn flush(&self) -> Flush {
+        Flush { folder: self.folder.clone(), files: Arc::clone(&self.files) }
     }
 
     /// Returns once the whole checkpoint has reached the disk. Errors when a layer was not written, and when writing fails.
@@ -313,6 +316,30 @@ impl Writer {
             folders.extend(path.parent().map(Path::to_path_buf));
         }
         folders.iter().try_for_each(|folder| sync_folder(folder))
+    }
+}
+
+/// A file of tensors.
+#[derive(Debug)]
+struct OpenShard {
+    path: PathBuf,
+    file: File,
+}
+
+/// The tensors that a [`Writer`] had written at some moment, on their way to the disk.
+#[derive(Clone, Debug)]
+pub struct Flush {
+    folder: PathBuf,
+    files: Arc<Vec<OpenShard>>,
+}
+
+impl Flush {
+    /// Returns once they have reached the disk.
+    pub fn wait(&self) -> Result<()> {
+        for OpenShard { path, file } in &*self.files {
+            file.sync_data().with_context(|| cannot_write(path))?;
+        }
+        sync_folder(&self.folder)
     }
 }
 

@@ -25,6 +25,7 @@ pub use work::ByKind;
 use crate::tensor::Matrix;
 use anyhow::Result;
 use serde::Serialize;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// Most that a device's own memory pool held.
@@ -137,6 +138,10 @@ pub trait Device: Clone + Send + Sync + 'static {
     /// Copies a tensor back to the host.
     fn download(&self, tensor: &Self::Tensor) -> Result<Matrix>;
 
+    /// The values of a tensor in its own type, little-endian, row by row. What is [parked](Self::park) is read where it is, and stays
+    /// there.
+    fn bytes<'a>(&self, tensor: &'a Self::Tensor) -> Result<Cow<'a, [u8]>>;
+
     /// Index of the first row that holds a NaN or an infinity, if any.
     fn first_non_finite_row(&self, tensor: &Self::Tensor) -> Result<Option<usize>>;
 
@@ -154,6 +159,12 @@ pub trait Device: Clone + Send + Sync + 'static {
     /// happens to a tensor that is not parked.
     fn fetch(&self, _tensor: &mut Self::Tensor) -> Result<()> {
         Ok(())
+    }
+
+    /// Whether the device works while the host does other things. Otherwise the host's cores are the device, and nothing is won by doing
+    /// anything beside its work.
+    fn works_beside_host(&self) -> bool {
+        false
     }
 
     /// Bytes of device memory that may be in use at once; `None` where it is the host's.

@@ -14,7 +14,7 @@ mod work;
 
 pub use disk::DiskPlan;
 pub use host::{HostPlan, Process};
-pub use memory::{Counted, CountedStep, MemoryPlan};
+pub use memory::{Counted, CountedStep, MemoryPlan, WAITING};
 pub use sizes::DecoderShape;
 pub use state::{StateBytes, state_bytes};
 pub use subject::{Subject, SubjectChunk};

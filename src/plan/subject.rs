@@ -1,6 +1,6 @@
 //! What a plan is for: a checkpoint, what is done with it, and the samples.
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Format};
 use crate::data::sequence::Sequence;
 use crate::model::families::ModelConfig;
 use crate::quantize::block::needs_float_path;
@@ -16,6 +16,8 @@ pub struct Subject<'a> {
     pub config: &'a ModelConfig,
     /// The solver's settings.
     pub solver: &'a SolverSettings,
+    /// How layers are stored.
+    pub format: Format,
     /// How tokens are weighted.
     pub importance: Importance,
     /// Whether scales are refitted.

@@ -59,14 +59,20 @@ pub struct RunSettings {
     #[serde(skip)]
     pub restart: bool,
     /// Seconds that must have passed since the last save before the state behind a finished block is saved; 0: behind every
-    /// block. A run that ended early does again what it did since.
-    #[serde(skip)]
+    /// block. A run that was killed does again what it did since; one that was asked to stop first saves the blocks that it has finished.
+    #[serde(skip, default = "usual_save_every")]
     pub save_every: u64,
+}
+
+/// For [`RunSettings::save_every`]: a state of many tokens takes seconds to write, and what is lost without it is done again in two
+/// minutes.
+fn usual_save_every() -> u64 {
+    120
 }
 
 impl Default for RunSettings {
     /// The command's: compressed-tensors, [`SolverSettings::default`], 512 samples of at most 2048 tokens by seed 0, weighted by
-    /// VLMQ; the checkpoint's own image sizes and template; saved behind every block. Nothing is read or written yet.
+    /// VLMQ; the checkpoint's own image sizes and template; saved every two minutes at most. Nothing is read or written yet.
     fn default() -> Self {
         Self {
             model: PathBuf::new(),
@@ -87,7 +93,7 @@ impl Default for RunSettings {
             skip_bad_images: false,
             strict: false,
             restart: false,
-            save_every: 0,
+            save_every: usual_save_every(),
         }
     }
 }

@@ -165,6 +165,7 @@ impl Input {
             checkpoint: &self.checkpoint,
             config: &self.config,
             solver: &self.solver,
+            format: self.format,
             importance: self.importance,
             refit: self.refit,
             chunks: packed.chunks.iter().enumerate().map(chunk).collect(),

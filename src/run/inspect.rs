@@ -121,8 +121,8 @@ pub fn estimate(
         checked: false,
     };
     let chunks = (0..samples).step_by(per_chunk).map(chunk).collect();
-    let (places, images) = (Vec::new(), false);
-    let subject = Subject { checkpoint, config, solver: &solver, importance, refit, chunks, places, images };
+    let (format, places, images) = (Format::COMPRESSED_TENSORS, Vec::new(), false);
+    let subject = Subject { checkpoint, config, solver: &solver, format, importance, refit, chunks, places, images };
     let counted = subject.count(device, Activations::Resident)?;
     let rates = rates(&subject)?;
     Ok(Estimate {

@@ -1,5 +1,6 @@
 //! The programs: quantizing a checkpoint, counting what that takes, evaluating, inspecting, verifying.
 
+mod ahead;
 mod blocks;
 mod devices;
 mod dry_run;
@@ -12,7 +13,9 @@ mod places;
 mod quantization;
 mod resume;
 mod start;
+mod tail;
 pub mod verify;
+mod walk;
 
 pub use crate::report::settings::{CHUNK_TOKENS, RunSettings};
 pub use devices::{Runs, dry_run, plan, run};

@@ -1,24 +1,21 @@
 //! From a checkpoint and conversations to a quantized checkpoint: the `input` is read and checked, `encode`d into the decoder's
 //! input, and walks through the `blocks`. What is done is kept on the way, to `resume` from.
 
-use super::blocks::BlockRun;
 use super::encode;
 use super::findings;
 use super::input::Input;
-use super::resume::{self, Spent, Unfinished, Unusable};
-use super::start::{Start, Started};
-use crate::checkpoint::Checkpoint;
+use super::resume::{self, Saved, Spent, Unfinished, Unusable};
+use super::start::Start;
+use super::walk::Walk;
 use crate::checkpoint::own::Foreign;
 use crate::checkpoint::sums::{SUMS, Sums};
 use crate::checkpoint::work::WorkFolder;
 use crate::device::counting::Counting;
 use crate::device::{ModelOps, SolveOps};
-use crate::evaluate::paths::{self, Paths};
 use crate::plan::{Counted, DecoderShape, MemoryPlan, StateBytes};
 use crate::progress::{Interrupted, Stage, StageClock};
-use crate::quantize::block::{Activations, NotFinite, rows_of_paths};
+use crate::quantize::block::{Activations, NotFinite};
 use crate::report::card;
-use crate::report::check::ModelCheck;
 use crate::report::provenance::{self, Provenance};
 use crate::report::settings::RunSettings;
 use crate::report::split::largest_split;
@@ -114,61 +111,39 @@ fn quantize<D: ModelOps + SolveOps>(
         stop: &stop,
         time,
     };
-    let (started, before) = match resume::find(work, &identity)? {
-        None => (start.afresh(work, &mut plan, &mut stages, observer)?, Spent::default()),
+    let (started, before, on_disk) = match resume::find(work, &identity)? {
+        None => (start.afresh(work, &mut plan, &mut stages, observer)?, Spent::default(), None),
         Some(found) => {
-            *saved = unfinished(work, found.state.finished());
-            observer.resumed(found.state.finished(), blocks, work.path());
+            let finished = found.state.finished();
+            *saved = unfinished(work, finished);
+            observer.resumed(finished, blocks, work.path());
             let before = found.state.spent.clone();
-            (start.again(work, found, &mut plan)?, before)
+            (start.again(work, found, &mut plan)?, before, Some(finished))
         }
     };
-    let Started { mut state, mut writer, mut chunks } = started;
     let (places, held_out) = (input.places(&packed), packed.held_out());
-    *saved = unfinished(work, state.finished());
     let session = start.session(work, &plan);
-    let grown = Checkpoint::open(&work.checkpoint())?;
     drop(data);
 
-    device.reset_peak();
     let clock = StageClock::start(Stage::Blocks, blocks as u64, observer);
-    let (between_saves, mut last_save) = (Duration::from_secs(settings.save_every), Instant::now());
-    observer.stage_advanced(Stage::Blocks, state.finished() as u64, "");
-    for index in state.finished()..blocks {
-        let mut run = BlockRun {
-            device,
-            input: &input,
-            activations: session.activations,
-            stop: &stop,
-            done: &mut state.done,
-            writer: &mut writer,
-        };
-        run.quantize(index, &mut chunks, observer)?;
-        writer.sync()?;
-        state.add_checksums(index, &writer, &grown)?;
-        if index + 1 == blocks {
-            observer.stage_advanced(Stage::Blocks, blocks as u64, "comparing the paths");
-            let rows = places.iter().map(|places| (places.chunk, places.rows.as_slice()));
-            if let Some([float, quantized]) = rows_of_paths(device, &mut chunks, rows, session.activations, &stop)? {
-                let next = places.iter().flat_map(|places| &places.next).copied().collect();
-                let both = Paths { float, quantized, next };
-                let found = paths::compare(device, &input.checkpoint, &input.config, both, &stop)?;
-                state.check = Some(ModelCheck::of_paths(found, held_out));
-            }
-        }
-        plan.measured(Stage::Blocks, device.peak_bytes());
-        state.measured = plan.measurements();
-        state.spent = before.and(time, stages.iter().cloned().chain([clock.time()]));
-        let finished = index + 1;
-        if finished == blocks || last_save.elapsed() >= between_saves {
-            // Behind the last block nothing is left to go through another.
-            session.save(&state, if finished < blocks { &mut chunks } else { &mut [] })?;
-            *saved = unfinished(work, finished);
-            last_save = Instant::now();
-        }
+    let walk = Walk {
+        session: &session,
+        between_saves: Duration::from_secs(settings.save_every),
+        stop: &stop,
+        places: &places,
+        held_out,
+        time,
+        before: &before,
+        stages: &stages,
+        clock: &clock,
+    };
+    let on_disk = Saved::new(on_disk);
+    let walked = walk.run(started, &mut plan, &on_disk, observer);
+    if let Some(finished) = on_disk.blocks() {
+        *saved = unfinished(work, finished);
     }
+    let (state, writer) = walked?;
     stages.push(clock.finish(observer));
-    drop(chunks);
     // Behind the last save: without --strict the same command writes what is there.
     state.check.iter().try_for_each(|check| findings::tell_of_model(check, settings.strict))?;
 

@@ -73,18 +73,14 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
             source.check_finite(&weight)?;
             source.release(&weight);
         }
-        writer.sync()?;
         stages.push(clock.finish(observer));
 
         device.reset_peak();
-        let Encoded { mut chunks, time } = encode::encode(device, input, data, plan.activations, observer)?;
+        let Encoded { chunks, time } = encode::encode(device, input, data, plan.activations, observer)?;
         stages.extend(time);
         plan.measured(Stage::Vision, device.peak_bytes());
         let spent = Spent::default().and(self.time, stages.iter().cloned());
         let state = State { spent, measured: plan.measurements(), ..State::default() };
-        let session = self.session(work, plan);
-        session.save_levels(&mut chunks)?;
-        session.save(&state, &mut chunks)?;
         Ok(Started { state, writer, chunks })
     }
 

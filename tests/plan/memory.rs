@@ -74,26 +74,27 @@ fn gptaq_is_at_its_worst_when_it_factors_down_proj() {
     let stage = blocks(&plan);
     assert_eq!((plan.stages.len(), stage.step.as_str()), (2, "factoring mlp.down_proj"));
     assert_eq!(bytes_of(stage, "weights of a block"), WEIGHTS);
+    assert_eq!(bytes_of(stage, "weights of the next block"), WEIGHTS / 2);
     assert_eq!(bytes_of(stage, "residual streams of all samples"), TOKENS * TOKEN);
     assert_eq!(bytes_of(stage, "H and C"), 2 * SQUARE);
     // Both again, two columns of 128x128 blocks, diagonal, and one block to finish a factorization with.
     let factors = 2 * SQUARE + 2 * 18944 * 128 * 4 + 18944 * 4;
     assert_eq!(bytes_of(stage, "processing order"), factors);
     assert_eq!(bytes_of(stage, "for themselves"), 128 * 128 * 4);
-    // 9.86 GiB.
-    assert_eq!(plan.device_bytes, 10_586_087_424);
+    // 10.29 GiB.
+    assert_eq!(plan.device_bytes, 11_052_203_008);
     assert_eq!((plan.activations, plan.host_bytes), (Activations::Resident, 0));
 }
 
 #[test]
 fn what_does_not_fit_is_streamed() {
     let (model, method) = (seven_billion(), method(settings(Solver::Gptaq), Importance::Vlmq));
-    let resident = of_text(&model, &method, Some(10_586_087_424));
+    let resident = of_text(&model, &method, Some(11_052_203_008));
     assert_eq!(resident.activations, Activations::Resident);
-    let plan = of_text(&model, &method, Some(10_586_087_423));
+    let plan = of_text(&model, &method, Some(11_052_203_007));
     assert_eq!((plan.activations, plan.host_bytes), (Activations::Streamed, TOKENS * TOKEN));
-    // Nothing of them is there while down_proj is factored: 6.23 GiB.
-    assert_eq!(plan.device_bytes, 10_586_087_424 - TOKENS * TOKEN);
+    // Nothing of them is there while down_proj is factored: 6.67 GiB.
+    assert_eq!(plan.device_bytes, 11_052_203_008 - TOKENS * TOKEN);
     let again = of_text(&model, &method, Some(plan.device_bytes));
     assert_eq!(again, MemoryPlan { limit_bytes: Some(plan.device_bytes), ..plan.clone() });
     // Twice the samples take twice the host memory.
@@ -115,8 +116,8 @@ fn gptq_is_at_its_worst_when_it_solves_down_proj() {
     // Residuals of all columns, errors of a span of 512, codes, and for each of 148 blocks a scale, a zero and an error.
     let state = 3584 * (18944 + 512) * 4 + CODES;
     assert_eq!(bytes_of(stage, "solver's state"), state);
-    // 5.76 GiB.
-    assert_eq!(plan.device_bytes, WEIGHTS + TOKENS * 7680 + SQUARE + factor + state);
+    // 6.19 GiB.
+    assert_eq!(plan.device_bytes, WEIGHTS * 3 / 2 + TOKENS * 7680 + SQUARE + factor + state);
 }
 
 /// Few heads and a narrow MLP: the attention's backward pass takes more than any matrix of statistics.
@@ -241,10 +242,10 @@ fn the_solvers_settings_count() {
 }
 
 #[test]
-fn rounding_needs_a_block_and_nothing_else() {
+fn rounding_needs_a_block_and_the_next_and_nothing_else() {
     let (model, method) = (seven_billion(), method(settings(Solver::Rtn), Importance::None));
     let plan = fit(&model.subject(Vec::new(), &method), None);
-    assert_eq!((plan.stages.len(), plan.device_bytes), (1, WEIGHTS / 2));
+    assert_eq!((plan.stages.len(), plan.device_bytes), (1, WEIGHTS));
 }
 
 #[test]
@@ -255,11 +256,11 @@ fn what_cannot_fit_is_refused_with_the_numbers() {
     let error = message(MemoryPlan::fit(&subject, &Counting::plain(Float::Bf16).limited(4 << 30)));
     for part in [
         "does not fit into 4.00 GiB",
-        "factoring mlp.down_proj takes 6.23 GiB",
+        "factoring mlp.down_proj takes 6.67 GiB",
         "weights of a block, float and quantized 889.04 MiB",
         "H and C 2.67 GiB",
-        "--solver gptq would take 3.88 GiB",
-        "--solver rtn would take 444.52 MiB",
+        "--solver gptq would take 4.31 GiB",
+        "--solver rtn would take 889.04 MiB",
         "--max-gpu-memory",
     ] {
         assert!(error.contains(part), "{part:?} is not in {error}");

@@ -8,7 +8,7 @@ use serde_json::json;
 use std::fs;
 use std::sync::Arc;
 use tempfile::TempDir;
-use vlmq::checkpoint::Checkpoint;
+use vlmq::checkpoint::{Checkpoint, Format};
 use vlmq::data::sequence::Sequence;
 use vlmq::device::cpu::Cpu;
 use vlmq::model::families::{self, ImageOptions, ModelConfig};
@@ -104,6 +104,7 @@ impl Hollow {
             checkpoint: &self.checkpoint,
             config: &self.config,
             solver,
+            format: Format::COMPRESSED_TENSORS,
             importance: *importance,
             refit: *refit,
             chunks: samples.into_iter().map(chunk).collect(),

@@ -120,6 +120,8 @@ fn killed_at_random_moments_runs_give_the_same_bytes() {
         (PLAIN, &["--solver", "rtn", "--format", "dequantized"], 15),
         (DEEPSTACK, &[], 35),
         (DEEPSTACK, &["--solver", "gptq", "--format", "gptq", "--order", "act"], 15),
+        // What no state has is done again, from the start where there is none.
+        (DEEPSTACK, &["--save-every", "1000"], 10),
     ];
     for (i, &(checkpoint, extra, kills)) in runs.iter().enumerate() {
         for (states, count) in kill(checkpoint, extra, kills, i as u64 + 1) {

@@ -76,23 +76,36 @@ fn stopped_at_any_layer_a_run_gives_the_same_bytes() {
     }
 }
 
-/// The last save counts, and what came behind it is done again; there are never more than a state and space for another.
+/// A run that saves seldom, asked to stop, finishes the block at hand where there are blocks that no state has, and saves them; there are
+/// never more than a state and space for another.
 #[test]
-fn saved_seldom_a_run_goes_on_from_the_last_save() {
+fn saved_seldom_a_run_that_is_stopped_loses_no_finished_block() {
     let seldom = |place: &Place| RunSettings { save_every: 1_000_000, ..place.settings() };
     let (expected, report) = whole(seldom, DEEPSTACK);
-    for saved in [0, 1] {
+    // In the first block of a run there is nothing to keep; in the block behind a state, that; in the last one, all comes to its end.
+    for (saved, layers, kept, left) in [
+        (0, 3, None, &[][..]),
+        (0, 7 + 3, Some(2), &["spare-1", "state-2"][..]),
+        (1, 3, Some(1), &["spare-0", "state-1"]),
+        (1, 7 + 3, Some(BLOCKS), &[]),
+    ] {
         let place = if saved == 0 { Place::new(DEEPSTACK) } else { behind_a_block(DEEPSTACK) };
-        let mut first = Stopper::new(Moment::Layers(7 * (2 - saved) + 3));
-        let error = run::run(&Cpu, &seldom(&place), &mut first).unwrap_err();
-        assert_eq!(error.downcast_ref::<Unfinished>().unwrap().finished, saved, "{error:#}");
-        let states = names_in(&place.work()).into_iter().filter(|name| name.contains('-'));
-        assert_eq!(states.collect::<Vec<_>>(), [["spare-1", "state-0"], ["spare-0", "state-1"]][saved]);
-        let mut second = Stopper::new(Moment::Layers(LAYERS + 1));
-        let again = run::run(&Cpu, &seldom(&place), &mut second).unwrap();
-        assert_eq!(second.resumed, Some(saved));
-        assert_eq!(facts(&serde_json::to_value(again).unwrap()), report);
-        assert_eq!(differing(&place.finished(), &expected), [""; 0]);
+        let outcome = run::run(&Cpu, &seldom(&place), &mut Stopper::new(Moment::Layers(layers)));
+        if kept == Some(BLOCKS) {
+            outcome.unwrap();
+        } else {
+            let error = outcome.unwrap_err();
+            assert!(error.is::<Interrupted>(), "{error:#}");
+            assert_eq!(error.downcast_ref::<Unfinished>().map(|unfinished| unfinished.finished), kept, "{error:#}");
+            let states = if kept.is_some() { names_in(&place.work()) } else { place.left() };
+            let states: Vec<String> = states.into_iter().filter(|name| name.contains('-')).collect();
+            assert_eq!(states, left, "{saved} {layers}");
+            let mut second = Stopper::new(Moment::Layers(LAYERS + 1));
+            let again = run::run(&Cpu, &seldom(&place), &mut second).unwrap();
+            assert_eq!(second.resumed, kept);
+            assert_eq!(facts(&serde_json::to_value(again).unwrap()), report);
+        }
+        assert_eq!(differing(&place.finished(), &expected), [""; 0], "{saved} {layers}");
     }
 }
 

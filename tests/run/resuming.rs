@@ -71,7 +71,8 @@ impl Place {
         let images = text(&self.images);
         let fixed = ["quantize", &model, "--calib", &data, "--image-root", &images, "--out", &out];
         let group: &[&str] = if extra.contains(&"--group-size") { &[] } else { &["--group-size", "32"] };
-        fixed.iter().chain(group).chain(extra).map(|&argument| argument.to_owned()).collect()
+        let saved: &[&str] = if extra.contains(&"--save-every") { &[] } else { &["--save-every", "0"] };
+        fixed.iter().chain(group).chain(saved).chain(extra).map(|&argument| argument.to_owned()).collect()
     }
 
     /// Runs the program.
@@ -84,6 +85,7 @@ impl Place {
         RunSettings {
             image_root: Some(self.images.clone()),
             solver: SolverSettings { group_size: Some(32), ..SolverSettings::default() },
+            save_every: 0,
             ..RunSettings::new(self.model.clone(), Some(self.data.clone()), self.out())
         }
     }

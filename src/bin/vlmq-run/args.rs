@@ -100,8 +100,8 @@ pub(crate) struct QuantizeArgs {
     /// Discard what an earlier run left unfinished, instead of going on from there.
     #[arg(long)]
     restart: bool,
-    /// Least time between two saves of what an early end would lose; 0 saves behind every block
-    #[arg(long, default_value = "0", value_name = "SECONDS")]
+    /// Least time between two saves of what the end of the program would lose; 0 saves behind every block
+    #[arg(long, default_value_t = RunSettings::default().save_every, value_name = "SECONDS")]
     save_every: u64,
     /// Evaluate on this data before and after, and print both; its images are relative to it.
     #[arg(long, value_name = "FILE")]

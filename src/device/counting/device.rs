@@ -7,6 +7,7 @@ use crate::device::work::ByKind;
 use crate::device::{Device, ModelOps, Work};
 use crate::tensor::{Float, Matrix};
 use anyhow::{Result, ensure};
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
@@ -209,6 +210,13 @@ impl Device for Counting {
         Ok(Matrix::zeros(tensor.rows, tensor.cols))
     }
 
+    fn bytes<'a>(&self, tensor: &'a CountedTensor) -> Result<Cow<'a, [u8]>> {
+        tensor.check_owner(&self.ledger)?;
+        self.values(tensor.count());
+        // Zeros take no memory until they are looked at.
+        Ok(Cow::Owned(vec![0; tensor.rows * tensor.cols * tensor.float.bytes()]))
+    }
+
     fn first_non_finite_row(&self, tensor: &CountedTensor) -> Result<Option<usize>> {
         self.check([tensor])?;
         self.takes(None, size_of::<i32>());
@@ -234,6 +242,10 @@ impl Device for Counting {
     fn fetch(&self, tensor: &mut CountedTensor) -> Result<()> {
         tensor.fetch();
         Ok(())
+    }
+
+    fn works_beside_host(&self) -> bool {
+        !self.host
     }
 
     fn memory_limit(&self) -> Option<u64> {

@@ -41,8 +41,14 @@ impl CountedTensor {
 
     /// Errors where it may not be used: a tensor of another device, or one that is parked.
     pub(super) fn check(&self, ledger: &Arc<Ledger>) -> Result<()> {
-        ensure!(Arc::ptr_eq(&self.ledger, ledger), "a tensor of another device");
+        self.check_owner(ledger)?;
         ensure!(!self.parked, "a tensor is used that is parked in host memory: it must be fetched first");
+        Ok(())
+    }
+
+    /// Errors where it is a tensor of another device.
+    pub(super) fn check_owner(&self, ledger: &Arc<Ledger>) -> Result<()> {
+        ensure!(Arc::ptr_eq(&self.ledger, ledger), "a tensor of another device");
         Ok(())
     }
 

@@ -11,6 +11,7 @@ use super::{Device, Work};
 use crate::parallel::{each_chunk, map};
 use crate::tensor::Matrix;
 use anyhow::{Result, ensure};
+use std::borrow::Cow;
 
 /// The CPU. Threads come from the surrounding rayon pool.
 #[derive(Clone, Copy, Debug, Default)]
@@ -38,6 +39,10 @@ impl Device for Cpu {
 
     fn download(&self, tensor: &Matrix) -> Result<Matrix> {
         Ok(tensor.clone())
+    }
+
+    fn bytes<'a>(&self, tensor: &'a Matrix) -> Result<Cow<'a, [u8]>> {
+        Ok(Cow::Borrowed(bytemuck::cast_slice(tensor.data())))
     }
 
     fn first_non_finite_row(&self, tensor: &Matrix) -> Result<Option<usize>> {

@@ -14,6 +14,7 @@ use crate::device::{Device, PoolPeak, Work};
 use crate::tensor::Float;
 use crate::tensor::Matrix;
 use anyhow::{Context, Result, bail, ensure};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::path::Path;
@@ -290,6 +291,10 @@ impl Device for Cuda {
         tensor.to_host()
     }
 
+    fn bytes<'a>(&self, tensor: &'a CudaTensor) -> Result<Cow<'a, [u8]>> {
+        tensor.memory.first_bytes(tensor.bytes()).map(Cow::Owned)
+    }
+
     fn first_non_finite_row(&self, tensor: &CudaTensor) -> Result<Option<usize>> {
         let mut row = Memory::of(&self.runtime, &[i32::MAX])?;
         self.launch(&vlmq_first_non_finite_row_args {
@@ -325,6 +330,10 @@ impl Device for Cuda {
 
     fn fetch(&self, tensor: &mut CudaTensor) -> Result<()> {
         tensor.memory.fetch()
+    }
+
+    fn works_beside_host(&self) -> bool {
+        true
     }
 
     fn memory_limit(&self) -> Option<u64> {

@@ -344,6 +344,11 @@ impl Runtime for Driver {
         unsafe { driver::free_async(address as u64, self.copies.cu_stream()) }.context("memory given back")
     }
 
+    fn finish_parking(&self) -> Result<()> {
+        self.bind()?;
+        self.copies.synchronize().context(LATE)
+    }
+
     unsafe fn fetch(&self, from: Address, bytes: usize) -> Result<(Address, Arrival)> {
         let address = self.allocate_on(&self.copies, bytes)?;
         let start = || -> Result<Arrival> {

@@ -3,6 +3,7 @@
 
 use super::heap::Heap;
 use super::runtime::{Address, Arrival};
+use super::staging::copy;
 use anyhow::{Result, ensure};
 use bytemuck::Pod;
 use std::ffi::c_void;
@@ -148,6 +149,19 @@ impl Memory {
         // SAFETY: the range was checked to lie inside this memory, which is live.
         unsafe { self.heap.read(self.address + offset, bytemuck::cast_slice_mut(&mut values)) }?;
         Ok(values)
+    }
+
+    /// The first `count` bytes, from wherever they are. Waits.
+    pub(super) fn first_bytes(&self, count: usize) -> Result<Vec<u8>> {
+        let Some(host) = self.host.as_ref().filter(|_| self.parked) else { return self.read(0, count) };
+        self.check(0, count)?;
+        self.heap.finish_parking()?;
+        // SAFETY: the memory is live and of this size, and the copy to it is done: nothing writes to it before it is fetched and
+        // parked again, for which `self` is borrowed for itself.
+        let parked = unsafe { std::slice::from_raw_parts(host.address as *const u8, count) };
+        let mut bytes = vec![0; count];
+        copy(&mut bytes, parked)?;
+        Ok(bytes)
     }
 
     /// Copies the bytes `range` of other memory to those from `offset` on.

@@ -134,6 +134,9 @@ pub(super) trait Runtime: Send + Sync {
     /// `to` is live page-locked memory of as many bytes, used by nothing but parking and fetching.
     unsafe fn park(&self, address: Address, to: Option<Address>, bytes: usize) -> Result<()>;
 
+    /// Waits until what was [parked](Self::park) so far is in its place.
+    fn finish_parking(&self) -> Result<()>;
+
     /// Allocates device memory and starts to copy `bytes` bytes of page-locked memory to it, behind the copies of
     /// [`park`](Self::park) so far. Work enqueued later does not wait for the copy until [`wait`](Self::wait) says so.
     ///

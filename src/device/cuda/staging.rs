@@ -199,7 +199,7 @@ impl<E: Engine> Drop for Staging<E> {
 /// Copies by several threads where that pays: a device takes page-locked memory faster than one core fills it.
 ///
 /// They are threads of its own: those of a pool could all be waiting for the lock that the caller holds.
-fn copy(to: &mut [u8], from: &[u8]) -> Result<()> {
+pub(super) fn copy(to: &mut [u8], from: &[u8]) -> Result<()> {
     let last = from.len().saturating_sub(1) / SHARE;
     let shares = to.chunks_mut(SHARE).zip(from.chunks(SHARE)).enumerate();
     std::thread::scope(|scope| {

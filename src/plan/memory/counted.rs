@@ -1,5 +1,6 @@
 //! Counting by running: the real embedder, the real block quantizer and the real comparison on a device that only counts.
 
+use super::beside;
 use crate::device::counting::{CountedTensor, Counting, Peak};
 use crate::device::{ByKind, Device};
 use crate::evaluate::paths::{self, Paths};
@@ -14,6 +15,7 @@ use crate::progress::{Stage, Stop};
 use crate::quantize::block::{Activations, BlockQuantizer, Chunk, embedded, labels, rows_of_paths};
 use crate::quantize::settings::{ImportancePower, Solver};
 use crate::quantize::solve::rounding_bytes;
+use crate::tensor::Float;
 use anyhow::Result;
 
 /// A step of a run at its worst moment.
@@ -24,7 +26,7 @@ pub struct CountedStep {
     /// The step's name, and what the device holds.
     pub device: Step,
     /// What the host has at most beside the device's tensors.
-    pub on_host: [Entry; 2],
+    pub on_host: Vec<Entry>,
 }
 
 /// What a run came to on a counting device.
@@ -53,6 +55,8 @@ impl Counted {
 struct Course<'a> {
     subject: &'a Subject<'a>,
     device: Counting,
+    /// Type of the weights in their files.
+    stored: Float,
     activations: Activations,
     chunks: Vec<Chunk<CountedTensor>>,
     steps: Vec<CountedStep>,
@@ -69,7 +73,7 @@ impl Subject<'_> {
     pub fn count(&self, device: &Counting, activations: Activations) -> Result<Counted> {
         let stored = self.checkpoint.float_type(&self.config.table_name())?;
         let device = device.afresh().reading(stored);
-        let mut course = Course { subject: self, device, activations, chunks: Vec::new(), steps: Vec::new() };
+        let mut course = Course { subject: self, device, stored, activations, chunks: Vec::new(), steps: Vec::new() };
         let vision = course.encode()?;
         let layers = self.config.decoder.layers;
         let mut blocks = ByKind::default();
@@ -115,11 +119,17 @@ impl Course<'_> {
     /// One block; its work.
     fn block(&mut self, index: usize) -> Result<ByKind> {
         let (subject, device) = (self.subject, self.device.clone());
-        let before = device.work();
         let config = &subject.config.decoder;
-        let label = device.label(labels::WEIGHTS);
         let weights = Weights::new(&device, subject.checkpoint);
-        let float = Block::load(&weights, config, &subject.config.names, index)?;
+        let load = |index| Block::load(&weights, config, &subject.config.names, index);
+        let label = device.label(labels::AHEAD);
+        let is_ahead = device.works_beside_host() && index + 1 < config.layers;
+        let next = is_ahead.then(|| load(index + 1)).transpose()?;
+        drop(label);
+        // Its work is its own block's.
+        let before = device.work();
+        let label = device.label(labels::WEIGHTS);
+        let float = load(index)?;
         if subject.solver.solver == Solver::Rtn {
             drop(label);
             self.note(Stage::Blocks, |_| "loading a block".into(), "the largest weight on its way");
@@ -148,7 +158,7 @@ impl Course<'_> {
         let mut name = |at: &str| device.step(at.rsplit(": ").next().unwrap_or(at));
         quantizer.run(&mut self.chunks, &mut name, &mut |_| Ok(()))?;
         self.note(Stage::Blocks, in_a_block, "numbers of a layer on their way");
-        drop(quantizer);
+        drop((quantizer, next));
         device.reset_peak();
         Ok(since(&device, before))
     }
@@ -196,7 +206,10 @@ impl Course<'_> {
         };
         let sizes = if self.device.is_host() { self.device.sizes() } else { Vec::new() };
         let kept = entry("what the heap keeps between tensors", heap::between_arrays(sizes.into_iter()));
-        let on_host = [entry(on_host, self.device.most_on_host()), kept];
+        let mut on_host = vec![entry(on_host, self.device.most_on_host()), kept];
+        if stage == Stage::Blocks && self.device.works_beside_host() {
+            on_host.extend(beside::entries(self.subject, &self.device, self.stored));
+        }
         self.steps.push(CountedStep { stage, device: self.step(stage, &peak, name), on_host });
         self.device.reset_peak();
     }
@@ -208,6 +221,7 @@ impl Course<'_> {
         let told = |label: &str| match label {
             labels::WEIGHTS if solver == Solver::Rtn => "weights of a block",
             labels::WEIGHTS => "weights of a block, float and quantized",
+            labels::AHEAD => "weights of the next block",
             labels::STREAMS if streamed => "residual streams of two chunks",
             labels::STREAMS if stage == Stage::Vision => "residual streams so far",
             labels::STREAMS => "residual streams of all samples",

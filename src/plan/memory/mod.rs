@@ -5,10 +5,12 @@
 //! step. What grows with the samples is the residual streams, rotary tables and features for later blocks alone, and those
 //! can be streamed: parked in page-locked host memory but for the chunk at work and the next.
 
+mod beside;
 mod counted;
 mod host;
 mod totals;
 
+pub use beside::WAITING;
 pub use counted::{Counted, CountedStep};
 pub use totals::MemoryPlan;
 

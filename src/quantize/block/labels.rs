@@ -9,6 +9,9 @@ pub const STREAMS: &str = "residual streams";
 /// Weights of the block on both paths.
 pub const WEIGHTS: &str = "weights of a block";
 
+/// Weights of the block behind it, which are there before their time where a device works beside its host.
+pub const AHEAD: &str = "weights of the next block";
+
 /// H and C of a layer's inputs.
 pub const STATISTICS: &str = "statistics";
 

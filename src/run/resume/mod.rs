@@ -4,24 +4,26 @@
 //! |---|---|
 //! | `run.json` | what makes the run: program, settings, checksums of the inputs, device and its libraries |
 //! | `checkpoint/` | the output as it grows |
-//! | `levels` | image features that the first blocks add (DeepStack); written once |
+//! | `levels` | image features that the first blocks add (DeepStack); written once, with the first state, where any are still to come |
 //! | `state-N` | behind N blocks: reports, times, checksums of the finished layers, both paths' residual streams |
 //! | `spare-0`, `spare-1` | space taken on the disk for the next states |
 //!
 //! State N gets its name when the tensors of N blocks and the state itself have reached the disk; only then the state before it
 //! becomes space for the one after. So there is a whole state at every moment from the first on. Layers of blocks behind it,
-//! finished or cut short, are written again.
+//! finished or cut short, are written again. How often there is one is a matter of time; a run that is asked to end first saves the
+//! blocks that it has finished.
 //!
 //! Rotary tables, sequence bounds and the data itself are made anew: that takes seconds, and the checksums need the data anyway.
 //! What the vision tower made is not: on a CPU it takes as long as some blocks. There is no random state: the one thing left to
 //! chance is which samples are drawn, by a seed, and a checksum covers the drawn ones.
 
 mod difference;
+mod saver;
 mod session;
 
-pub(super) use session::{Session, reopen};
+pub(super) use saver::{Saved, Saver};
+pub(super) use session::{Session, Streams, reopen};
 
-use super::blocks::Blocks;
 use crate::checkpoint::own;
 use crate::checkpoint::sealed::Sealed;
 use crate::checkpoint::work::{Kept, WorkFolder, reserve};
@@ -30,6 +32,7 @@ use crate::progress::{Stage, StageTime};
 use crate::report::check::ModelCheck;
 use crate::report::peak_memory_bytes;
 use crate::report::provenance::Provenance;
+use crate::report::{BlockReport, LayerReport};
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -47,6 +50,13 @@ const REPORTS: &str = "reports";
 
 /// What to do about a work folder that cannot be used.
 const RESTART: &str = "begin anew with --restart";
+
+/// What is done of the decoder.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Blocks {
+    pub(super) layers: Vec<LayerReport>,
+    pub(super) blocks: Vec<BlockReport>,
+}
 
 /// A run behind some of its blocks.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]

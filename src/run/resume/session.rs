@@ -1,11 +1,11 @@
 //! Saving and restoring while a run lives.
 
-use super::{Found, REPORTS, State, Unusable, recycle_all_but, spare};
+use super::{Found, State, Unusable};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::checksum::{of_range, of_range_until};
-use crate::checkpoint::own::{self, Foreign};
-use crate::checkpoint::sealed::{self, Sealed};
-use crate::checkpoint::work::{Kept, WorkFolder, sync_folder};
+use crate::checkpoint::checksum::of_range_until;
+use crate::checkpoint::own::Foreign;
+use crate::checkpoint::sealed::{Sealed, Sealing};
+use crate::checkpoint::work::{Kept, WorkFolder};
 use crate::checkpoint::write::Writer;
 use crate::device::ModelOps;
 use crate::model::decoder::DeepStack;
@@ -16,10 +16,9 @@ use crate::quantize::block::Activations;
 use crate::quantize::block::{Chunk, needs_float_path};
 use crate::run::input::Input;
 use crate::run::places::Chunked;
+use crate::tensor::StoredMatrix;
 use anyhow::{Context, Error, Result, anyhow};
-use safetensors::Dtype;
 use std::collections::HashSet;
-use std::fs;
 
 /// A run's dealings with its work folder while it lives.
 pub(in crate::run) struct Session<'a, D: ModelOps> {
@@ -30,72 +29,33 @@ pub(in crate::run) struct Session<'a, D: ModelOps> {
 }
 
 impl<D: ModelOps> Session<'_, D> {
-    /// Saves image features for later blocks.
-    pub(in crate::run) fn save_levels(&self, chunks: &mut [Chunk<D::Tensor>]) -> Result<()> {
-        let float = self.device.element_type();
-        let mut specs = Vec::new();
-        let mut places = Vec::new();
-        for (i, chunk) in chunks.iter().enumerate() {
-            for (level, features) in chunk.layout.deepstack.iter().flat_map(|d| &d.levels).enumerate() {
-                specs.push(sealed::matrix_spec(level_name(i, level), float, self.device.shape(features)));
-                places.push((i, level));
-            }
-        }
-        if specs.is_empty() {
-            return Ok(());
-        }
-        let path = self.work.place(Kept::Levels);
-        let write = || {
-            sealed::write(own::open_or_create(&path)?, specs, |n| {
-                let (i, level) = places[n];
-                let deepstack = chunks[i].layout.deepstack.as_mut().context("features that were there")?;
-                self.bytes(&mut deepstack.levels[level])
-            })
+    /// What the next state saves of `chunks`, which have `finished` blocks behind them: borrowed where their memory is the host's, else a
+    /// copy. Image features for later blocks are left out where they `are_saved`.
+    pub(in crate::run) fn streams<'c>(
+        &self,
+        chunks: &'c [Chunk<D::Tensor>],
+        finished: usize,
+        are_saved: bool,
+    ) -> Result<Streams<'c>> {
+        let mut streams = Streams::default();
+        let matrix = |name: String, x: &'c D::Tensor| -> Result<Sealing<'c>> {
+            let (float, shape) = (self.device.element_type(), self.device.shape(x));
+            Ok(Sealing::matrix(name, float, shape, self.device.bytes(x)?))
         };
-        write().with_context(|| format!("cannot write {}", path.display()))
-    }
-
-    /// Saves a state, `chunks` being what comes out of its last block; none are needed behind the last of all. Whoever calls
-    /// has brought the finished tensors to the disk.
-    pub(in crate::run) fn save(&self, state: &State, chunks: &mut [Chunk<D::Tensor>]) -> Result<()> {
-        let float = self.device.element_type();
-        let mut specs = Vec::new();
-        let mut places = Vec::new();
         for (i, chunk) in chunks.iter().enumerate() {
+            let levels = chunk.layout.deepstack.iter().flat_map(|deepstack| &deepstack.levels).enumerate();
+            if !are_saved && needs_levels(self.input, finished) {
+                for (level, features) in levels {
+                    streams.levels.push(matrix(level_name(i, level), features)?);
+                }
+            }
             for (way, x) in [(Way::Quantized, Some(&chunk.x_quantized)), (Way::Float, chunk.x_float.as_ref())] {
                 if let Some(x) = x {
-                    specs.push(sealed::matrix_spec(way.name(i), float, self.device.shape(x)));
-                    places.push((i, way));
+                    streams.residual.push(matrix(way.name(i), x)?);
                 }
             }
         }
-        // Unlike JSON it knows infinities, which a layer's error may be.
-        let mut reports = Vec::new();
-        ciborium::into_writer(state, &mut reports)?;
-        specs.push(sealed::spec(REPORTS.into(), Dtype::U8, vec![reports.len()]));
-        let finished = state.finished();
-        let (path, spare) = (self.work.place(Kept::State(finished)), spare(self.work));
-        let write = || {
-            sealed::write(own::open_or_create(&spare)?, specs, |n| match places.get(n) {
-                Some(&(i, Way::Quantized)) => self.bytes(&mut chunks[i].x_quantized),
-                Some(&(i, Way::Float)) => self.bytes(chunks[i].x_float.as_mut().context("a stream that was there")?),
-                None => Ok(reports.clone()),
-            })?;
-            fs::rename(&spare, &path)?;
-            sync_folder(self.work.path())
-        };
-        write().with_context(|| format!("cannot write {}", path.display()))?;
-        recycle_all_but(self.work, finished)
-    }
-
-    /// What a tensor holds, from wherever it is, one copy at a time.
-    fn bytes(&self, x: &mut D::Tensor) -> Result<Vec<u8>> {
-        self.device.fetch(x)?;
-        let values = self.device.download(x)?;
-        if self.activations == Activations::Streamed {
-            self.device.park(x)?;
-        }
-        Ok(sealed::bytes_of(self.device.element_type(), &values))
+        Ok(streams)
     }
 
     /// The samples, packed, as a state has them.
@@ -107,9 +67,9 @@ impl<D: ModelOps> Session<'_, D> {
     ) -> Result<Vec<Chunk<D::Tensor>>> {
         let (device, config, input) = (self.device, &self.input.config, self.input);
         let levels = self.work.place(Kept::Levels);
-        let levels = (input.levels() > 0).then(|| Sealed::open(levels)).transpose().context(Unusable)?;
+        let levels =
+            needs_levels(input, found.state.finished()).then(|| Sealed::open(levels)).transpose().context(Unusable)?;
         let positions = Positions::new(&config.decoder);
-        let float = device.element_type();
         let all = needs_float_path(&input.solver, input.importance, input.refit);
         let mut chunks = Vec::with_capacity(packed.chunks.len());
         for (i, sequences) in packed.chunks.iter().enumerate() {
@@ -118,13 +78,12 @@ impl<D: ModelOps> Session<'_, D> {
             let rows = image_rows(sequences, config.image_token);
             if let Some(levels) = levels.as_ref().filter(|_| !rows.is_empty()) {
                 let shape = (rows.len(), config.decoder.hidden);
-                let read =
-                    |level| device.upload_model(levels.matrix(&level_name(i, level), float, shape).context(Unusable)?);
+                let read = |level| self.upload(levels, &level_name(i, level), shape);
                 layout.deepstack =
                     Some(DeepStack { rows, levels: (0..input.levels()).map(read).collect::<Result<_>>()? });
             }
             let shape = (sequences.iter().map(|s| s.tokens.len()).sum(), config.decoder.hidden);
-            let read = |way: Way| device.upload_model(found.file.matrix(&way.name(i), float, shape).context(Unusable)?);
+            let read = |way: Way| self.upload(&found.file, &way.name(i), shape);
             let x_float = (all || packed.is_checked(i)).then(|| read(Way::Float)).transpose()?;
             let mut chunk = Chunk::of(sequences, config.image_token, layout, read(Way::Quantized)?, x_float);
             chunk.held_out = packed.is_held_out(i);
@@ -134,6 +93,35 @@ impl<D: ModelOps> Session<'_, D> {
             chunks.push(chunk);
         }
         Ok(chunks)
+    }
+
+    /// A matrix of activations as the device holds them.
+    fn upload(&self, file: &Sealed, name: &str, (rows, cols): (usize, usize)) -> Result<D::Tensor> {
+        let float = self.device.element_type();
+        let bytes = file.matrix(name, float, (rows, cols)).context(Unusable)?;
+        self.device.upload_stored(StoredMatrix::new(float, rows, cols, &bytes)?)
+    }
+}
+
+/// Whether image features are still to be added behind so many blocks.
+fn needs_levels(input: &Input, finished: usize) -> bool {
+    finished < input.levels()
+}
+
+/// What a state holds of the chunks.
+#[derive(Default)]
+pub(in crate::run) struct Streams<'c> {
+    /// Image features for later blocks, which have a file of their own; none where that is written.
+    pub(super) levels: Vec<Sealing<'c>>,
+    /// Both paths' residual streams.
+    pub(super) residual: Vec<Sealing<'c>>,
+}
+
+impl Streams<'_> {
+    /// These streams with bytes of their own.
+    pub(in crate::run) fn into_owned(self) -> Streams<'static> {
+        let own = |all: Vec<Sealing<'_>>| all.into_iter().map(Sealing::into_owned).collect();
+        Streams { levels: own(self.levels), residual: own(self.residual) }
     }
 }
 
@@ -155,20 +143,6 @@ impl Way {
 
 fn level_name(chunk: usize, level: usize) -> String {
     format!("{chunk}.level.{level}")
-}
-
-impl State {
-    /// Adds the checksums of a block's layers, which `writer` has written to `grown`.
-    pub(in crate::run) fn add_checksums(&mut self, block: usize, writer: &Writer, grown: &Checkpoint) -> Result<()> {
-        let layers = self.done.layers.iter().filter(|layer| layer.block == block);
-        let names: Vec<String> = layers.flat_map(|layer| writer.tensors_of(&layer.name)).collect();
-        let sums = try_map(names.len(), |i| {
-            let (file, range) = grown.place(&names[i])?;
-            of_range(file, range)
-        })?;
-        self.checksums.extend(names.into_iter().zip(sums));
-        Ok(())
-    }
 }
 
 /// Goes on with the growing checkpoint, whose tensors must be what they were when the state was saved.
