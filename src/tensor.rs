@@ -48,10 +48,18 @@ impl Float {
 
     /// The little-endian bytes of some values of this type as float32, exactly.
     pub fn widen(self, bytes: &[u8]) -> Vec<f32> {
+        let mut values = vec![0.0; bytes.len() / self.bytes()];
+        each_chunk(&mut values, TILE, |i, values| self.widen_to(&bytes[i * TILE * self.bytes()..], values));
+        values
+    }
+
+    /// [`widen`](Self::widen) of as many values as there is room for.
+    #[inline(always)]
+    pub(crate) fn widen_to(self, bytes: &[u8], values: &mut [f32]) {
         match self {
-            Self::F16 => widen::<2>(bytes, |b| f16::from_le_bytes(b).to_f32()),
-            Self::Bf16 => widen::<2>(bytes, |b| bf16::from_le_bytes(b).to_f32()),
-            Self::F32 => widen::<4>(bytes, f32::from_le_bytes),
+            Self::F16 => widen::<2>(bytes, values, |b| f16::from_le_bytes(b).to_f32()),
+            Self::Bf16 => widen::<2>(bytes, values, |b| bf16::from_le_bytes(b).to_f32()),
+            Self::F32 => widen::<4>(bytes, values, f32::from_le_bytes),
         }
     }
 }
@@ -60,16 +68,12 @@ impl Float {
 /// all cores.
 const TILE: usize = 1 << 16;
 
-fn widen<const N: usize>(bytes: &[u8], decode: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
-    let mut values = vec![0.0; bytes.len() / N];
-    let bytes = bytes.as_chunks::<N>().0;
-    each_chunk(&mut values, TILE, |i, values| {
-        // Tensors start at any byte of the file, so no cast: the compiler turns this into plain unaligned loads.
-        for (value, bytes) in values.iter_mut().zip(&bytes[i * TILE..]) {
-            *value = decode(*bytes);
-        }
-    });
-    values
+#[inline(always)]
+fn widen<const N: usize>(bytes: &[u8], values: &mut [f32], decode: impl Fn([u8; N]) -> f32) {
+    // Tensors start at any byte of the file, so no cast: the compiler turns this into plain unaligned loads.
+    for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<N>().0) {
+        *value = decode(*bytes);
+    }
 }
 
 /// What lends a matrix as it is stored: a place in a file, whose pages it holds meanwhile, or a copy.

@@ -60,5 +60,8 @@ pub(crate) fn words_from_bytes(bytes: &[u8]) -> Vec<u32> {
 
 /// Words as the bytes of an I32 tensor.
 pub(crate) fn bytes_from_words(words: &[u32]) -> Vec<u8> {
-    words.iter().flat_map(|w| w.to_le_bytes()).collect()
+    match cfg!(target_endian = "little") {
+        true => bytemuck::cast_slice(words).to_vec(),
+        false => words.iter().flat_map(|word| word.to_le_bytes()).collect(),
+    }
 }

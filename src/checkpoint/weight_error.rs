@@ -2,69 +2,94 @@
 //!
 //! Ŵ is what the file holds, scale · (code − zero) in float32 or, as plain weights, that rounded to their dtype. A run
 //! records it and `verify` computes it again from the files, so that the sums have one order whatever the number of threads:
-//! float64 along a row, then over the rows.
+//! float64 along a row in [`LANES`] partial sums, then over the rows.
 
 use super::convert::float_type;
 use super::formats::Format;
 use super::read::StoredTensor;
 use crate::codes::QuantizedLinear;
-use crate::parallel::try_map;
-use crate::tensor::Matrix;
-use anyhow::{Result, ensure};
-use std::ops::Range;
+use crate::device::cpu::vector;
+use crate::parallel::map;
+use anyhow::{Result, bail, ensure};
 
-/// Elements worked on at a time by a thread: 1 MiB of float32 of each of both matrices.
-const SLAB: usize = 1 << 18;
+/// Rows that a thread takes at a time.
+const ROWS: usize = 16;
+
+/// Partial sums of a row, of the columns whose numbers have this remainder: as many are added up side by side.
+const LANES: usize = 16;
 
 /// Error of a layer about to be stored in `format`, against the float `weight` `[out, in]`; 0 where both are all zeros.
 ///
 /// Errors where the shapes differ or `weight` is not of floats.
 pub fn of_layer(format: Format, weight: StoredTensor<'_>, layer: &QuantizedLinear) -> Result<f64> {
     let float = float_type(weight.dtype).filter(|_| format.codes().is_none());
-    of_rows(weight, layer.out_features, layer.in_features, |rows| {
-        let mut matrix = layer.dequantize_rows(rows)?;
+    let ours = layer.weight();
+    ours.groups()?;
+    of_rows(weight, layer.out_features, layer.in_features, |row, values| {
+        ours.row(row, values);
         if let Some(float) = float {
-            matrix.data_mut().iter_mut().for_each(|value| *value = float.round(*value));
+            values.iter_mut().for_each(|value| *value = float.round(*value));
         }
-        Ok(matrix)
     })
 }
 
 /// Relative error of plain weights `stored`. Errors as [`of_layer`] does.
 pub fn of_tensor(weight: StoredTensor<'_>, stored: StoredTensor<'_>) -> Result<f64> {
-    let &[rows, cols] = stored.shape else { anyhow::bail!("a weight of shape {:?} is no matrix", stored.shape) };
-    of_rows(weight, rows, cols, |rows| floats(stored, rows, cols))
+    let &[rows, cols] = stored.shape else { bail!("a weight of shape {:?} is no matrix", stored.shape) };
+    let read = rows_of(stored, cols)?;
+    of_rows(weight, rows, cols, read)
 }
 
 fn of_rows(
     weight: StoredTensor<'_>,
     rows: usize,
     cols: usize,
-    stored: impl Fn(Range<usize>) -> Result<Matrix> + Sync,
+    stored: impl Fn(usize, &mut [f32]) + Sync,
 ) -> Result<f64> {
     ensure!(weight.shape == [rows, cols], "the float weight is of shape {:?}, not [{rows}, {cols}]", weight.shape);
-    let step = (SLAB / cols.max(1)).max(1);
-    let slabs: Vec<Range<usize>> = (0..rows).step_by(step).map(|first| first..rows.min(first + step)).collect();
-    let sums: Vec<Vec<(f64, f64)>> = try_map(slabs.len(), |i| {
-        let (ours, theirs) = (stored(slabs[i].clone())?, floats(weight, slabs[i].clone(), cols)?);
-        Ok((0..ours.rows()).map(|row| sums(ours.row(row), theirs.row(row))).collect())
-    })?;
+    let read = rows_of(weight, cols)?;
+    let sums = map(rows.div_ceil(ROWS), |i| {
+        let (mut ours, mut theirs) = (vec![0.0; cols], vec![0.0; cols]);
+        let some = i * ROWS..rows.min((i + 1) * ROWS);
+        vector::dispatch(|| {
+            some.map(|row| {
+                stored(row, &mut ours);
+                read(row, &mut theirs);
+                sums(&ours, &theirs)
+            })
+            .collect::<Vec<_>>()
+        })
+    });
     let (error, norm) = sums.into_iter().flatten().fold((0.0, 0.0), |(error, norm), (e, n)| (error + e, norm + n));
     Ok(if error == 0.0 { 0.0 } else { (error / norm).sqrt() })
 }
 
 /// Squared distance and squared norm of a row.
+#[inline(always)]
 fn sums(stored: &[f32], weight: &[f32]) -> (f64, f64) {
-    stored.iter().zip(weight).fold((0.0, 0.0), |(error, norm), (&stored, &weight)| {
+    let (mut errors, mut norms) = ([0.0; LANES], [0.0; LANES]);
+    let mut add = |lane: usize, stored: f32, weight: f32| {
         let (difference, weight) = (f64::from(stored) - f64::from(weight), f64::from(weight));
-        (error + difference * difference, norm + weight * weight)
-    })
+        errors[lane] += difference * difference;
+        norms[lane] += weight * weight;
+    };
+    let ((stored, last), (weight, last_weight)) = (stored.as_chunks::<LANES>(), weight.as_chunks::<LANES>());
+    for (stored, weight) in stored.iter().zip(weight) {
+        for lane in 0..LANES {
+            add(lane, stored[lane], weight[lane]);
+        }
+    }
+    for (lane, (&stored, &weight)) in last.iter().zip(last_weight).enumerate() {
+        add(lane, stored, weight);
+    }
+    (errors.iter().sum(), norms.iter().sum())
 }
 
-fn floats(tensor: StoredTensor<'_>, rows: Range<usize>, cols: usize) -> Result<Matrix> {
-    let Some(float) = float_type(tensor.dtype) else { anyhow::bail!("{:?} is no float", tensor.dtype) };
-    let row = cols * tensor.dtype.bitsize() / 8;
-    Matrix::new(rows.len(), cols, float.widen(&tensor.bytes[rows.start * row..rows.end * row]))
+/// What reads rows of `cols` floats.
+fn rows_of(tensor: StoredTensor<'_>, cols: usize) -> Result<impl Fn(usize, &mut [f32]) + Sync> {
+    let Some(float) = float_type(tensor.dtype) else { bail!("{:?} is no float", tensor.dtype) };
+    let row_bytes = cols * float.bytes();
+    Ok(move |row: usize, values: &mut [f32]| float.widen_to(&tensor.bytes[row * row_bytes..][..row_bytes], values))
 }
 
 #[cfg(test)]

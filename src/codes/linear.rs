@@ -4,7 +4,6 @@ use crate::device::cpu::Cpu;
 use crate::device::{ModelOps, QuantizedWeight};
 use crate::tensor::Matrix;
 use anyhow::Result;
-use std::ops::Range;
 
 /// Codes, scales and zeros of one linear layer, columns in the *original* order.
 ///
@@ -58,18 +57,5 @@ impl QuantizedLinear {
     /// as the shape asks for.
     pub fn dequantize(&self) -> Result<Matrix> {
         Cpu.dequantize(&self.weight())
-    }
-
-    /// Rows `rows` of [`dequantize`](Self::dequantize), `[rows, in]`. Panics where these are not all there.
-    pub fn dequantize_rows(&self, rows: Range<usize>) -> Result<Matrix> {
-        let groups = self.groups();
-        Cpu.dequantize(&QuantizedWeight {
-            rows: rows.len(),
-            cols: self.in_features,
-            codes: &self.codes[rows.start * self.in_features..rows.end * self.in_features],
-            scales: &self.scales[rows.start * groups..rows.end * groups],
-            zeros: &self.zeros[rows.start * groups..rows.end * groups],
-            group_index: self.group_index.as_deref(),
-        })
     }
 }

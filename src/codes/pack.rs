@@ -36,10 +36,12 @@ impl PackedRun {
 /// Panics when a slice is too short for its run: sizes are the caller's to know.
 pub fn pack(codes: &[u8], words: &mut [u32], run: PackedRun) {
     let PackedRun { bits, count, code_stride, word_stride } = run;
+    let done = if code_stride == 1 { pack_side_by_side(&codes[..count], words, bits, word_stride) } else { 0 };
     let mut pending = 0u64;
     let mut filled = 0;
-    let mut next = 0;
-    for i in 0..count {
+    // Whole words are filled so far.
+    let mut next = done * bits as usize / 32 * word_stride;
+    for i in done..count {
         let code = codes[i * code_stride];
         debug_assert!(u32::from(code) < 1 << bits, "code {code} is wider than {bits} bits");
         pending |= u64::from(code) << filled;
@@ -54,6 +56,43 @@ pub fn pack(codes: &[u8], words: &mut [u32], run: PackedRun) {
     if filled > 0 {
         words[next] = pending as u32;
     }
+}
+
+/// Codes that fill whole words, as many as a code has bits.
+const UNIT: usize = 32;
+
+/// Packs units of codes that lie side by side, eight codes at a time; returns how many codes those are.
+fn pack_side_by_side(codes: &[u8], words: &mut [u32], bits: u32, word_stride: usize) -> usize {
+    match bits {
+        2 => pack_units::<2>(codes, words, word_stride),
+        3 => pack_units::<3>(codes, words, word_stride),
+        4 => pack_units::<4>(codes, words, word_stride),
+        _ => 0,
+    }
+}
+
+fn pack_units<const BITS: usize>(codes: &[u8], words: &mut [u32], word_stride: usize) -> usize {
+    let units = codes.as_chunks::<UNIT>().0;
+    for (unit, first) in units.iter().zip((0..).step_by(BITS * word_stride)) {
+        let mut bytes = [[0; BITS]; UNIT / 8];
+        for (bytes, &eight) in bytes.iter_mut().zip(unit.as_chunks::<8>().0) {
+            let squeezed = squeeze::<BITS>(u64::from_le_bytes(eight)).to_le_bytes();
+            bytes.copy_from_slice(&squeezed[..BITS]);
+        }
+        for (i, &word) in bytes.as_flattened().as_chunks::<4>().0.iter().enumerate() {
+            words[first + i * word_stride] = u32::from_le_bytes(word);
+        }
+    }
+    units.len() * UNIT
+}
+
+/// The low `BITS` bits of eight bytes side by side: pairs move together, then pairs of pairs, then both halves.
+#[inline(always)]
+fn squeeze<const BITS: usize>(bytes: u64) -> u64 {
+    debug_assert!(bytes & (0x0101_0101_0101_0101 * (0xff >> BITS << BITS)) == 0, "a code is wider than {BITS} bits");
+    let pairs = (bytes | bytes >> (8 - BITS)) & (0x0001_0001_0001_0001 * ((1 << (2 * BITS)) - 1));
+    let fours = (pairs | pairs >> (16 - 2 * BITS)) & (0x0000_0001_0000_0001 * ((1 << (4 * BITS)) - 1));
+    (fours | fours >> (32 - 4 * BITS)) & ((1 << (8 * BITS)) - 1)
 }
 
 /// The inverse of [`pack`]: reads the codes of `run` from its words and stores them in their places.

@@ -75,8 +75,34 @@ pub struct QuantizedWeight<'a> {
 }
 
 impl QuantizedWeight<'_> {
+    /// Writes the values of a row to `out`, `[cols]`. Panics where the row is not all there.
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
+        let groups = self.scales.len() / self.rows;
+        let codes = &self.codes[row * self.cols..][..self.cols];
+        let (scales, zeros) = (&self.scales[row * groups..][..groups], &self.zeros[row * groups..][..groups]);
+        let value = |code: u8, group: usize| scales[group] * (f32::from(code) - f32::from(zeros[group]));
+        match self.group_index {
+            Some(index) => {
+                for ((out, &code), &group) in out.iter_mut().zip(codes).zip(index) {
+                    *out = value(code, group as usize);
+                }
+            }
+            None => {
+                let width = self.cols / groups.max(1);
+                let runs = out.chunks_mut(width.max(1)).zip(codes.chunks(width.max(1)));
+                for ((out, codes), (&scale, &zero)) in runs.zip(scales.iter().zip(zeros)) {
+                    let zero = f32::from(zero);
+                    for (out, &code) in out.iter_mut().zip(codes) {
+                        *out = scale * (f32::from(code) - zero);
+                    }
+                }
+            }
+        }
+    }
+
     /// Groups of a row. Errors where the parts do not have the shapes they should.
-    pub(super) fn groups(&self) -> Result<usize> {
+    pub(crate) fn groups(&self) -> Result<usize> {
         let Self { rows, cols, .. } = *self;
         let groups = self.scales.len().checked_div(rows).unwrap_or(0);
         let runs = self.group_index.is_none() && groups > 0 && cols.is_multiple_of(groups);

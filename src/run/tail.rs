@@ -54,7 +54,7 @@ pub(super) struct Tail<'scope, 'env> {
 }
 
 impl Tail<'_, '_> {
-    /// Does a job. Returns the report of a layer that was written.
+    /// Works a job off. Returns the report of a layer that was written.
     fn take(&mut self, job: Job<'_>) -> Result<Option<LayerReport>> {
         match job {
             Job::Layer(block, layer) => self.layer(block, *layer).map(Some),

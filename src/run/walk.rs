@@ -128,7 +128,7 @@ impl<D: ModelOps + SolveOps> Steps<'_, '_, '_, D> {
         self.saves.blocks.unwrap_or(0) < finished
     }
 
-    /// Whether the time for a state has come.
+    /// Whether enough time has passed for another state.
     fn is_due(&self) -> bool {
         self.saves.last.elapsed() >= self.walk.between_saves
     }

@@ -7,6 +7,7 @@ mod product;
 pub(super) use attention::QUERY_BLOCK;
 
 use super::Cpu;
+use crate::device::cpu::vector;
 use crate::device::{Activation, AttentionOperands, ModelOps, QuantizedWeight, Rotary};
 use crate::parallel::each_chunk;
 use crate::tensor::{Float, Matrix};
@@ -19,20 +20,9 @@ impl ModelOps for Cpu {
     }
 
     fn dequantize(&self, weight: &QuantizedWeight<'_>) -> Result<Matrix> {
-        let groups = weight.groups()?;
-        let QuantizedWeight { rows, cols, codes, scales, zeros, group_index } = *weight;
-        let group_of: Vec<usize> = match group_index {
-            Some(index) => index.iter().map(|&group| group as usize).collect(),
-            None => (0..cols).map(|column| column * groups / cols).collect(),
-        };
-        let mut out = Matrix::zeros(rows, cols);
-        each_chunk(out.data_mut(), cols, |row, out| {
-            let codes = &codes[row * cols..][..cols];
-            let (scales, zeros) = (&scales[row * groups..][..groups], &zeros[row * groups..][..groups]);
-            for ((value, &code), &group) in out.iter_mut().zip(codes).zip(&group_of) {
-                *value = scales[group] * (f32::from(code) - f32::from(zeros[group]));
-            }
-        });
+        weight.groups()?;
+        let mut out = Matrix::zeros(weight.rows, weight.cols);
+        each_chunk(out.data_mut(), weight.cols, |row, out| vector::dispatch(|| weight.row(row, out)));
         Ok(out)
     }
 
