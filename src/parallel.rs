@@ -30,3 +30,35 @@ pub(crate) fn try_map<T: Send>(count: usize, work: impl Fn(usize) -> Result<T> +
     }
     all(count, &work)
 }
+
+/// As [`try_map`], on threads of its own, as many as would compute: for work that waits for files, during which those others are to go on.
+#[cfg(feature = "run")]
+pub(crate) fn try_map_apart<T: Send>(count: usize, work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+    use anyhow::Context;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::thread;
+
+    fn all<T: Send>(count: usize, work: &(dyn Fn(usize) -> Result<T> + Sync)) -> Result<Vec<T>> {
+        let next = AtomicUsize::new(0);
+        let some = || -> Result<Vec<(usize, T)>> {
+            let numbers = std::iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed)).take_while(|&i| i < count);
+            // Behind an error nothing more is begun, by any thread.
+            let give_up = |_: &anyhow::Error| next.store(count, Ordering::Relaxed);
+            numbers.map(|i| Ok((i, work(i).inspect_err(give_up)?))).collect()
+        };
+        thread::scope(|scope| {
+            let threads = rayon::current_num_threads().min(count);
+            let started: Result<Vec<_>> = (0..threads)
+                .map(|_| thread::Builder::new().name("files".into()).spawn_scoped(scope, some))
+                .map(|thread| thread.context("cannot start a thread to read files"))
+                .collect();
+            let mut made = Vec::with_capacity(count);
+            for thread in started? {
+                made.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+            }
+            made.sort_unstable_by_key(|(i, _)| *i);
+            Ok(made.into_iter().map(|(_, value)| value).collect())
+        })
+    }
+    all(count, &work)
+}

@@ -44,7 +44,7 @@ pub fn of_file(path: &Path) -> Result<String> {
 }
 
 /// Bytes read at a time: a megabyte is no faster, and every thread holds as much for good.
-const PIECE: usize = 1 << 17;
+pub(super) const PIECE: usize = 1 << 17;
 
 /// Whether to go on, asked with every piece that is read: an error ends the work.
 pub type Check<'a> = &'a (dyn Fn() -> Result<()> + Sync);
@@ -79,12 +79,14 @@ pub fn of_files(folder: &Path, files: &[PathBuf]) -> Result<BTreeMap<String, Str
 
 /// As [`of_files`], as long as `check` lets it.
 pub fn of_files_until(folder: &Path, files: &[PathBuf], check: Check<'_>) -> Result<BTreeMap<String, String>> {
-    let sums = try_map(files.len(), |i| {
-        let path = &files[i];
-        let name = path.strip_prefix(folder).unwrap_or(path).display().to_string();
-        Ok((name, of_range_until(path, 0..u64::MAX, check)?))
-    })?;
+    let sums =
+        try_map(files.len(), |i| Ok((name_in(folder, &files[i]), of_range_until(&files[i], 0..u64::MAX, check)?)))?;
     Ok(sums.into_iter().collect())
+}
+
+/// The name under which a file of `folder` has its checksum.
+pub(crate) fn name_in(folder: &Path, file: &Path) -> String {
+    file.strip_prefix(folder).unwrap_or(file).display().to_string()
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Numbers to and from the little-endian bytes of a safetensors file.
 
+use crate::device::cpu::vector;
 use crate::tensor::Float;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -27,21 +28,28 @@ pub(crate) fn dtype_of(float: Float) -> Dtype {
     }
 }
 
-/// Index of the first NaN or infinity among the bytes of `float`: an exponent of all ones.
+/// Index of the first NaN or infinity among the bytes of `float`.
 pub(crate) fn first_non_finite(float: Float, bytes: &[u8]) -> Option<usize> {
-    match float {
-        Float::F16 => first::<2>(bytes, |b| u16::from_le_bytes(b) & 0x7c00 == 0x7c00),
-        Float::Bf16 => first::<2>(bytes, |b| u16::from_le_bytes(b) & 0x7f80 == 0x7f80),
-        Float::F32 => first::<4>(bytes, |b| u32::from_le_bytes(b) & 0x7f80_0000 == 0x7f80_0000),
-    }
+    let size = float.bytes();
+    let chunk = bytes.par_chunks(CHUNK * size).position_first(|chunk| !is_finite(float, chunk))?;
+    let mut values = bytes[chunk * CHUNK * size..].chunks_exact(size);
+    let within = values.position(|value| !is_finite(float, value))?;
+    Some(chunk * CHUNK + within)
 }
 
-fn first<const N: usize>(bytes: &[u8], found: impl Fn([u8; N]) -> bool + Sync) -> Option<usize> {
-    // Every value is looked at, without branches: whole chunks are nearly always clean.
-    let any = |chunk: &[u8]| chunk.as_chunks::<N>().0.iter().fold(false, |any, &value| any | found(value));
-    let chunk = bytes.par_chunks(CHUNK * N).position_first(any)?;
-    let within = bytes[chunk * CHUNK * N..].as_chunks::<N>().0.iter().position(|&value| found(value))?;
-    Some(chunk * CHUNK + within)
+/// Whether none of the bytes of `float` are a NaN or an infinity: an exponent of all ones.
+pub(crate) fn is_finite(float: Float, bytes: &[u8]) -> bool {
+    vector::dispatch(|| match float {
+        Float::F16 => largest(bytes, |b| i16::from_le_bytes(b) & 0x7c00) < 0x7c00,
+        Float::Bf16 => largest(bytes, |b| i16::from_le_bytes(b) & 0x7f80) < 0x7f80,
+        Float::F32 => largest(bytes, |b| i32::from_le_bytes(b) & 0x7f80_0000) < 0x7f80_0000,
+    })
+}
+
+/// The largest exponent, 0 of no values. Every value is looked at, without a way out inside: the loop runs on vectors.
+#[inline(always)]
+fn largest<const N: usize, T: Ord + Default + Copy>(bytes: &[u8], exponent: impl Fn([u8; N]) -> T) -> T {
+    bytes.as_chunks::<N>().0.iter().fold(T::default(), |most, &value| most.max(exponent(value)))
 }
 
 /// `values` rounded to `float`, as bytes.

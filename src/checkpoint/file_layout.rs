@@ -4,6 +4,7 @@ use super::formats::TensorSpec;
 use super::shard::SINGLE;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 
 /// One file to be: its name, header, and total length in bytes.
@@ -33,11 +34,18 @@ pub(crate) struct FileLayout {
 
 impl FileLayout {
     /// Spreads `tensors`, in order, over shards of at most `limit` bytes of tensors (one larger tensor gets a shard of
-    /// its own). Inside a shard wider elements come first, so that every tensor is aligned to its element.
-    pub(crate) fn new(tensors: &[TensorSpec], limit: u64, metadata: &BTreeMap<String, String>) -> Result<Self> {
+    /// its own). Those that stand together have wider elements first. Where that does not align every tensor of a shard to its element,
+    /// as some have odd sizes, wider elements come first in all of the shard.
+    pub(crate) fn new(tensors: &[Vec<TensorSpec>], limit: u64, metadata: &BTreeMap<String, String>) -> Result<Self> {
         let mut parts: Vec<Vec<&TensorSpec>> = vec![Vec::new()];
         let mut filled = 0;
-        for tensor in tensors {
+        let mut in_order = Vec::new();
+        for together in tensors {
+            let mut together: Vec<&TensorSpec> = together.iter().collect();
+            together.sort_by_key(|tensor| Reverse(tensor.dtype.bitsize()));
+            in_order.extend(together);
+        }
+        for tensor in in_order {
             let length = tensor.bytes() as u64;
             if filled > 0 && filled + length > limit {
                 parts.push(Vec::new());
@@ -50,7 +58,9 @@ impl FileLayout {
         let mut layout = Self { shards: Vec::new(), places: HashMap::new(), total: 0 };
         let count = parts.len();
         for (shard, mut part) in parts.into_iter().enumerate() {
-            part.sort_by_key(|tensor| std::cmp::Reverse(tensor.dtype.bitsize()));
+            if !are_aligned(&part) {
+                part.sort_by_key(|tensor| Reverse(tensor.dtype.bitsize()));
+            }
             let name = match count {
                 1 => SINGLE.to_owned(),
                 _ => format!("model-{:05}-of-{count:05}.safetensors", shard + 1),
@@ -78,6 +88,17 @@ impl FileLayout {
         let index = json!({"metadata": {"total_size": self.total}, "weight_map": sorted});
         Some(format!("{index:#}\n"))
     }
+}
+
+/// Whether tensors behind each other are all aligned to their elements; the first is.
+fn are_aligned(tensors: &[&TensorSpec]) -> bool {
+    let mut start = 0;
+    tensors.iter().all(|tensor| {
+        let element = (tensor.dtype.bitsize() / 8).max(1);
+        let aligned = start % element == 0;
+        start += tensor.bytes();
+        aligned
+    })
 }
 
 /// The first bytes of a file: length of the header, header, and spaces up to a multiple of 8.

@@ -6,10 +6,15 @@ mod config;
 mod convert;
 mod file_layout;
 pub mod formats;
+#[cfg(feature = "run")]
+pub(crate) mod growing;
 mod linear;
 mod mapped;
 pub mod own;
+pub(crate) mod planned;
 pub mod read;
+#[cfg(feature = "run")]
+pub(crate) mod scan;
 #[cfg(feature = "run")]
 pub(crate) mod sealed;
 mod shard;
@@ -24,7 +29,8 @@ pub mod write;
 pub use config::Packing;
 pub use formats::{Format, GptqVersion, LinearSpec, Loader, Quantization};
 pub use mapped::Mapped;
+pub use planned::QuantizedCopy;
 pub use read::{Checkpoint, StoredTensor};
 pub use shard::MAX_TENSORS;
 pub use work::WorkFolder;
-pub use write::{QuantizedCopy, Writer};
+pub use write::Writer;

@@ -53,6 +53,23 @@ pub(crate) fn open_or_create(path: &Path) -> Result<File> {
     }
 }
 
+/// Writes `bytes` to a file from the byte `offset` on. Several threads may do so at once.
+pub(crate) fn write_at(file: &File, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::FileExt::write_all_at(file, bytes, offset)
+    }
+    #[cfg(windows)]
+    {
+        let (mut offset, mut rest) = (offset, bytes);
+        while !rest.is_empty() {
+            let count = std::os::windows::fs::FileExt::seek_write(file, rest, offset)?;
+            (offset, rest) = (offset + count as u64, &rest[count..]);
+        }
+        Ok(())
+    }
+}
+
 /// Where the contents of the file `path` grow before they get its name: `NAME.partial` beside it.
 pub fn partial_of(path: &Path) -> PathBuf {
     let mut name = OsString::from(path);

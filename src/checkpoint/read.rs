@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 pub struct Checkpoint {
     folder: PathBuf,
     config: Value,
-    shards: Vec<Shard>,
+    pub(super) shards: Vec<Shard>,
     /// Tensors in the order of the files.
     names: Vec<String>,
     /// Name → index of its shard.

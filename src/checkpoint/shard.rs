@@ -94,6 +94,12 @@ impl Shard {
         (self.data_start + self.header.info(name).expect("a name from this header").data_offsets.0) as u64
     }
 
+    /// Where the tensors begin in the file.
+    #[cfg(feature = "run")]
+    pub(crate) fn data_start(&self) -> u64 {
+        self.data_start as u64
+    }
+
     /// The bytes at `offsets` of the data section; the header was checked against the file's size.
     pub(crate) fn bytes(&self, offsets: (usize, usize)) -> &[u8] {
         &self.map[self.data_start + offsets.0..self.data_start + offsets.1]

@@ -7,7 +7,7 @@
 //! # 60303a…  model.layers.0.mlp.down_proj.weight_packed
 //! ```
 
-use super::checksum::{of_files, of_range};
+use super::checksum::{name_in, of_files, of_range};
 use super::own;
 use super::read::Checkpoint;
 use super::side_files::TEMPLATES;
@@ -37,9 +37,21 @@ pub struct Sums {
 impl Sums {
     /// Checksums of the checkpoint in `folder`, which is read from the disk, in parallel.
     pub fn of(folder: &Path) -> Result<Self> {
-        let checkpoint = Checkpoint::open(folder)?;
-        let names: Vec<PathBuf> = files(folder)?.iter().map(|name| folder.join(name)).collect();
-        Ok(Self { files: of_files(folder, &names)?, tensors: of_tensors(&checkpoint)? })
+        Self::with(folder, &BTreeMap::new(), of_tensors(&Checkpoint::open(folder)?)?)
+    }
+
+    /// Checksums of the checkpoint in `folder`: of its weights those that are known, of all other files those that are taken now, in
+    /// parallel.
+    pub(crate) fn with(
+        folder: &Path,
+        weights: &BTreeMap<PathBuf, String>,
+        tensors: BTreeMap<String, String>,
+    ) -> Result<Self> {
+        let names = files(folder)?.into_iter().map(|name| folder.join(name));
+        let others: Vec<PathBuf> = names.filter(|path| !weights.contains_key(path)).collect();
+        let mut files = of_files(folder, &others)?;
+        files.extend(weights.iter().map(|(path, sum)| (name_in(folder, path), sum.clone())));
+        Ok(Self { files, tensors })
     }
 
     /// Reads [`SUMS`] of `folder`. Errors when there is none, or with the line that is not one.

@@ -1,41 +1,32 @@
 //! Writing a quantized checkpoint: everything planned first, each layer put in its place as it is solved.
 
-use super::checksum::of_bytes;
 use super::config::with_key;
 use super::file_layout::{FileLayout, Place};
-use super::formats::{Format, LinearSpec, TensorSpec};
+use super::formats::{Format, LinearSpec};
 use super::own;
 use super::own::cannot_write;
+use super::planned::{Planned, QuantizedCopy};
 use super::read::Checkpoint;
 use super::shard::INDEX;
 use super::side_files::SideFiles;
 use super::work::{reserve, sync_folder};
 use crate::codes::{CodeLayout, QuantizedLinear};
+use crate::parallel::try_map;
 use anyhow::{Context, Result, bail, ensure};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 const CONFIG: &str = "config.json";
 
+/// Bytes of a tensor that a thread copies at a time.
+const PIECE: usize = 4 << 20;
+
 /// Largest shard in bytes of tensors: what transformers writes, and what file hosts take.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
-
-/// What a quantized copy is made of: a float checkpoint, and how which of its layers are to be stored.
-#[derive(Clone, Copy, Debug)]
-pub struct QuantizedCopy<'a> {
-    /// The float checkpoint.
-    pub checkpoint: &'a Checkpoint,
-    /// The layers that are quantized.
-    pub linears: &'a [LinearSpec],
-    /// How they are stored.
-    pub format: Format,
-    /// How their codes are laid out.
-    pub layout: &'a CodeLayout,
-}
 
 /// A checkpoint being written, in a folder of its own: that of a [`WorkFolder`](super::WorkFolder), which gives it its name
 /// when all of it is there, or takes it away.
@@ -193,7 +184,11 @@ impl Writer {
         for name in self.copied_names(checkpoint) {
             checkpoint.check_finite(name)?;
             let place = self.on_disk.places[name];
-            self.put(place, checkpoint.tensor(name)?.bytes)?;
+            let bytes = checkpoint.tensor(name)?.bytes;
+            try_map(bytes.len().div_ceil(PIECE), |i| {
+                let start = i * PIECE;
+                self.put_part(place, start, &bytes[start..bytes.len().min(start + PIECE)])
+            })?;
             checkpoint.release(name);
             self.written.insert(name.to_owned());
             copied(place.length)?;
@@ -212,7 +207,7 @@ impl Writer {
 
     /// The layers by name, and where all tensors go.
     fn lay_out(shard_bytes: u64, copy: &QuantizedCopy<'_>) -> Result<(HashMap<String, LinearSpec>, FileLayout)> {
-        let (linears, tensors) = Self::check(copy)?;
+        let Planned { linears, tensors } = Planned::of(copy)?;
         let mut metadata: BTreeMap<String, String> = copy.checkpoint.metadata().into_iter().collect();
         metadata.entry("format".to_owned()).or_insert_with(|| "pt".to_owned());
         Ok((linears, FileLayout::new(&tensors, shard_bytes, &metadata)?))
@@ -231,25 +226,15 @@ impl Writer {
         Ok(bytes + on_disk.index().map_or(0, |index| index.len() as u64))
     }
 
-    /// What the headers alone can tell of a plan: [`create`](Self::create)'s errors about checkpoint, layers and layout of codes.
-    /// Returns the layers by name, and the new checkpoint's tensors in the order of the old.
-    pub(crate) fn check(copy: &QuantizedCopy<'_>) -> Result<(HashMap<String, LinearSpec>, Vec<TensorSpec>)> {
-        copy.checkpoint.refuse_quantized()?;
-        copy.format.check(copy.linears, copy.layout)?;
-        let linears = check_linears(copy.checkpoint, copy.linears)?;
-        let tensors = planned_tensors(copy, &linears)?;
-        Ok((linears, tensors))
-    }
-
     /// Whether the tensor `name` of the source is a weight that is quantized.
     fn replaced(&self, name: &str) -> bool {
         name.strip_suffix(".weight").is_some_and(|module| self.linears.contains_key(module))
     }
 
-    /// Writes the layer `module`, one of those announced, in any order. Returns SHA-256 of its tensors' bytes, by name.
+    /// Writes the layer `module`, one of those announced, in any order. Returns its tensors by name, as the file holds them.
     ///
     /// Errors when it was not announced, was written before, is not as announced, or cannot be written.
-    pub fn write(&mut self, module: &str, quantized: &QuantizedLinear) -> Result<Vec<(String, String)>> {
+    pub fn write(&mut self, module: &str, quantized: &QuantizedLinear) -> Result<Vec<(String, Vec<u8>)>> {
         let Some(linear) = self.linears.get(module) else {
             bail!("the layer {module} was not announced to the writer");
         };
@@ -259,7 +244,7 @@ impl Writer {
             ensure!(self.written.insert(spec.name.clone()), "the layer {module} was written before");
             self.put(self.on_disk.places[&spec.name], bytes)?;
         }
-        Ok(specs.into_iter().zip(&tensors).map(|(spec, bytes)| (spec.name, of_bytes(bytes))).collect())
+        Ok(specs.into_iter().map(|spec| spec.name).zip(tensors).collect())
     }
 
     /// Adds the file `name`, one of those [announced](Self::announce), with these `bytes` beside the weights, in place of one of
@@ -283,11 +268,34 @@ impl Writer {
         &self.folder
     }
 
+    /// Writes all bytes of a tensor.
     fn put(&self, place: Place, bytes: &[u8]) -> Result<()> {
         debug_assert_eq!(place.length, bytes.len() as u64);
+        self.put_part(place, 0, bytes)
+    }
+
+    /// Writes the bytes of a tensor from the one numbered `start` on.
+    fn put_part(&self, place: Place, start: usize, bytes: &[u8]) -> Result<()> {
         let OpenShard { path, file } = &self.files[place.shard];
-        let mut file = file;
-        file.seek(SeekFrom::Start(place.offset)).and_then(|_| file.write_all(bytes)).with_context(|| cannot_write(path))
+        own::write_at(file, place.offset + start as u64, bytes).with_context(|| cannot_write(path))
+    }
+
+    /// The files of tensors, and the tensors in them in their order, with the byte behind each.
+    #[cfg(feature = "run")]
+    pub(crate) fn file_contents(&self) -> Vec<(PathBuf, Vec<(String, u64)>)> {
+        let mut files: Vec<(PathBuf, Vec<(String, u64)>)> =
+            self.on_disk.shards.iter().map(|shard| (self.folder.join(&shard.name), Vec::new())).collect();
+        for (name, place) in &self.on_disk.places {
+            files[place.shard].1.push((name.clone(), place.offset + place.length));
+        }
+        files.iter_mut().for_each(|(_, tensors)| tensors.sort_unstable_by_key(|(_, end)| *end));
+        files
+    }
+
+    /// Names of the tensors that are written.
+    #[cfg(feature = "run")]
+    pub(crate) fn written(&self) -> &HashSet<String> {
+        &self.written
     }
 
     /// Names of the tensors that stand for the layer `module`, one of those announced.
@@ -301,12 +309,18 @@ impl Writer {
         Flush { folder: self.folder.clone(), files: Arc::clone(&self.files) }
     }
 
+    /// Errors when a tensor was not written.
+    pub fn check_complete(&self) -> Result<()> {
+        let missing: Vec<&String> = self.on_disk.places.keys().filter(|name| !self.written.contains(*name)).collect();
+        match missing.iter().min() {
+            None => Ok(()),
+            Some(first) => bail!("{} tensors were never written, among them {first}", missing.len()),
+        }
+    }
+
     /// Returns once the whole checkpoint has reached the disk. Errors when a layer was not written, and when writing fails.
     pub fn finish(self) -> Result<()> {
-        let missing: Vec<&String> = self.on_disk.places.keys().filter(|name| !self.written.contains(*name)).collect();
-        if let Some(first) = missing.iter().min() {
-            bail!("{} tensors were never written, among them {first}", missing.len());
-        }
+        self.check_complete()?;
         self.check_contents()?;
         let mut folders = BTreeSet::from([self.folder.clone()]);
         for name in &self.names {
@@ -341,54 +355,6 @@ impl Flush {
         }
         sync_folder(&self.folder)
     }
-}
-
-fn check_linears(checkpoint: &Checkpoint, quantized: &[LinearSpec]) -> Result<HashMap<String, LinearSpec>> {
-    let mut linears = HashMap::new();
-    for linear in quantized {
-        let name = format!("{}.weight", linear.module);
-        let shape = checkpoint.tensor(&name)?.shape;
-        ensure!(
-            shape == [linear.out_features, linear.in_features],
-            "tensor {name} in {} has shape {shape:?}, but config.json asks for [{}, {}]",
-            checkpoint.file_of(&name),
-            linear.out_features,
-            linear.in_features
-        );
-        // Layers of one checkpoint may be stored in different types; what comes of them has one.
-        checkpoint.float_type(&name)?;
-        ensure!(
-            linears.insert(linear.module.clone(), linear.clone()).is_none(),
-            "the layer {} is announced twice",
-            linear.module
-        );
-    }
-    Ok(linears)
-}
-
-/// Tensors of the new checkpoint, in the order of the old.
-fn planned_tensors(copy: &QuantizedCopy<'_>, linears: &HashMap<String, LinearSpec>) -> Result<Vec<TensorSpec>> {
-    let &QuantizedCopy { checkpoint, format, layout, .. } = copy;
-    let mut tensors = Vec::new();
-    for name in checkpoint.names() {
-        match name.strip_suffix(".weight").and_then(|module| linears.get(module)) {
-            Some(linear) => tensors.extend(format.specs(linear, layout)),
-            None => {
-                let tensor = checkpoint.tensor(name)?;
-                tensors.push(TensorSpec { name: name.to_owned(), dtype: tensor.dtype, shape: tensor.shape.to_vec() });
-            }
-        }
-    }
-    let mut names = HashSet::new();
-    for tensor in &tensors {
-        ensure!(
-            names.insert(&tensor.name),
-            "{} has a tensor {} already, though its config.json announces no quantization",
-            checkpoint.folder().display(),
-            tensor.name
-        );
-    }
-    Ok(tensors)
 }
 
 /// Modules with a matrix as weight that are not quantized: what a loader might take for a quantized linear layer.

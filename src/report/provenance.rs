@@ -7,9 +7,11 @@
 use super::settings::RunSettings;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::checksum::{self, Checksum};
+use crate::checkpoint::scan::Scanned;
 use crate::checkpoint::side_files::SideFiles;
 use crate::data::sequence::{Collected, Sequence};
 use crate::data::template::TemplateChoice;
+use crate::parallel::map;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -54,32 +56,24 @@ pub struct Inputs {
 }
 
 impl Provenance {
-    /// Provenance of a run with `settings` as they take effect. Reads every file of the checkpoint once, as long as `check` lets it.
-    pub fn of(
-        settings: &RunSettings,
-        checkpoint: &Checkpoint,
-        data: &Collected,
-        held_out: &[Sequence],
-        check: checksum::Check<'_>,
-    ) -> Result<Self> {
-        let folder = checkpoint.folder();
-        let mut files: Vec<PathBuf> = SideFiles::of(folder)?.kept.iter().map(|name| folder.join(name)).collect();
-        files.push(folder.join("config.json"));
-        files.extend(checkpoint.weight_files().map(Path::to_path_buf));
-        let calibrated = !data.sequences.is_empty();
-        let calibration = settings.calib.as_deref().filter(|_| calibrated).map(checksum::of_file).transpose()?;
-        Ok(Self {
+    /// Provenance of a run with `settings` as they take effect, of these samples. Files are [added](Self::with_files) when their checksums
+    /// are known.
+    pub fn of(settings: &RunSettings, data: &Collected, held_out: &[Sequence]) -> Self {
+        let some = |samples: &[Sequence]| (!samples.is_empty()).then(|| of_samples(samples));
+        Self {
             vlmq_version: env!("CARGO_PKG_VERSION").to_owned(),
             commit: COMMIT.to_owned(),
             model: settings.model.display().to_string(),
             settings: settings.clone(),
-            inputs: Inputs {
-                model: checksum::of_files_until(folder, &files, check)?,
-                calibration,
-                samples: calibrated.then(|| of_samples(&data.sequences)),
-                held_out: (!held_out.is_empty()).then(|| of_samples(held_out)),
-            },
-        })
+            inputs: Inputs { samples: some(&data.sequences), held_out: some(held_out), ..Inputs::default() },
+        }
+    }
+
+    /// This provenance with the checksums of files.
+    pub fn with_files(mut self, files: &FileSums) -> Self {
+        let FileSums { model, calibration, .. } = files;
+        (self.inputs.model, self.inputs.calibration) = (model.clone(), calibration.clone());
+        self
     }
 
     /// What to call the float checkpoint: its repository's name where it lies in the Hub's cache, else its folder's.
@@ -134,20 +128,61 @@ fn file_name(path: &Path) -> String {
     path.rsplit(['/', '\\']).find(|part| !part.is_empty()).unwrap_or(&path).to_owned()
 }
 
-fn of_samples(sequences: &[Sequence]) -> String {
+/// Checksums of the files that a run reads.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FileSums {
+    /// See [`Inputs::model`].
+    pub model: BTreeMap<String, String>,
+    /// SHA-256 of the bytes of the tensors that keep their precision, by name.
+    pub tensors: BTreeMap<String, String>,
+    /// See [`Inputs::calibration`].
+    pub calibration: Option<String>,
+}
+
+impl FileSums {
+    /// Reads the calibration file, if there is one, and every file of the checkpoint, of whose tensors those that `keep` their
+    /// precision are looked at by themselves; goes on as long as `check` lets it.
+    ///
+    /// Errors as [`Checkpoint::scan`] does.
+    pub(crate) fn of(
+        checkpoint: &Checkpoint,
+        keep: impl Fn(&str) -> bool + Sync,
+        calibration: Option<&Path>,
+        check: checksum::Check<'_>,
+    ) -> Result<Self> {
+        let folder = checkpoint.folder();
+        let side_files = SideFiles::of(folder)?.kept.into_iter().chain([CONFIG.into()]);
+        let side_files: Vec<PathBuf> = side_files.map(|name| folder.join(name)).collect();
+        let mut model = checksum::of_files_until(folder, &side_files, check)?;
+        let calibration = calibration.map(checksum::of_file).transpose()?;
+        let Scanned { files, tensors } = checkpoint.scan(keep, check)?;
+        model.extend(files.into_iter().map(|(path, sum)| (checksum::name_in(folder, &path), sum)));
+        Ok(Self { model, tensors, calibration })
+    }
+}
+
+/// The checkpoint's file that is read for itself and not copied.
+const CONFIG: &str = "config.json";
+
+/// The checksum of the samples' own checksums, which are taken side by side.
+fn of_samples(samples: &[Sequence]) -> String {
+    let mut all = Checksum::default();
+    map(samples.len(), |i| of_sample(&samples[i])).iter().for_each(|sum| all.field(sum.as_bytes()));
+    all.finish()
+}
+
+fn of_sample(sample: &Sequence) -> String {
     let mut checksum = Checksum::default();
-    for sequence in sequences {
-        checksum.field(sequence.id.as_bytes());
-        checksum.field(bytemuck::cast_slice(&sequence.tokens));
-        checksum.field(bytemuck::cast_slice(&sequence.positions));
-        for image in &sequence.images {
-            let (rows, columns) = image.tiles.as_ref().map_or((0, 0), |tiles| (tiles.rows, tiles.columns));
-            let shape = [image.original.0, image.original.1, rows, columns, image.crops().len()];
-            checksum.field(bytemuck::cast_slice(&shape.map(|n| n as u64)));
-            for crop in image.crops() {
-                checksum.field(bytemuck::cast_slice(&[crop.width(), crop.height()]));
-                checksum.field(crop.as_raw());
-            }
+    checksum.field(sample.id.as_bytes());
+    checksum.field(bytemuck::cast_slice(&sample.tokens));
+    checksum.field(bytemuck::cast_slice(&sample.positions));
+    for image in &sample.images {
+        let (rows, columns) = image.tiles.as_ref().map_or((0, 0), |tiles| (tiles.rows, tiles.columns));
+        let shape = [image.original.0, image.original.1, rows, columns, image.crops().len()];
+        checksum.field(bytemuck::cast_slice(&shape.map(|n| n as u64)));
+        for crop in image.crops() {
+            checksum.field(bytemuck::cast_slice(&[crop.width(), crop.height()]));
+            checksum.field(crop.as_raw());
         }
     }
     checksum.finish()

@@ -2,8 +2,10 @@
 
 use super::places::{self, Chunked, HELD_OUT, Places};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::QuantizedCopy;
 use crate::checkpoint::formats::{FamilySupport, Format, LinearSpec};
-use crate::checkpoint::write::{QuantizedCopy, Writer};
+use crate::checkpoint::planned::Planned;
+use crate::checkpoint::write::Writer;
 use crate::codes::CodeLayout;
 use crate::data::TakesTooLong;
 use crate::data::chunks::chunks_of_tokens;
@@ -106,7 +108,7 @@ impl Input {
         };
         let linears = linear_specs(&config);
         let layout = solver.layout();
-        Writer::check(&QuantizedCopy {
+        Planned::of(&QuantizedCopy {
             checkpoint: &checkpoint,
             linears: &linears,
             format: settings.format,
@@ -139,6 +141,11 @@ impl Input {
             samples,
         };
         Ok((input, data))
+    }
+
+    /// Names of the weights that are quantized.
+    pub(super) fn replaced(&self) -> HashSet<String> {
+        self.linears.iter().map(|linear| format!("{}.weight", linear.module)).collect()
     }
 
     /// Levels of image features that the first blocks add.
@@ -177,7 +184,7 @@ impl Input {
     /// Counts what a run will take on a device, and refuses what cannot fit into its memory or the host's.
     pub(super) fn plan(&self, device: &Counting, data: &Data, subject: &Subject<'_>) -> Result<(MemoryPlan, Counted)> {
         let (plan, counted) = MemoryPlan::fit(subject, device)?;
-        let replaced: HashSet<String> = self.linears.iter().map(|linear| format!("{}.weight", linear.module)).collect();
+        let replaced = self.replaced();
         let process = Process::now(&self.checkpoint, &data.all().collect::<Vec<_>>(), |name| !replaced.contains(name))?;
         Ok((plan.with_host(&counted, &process)?, counted))
     }

@@ -1,6 +1,7 @@
 //! The programs: quantizing a checkpoint, counting what that takes, evaluating, inspecting, verifying.
 
 mod ahead;
+mod awaited;
 mod blocks;
 mod devices;
 mod dry_run;

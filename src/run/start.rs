@@ -16,7 +16,7 @@ use crate::report::settings::RunSettings;
 use crate::report::{RunObserver, RunReport};
 use crate::run::places::Chunked;
 use anyhow::Result;
-use serde_json::Value;
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 /// What a run starts with.
@@ -26,8 +26,6 @@ pub(super) struct Start<'a, 'd, D> {
     /// Settings as they take effect.
     pub(super) settings: &'a RunSettings,
     pub(super) data: &'d Data,
-    /// What must be the same for a run to go on.
-    pub(super) identity: &'a Value,
     /// What a state of the run takes on disk.
     pub(super) state: StateBytes,
     pub(super) stop: &'a Stop,
@@ -57,7 +55,7 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
         input.disk(self.state, &settings.out)?;
         let source = &input.checkpoint;
         writer.begin(source, &input.linears)?;
-        resume::begin(work, self.identity, self.state)?;
+        resume::begin(work, self.state)?;
 
         let clock = StageClock::start(Stage::Write, writer.bytes_to_copy(source).div_ceil(MEGA), observer);
         let mut copied = 0;
@@ -66,13 +64,6 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
             observer.stage_advanced(Stage::Write, copied / MEGA, "");
             Ok(stop.check()?)
         })?;
-        // A weight that is not finite ends a run: better now than at its block.
-        for linear in &input.linears {
-            stop.check()?;
-            let weight = format!("{}.weight", linear.module);
-            source.check_finite(&weight)?;
-            source.release(&weight);
-        }
         stages.push(clock.finish(observer));
 
         device.reset_peak();
@@ -84,11 +75,12 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
         Ok(Started { state, writer, chunks })
     }
 
-    /// From what an earlier process left.
+    /// From what an earlier process left, in which the copied tensors are to have the checksums of the `kept` ones.
     pub(super) fn again(
         &self,
         work: &mut WorkFolder,
         found: Found,
+        kept: &BTreeMap<String, String>,
         plan: &mut MemoryPlan,
     ) -> Result<Started<D::Tensor>> {
         let Self { input, settings, data, stop, .. } = *self;
@@ -97,7 +89,7 @@ impl<'a, D: ModelOps + SolveOps> Start<'a, '_, D> {
             state.done.layers.iter().try_for_each(|layer| findings::tell(layer, &[], true))?;
             state.check.iter().try_for_each(|check| findings::tell_of_model(check, true))?;
         }
-        let writer = resume::reopen(self.writer(work)?, input, &state, stop)?;
+        let writer = resume::reopen(self.writer(work)?, input, &state, kept, &|| Ok(stop.check()?))?;
         let packed = match state.finished() < input.config.decoder.layers {
             true => data.packed(),
             false => Chunked::default(),

@@ -4,6 +4,8 @@
 use super::findings;
 use super::input::Input;
 use super::resume::{Saver, Spent, State, Streams};
+use crate::checkpoint::checksum::of_bytes;
+use crate::checkpoint::growing::Growing;
 use crate::checkpoint::weight_error;
 use crate::checkpoint::write::Writer;
 use crate::heap;
@@ -49,6 +51,8 @@ pub(super) struct Save {
 pub(super) struct Tail<'scope, 'env> {
     pub(super) input: &'env Input,
     pub(super) writer: Writer,
+    /// The files that it writes.
+    pub(super) growing: &'env Growing,
     pub(super) state: State,
     pub(super) saver: Saver<'scope, 'env>,
 }
@@ -72,7 +76,7 @@ impl Tail<'_, '_> {
 
     /// Writes a layer and reports it.
     fn layer(&mut self, block: usize, layer: SolvedLayer) -> Result<LayerReport> {
-        let Self { input, writer, state, .. } = self;
+        let Self { input, writer, growing, state, .. } = self;
         let SolvedLayer { projection, linear, report, importance } = layer;
         let name = module_name(&input.config.names, block, projection);
         let weight = format!("{name}.weight");
@@ -90,8 +94,9 @@ impl Tail<'_, '_> {
             importance,
         };
         findings::tell(&report, &state.done.layers, input.strict)?;
-        let sums = writer.write(&report.name, &linear).with_context(|| format!("cannot write {}", report.name))?;
-        state.checksums.extend(sums);
+        let tensors = writer.write(&report.name, &linear).with_context(|| format!("cannot write {}", report.name))?;
+        growing.grow(tensors.iter().map(|(name, _)| name.clone()));
+        state.checksums.extend(tensors.into_iter().map(|(name, bytes)| (name, of_bytes(&bytes))));
         state.done.layers.push(report.clone());
         heap::trim();
         Ok(report)

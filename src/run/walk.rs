@@ -3,9 +3,10 @@
 use super::ahead::Ahead;
 use super::blocks::BlockRun;
 use super::places::Places;
-use super::resume::{Saved, Saver, Session, Spent, State};
+use super::resume::{Begin, Saved, Saver, Session, Spent, State};
 use super::start::Started;
 use super::tail::{Job, Line, Save, Tail};
+use crate::checkpoint::growing::Growing;
 use crate::checkpoint::write::Writer;
 use crate::device::{ModelOps, SolveOps};
 use crate::evaluate::paths::{self, Paths};
@@ -22,6 +23,11 @@ use std::time::{Duration, Instant};
 /// A run between its first block and its last.
 pub(super) struct Walk<'a, D: ModelOps> {
     pub(super) session: &'a Session<'a, D>,
+    pub(super) begin: Begin<'a>,
+    /// Errors where a file that is read has been found wrong by now.
+    pub(super) check_files: &'a dyn Fn() -> Result<()>,
+    /// The files of tensors that are written.
+    pub(super) growing: &'a Growing,
     /// Least time between two saves.
     pub(super) between_saves: Duration,
     pub(super) stop: &'a Stop,
@@ -59,7 +65,8 @@ impl<D: ModelOps + SolveOps> Walk<'_, D> {
         let Session { device, input, work, .. } = *self.session;
         let (done, beside) = (state.finished(), device.works_beside_host());
         thread::scope(|scope| {
-            let tail = Tail { input, writer, state, saver: Saver::new(scope, work, saved, beside) };
+            let saver = Saver::new(scope, work, saved, self.begin, beside);
+            let tail = Tail { input, writer, growing: self.growing, state, saver };
             let mut steps = Steps {
                 walk: self,
                 chunks,
@@ -102,6 +109,7 @@ impl<D: ModelOps + SolveOps> Steps<'_, '_, '_, D> {
             // Blocks that no state has yet are not given up for the rest of one more.
             let stop = if self.are_unsaved(index) { Stop::default() } else { walk.stop.clone() };
             stop.check()?;
+            (walk.check_files)()?;
             let float = self.ahead.take(index)?;
             heap::trim();
             let block = BlockRun { device, input, activations, stop: &stop, index };

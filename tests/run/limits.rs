@@ -186,7 +186,7 @@ fn threads_that_are_not_to_be_had_are_told() {
                 said.iter().any(|line| line.starts_with("error: cannot start 3 threads; ask for fewer")),
                 "{said:?}"
             );
-            assert!(said.last().unwrap().contains("cannot start a thread for a chat template"), "{said:?}");
+            assert!(said.iter().any(|line| line.contains("cannot start a thread for a chat template")), "{said:?}");
         }
     }
     // A small stack takes one more, for the work itself.

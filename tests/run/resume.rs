@@ -112,21 +112,17 @@ fn saved_seldom_a_run_that_is_stopped_loses_no_finished_block() {
 #[test]
 fn stopped_in_any_stage_a_run_keeps_what_is_worth_it() {
     let (expected, _) = whole(Place::settings, PLAIN);
-    for (stage, kept) in [
-        (Stage::Data, false),
-        (Stage::Checksums, false),
-        (Stage::Write, false),
-        (Stage::Vision, false),
-        (Stage::Blocks, true),
-    ] {
+    for (stage, kept) in [(Stage::Data, false), (Stage::Write, false), (Stage::Vision, false), (Stage::Blocks, true)] {
         let place = Place::new(PLAIN);
         let error = place.run_until(&Cpu, Moment::Begins(stage)).unwrap_err();
         assert!(error.is::<Interrupted>(), "{stage}: {error:#}");
         assert_eq!(error.is::<Unfinished>(), kept, "{stage}");
         assert_eq!(place.left(), if kept { vec![".out.vlmq"] } else { vec![] }, "{stage}");
-        // Stopped once more on its way back, it keeps what it had.
-        let error = place.run_until(&Cpu, Moment::Begins(Stage::Checksums)).unwrap_err();
-        assert!(error.is::<Interrupted>() && place.left().len() == usize::from(kept), "{stage}: {error:#}");
+        if kept {
+            // Stopped once more on its way back, before it knows that it is the same run, it keeps what it had.
+            let error = place.run_until(&Cpu, Moment::Begins(Stage::Checksums)).unwrap_err();
+            assert!(error.is::<Interrupted>() && place.left() == [".out.vlmq"], "{stage}: {error:#}");
+        }
         let mut last = Stopper::new(Moment::Layers(LAYERS + 1));
         run::run(&Cpu, &place.settings(), &mut last).unwrap();
         assert_eq!(last.resumed, kept.then_some(0), "{stage}");

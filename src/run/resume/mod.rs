@@ -2,7 +2,7 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | `run.json` | what makes the run: program, settings, checksums of the inputs, device and its libraries |
+//! | `run.json` | what makes the run: program, settings, checksums of the inputs, device and its libraries; written before the first state |
 //! | `checkpoint/` | the output as it grows |
 //! | `levels` | image features that the first blocks add (DeepStack); written once, with the first state, where any are still to come |
 //! | `state-N` | behind N blocks: reports, times, checksums of the finished layers, both paths' residual streams |
@@ -21,7 +21,7 @@ mod difference;
 mod saver;
 mod session;
 
-pub(super) use saver::{Saved, Saver};
+pub(super) use saver::{Begin, Saved, Saver};
 pub(super) use session::{Session, Streams, reopen};
 
 use crate::checkpoint::own;
@@ -157,15 +157,15 @@ pub(super) fn identity(
     Ok(serde_json::to_value(Identity { work_folder: FORMAT, device, libraries, provenance })?)
 }
 
-/// Takes the space of the states to come, and makes the folder's contents a run that may be gone on with.
-pub(super) fn begin(work: &WorkFolder, identity: &Value, bytes: StateBytes) -> Result<()> {
+/// Takes the space of the states to come.
+pub(super) fn begin(work: &WorkFolder, bytes: StateBytes) -> Result<()> {
     for spare in Kept::SPARES {
         reserve(&work.place(spare), bytes.state)?;
     }
     if bytes.levels > 0 {
         reserve(&work.place(Kept::Levels), bytes.levels)?;
     }
-    work.write_run(&serde_json::to_vec_pretty(identity)?)
+    Ok(())
 }
 
 /// What an earlier process left, if there is something to go on with.
@@ -174,8 +174,9 @@ pub(super) struct Found {
     file: Sealed,
 }
 
-/// Looks for a state of the same run. Errors, with all that differs, for one of another run, and for one that is damaged.
-pub(super) fn find(work: &WorkFolder, identity: &Value) -> Result<Option<Found>> {
+/// Looks for a state of the same run, whose `identity` is asked for where there is any. Errors, with all that differs, for one of another
+/// run, and for one that is damaged.
+pub(super) fn find(work: &WorkFolder, identity: impl FnOnce() -> Result<Value>) -> Result<Option<Found>> {
     // Refuses what is not a run's.
     let contents = work.contents()?;
     // The checkpoint has left when the run was finished.
@@ -185,7 +186,7 @@ pub(super) fn find(work: &WorkFolder, identity: &Value) -> Result<Option<Found>>
     let text = fs::read(&run).with_context(|| format!("cannot read {}", run.display()))?;
     let then: Value =
         serde_json::from_slice(&text).with_context(|| format!("{} is damaged; {RESTART}", run.display()))?;
-    let differences = difference::all(&then, identity);
+    let differences = difference::all(&then, &identity()?);
     ensure!(
         differences.is_empty(),
         "{} holds an unfinished run of this output that is not the same: {}. Run it as it was then, or {RESTART}.",

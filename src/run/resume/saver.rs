@@ -31,11 +31,16 @@ impl Saved {
     }
 }
 
+/// Writes what makes a run of a work folder's contents.
+pub(in crate::run) type Begin<'a> = &'a (dyn Fn() -> Result<()> + Sync);
+
 /// Writes states into a work folder.
 pub(in crate::run) struct Saver<'scope, 'env> {
     scope: &'scope Scope<'scope, 'env>,
     work: &'env WorkFolder,
     saved: &'env Saved,
+    /// Makes a run of the work folder's contents, before the first state.
+    begin: Begin<'env>,
     /// Whether states are written beside the run.
     beside: bool,
     under_way: Option<ScopedJoinHandle<'scope, Result<()>>>,
@@ -47,9 +52,10 @@ impl<'scope, 'env> Saver<'scope, 'env> {
         scope: &'scope Scope<'scope, 'env>,
         work: &'env WorkFolder,
         saved: &'env Saved,
+        begin: Begin<'env>,
         beside: bool,
     ) -> Self {
-        Self { scope, work, saved, beside, under_way: None }
+        Self { scope, work, saved, begin, beside, under_way: None }
     }
 
     /// Saves a state, `streams` being what comes out of its last block, and first brings the tensors written so far to the disk. Waits for
@@ -59,20 +65,21 @@ impl<'scope, 'env> Saver<'scope, 'env> {
         // Unlike JSON it knows infinities, which a layer's error may be.
         let mut reports = Vec::new();
         ciborium::into_writer(state, &mut reports)?;
-        let (finished, work, saved) = (state.finished(), self.work, self.saved);
-        if !self.beside {
+        let (finished, work, saved, begin) = (state.finished(), self.work, self.saved, self.begin);
+        let write = move |streams: Streams<'_>| {
             tensors.wait()?;
-            write(work, finished, reports, streams)?;
-            saved.set(finished);
-            return Ok(());
-        }
-        let streams = streams.into_owned();
-        let thread = Builder::new().name("state".into()).spawn_scoped(self.scope, move || {
-            tensors.wait()?;
+            if saved.blocks().is_none() {
+                begin()?;
+            }
             write(work, finished, reports, streams)?;
             saved.set(finished);
             Ok(())
-        });
+        };
+        if !self.beside {
+            return write(streams);
+        }
+        let streams = streams.into_owned();
+        let thread = Builder::new().name("state".into()).spawn_scoped(self.scope, move || write(streams));
         self.under_way = Some(thread.context("cannot start a thread to save the run's state")?);
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use super::{Found, State, Unusable};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::checksum::of_range_until;
+use crate::checkpoint::checksum::{Check, of_range_until};
 use crate::checkpoint::own::Foreign;
 use crate::checkpoint::sealed::{Sealed, Sealing};
 use crate::checkpoint::work::{Kept, WorkFolder};
@@ -18,7 +18,7 @@ use crate::run::input::Input;
 use crate::run::places::Chunked;
 use crate::tensor::StoredMatrix;
 use anyhow::{Context, Error, Result, anyhow};
-use std::collections::HashSet;
+use std::collections::BTreeMap;
 
 /// A run's dealings with its work folder while it lives.
 pub(in crate::run) struct Session<'a, D: ModelOps> {
@@ -145,30 +145,27 @@ fn level_name(chunk: usize, level: usize) -> String {
     format!("{chunk}.level.{level}")
 }
 
-/// Goes on with the growing checkpoint, whose tensors must be what they were when the state was saved.
-pub(in crate::run) fn reopen(mut writer: Writer, input: &Input, state: &State, stop: &Stop) -> Result<Writer> {
+/// Goes on with the growing checkpoint, whose tensors must be what they were when the state was saved: those of finished layers by their
+/// checksums there, those that were copied by the `kept` ones'. Reads as long as `check` lets it.
+pub(in crate::run) fn reopen(
+    mut writer: Writer,
+    input: &Input,
+    state: &State,
+    kept: &BTreeMap<String, String>,
+    check: Check<'_>,
+) -> Result<Writer> {
     let source = &input.checkpoint;
-    let replaced: HashSet<String> = input.linears.iter().map(|linear| format!("{}.weight", linear.module)).collect();
-    let written =
-        |name: &str| state.checksums.contains_key(name) || (source.contains(name) && !replaced.contains(name));
+    let expected = |name: &str| state.checksums.get(name).or_else(|| kept.get(name));
     let unusable = |error: Error| if error.is::<Foreign>() { error } else { error.context(Unusable) };
-    writer.go_on(written).map_err(unusable)?;
+    writer.go_on(|name| expected(name).is_some()).map_err(unusable)?;
     // First: a process may have been killed while it wrote them.
     writer.write_side_files(source, &input.linears)?;
     let grown = Checkpoint::open(writer.folder()).context(Unusable)?;
-    let names: Vec<&str> = grown.names().filter(|name| written(name)).collect();
-    let sum = |checkpoint: &Checkpoint, name| {
-        let (file, range) = checkpoint.place(name)?;
-        of_range_until(file, range, &|| Ok(stop.check()?))
-    };
+    let names: Vec<(&str, &String)> = grown.names().filter_map(|name| Some((name, expected(name)?))).collect();
     try_map(names.len(), |i| {
-        let name = names[i];
-        let found = sum(&grown, name)?;
-        let same = match state.checksums.get(name) {
-            Some(sum) => found == *sum,
-            None => found == sum(source, name)?,
-        };
-        match same {
+        let (name, expected) = names[i];
+        let (file, range) = grown.place(name)?;
+        match of_range_until(file, range, check)? == *expected {
             true => Ok(()),
             false => Err(anyhow!("{} is damaged at tensor {name}", grown.file_of(name)).context(Unusable)),
         }

@@ -8,11 +8,12 @@
 
 mod layers;
 
+use crate::checkpoint::QuantizedCopy;
 use crate::checkpoint::checksum;
 use crate::checkpoint::formats::{Format, LinearSpec, TensorSpec};
+use crate::checkpoint::planned::Planned;
 use crate::checkpoint::side_files::is_replaced;
 use crate::checkpoint::sums::{SUMS, Sums, files, of_tensors};
-use crate::checkpoint::write::{QuantizedCopy, Writer};
 use crate::checkpoint::{Checkpoint, Packing, Quantization};
 use crate::device::cpu::Cpu;
 use crate::input;
@@ -263,8 +264,8 @@ impl Check<'_> {
     fn tensors(&mut self, written: &Written<'_>, sums: &Sums) -> Result<()> {
         let &Written { ref copy, linears, format, solver } = written;
         let layout = solver.layout();
-        let planned = Writer::check(&QuantizedCopy { checkpoint: &self.model, linears, format, layout: &layout });
-        let (_, planned) = planned.context("the base model cannot be the one quantized")?;
+        let planned = Planned::of(&QuantizedCopy { checkpoint: &self.model, linears, format, layout: &layout });
+        let planned = planned.context("the base model cannot be the one quantized")?.tensors.concat();
         let found = of_tensors(copy)?;
         let known: BTreeSet<&str> = planned.iter().map(|spec| spec.name.as_str()).collect();
         for name in copy.names().filter(|name| !known.contains(name)) {

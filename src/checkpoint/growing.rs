@@ -1,0 +1,75 @@
+//! Checksums of files of tensors that are still being written: what is there is read behind whoever writes, from the first byte on, so
+//! that little is left to read when the last tensor has its place.
+
+use super::checksum::{Check, Checksum, PIECE};
+use super::write::Writer;
+use anyhow::{Context, Result};
+use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
+use std::io::Read;
+use std::path::PathBuf;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How long nothing may come before it is asked whether to go on.
+const PATIENCE: Duration = Duration::from_millis(50);
+
+/// The files of a [`Writer`] as they grow.
+#[derive(Debug)]
+pub(crate) struct Growing {
+    /// Each with its tensors in order, and the byte behind each.
+    files: Vec<(PathBuf, Vec<(String, u64)>)>,
+    /// Names of tensors that have their place.
+    written: Mutex<HashSet<String>>,
+    more: Condvar,
+}
+
+impl Growing {
+    /// The files of `writer`, with the tensors that it has written so far.
+    pub(crate) fn of(writer: &Writer) -> Self {
+        Self { files: writer.file_contents(), written: Mutex::new(writer.written().clone()), more: Condvar::new() }
+    }
+
+    /// Says that tensors were written.
+    pub(crate) fn grow(&self, names: impl IntoIterator<Item = String>) {
+        self.names().extend(names);
+        self.more.notify_all();
+    }
+
+    /// SHA-256 of the files, once all of their tensors are written, by path. Errors for a file that cannot be read, and with that of
+    /// `check`, which is asked all the time.
+    pub(crate) fn checksums(&self, check: Check<'_>) -> Result<BTreeMap<PathBuf, String>> {
+        let mut buffer = vec![0; PIECE];
+        let mut sums = BTreeMap::new();
+        for (path, tensors) in &self.files {
+            let cannot_read = || format!("cannot read {}", path.display());
+            let (mut file, mut checksum) = (File::open(path).with_context(cannot_read)?, Checksum::default());
+            let mut at = 0;
+            for (name, end) in tensors {
+                self.wait_for(name, check)?;
+                while at < *end {
+                    check()?;
+                    let piece = &mut buffer[..(end - at).min(PIECE as u64) as usize];
+                    file.read_exact(piece).with_context(cannot_read)?;
+                    checksum.update(piece);
+                    at += piece.len() as u64;
+                }
+            }
+            sums.insert(path.clone(), checksum.finish());
+        }
+        Ok(sums)
+    }
+
+    fn wait_for(&self, name: &str, check: Check<'_>) -> Result<()> {
+        let mut written = self.names();
+        while !written.contains(name) {
+            check()?;
+            written = self.more.wait_timeout(written, PATIENCE).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+
+    fn names(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
