@@ -1,6 +1,7 @@
 //! Patches: normalised squares of pixels, which are what a vision tower takes of an image.
 
 use crate::input;
+use crate::parallel::each_chunk;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -90,25 +91,32 @@ impl PatchSettings {
         let table: [[f32; 256]; 3] = std::array::from_fn(|c| std::array::from_fn(|byte| value(c, byte as u8)));
         let bytes = image.as_raw();
         let stride = image.width() as usize * 3;
-        for cell_y in (0..rows).step_by(merge) {
-            for cell_x in (0..columns).step_by(merge) {
-                for row in cell_y..cell_y + merge {
-                    for column in cell_x..cell_x + merge {
-                        for (channel, table) in table.iter().enumerate() {
-                            let frame = data.len();
-                            for y in row * patch..(row + 1) * patch {
-                                let start = y * stride + column * patch * 3 + channel;
-                                let line = bytes[start..].iter().step_by(3).take(patch);
-                                data.extend(line.map(|&byte| table[usize::from(byte)]));
-                            }
-                            for _ in 1..frames {
-                                data.extend_from_within(frame..frame + patch * patch);
-                            }
-                        }
+        let (pixels, first) = (patch * patch, data.len());
+        data.resize(first + rows * columns * self.patch_values(), 0.0);
+        // Merged squares side by side are worked on together.
+        each_chunk(&mut data[first..], merge * columns * self.patch_values(), |cell_y, patches| {
+            for (i, values) in patches.chunks_exact_mut(self.patch_values()).enumerate() {
+                let (cell_x, inside) = (i / (merge * merge), i % (merge * merge));
+                let (row, column) = (cell_y * merge + inside / merge, cell_x * merge + inside % merge);
+                let (red, others) = values.split_at_mut(frames * pixels);
+                let (green, blue) = others.split_at_mut(frames * pixels);
+                for y in 0..patch {
+                    let line = &bytes[(row * patch + y) * stride + column * patch * 3..][..patch * 3];
+                    let part = y * patch..(y + 1) * patch;
+                    let lines = red[part.clone()].iter_mut().zip(&mut green[part.clone()]).zip(&mut blue[part]);
+                    for (((r, g), b), &[red, green, blue]) in lines.zip(line.as_chunks::<3>().0) {
+                        *r = table[0][usize::from(red)];
+                        *g = table[1][usize::from(green)];
+                        *b = table[2][usize::from(blue)];
+                    }
+                }
+                for channel in [red, green, blue] {
+                    for frame in 1..frames {
+                        channel.copy_within(..pixels, frame * pixels);
                     }
                 }
             }
-        }
+        });
     }
 
     /// Values of a patch.

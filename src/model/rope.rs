@@ -1,6 +1,7 @@
 //! Rotary position embedding: frequencies, and tables of cosines and sines.
 
 use crate::device::{ModelOps, Rotary};
+use crate::parallel::each_chunk;
 use crate::tensor::Matrix;
 use anyhow::Result;
 
@@ -63,15 +64,25 @@ pub fn axial<D: ModelOps>(device: &D, positions: &[[u32; 2]], frequencies: &[f32
     })
 }
 
+/// Rows of a table that a thread computes at a time.
+const ROWS: usize = 64;
+
 fn tables<D: ModelOps>(
     device: &D,
     rows: usize,
     cols: usize,
-    angle: impl Fn(usize, usize) -> f32,
+    angle: impl Fn(usize, usize) -> f32 + Sync,
 ) -> Result<Rotary<D::Tensor>> {
     let table = |f: fn(f32) -> f32| {
-        let values = || (0..rows * cols).map(|i| f(angle(i / cols, i % cols))).collect();
-        device.upload_with((rows, cols), || Matrix::new(rows, cols, values()))
+        device.upload_with((rows, cols), || {
+            let mut table = Matrix::zeros(rows, cols);
+            each_chunk(table.data_mut(), ROWS * cols, |i, values| {
+                for (row, values) in values.chunks_exact_mut(cols).enumerate() {
+                    values.iter_mut().enumerate().for_each(|(j, value)| *value = f(angle(i * ROWS + row, j)));
+                }
+            });
+            Ok(table)
+        })
     };
     Ok(Rotary { cos: table(f32::cos)?, sin: table(f32::sin)? })
 }

@@ -48,6 +48,8 @@ impl<'a> Assembly<'a> {
         let brought = scales.len() / self.linear.out_features;
         let places = &self.group_places[columns.start / self.group..][..brought];
         let order = &self.order[columns.clone()];
+        // Columns that were near each other are found without looking at where a row ends.
+        let near = Near::of(order, features);
         let linear = &mut self.linear;
         linear
             .codes
@@ -56,13 +58,41 @@ impl<'a> Assembly<'a> {
             .zip(linear.zeros.par_chunks_mut(groups))
             .enumerate()
             .for_each(|(row, ((codes, row_scales), row_zeros))| {
-                for (&code, &column) in block.codes[row * width..].iter().zip(order) {
-                    codes[column as usize] = code;
+                let from = &block.codes[row * width..][..width];
+                match &near {
+                    Some(near) => near.place(from, codes),
+                    None => from.iter().zip(order).for_each(|(&code, &column)| codes[column as usize] = code),
                 }
                 for (i, &place) in places.iter().enumerate() {
                     row_scales[place] = scales[row * brought + i];
                     row_zeros[place] = zeros[row * brought + i];
                 }
             });
+    }
+}
+
+/// Columns of a block that come from so few that lie side by side.
+struct Near {
+    /// The first of those.
+    first: usize,
+    /// Places among them.
+    places: Vec<u8>,
+}
+
+/// Columns that a byte tells apart.
+const WINDOW: usize = 1 << u8::BITS;
+
+impl Near {
+    /// The columns of `order`, of so many in all, if they are near each other.
+    fn of(order: &[u32], features: usize) -> Option<Self> {
+        let first = (*order.iter().min()? as usize).min(features.checked_sub(WINDOW)?);
+        let places = order.iter().map(|&column| u8::try_from(column as usize - first).ok()).collect::<Option<_>>()?;
+        Some(Self { first, places })
+    }
+
+    /// Puts codes in their places in a row.
+    fn place(&self, from: &[u8], row: &mut [u8]) {
+        let window = row[self.first..].first_chunk_mut::<WINDOW>().expect("as many columns are behind the first");
+        from.iter().zip(&self.places).for_each(|(&code, &place)| window[usize::from(place)] = code);
     }
 }
