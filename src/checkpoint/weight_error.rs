@@ -8,9 +8,9 @@ use super::convert::float_type;
 use super::formats::Format;
 use super::read::StoredTensor;
 use crate::codes::QuantizedLinear;
-use crate::device::cpu::vector;
 use crate::parallel::map;
 use anyhow::{Result, bail, ensure};
+use pulp::{Arch, NullaryFnOnce};
 
 /// Rows that a thread takes at a time.
 const ROWS: usize = 16;
@@ -50,46 +50,57 @@ fn of_rows(
     let read = rows_of(weight, cols)?;
     let sums = map(rows.div_ceil(ROWS), |i| {
         let (mut ours, mut theirs) = (vec![0.0; cols], vec![0.0; cols]);
-        let some = i * ROWS..rows.min((i + 1) * ROWS);
-        vector::dispatch(|| {
-            some.map(|row| {
-                stored(row, &mut ours);
-                read(row, &mut theirs);
-                sums(&ours, &theirs)
-            })
-            .collect::<Vec<_>>()
-        })
+        let mut found = [(0.0, 0.0); ROWS];
+        for (row, found) in (i * ROWS..rows).zip(&mut found) {
+            stored(row, &mut ours);
+            read(row, &mut theirs);
+            *found = Arch::new().dispatch(Sums(&ours, &theirs));
+        }
+        found
     });
-    let (error, norm) = sums.into_iter().flatten().fold((0.0, 0.0), |(error, norm), (e, n)| (error + e, norm + n));
+    let (error, norm) = sums.iter().flatten().fold((0.0, 0.0), |(error, norm), (e, n)| (error + e, norm + n));
     Ok(if error == 0.0 { 0.0 } else { (error / norm).sqrt() })
 }
 
-/// Squared distance and squared norm of a row.
-#[inline(always)]
-fn sums(stored: &[f32], weight: &[f32]) -> (f64, f64) {
-    let (mut errors, mut norms) = ([0.0; LANES], [0.0; LANES]);
-    let mut add = |lane: usize, stored: f32, weight: f32| {
-        let (difference, weight) = (f64::from(stored) - f64::from(weight), f64::from(weight));
-        errors[lane] += difference * difference;
-        norms[lane] += weight * weight;
-    };
-    let ((stored, last), (weight, last_weight)) = (stored.as_chunks::<LANES>(), weight.as_chunks::<LANES>());
-    for (stored, weight) in stored.iter().zip(weight) {
-        for lane in 0..LANES {
-            add(lane, stored[lane], weight[lane]);
+/// Squared distance and squared norm of a row, of which these are the stored and the float weights.
+struct Sums<'a>(&'a [f32], &'a [f32]);
+
+impl NullaryFnOnce for Sums<'_> {
+    type Output = (f64, f64);
+
+    #[inline(always)]
+    fn call(self) -> (f64, f64) {
+        let (mut errors, mut norms) = ([0.0; LANES], [0.0; LANES]);
+        let ((stored, last), (weight, last_weight)) = (self.0.as_chunks::<LANES>(), self.1.as_chunks::<LANES>());
+        for (stored, weight) in stored.iter().zip(weight) {
+            for lane in 0..LANES {
+                let (difference, weight) = distance(stored[lane], weight[lane]);
+                errors[lane] += difference * difference;
+                norms[lane] += weight * weight;
+            }
         }
+        for (lane, (&stored, &weight)) in last.iter().zip(last_weight).enumerate() {
+            let (difference, weight) = distance(stored, weight);
+            errors[lane] += difference * difference;
+            norms[lane] += weight * weight;
+        }
+        (errors.iter().sum(), norms.iter().sum())
     }
-    for (lane, (&stored, &weight)) in last.iter().zip(last_weight).enumerate() {
-        add(lane, stored, weight);
-    }
-    (errors.iter().sum(), norms.iter().sum())
+}
+
+#[inline(always)]
+fn distance(stored: f32, weight: f32) -> (f64, f64) {
+    (f64::from(stored) - f64::from(weight), f64::from(weight))
 }
 
 /// What reads rows of `cols` floats.
 fn rows_of(tensor: StoredTensor<'_>, cols: usize) -> Result<impl Fn(usize, &mut [f32]) + Sync> {
     let Some(float) = float_type(tensor.dtype) else { bail!("{:?} is no float", tensor.dtype) };
     let row_bytes = cols * float.bytes();
-    Ok(move |row: usize, values: &mut [f32]| float.widen_to(&tensor.bytes[row * row_bytes..][..row_bytes], values))
+    Ok(move |row: usize, values: &mut [f32]| {
+        let bytes = &tensor.bytes[row * row_bytes..][..row_bytes];
+        float.widen_to(bytes, values);
+    })
 }
 
 #[cfg(test)]

@@ -74,13 +74,12 @@ fn pack_side_by_side(codes: &[u8], words: &mut [u32], bits: u32, word_stride: us
 fn pack_units<const BITS: usize>(codes: &[u8], words: &mut [u32], word_stride: usize) -> usize {
     let units = codes.as_chunks::<UNIT>().0;
     for (unit, first) in units.iter().zip((0..).step_by(BITS * word_stride)) {
-        let mut bytes = [[0; BITS]; UNIT / 8];
-        for (bytes, &eight) in bytes.iter_mut().zip(unit.as_chunks::<8>().0) {
-            let squeezed = squeeze::<BITS>(u64::from_le_bytes(eight)).to_le_bytes();
-            bytes.copy_from_slice(&squeezed[..BITS]);
+        let mut stream = 0u128;
+        for (i, &eight) in unit.as_chunks::<8>().0.iter().enumerate() {
+            stream |= u128::from(squeeze::<BITS>(u64::from_le_bytes(eight))) << (8 * BITS * i);
         }
-        for (i, &word) in bytes.as_flattened().as_chunks::<4>().0.iter().enumerate() {
-            words[first + i * word_stride] = u32::from_le_bytes(word);
+        for i in 0..BITS {
+            words[first + i * word_stride] = (stream >> (32 * i)) as u32;
         }
     }
     units.len() * UNIT

@@ -1,6 +1,7 @@
 //! What running a model needs of a device: calibration forward and backward, evaluation.
 
 use super::Device;
+use super::cpu::vector;
 use crate::tensor::{Float, Matrix, Stored, StoredMatrix};
 use anyhow::{Result, ensure};
 use std::ops::Range;
@@ -76,28 +77,19 @@ pub struct QuantizedWeight<'a> {
 
 impl QuantizedWeight<'_> {
     /// Writes the values of a row to `out`, `[cols]`. Panics where the row is not all there.
-    #[inline(always)]
     pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
         let groups = self.scales.len() / self.rows;
         let codes = &self.codes[row * self.cols..][..self.cols];
         let (scales, zeros) = (&self.scales[row * groups..][..groups], &self.zeros[row * groups..][..groups]);
-        let value = |code: u8, group: usize| scales[group] * (f32::from(code) - f32::from(zeros[group]));
-        match self.group_index {
-            Some(index) => {
-                for ((out, &code), &group) in out.iter_mut().zip(codes).zip(index) {
-                    *out = value(code, group as usize);
-                }
+        let Some(index) = self.group_index else {
+            let width = (self.cols / groups.max(1)).max(1);
+            for (group, (out, codes)) in out.chunks_mut(width).zip(codes.chunks(width)).enumerate() {
+                vector::dispatch(|| write_group(out, codes, scales[group], zeros[group]));
             }
-            None => {
-                let width = self.cols / groups.max(1);
-                let runs = out.chunks_mut(width.max(1)).zip(codes.chunks(width.max(1)));
-                for ((out, codes), (&scale, &zero)) in runs.zip(scales.iter().zip(zeros)) {
-                    let zero = f32::from(zero);
-                    for (out, &code) in out.iter_mut().zip(codes) {
-                        *out = scale * (f32::from(code) - zero);
-                    }
-                }
-            }
+            return;
+        };
+        for ((out, &code), &group) in out.iter_mut().zip(codes).zip(index) {
+            *out = scales[group as usize] * (f32::from(code) - f32::from(zeros[group as usize]));
         }
     }
 
@@ -120,6 +112,13 @@ impl QuantizedWeight<'_> {
         );
         Ok(groups)
     }
+}
+
+/// Writes the values of codes that share a scale and a zero.
+#[inline(always)]
+fn write_group(out: &mut [f32], codes: &[u8], scale: f32, zero: u8) {
+    let zero = f32::from(zero);
+    out.iter_mut().zip(codes).for_each(|(out, &code)| *out = scale * (f32::from(code) - zero));
 }
 
 /// What attention is of.

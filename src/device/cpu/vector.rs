@@ -2,7 +2,8 @@
 //!
 //! Only plain sums and products stand here, nothing fused: every CPU computes the same bits.
 
-/// Runs `work` compiled for the best instruction set of this CPU. What it calls must be `#[inline(always)]` to take part.
+/// Runs `work` compiled for the best instruction set of this CPU. What it calls must be `#[inline(always)]` to take part. The compiler
+/// leaves a long closure out of it, and one that is handed a function: those want a type of their own ([`pulp::NullaryFnOnce`]).
 pub(crate) fn dispatch<R>(work: impl FnOnce() -> R) -> R {
     struct Work<F>(F);
     impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Work<F> {

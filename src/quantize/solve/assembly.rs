@@ -1,9 +1,10 @@
 //! A layer's codes, put together from blocks of columns in processing order.
 
 use crate::codes::QuantizedLinear;
-use crate::device::{BlockCodes, GroupGrid};
+use crate::device::BlockCodes;
 use crate::quantize::settings::SolverSettings;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Puts blocks of codes back to where their columns came from.
 pub(super) struct Assembly<'a> {
@@ -41,33 +42,56 @@ impl<'a> Assembly<'a> {
         Self { linear, order, group, group_places }
     }
 
-    pub(super) fn place(&mut self, columns: &std::ops::Range<usize>, block: &BlockCodes) {
-        let (features, groups) = (self.linear.in_features, self.group_places.len());
-        let width = columns.len();
-        let GroupGrid { scales, zeros } = &block.grid;
-        let brought = scales.len() / self.linear.out_features;
-        let places = &self.group_places[columns.start / self.group..][..brought];
-        let order = &self.order[columns.clone()];
-        // Columns that were near each other are found without looking at where a row ends.
-        let near = Near::of(order, features);
-        let linear = &mut self.linear;
+    /// Puts all blocks, each with the columns that it stands for in processing order, in their places: row by row, so that what is written
+    /// lies behind each other.
+    pub(super) fn place(&mut self, blocks: &[(Range<usize>, BlockCodes)]) {
+        let Self { linear, order, group, group_places } = self;
+        let (features, groups) = (linear.in_features, group_places.len());
+        let placed: Vec<Placed<'_>> = blocks
+            .iter()
+            .map(|(columns, codes)| {
+                let order = &order[columns.clone()];
+                let brought = codes.grid.scales.len() / linear.out_features;
+                let groups = &group_places[columns.start / *group..][..brought];
+                Placed { order, near: Near::of(order, features), groups, codes }
+            })
+            .collect();
         linear
             .codes
             .par_chunks_mut(features)
             .zip(linear.scales.par_chunks_mut(groups))
             .zip(linear.zeros.par_chunks_mut(groups))
             .enumerate()
-            .for_each(|(row, ((codes, row_scales), row_zeros))| {
-                let from = &block.codes[row * width..][..width];
-                match &near {
-                    Some(near) => near.place(from, codes),
-                    None => from.iter().zip(order).for_each(|(&code, &column)| codes[column as usize] = code),
-                }
-                for (i, &place) in places.iter().enumerate() {
-                    row_scales[place] = scales[row * brought + i];
-                    row_zeros[place] = zeros[row * brought + i];
+            .for_each(|(row, ((codes, scales), zeros))| {
+                for block in &placed {
+                    block.place(row, codes, scales, zeros);
                 }
             });
+    }
+}
+
+/// A block and where it goes.
+struct Placed<'a> {
+    /// Original columns.
+    order: &'a [u32],
+    near: Option<Near>,
+    /// Places of the groups that it brings.
+    groups: &'a [usize],
+    codes: &'a BlockCodes,
+}
+
+impl Placed<'_> {
+    fn place(&self, row: usize, codes: &mut [u8], scales: &mut [f32], zeros: &mut [u8]) {
+        let Self { order, near, groups, codes: block } = self;
+        let from = &block.codes[row * order.len()..][..order.len()];
+        match near {
+            Some(near) => near.place(from, codes),
+            None => from.iter().zip(*order).for_each(|(&code, &column)| codes[column as usize] = code),
+        }
+        for (i, &place) in groups.iter().enumerate() {
+            scales[place] = block.grid.scales[row * groups.len() + i];
+            zeros[place] = block.grid.zeros[row * groups.len() + i];
+        }
     }
 }
 

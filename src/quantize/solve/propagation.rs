@@ -153,11 +153,9 @@ impl<D: SolveOps> Enqueued<D> {
     ) -> Result<(QuantizedLinear, f64)> {
         let (rows, features) = device.shape(&self.residual);
         let mut out = Assembly::new(rows, settings.group_columns(features), &prepared.order, settings);
-        let mut error = 0.0;
-        for (block, codes) in self.blocks.iter().zip(device.take_codes(self.codes, &rule_of(settings))?) {
-            error += codes.error;
-            out.place(block, &codes);
-        }
+        let codes = device.take_codes(self.codes, &rule_of(settings))?;
+        let mut error = codes.iter().map(|block| block.error).sum::<f64>();
+        out.place(&self.blocks.into_iter().zip(codes).collect::<Vec<_>>());
         // The factor is that of the damped matrix.
         error -= prepared.system()?.absolute_damp * device.squared_norm(&self.residual)?;
         // Not f64::max, which would make 0 of a NaN.

@@ -9,6 +9,7 @@ use crate::quantize::settings::SolverSettings;
 use crate::quantize::{Finding, FindingKind, SolveReport};
 use crate::tensor::Matrix;
 use anyhow::{Result, anyhow};
+use std::ops::Range;
 use std::time::Instant;
 
 /// Rounds `weight` `[out, in]` to the nearest codes, group by group: the floor that everything is compared with. Only
@@ -29,16 +30,15 @@ pub fn round_to_nearest(weight: &Matrix, settings: &SolverSettings) -> Result<(Q
     let mut state =
         SolveState { residual: weight.clone(), carried: None, shift: None, error: Matrix::default(), cross: None };
     let mut out = Assembly::new(weight.rows(), group, &order, settings);
-    let mut error = 0.0;
     let mut codes = Vec::new();
-    for columns in (0..features).step_by(group).map(|first| first..first + group) {
+    let groups: Vec<Range<usize>> = (0..features).step_by(group).map(|first| first..first + group).collect();
+    for columns in &groups {
+        let columns = columns.clone();
         let job = ColumnBlock { columns, span: 0, group, grid: None, rule, factor: None, cross: None };
         Cpu.quantize_block(&job, &mut state, &mut codes).map_err(|error| with_largest(error, weight))?;
-        for codes in codes.drain(..) {
-            error += codes.error;
-            out.place(&job.columns, &codes);
-        }
     }
+    let error = codes.iter().map(|block| block.error).sum::<f64>();
+    out.place(&groups.into_iter().zip(codes).collect::<Vec<_>>());
     let report = SolveReport {
         relative_error: if error == 0.0 { 0.0 } else { error / weight_norm },
         damp: None,

@@ -7,7 +7,6 @@ mod product;
 pub(super) use attention::QUERY_BLOCK;
 
 use super::Cpu;
-use crate::device::cpu::vector;
 use crate::device::{Activation, AttentionOperands, ModelOps, QuantizedWeight, Rotary};
 use crate::parallel::each_chunk;
 use crate::tensor::{Float, Matrix};
@@ -22,7 +21,7 @@ impl ModelOps for Cpu {
     fn dequantize(&self, weight: &QuantizedWeight<'_>) -> Result<Matrix> {
         weight.groups()?;
         let mut out = Matrix::zeros(weight.rows, weight.cols);
-        each_chunk(out.data_mut(), weight.cols, |row, out| vector::dispatch(|| weight.row(row, out)));
+        each_chunk(out.data_mut(), weight.cols, |row, out| weight.row(row, out));
         Ok(out)
     }
 
