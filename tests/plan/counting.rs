@@ -31,12 +31,18 @@ const METHODS: [(Solver, Importance, u32); 4] = [
     (Solver::Gptaq, Importance::None, 2),
 ];
 
+/// What the plan has of the next block's weights, which in a run may come before a stage's worst moment or behind it.
+fn ahead(stage: &StagePlan) -> u64 {
+    stage.entries.iter().filter(|entry| entry.name == "weights of the next block").map(|entry| entry.bytes).sum()
+}
+
 /// What a stage held at most was planned: not more, and not less by more than a tenth.
 fn check(what: &str, stages: &[StagePlan]) {
     for stage in stages {
         let measured = stage.measured_bytes.unwrap();
         println!("{what}, {}, {}: {:.3}", stage.stage, stage.step, measured as f64 / stage.bytes as f64);
-        assert!(measured <= stage.bytes && 10 * measured >= 9 * stage.bytes, "{what}: {measured} of {stage:?}");
+        let with_all = measured + ahead(stage);
+        assert!(measured <= stage.bytes && 10 * with_all >= 9 * stage.bytes, "{what}: {measured} of {stage:?}");
     }
 }
 
@@ -97,7 +103,11 @@ fn what_is_counted_beforehand_is_what_a_run_counts() {
         for (counted, planned) in counted.stages().iter().zip(&plan.stages) {
             let measured = planned.measured_bytes.unwrap();
             println!("{i}, {}: {} of {measured} at {}, {planned:?}", counted.stage, counted.bytes, counted.step);
-            assert_eq!(counted.bytes, measured, "{counted:?} of {planned:?}");
+            assert_eq!(counted.bytes, planned.bytes);
+            assert!(
+                (counted.bytes - ahead(planned)..=counted.bytes).contains(&measured),
+                "{measured}, {counted:?} of {planned:?}"
+            );
             assert_eq!(counted.step, planned.step);
         }
         // All work but what a run does of its own accord: it looks at its weights and at what comes back.

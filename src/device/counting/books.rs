@@ -4,6 +4,7 @@ use super::device::Counting;
 use super::ledger::{Peak, StandsFor};
 use super::on_host::OnHost;
 use crate::device::work::ByKind;
+use std::collections::BTreeMap;
 
 impl Counting {
     /// Names the step that the next operations belong to.
@@ -67,6 +68,16 @@ impl Counting {
     /// Bytes of the tensors that were made since [`reset_peak`](crate::device::Device::reset_peak), each size once.
     pub fn sizes(&self) -> Vec<u64> {
         self.ledger.sizes()
+    }
+
+    /// How often the host waited for the device, by what for.
+    pub fn waits(&self) -> BTreeMap<&'static str, u64> {
+        self.ledger.waits()
+    }
+
+    /// Seconds that all work so far takes a device that is [paced](Self::paced); 0 of another.
+    pub fn busy_seconds(&self) -> f64 {
+        self.ledger.busy()
     }
 
     /// All work so far, by kind.

@@ -113,6 +113,14 @@ impl Counting {
         Self { running: true, ..self }
     }
 
+    /// This device, with new books, whose work takes the time that it has at `rates`, work a second, one after the other: what comes back to
+    /// the host is waited for.
+    pub fn paced(self, rates: ByKind) -> Self {
+        let paced = self.afresh();
+        paced.ledger.set_pace(rates);
+        paced
+    }
+
     /// A tensor of a type.
     pub(super) fn tensor(&self, rows: usize, cols: usize, float: Float) -> Result<CountedTensor> {
         CountedTensor::new(&self.ledger, rows, cols, float)
@@ -206,6 +214,7 @@ impl Device for Counting {
         self.check([tensor])?;
         self.values(tensor.count());
         self.passes_host((tensor.rows, tensor.cols), tensor.float);
+        self.ledger.wait("numbers");
         // Zeros take no memory until they are looked at.
         Ok(Matrix::zeros(tensor.rows, tensor.cols))
     }
@@ -213,6 +222,7 @@ impl Device for Counting {
     fn bytes<'a>(&self, tensor: &'a CountedTensor) -> Result<Cow<'a, [u8]>> {
         tensor.check_owner(&self.ledger)?;
         self.values(tensor.count());
+        self.ledger.wait("a copy of numbers");
         // Zeros take no memory until they are looked at.
         Ok(Cow::Owned(vec![0; tensor.rows * tensor.cols * tensor.float.bytes()]))
     }
@@ -221,6 +231,7 @@ impl Device for Counting {
         self.check([tensor])?;
         self.takes(None, size_of::<i32>());
         self.values(tensor.count());
+        self.ledger.wait("whether numbers are finite");
         Ok(None)
     }
 
@@ -229,6 +240,7 @@ impl Device for Counting {
         checks::scaled(tensor, scales)?;
         self.takes(None, (tensor.rows + tensor.cols) * size_of::<f32>());
         self.values(tensor.count());
+        self.ledger.wait("sizes of rows");
         Ok(vec![1.0; tensor.rows])
     }
 

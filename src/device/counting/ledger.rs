@@ -1,7 +1,8 @@
 //! The books of a counting device: what is alive, under which label, and the moment at which that was most.
 
+use super::pace::Pace;
 use crate::device::work::ByKind;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What is made without a label.
@@ -83,6 +84,9 @@ struct Books {
     step: String,
     label: &'static str,
     work: ByKind,
+    pace: Option<Pace>,
+    /// How often the host waited for the device, by what for.
+    waits: BTreeMap<&'static str, u64>,
 }
 
 impl Default for Books {
@@ -102,6 +106,8 @@ impl Default for Books {
             step: String::new(),
             label: UNNAMED,
             work: ByKind::default(),
+            pace: None,
+            waits: BTreeMap::new(),
         }
     }
 }
@@ -264,7 +270,32 @@ impl Ledger {
     /// Adds work.
     pub(super) fn work(&self, work: ByKind) {
         let mut books = self.books();
-        books.work = books.work + work * books.alike(books.label).work;
+        let work = work * books.alike(books.label).work;
+        books.work = books.work + work;
+        books.pace.iter_mut().for_each(|pace| pace.enqueue(work));
+    }
+
+    /// Has work take its time from now on.
+    pub(super) fn set_pace(&self, rates: ByKind) {
+        self.books().pace = Some(Pace::new(rates));
+    }
+
+    /// What all work took so far, in seconds; 0 of a device that takes no time.
+    pub(super) fn busy(&self) -> f64 {
+        self.books().pace.as_ref().map_or(0.0, Pace::busy)
+    }
+
+    /// Waits for the work so far, of which the host wants to see `what`.
+    pub(super) fn wait(&self, what: &'static str) {
+        let mut books = self.books();
+        *books.waits.entry(what).or_default() += 1;
+        let left = books.pace.as_ref().map(Pace::left);
+        drop(books);
+        left.into_iter().for_each(std::thread::sleep);
+    }
+
+    pub(super) fn waits(&self) -> BTreeMap<&'static str, u64> {
+        self.books().waits.clone()
     }
 
     /// Names the step from now on.

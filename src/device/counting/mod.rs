@@ -9,6 +9,7 @@ mod device;
 mod ledger;
 mod model_ops;
 mod on_host;
+mod pace;
 mod solve_ops;
 mod tensor;
 

@@ -55,6 +55,7 @@ impl SolveOps for Counting {
             // As they come, and as they are put together.
             self.ledger.pass_on_host(2 * bytes);
         }
+        self.ledger.wait("codes");
         if !self.running {
             return Ok(Vec::new());
         }
@@ -99,6 +100,7 @@ impl SolveOps for Counting {
         self.check([x])?;
         square(x, x.cols)?;
         self.takes(None, 2 * x.cols * size_of::<f32>());
+        self.ledger.wait("a diagonal");
         Ok(vec![1.0; x.cols])
     }
 
@@ -118,6 +120,7 @@ impl SolveOps for Counting {
         checks::consecutive(blocks, 0..n)?;
         let (inverses, diagonal) = (self.tensor(n, BLOCK, Float::F32)?, self.tensor(1, n, Float::F32)?);
         self.factors(n);
+        self.ledger.wait("whether a matrix was factored");
         Ok(Factored::Done(Factor { root: h, inverses, diagonal }))
     }
 
@@ -158,6 +161,7 @@ impl SolveOps for Counting {
     fn squared_norm(&self, x: &CountedTensor) -> Result<f64> {
         self.check([x])?;
         self.values(x.count());
+        self.ledger.wait("norms");
         Ok(1.0)
     }
 
@@ -167,6 +171,7 @@ impl SolveOps for Counting {
         self.takes(Some(Work::WeightedNorm { rows: x.rows, features: x.cols }), 0);
         // H is known by a triangle.
         self.ledger.work(ByKind { products: x.count() * x.cols as f64, ..ByKind::default() });
+        self.ledger.wait("norms");
         Ok(1.0)
     }
 
@@ -182,6 +187,7 @@ impl SolveOps for Counting {
         let search = if rule.grid == Grid::Loss { losses } else { 0 };
         self.takes(None, rows * (corrected + search) * size_of::<f32>() + rows * 5);
         self.values((rows * columns.len()) as f64);
+        self.ledger.wait("the grid of a wide group");
         Ok(grid(rows, &rule))
     }
 
