@@ -64,6 +64,7 @@ fn settings(folder: &Path) -> RunSettings {
     RunSettings {
         solver: SolverSettings { group_size: Some(32), ..SolverSettings::default() },
         samples: 2,
+        save_every: 0,
         ..RunSettings::new(golden.join("flat-tied-bf16"), Some(data), folder.join("out"))
     }
 }

@@ -220,7 +220,10 @@ fn check_plan(report: &RunReport, expected: &MemoryPlan) {
     assert_eq!((plan.device_bytes, plan.activations), (expected.device_bytes, expected.activations));
     for stage in &plan.stages {
         let measured = stage.measured_bytes.unwrap();
-        assert!(measured <= stage.bytes && 10 * measured >= 9 * stage.bytes, "{measured} of {stage:?}");
+        // The next block's weights may come behind the worst moment.
+        let ahead = stage.entries.iter().filter(|entry| entry.name == "weights of the next block");
+        let with_all = measured + ahead.map(|entry| entry.bytes).sum::<u64>();
+        assert!(measured <= stage.bytes && 10 * with_all >= 9 * stage.bytes, "{measured} of {stage:?}");
     }
     assert_eq!(report.peak_device_bytes, plan.stages.iter().filter_map(|stage| stage.measured_bytes).max());
 }
@@ -251,7 +254,7 @@ fn check_streaming(step: &str, settings: impl Fn(&Path) -> RunSettings) {
 #[test]
 fn comparisons_of_the_paths_are_streamed_within_their_plan() {
     check_streaming("comparing the paths", |out| {
-        long_chunks(settings(out, SolverSettings::default(), Importance::Vlmq), 1)
+        long_chunks(settings(out, SolverSettings::default(), Importance::None), 1)
     });
 }
 
@@ -330,7 +333,8 @@ fn every_familys_tower_holds_what_was_planned() {
         let measured = stage.measured_bytes.unwrap();
         println!("{}: {measured} of {}, {:.3}", stage.step, stage.bytes, measured as f64 / stage.bytes as f64);
         assert!(measured <= stage.bytes && 10 * measured >= 9 * stage.bytes, "{name}: {measured} of {stage:?}");
-        assert!(report.peak_device_bytes.unwrap() <= plan.device_bytes, "{name}");
+        let peak = report.peak_device_bytes.unwrap();
+        assert!(peak <= plan.device_bytes, "{name}: {peak} of {:?}", report.memory_plan.stages);
     }
 }
 

@@ -119,7 +119,7 @@ impl SolveOps for Counting {
         square(&h, n)?;
         checks::consecutive(blocks, 0..n)?;
         let (inverses, diagonal) = (self.tensor(n, BLOCK, Float::F32)?, self.tensor(1, n, Float::F32)?);
-        self.factors(n);
+        self.factors(n, size_of::<i32>());
         self.ledger.wait("whether a matrix was factored");
         Ok(Factored::Done(Factor { root: h, inverses, diagonal }))
     }
@@ -137,7 +137,7 @@ impl SolveOps for Counting {
         self.check_factor(factor, n)?;
         checks::consecutive(blocks, 0..n)?;
         let blocks = self.tensor(n, BLOCK, Float::F32)?;
-        self.factors(n);
+        self.factors(n, 0);
         Ok(CrossFactor { scaled: c, blocks })
     }
 
@@ -222,9 +222,9 @@ impl Counting {
         Ok(made)
     }
 
-    /// A factorization, or what a cross term takes of it: a block to finish with.
-    fn factors(&self, n: usize) {
-        self.takes(Some(Work::Factor { features: n }), BLOCK * BLOCK * size_of::<f32>());
+    /// A factorization, or what a cross term takes of it: a block to finish with, and so many bytes that say how it went.
+    fn factors(&self, n: usize, status: usize) {
+        self.takes(Some(Work::Factor { features: n }), BLOCK * BLOCK * size_of::<f32>() + status);
         self.ledger.work(ByKind { factors: (n as f64).powi(3) / 3.0, ..ByKind::default() });
     }
 
