@@ -243,6 +243,6 @@ pub trait ModelOps: Device {
     /// `activation(gate) ∘ up`.
     fn gated(&self, gate: &Self::Tensor, up: &Self::Tensor, activation: Activation) -> Result<Self::Tensor>;
 
-    /// Mean over columns of the absolute values, one value a row (the importance factor, paper section 4).
-    fn mean_abs_rows(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
+    /// Mean over columns of the absolute values, one value a row (the importance factor, paper section 4): `[rows, 1]` in float32.
+    fn mean_abs_rows(&self, x: &Self::Tensor) -> Result<Self::Tensor>;
 }

@@ -38,13 +38,22 @@ pub struct BlockInputs<'a, T> {
     pub layout: &'a Layout<T>,
 }
 
-/// Factors of the tokens of some packed samples, not yet normalised. `block` holds float weights.
+/// What becomes the [`Factors`] of some packed samples, on the device.
+#[derive(Debug)]
+pub struct Magnitudes<T> {
+    /// Of each token the mean over channels of the scaled gradient's absolute values, `[tokens, 1]`, for q, k, v and o.
+    pub projections: [T; 4],
+    /// What the gradient was multiplied by: a power of two.
+    pub scale: f32,
+}
+
+/// Magnitudes of the gradients of the tokens of some packed samples. `block` holds float weights.
 pub fn attention_importance<D: ModelOps>(
     device: &D,
     config: &DecoderConfig,
     block: &Block<D::Tensor>,
     inputs: &BlockInputs<'_, D::Tensor>,
-) -> Result<Factors> {
+) -> Result<Magnitudes<D::Tensor>> {
     let &BlockInputs { x_float, x_quantized, layout } = inputs;
     let float_attention = block.output_input(device, config, x_float, layout)?;
     let float_output = block.linear(Projection::O).apply(device, &float_attention)?;
@@ -60,15 +69,14 @@ pub fn attention_importance<D: ModelOps>(
         device.add_assign(&mut d_output, &device.scaled_difference(x_quantized, x_float, 2.0 * scale)?)?;
         Ok(d_output)
     };
-    let scale = loss_scale(&device.mean_abs_rows(&gradient(1.0)?)?);
+    let scale = loss_scale(device.download(&device.mean_abs_rows(&gradient(1.0)?)?)?.data());
     let d_output = gradient(scale)?;
     let d_attention = device.matmul(&d_output, &block.linear(Projection::O).weight)?;
     let (d_q, d_k, d_v) = device.attention_backward(&operands, &d_attention)?;
     let (d_q, d_k) = block.projection_gradients(device, &input, &layout.rotary, (d_q, d_k))?;
-    let factors = |gradient: &D::Tensor| -> Result<Vec<f32>> {
-        Ok(device.mean_abs_rows(gradient)?.into_iter().map(|g| g / scale).collect())
-    };
-    Ok(Factors { projections: [factors(&d_q)?, factors(&d_k)?, factors(&d_v)?, factors(&d_output)?] })
+    let magnitudes = |gradient| device.mean_abs_rows(gradient);
+    let projections = [magnitudes(&d_q)?, magnitudes(&d_k)?, magnitudes(&d_v)?, magnitudes(&d_output)?];
+    Ok(Magnitudes { projections, scale })
 }
 
 /// A power of two that brings the gradient at the module's output, given by its rows' magnitudes, near 1: in float16 what

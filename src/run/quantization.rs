@@ -83,13 +83,16 @@ fn quantize<D: ModelOps + SolveOps>(
     let time = Instant::now();
     let mut stages = Vec::new();
     let (input, data) = Input::read::<D>(settings, &mut stages, observer)?;
+    let plan = input.plan(&Counting::of(device), &data, &input.subject(&data.packed()))?.0;
+    plan.lines().iter().for_each(|line| log::info!("{line}"));
+    // From here on threads work beside each other, whose memory no plan would know from the program's.
     thread::scope(|scope| {
         let (checkpoint, replaced) = (&input.checkpoint, input.replaced());
         let calibration = settings.calib.as_deref().filter(|_| data.all().next().is_some());
         let files = Awaited::start(scope, "checksums", move |check| {
             FileSums::of(checkpoint, |name| !replaced.contains(name), calibration, check)
         })?;
-        let read = Read { device, settings, input: &input, files: &files, time, stages };
+        let read = Read { device, settings, input: &input, plan, files: &files, time, stages };
         read.quantize(data, work, saved, observer)
     })
 }
@@ -99,6 +102,7 @@ struct Read<'a, 'scope, D> {
     device: &'a D,
     settings: &'a RunSettings,
     input: &'a Input,
+    plan: MemoryPlan,
     files: &'a Awaited<'scope, FileSums>,
     time: Instant,
     stages: Vec<StageTime>,
@@ -112,13 +116,10 @@ impl<D: ModelOps + SolveOps> Read<'_, '_, D> {
         saved: &mut Option<Unfinished>,
         observer: &mut dyn RunObserver,
     ) -> Result<RunReport> {
-        let Self { device, settings, input, files, time, mut stages } = self;
+        let Self { device, settings, input, mut plan, files, time, mut stages } = self;
         let stop = observer.stop();
         let check = || Ok(stop.check()?);
         let packed = data.packed();
-        let subject = input.subject(&packed);
-        let (mut plan, _) = input.plan(&Counting::of(device), &data, &subject)?;
-        plan.lines().iter().for_each(|line| log::info!("{line}"));
         let used = RunSettings {
             solver: input.solver.clone(),
             importance: input.importance,
@@ -134,7 +135,7 @@ impl<D: ModelOps + SolveOps> Read<'_, '_, D> {
         let blocks = input.config.decoder.layers;
         let unfinished =
             |work: &WorkFolder, finished| Some(Unfinished { folder: work.path().into(), finished, blocks });
-        let bytes = StateBytes::of(&subject, device.element_bytes());
+        let bytes = StateBytes::of(&input.subject(&packed), device.element_bytes());
         let start = Start { device, input, settings: &used, data: &data, state: bytes, stop: &stop, time };
         let found = resume::find(work, || {
             let clock = StageClock::start(Stage::Checksums, 1, observer);

@@ -135,7 +135,9 @@ fn wide_layers_of_small_inputs_are_seen_too() {
     assert_eq!(stage.step, "importance");
     // Four of the stream's width, five of the queries', four of the keys'.
     let temporary = 2048 * 2 * (4 * 64 + 5 * 64 + 4 * 32);
-    assert_eq!(bytes_of(stage, "intermediate results"), temporary);
+    // For each of four projections a factor of the tokens before, and of its own.
+    let factors = 4 * 4 * (300 + 2048);
+    assert_eq!(bytes_of(stage, "intermediate results"), temporary + factors);
     // Streamed: the longest chunk and the one behind it.
     let streamed = fit(&model.subject(samples.iter().collect(), &method), Some(plan.device_bytes - 1));
     assert_eq!(bytes_of(blocks(&streamed), "residual streams of two chunks"), (2048 + 700) * (2 * 2 * 64 + 4 * 32));

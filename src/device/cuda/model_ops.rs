@@ -235,7 +235,7 @@ impl ModelOps for Cuda {
         self.activated(gate, Some(up), activation)
     }
 
-    fn mean_abs_rows(&self, x: &CudaTensor) -> Result<Vec<f32>> {
+    fn mean_abs_rows(&self, x: &CudaTensor) -> Result<CudaTensor> {
         let mut means = self.tensor(x.rows, 1, Float::F32)?;
         self.launch(&vlmq_mean_abs_rows_args {
             x: self.read(x)?,
@@ -244,7 +244,7 @@ impl ModelOps for Cuda {
             cols: x.cols as i64,
             dtype: dtype_of(x.precision),
         })?;
-        means.memory.read(0, x.rows)
+        Ok(means)
     }
 }
 

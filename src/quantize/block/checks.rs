@@ -1,6 +1,7 @@
 //! What is looked at while a block is quantized: that numbers stay finite, and how far the paths are apart.
 
-use super::chunk::{Chunk, calibrated};
+use super::chunk::{Activations, Chunk, calibrated};
+use super::gathered::Gathered;
 use super::quantizer::BlockQuantizer;
 use super::set::LayerSet;
 use crate::device::{ModelOps, SolveOps};
@@ -28,8 +29,36 @@ impl std::error::Error for NotFinite {}
 pub(super) struct Behind {
     /// The projection that has just been added to it.
     pub(super) residual: Projection,
-    /// The path's name.
-    pub(super) path: &'static str,
+    /// The path that it is of.
+    pub(super) path: Path,
+}
+
+/// The two ways through a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Path {
+    /// With the model's own weights.
+    Float,
+    /// With those of the codes.
+    Quantized,
+}
+
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Float => "float",
+            Self::Quantized => "quantized",
+        })
+    }
+}
+
+impl Path {
+    /// The path's residual stream in a chunk, where it has one.
+    fn of<T>(self, chunk: &mut Chunk<T>) -> Option<&mut T> {
+        match self {
+            Self::Float => chunk.x_float.as_mut(),
+            Self::Quantized => Some(&mut chunk.x_quantized),
+        }
+    }
 }
 
 impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
@@ -53,51 +82,70 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         })
     }
 
-    /// Errors where a path's residual stream `x` is not finite, naming the sample.
-    pub(super) fn check_finite(
-        &self,
-        x: &D::Tensor,
-        layout: &Layout<D::Tensor>,
-        samples: &[String],
-        behind: Behind,
-    ) -> Result<()> {
+    /// Errors where a path's residual stream is not finite, naming the sample. `sizes` are the mean absolute values of its tokens, chunk by
+    /// chunk.
+    pub(super) fn check_finite(&self, chunks: &mut [Chunk<D::Tensor>], sizes: Vec<f32>, behind: Behind) -> Result<()> {
         let Behind { residual, path } = behind;
-        let Some(row) = self.device.first_non_finite_row(x)? else { return Ok(()) };
-        bail!(NotFinite(format!(
-            "activations behind {} of block {} hold a NaN or an infinity on the {path} path (sample {}); check the \
-             checkpoint's weights and that sample's image",
-            residual.module(),
-            self.index,
-            sample_of(layout, samples, row)
-        )))
+        let mut rest = sizes.as_slice();
+        for chunk in chunks {
+            let Some(x) = path.of(chunk) else { continue };
+            let (own, others) = rest.split_at(self.device.shape(x).0);
+            rest = others;
+            if own.iter().all(|size| size.is_finite()) {
+                continue;
+            }
+            // The sum of finite values may be none.
+            self.device.fetch(x)?;
+            let found = self.device.first_non_finite_row(x)?;
+            if self.activations == Activations::Streamed {
+                self.device.park(x)?;
+            }
+            if let Some(row) = found {
+                bail!(NotFinite(format!(
+                    "activations behind {} of block {} hold a NaN or an infinity on the {path} path (sample {}); check \
+                     the checkpoint's weights and that sample's image",
+                    residual.module(),
+                    self.index,
+                    sample_of(&chunk.layout, &chunk.samples, row)
+                )))
+            }
+        }
+        Ok(())
     }
 }
 
 /// Distance of the paths' residual streams, token by token: tokens of massive activations would drown the others in a sum
 /// over all.
-#[derive(Default)]
-pub(super) struct Distance {
-    sum: f64,
-    tokens: usize,
+pub(super) struct Distance<T> {
+    differences: Gathered<T>,
+    sizes: Gathered<T>,
 }
 
-impl Distance {
+impl<T> Default for Distance<T> {
+    fn default() -> Self {
+        Self { differences: Gathered::default(), sizes: Gathered::default() }
+    }
+}
+
+impl<T> Distance<T> {
     /// Adds the tokens of a chunk.
-    pub(super) fn add<D: ModelOps>(&mut self, device: &D, x_quantized: &D::Tensor, x_float: &D::Tensor) -> Result<()> {
-        let differences = device.mean_abs_rows(&device.scaled_difference(x_quantized, x_float, 1.0)?)?;
-        let sizes = device.mean_abs_rows(x_float)?;
-        // A token that is nothing has no relative distance.
-        for (&difference, &size) in differences.iter().zip(&sizes).filter(|(_, size)| **size > 0.0) {
-            self.sum += f64::from(difference) / f64::from(size);
-            self.tokens += 1;
-        }
-        Ok(())
+    pub(super) fn add<D: ModelOps<Tensor = T>>(&mut self, device: &D, x_quantized: &T, x_float: &T) -> Result<()> {
+        let differences = device.scaled_difference(x_quantized, x_float, 1.0)?;
+        self.differences.add(device, device.mean_abs_rows(&differences)?)?;
+        self.sizes.add(device, device.mean_abs_rows(x_float)?)
     }
 
-    /// Mean of the distances, see [`BlockOutcome::path_error`](super::quantizer::BlockOutcome::path_error).
-    pub(super) fn mean(&self) -> Option<f64> {
+    /// Mean of the distances, see [`BlockOutcome::path_error`](super::quantizer::BlockOutcome::path_error). Waits.
+    pub(super) fn mean<D: ModelOps<Tensor = T>>(self, device: &D) -> Result<Option<f64>> {
+        let (differences, sizes) = (self.differences.take(device)?, self.sizes.take(device)?);
+        let (mut sum, mut tokens) = (0.0, 0usize);
+        // A token that is nothing has no relative distance.
+        for (&difference, &size) in differences.iter().zip(&sizes).filter(|(_, size)| **size > 0.0) {
+            sum += f64::from(difference) / f64::from(size);
+            tokens += 1;
+        }
         // A difference may overflow in float16 where its terms do not.
-        (self.tokens > 0).then(|| self.sum / self.tokens as f64).filter(|mean| mean.is_finite())
+        Ok((tokens > 0).then(|| sum / tokens as f64).filter(|mean| mean.is_finite()))
     }
 }
 

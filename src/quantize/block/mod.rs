@@ -7,6 +7,7 @@
 mod checks;
 mod chunk;
 mod embed;
+mod gathered;
 pub mod labels;
 mod quantizer;
 mod refit;
@@ -26,8 +27,9 @@ use crate::device::{ModelOps, SolveOps};
 use crate::heap;
 use crate::model::decoder::{Block, Projection};
 use anyhow::{Context, Result, bail};
-use checks::{Behind, Distance, without_importance};
+use checks::{Behind, Distance, Path, without_importance};
 use chunk::calibrated;
+use gathered::{Gathered, Importances};
 use quantizer::place_of;
 use set::LayerSet;
 use std::time::Instant;
@@ -92,13 +94,13 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             return Ok((None, [1.0; 4], Vec::new()));
         }
         progress(&format!("block {}: importance", self.index));
-        let mut factors = Vec::with_capacity(chunks.len());
+        let mut importances = Importances::default();
         self.pass(true, None).run(calibrated(chunks), |_, chunk| {
             let Some(x_float) = &chunk.x_float else { bail!("importance needs the float path") };
             let inputs = BlockInputs { x_float, x_quantized: &chunk.x_quantized, layout: &chunk.layout };
-            factors.push(attention_importance(self.device, self.config, &self.float, &inputs)?);
-            Ok(())
+            importances.add(self.device, attention_importance(self.device, self.config, &self.float, &inputs)?)
         })?;
+        let mut factors = importances.take(self.device)?;
         let unusable = normalise(&mut factors);
         let weighed = [Projection::Q, Projection::K, Projection::V, Projection::O];
         let inputs = weighed.map(|projection| projection.shape(self.config).1);
@@ -126,6 +128,7 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
         drop(label);
         let with_float = with_cross || set.residual().is_some();
         let visited = if set.residual().is_some() { &mut *chunks } else { calibrated(chunks) };
+        let mut sizes = Gathered::default();
         self.pass(with_float, set.residual()).run(visited, |i, chunk| {
             let f = match &chunk.x_float {
                 Some(x) if with_float => Some(self.input(set, &self.float, x, &chunk.layout)?),
@@ -139,10 +142,13 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
             if let (Some(residual), Some(f), Some(x_float)) = (set.residual(), &f, &mut chunk.x_float) {
                 self.float.add_output(self.device, x_float, residual, f)?;
                 self.leave(&chunk.layout, x_float, residual)?;
-                self.check_finite(x_float, &chunk.layout, &chunk.samples, Behind { residual, path: "float" })?;
+                sizes.add(self.device, self.device.mean_abs_rows(x_float)?)?;
             }
             Ok(())
         })?;
+        if let Some(residual) = set.residual() {
+            self.check_finite(chunks, sizes.take(self.device)?, Behind { residual, path: Path::Float })?;
+        }
         // What the pass left free is not what a factorization takes.
         heap::trim();
         let label = self.device.label(labels::FACTORS);
@@ -192,23 +198,19 @@ impl<D: ModelOps + SolveOps> BlockQuantizer<'_, D> {
     /// how far it is from the float path's, see [`BlockOutcome::path_error`].
     fn advance(&self, set: LayerSet, residual: Projection, chunks: &mut [Chunk<D::Tensor>]) -> Result<Option<f64>> {
         let ends = residual == Projection::Down;
-        let mut distance = Distance::default();
+        let (mut sizes, mut distance) = (Gathered::default(), Distance::default());
         self.pass(ends, Some(residual)).run(chunks, |_, chunk| {
             let u = self.input(set, &self.quantized, &chunk.x_quantized, &chunk.layout)?;
             self.quantized.add_output(self.device, &mut chunk.x_quantized, residual, &u)?;
             self.leave(&chunk.layout, &mut chunk.x_quantized, residual)?;
-            self.check_finite(
-                &chunk.x_quantized,
-                &chunk.layout,
-                &chunk.samples,
-                Behind { residual, path: "quantized" },
-            )?;
+            sizes.add(self.device, self.device.mean_abs_rows(&chunk.x_quantized)?)?;
             if let Some(x_float) = chunk.x_float.as_ref().filter(|_| ends && !chunk.held_out) {
                 distance.add(self.device, &chunk.x_quantized, x_float)?;
             }
             Ok(())
         })?;
-        Ok(distance.mean())
+        self.check_finite(chunks, sizes.take(self.device)?, Behind { residual, path: Path::Quantized })?;
+        distance.mean(self.device)
     }
 }
 

@@ -128,7 +128,7 @@ impl ModelOps for Cpu {
         elementwise::gated(gate, up, activation)
     }
 
-    fn mean_abs_rows(&self, x: &Matrix) -> Result<Vec<f32>> {
-        Ok(elementwise::mean_abs_rows(x))
+    fn mean_abs_rows(&self, x: &Matrix) -> Result<Matrix> {
+        Matrix::new(x.rows(), 1, elementwise::mean_abs_rows(x))
     }
 }
