@@ -41,7 +41,7 @@ pub struct BlockInputs<'a, T> {
 /// What becomes the [`Factors`] of some packed samples, on the device.
 #[derive(Debug)]
 pub struct Magnitudes<T> {
-    /// Of each token the mean over channels of the scaled gradient's absolute values, `[tokens, 1]`, for q, k, v and o.
+    /// Means over channels of the scaled gradient's absolute values, a token each, `[tokens, 1]`, for q, k, v and o.
     pub projections: [T; 4],
     /// What the gradient was multiplied by: a power of two.
     pub scale: f32,
