@@ -2,7 +2,7 @@
 //!
 //! Ŵ is what the file holds, scale · (code − zero) in float32 or, as plain weights, that rounded to their dtype. A run
 //! records it and `verify` computes it again from the files, so that the sums have one order whatever the number of threads:
-//! float64 along a row in [`LANES`] partial sums, then over the rows.
+//! float64 along a row in 16 partial sums, then over the rows.
 
 use super::convert::float_type;
 use super::formats::Format;
