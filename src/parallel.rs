@@ -31,6 +31,12 @@ pub(crate) fn try_map<T: Send>(count: usize, work: impl Fn(usize) -> Result<T> +
     all(count, &work)
 }
 
+/// Waits for a thread's end, whose panic goes on here.
+#[cfg(feature = "run")]
+pub(crate) fn join<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
 /// As [`try_map`], on threads of its own, as many as would compute: for work that waits for files, during which those others are to go on.
 #[cfg(feature = "run")]
 pub(crate) fn try_map_apart<T: Send>(count: usize, work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
@@ -54,7 +60,7 @@ pub(crate) fn try_map_apart<T: Send>(count: usize, work: impl Fn(usize) -> Resul
                 .collect();
             let mut made = Vec::with_capacity(count);
             for thread in started? {
-                made.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+                made.extend(join(thread)?);
             }
             made.sort_unstable_by_key(|(i, _)| *i);
             Ok(made.into_iter().map(|(_, value)| value).collect())

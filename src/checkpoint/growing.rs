@@ -73,3 +73,43 @@ impl Growing {
         self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::checksum::of_bytes;
+    use anyhow::bail;
+    use std::fs;
+
+    /// Two tensors of four bytes behind a header of two, of which the second comes first.
+    fn growing(folder: &std::path::Path) -> Growing {
+        let path = folder.join("weights");
+        fs::write(&path, b"hdaaaabbbb").unwrap();
+        let tensors = vec![("a".to_owned(), 6), ("b".to_owned(), 10)];
+        Growing { files: vec![(path, tensors)], written: Mutex::new(HashSet::from(["b".into()])), more: Condvar::new() }
+    }
+
+    #[test]
+    fn files_are_read_as_far_as_they_are_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let growing = growing(folder.path());
+        let sums = std::thread::scope(|scope| {
+            let sums = scope.spawn(|| growing.checksums(&|| Ok(())));
+            growing.grow(["a".to_owned()]);
+            sums.join().unwrap().unwrap()
+        });
+        assert_eq!(sums, BTreeMap::from([(folder.path().join("weights"), of_bytes(b"hdaaaabbbb"))]));
+    }
+
+    #[test]
+    fn what_never_comes_is_not_waited_for_when_nobody_wants_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let asked = std::sync::atomic::AtomicUsize::new(0);
+        let give_up = || match asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+            0..3 => Ok(()),
+            _ => bail!("given up"),
+        };
+        let error = growing(folder.path()).checksums(&give_up).unwrap_err();
+        assert_eq!(error.to_string(), "given up");
+    }
+}

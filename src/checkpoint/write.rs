@@ -298,12 +298,6 @@ impl Writer {
         &self.written
     }
 
-    /// Names of the tensors that stand for the layer `module`, one of those announced.
-    pub fn tensors_of(&self, module: &str) -> Vec<String> {
-        let specs = self.linears.get(module).map(|linear| self.format.specs(linear, &self.layout));
-        specs.into_iter().flatten().map(|spec| spec.name).collect()
-    }
-
     /// What brings the tensors written so far to the disk, on whichever thread.
     pub fn flush(&self) -> Flush {
         Flush { folder: self.folder.clone(), files: Arc::clone(&self.files) }

@@ -4,6 +4,7 @@ use super::input::Input;
 use crate::device::ModelOps;
 use crate::model::decoder::Block;
 use crate::model::source::Weights;
+use crate::parallel::join;
 use anyhow::{Context, Result};
 use std::thread::{Builder, Scope, ScopedJoinHandle};
 
@@ -28,11 +29,7 @@ impl<'scope, 'env, D: ModelOps> Ahead<'scope, 'env, D> {
         let load = move |index| {
             Block::load(&Weights::new(device, &input.checkpoint), &input.config.decoder, &input.config.names, index)
         };
-        let block = match self.next.take().map(ScopedJoinHandle::join) {
-            None => load(index)?,
-            Some(Ok(block)) => block?,
-            Some(Err(panic)) => std::panic::resume_unwind(panic),
-        };
+        let block = self.next.take().map_or_else(|| load(index), join)?;
         let next = index + 1;
         if device.works_beside_host() && next < input.config.decoder.layers {
             let thread = Builder::new().name("weights".into()).spawn_scoped(self.scope, move || load(next));

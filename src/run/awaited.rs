@@ -1,6 +1,7 @@
 //! Values that a thread of their own makes while the run goes on without them.
 
 use crate::checkpoint::checksum::Check;
+use crate::parallel::join;
 use crate::progress::Stop;
 use anyhow::{Context, Result};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -46,13 +47,46 @@ impl<'scope, T: Send + 'scope> Awaited<'scope, T> {
     pub(super) fn is_there(&self) -> Result<bool> {
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(ended) = thread.take_if(|thread| thread.is_finished()) else { return Ok(thread.is_none()) };
-        let made = ended.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        Ok(self.value.set(made).is_ok())
+        Ok(self.value.set(join(ended)?).is_ok())
     }
 }
 
 impl<T> Drop for Awaited<'_, T> {
     fn drop(&mut self) {
         self.given_up.request();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::bail;
+    use std::thread;
+
+    #[test]
+    fn a_value_is_waited_for_and_an_error_told_once() {
+        thread::scope(|scope| {
+            let value = Awaited::start(scope, "value", |_| Ok(7)).unwrap();
+            assert_eq!((value.get(&|| Ok(())).unwrap(), value.is_there().unwrap()), (&7, true));
+            assert_eq!(value.get(&|| Ok(())).unwrap(), &7);
+            let error = Awaited::<()>::start(scope, "error", |_| bail!("broken")).unwrap();
+            assert_eq!(error.get(&|| Ok(())).unwrap_err().to_string(), "broken");
+            assert!(error.get(&|| Ok(())).unwrap_err().to_string().contains("asked for again"));
+        });
+    }
+
+    #[test]
+    fn nobody_waits_longer_than_wanted() {
+        thread::scope(|scope| {
+            // Ends when it is given up, which it is at the end of the scope.
+            let never = Awaited::<()>::start(scope, "never", |check| {
+                loop {
+                    check()?;
+                    sleep(PATIENCE);
+                }
+            })
+            .unwrap();
+            assert_eq!(never.get(&|| bail!("enough")).unwrap_err().to_string(), "enough");
+        });
     }
 }

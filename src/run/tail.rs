@@ -10,6 +10,7 @@ use crate::checkpoint::weight_error;
 use crate::checkpoint::write::Writer;
 use crate::heap;
 use crate::model::decoder::module_name;
+use crate::parallel::join;
 use crate::plan::WAITING;
 use crate::progress::Stage;
 use crate::quantize::block::SolvedLayer;
@@ -157,7 +158,7 @@ impl<'scope, 'env> Line<'scope, 'env> {
             Self::Here(tail, reports) => (reports, *tail),
             Self::Behind(jobs, reports, thread) => {
                 drop(jobs);
-                let tail = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+                let tail = join(thread)?;
                 (reports.try_iter().collect(), tail)
             }
             Self::Broken => return Ok((Vec::new(), None)),

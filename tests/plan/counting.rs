@@ -120,6 +120,25 @@ fn what_is_counted_beforehand_is_what_a_run_counts() {
     }
 }
 
+/// Layers are written behind a device that works beside the host: what goes wrong there ends the run as it does in line, at the first
+/// layer in their order.
+#[test]
+fn what_goes_wrong_behind_the_device_ends_the_run() {
+    let work = tempfile::tempdir().unwrap();
+    let (model, calib) = (data("tiny-qwen2-vl-narrow"), data("vqa/calib.jsonl"));
+    let mut said = Vec::new();
+    for device in [Counting::plain(Float::Bf16), Counting::of(&Cpu)] {
+        let settings = settings(&work.path().join("out"), &model, &calib, SolverSettings::default(), Importance::Vlmq);
+        // So few tokens are a finding of every layer.
+        let settings = RunSettings { strict: true, samples: 1, ..settings };
+        let error = run::run(&device.running(), &settings, &mut ()).unwrap_err();
+        said.push(format!("{error:#}"));
+        assert_eq!(fs::read_dir(work.path()).unwrap().count(), 0);
+    }
+    assert!(said[0].contains("layers.0.self_attn.q_proj: ") && said[0].contains("--strict"), "{said:?}");
+    assert_eq!(said[0], said[1]);
+}
+
 /// In the CPU's place: its memory is the host's, of which the plan counts the device's part alike.
 #[test]
 fn the_cpus_part_is_counted() {

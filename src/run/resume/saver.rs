@@ -6,6 +6,7 @@ use crate::checkpoint::own;
 use crate::checkpoint::sealed::{self, Sealing};
 use crate::checkpoint::work::{Kept, WorkFolder, sync_folder};
 use crate::checkpoint::write::Flush;
+use crate::parallel::join;
 use anyhow::{Context, Result};
 use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -86,11 +87,7 @@ impl<'scope, 'env> Saver<'scope, 'env> {
 
     /// Waits for the state that is being written.
     pub(in crate::run) fn finish(&mut self) -> Result<()> {
-        match self.under_way.take().map(ScopedJoinHandle::join) {
-            None => Ok(()),
-            Some(Ok(written)) => written,
-            Some(Err(panic)) => std::panic::resume_unwind(panic),
-        }
+        self.under_way.take().map_or(Ok(()), join)
     }
 }
 
