@@ -44,7 +44,7 @@ pub fn of_file(path: &Path) -> Result<String> {
 }
 
 /// Bytes read at a time: a megabyte is no faster, and every thread holds as much for good.
-pub(super) const PIECE: usize = 1 << 17;
+const PIECE: usize = 1 << 17;
 
 /// Whether to go on, asked with every piece that is read: an error ends the work.
 pub type Check<'a> = &'a (dyn Fn() -> Result<()> + Sync);
@@ -69,6 +69,34 @@ pub fn of_range_until(path: &Path, range: Range<u64>, check: Check<'_>) -> Resul
             0 => return Ok(checksum.finish()),
             count => checksum.update(&buffer[..count]),
         }
+    }
+}
+
+/// A file that is read once, from its first byte on, piece by piece.
+pub(super) struct Pieces<'a> {
+    path: &'a Path,
+    file: File,
+    buffer: Vec<u8>,
+}
+
+impl<'a> Pieces<'a> {
+    /// The file `path`, of which nothing is read yet.
+    pub(super) fn of(path: &'a Path) -> Result<Self> {
+        let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(Self { path, file, buffer: vec![0; PIECE] })
+    }
+
+    /// Reads the next `length` bytes, as long as `check` lets it, and has `look` see each piece. Errors where there are fewer.
+    pub(super) fn read(&mut self, length: u64, check: Check<'_>, look: &mut dyn FnMut(&[u8])) -> Result<()> {
+        let mut left = length;
+        while left > 0 {
+            check()?;
+            let piece = &mut self.buffer[..left.min(PIECE as u64) as usize];
+            self.file.read_exact(piece).with_context(|| format!("cannot read {}", self.path.display()))?;
+            look(piece);
+            left -= piece.len() as u64;
+        }
+        Ok(())
     }
 }
 

@@ -1,12 +1,10 @@
 //! Checksums of files of tensors that are still being written: what is there is read behind whoever writes, from the first byte on, so
 //! that little is left to read when the last tensor has its place.
 
-use super::checksum::{Check, Checksum, PIECE};
+use super::checksum::{Check, Checksum, Pieces};
 use super::write::Writer;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use std::collections::{BTreeMap, HashSet};
-use std::fs::File;
-use std::io::Read;
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -39,21 +37,13 @@ impl Growing {
     /// SHA-256 of the files, once all of their tensors are written, by path. Errors for a file that cannot be read, and with that of
     /// `check`, which is asked all the time.
     pub(crate) fn checksums(&self, check: Check<'_>) -> Result<BTreeMap<PathBuf, String>> {
-        let mut buffer = vec![0; PIECE];
         let mut sums = BTreeMap::new();
         for (path, tensors) in &self.files {
-            let cannot_read = || format!("cannot read {}", path.display());
-            let (mut file, mut checksum) = (File::open(path).with_context(cannot_read)?, Checksum::default());
-            let mut at = 0;
+            let (mut file, mut checksum, mut at) = (Pieces::of(path)?, Checksum::default(), 0);
             for (name, end) in tensors {
                 self.wait_for(name, check)?;
-                while at < *end {
-                    check()?;
-                    let piece = &mut buffer[..(end - at).min(PIECE as u64) as usize];
-                    file.read_exact(piece).with_context(cannot_read)?;
-                    checksum.update(piece);
-                    at += piece.len() as u64;
-                }
+                file.read(end - at, check, &mut |piece| checksum.update(piece))?;
+                at = *end;
             }
             sums.insert(path.clone(), checksum.finish());
         }

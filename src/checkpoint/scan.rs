@@ -1,14 +1,12 @@
 //! Weight files read once, from their first byte to their last: their checksums, and whether all numbers in them are finite.
 
-use super::checksum::{Check, Checksum, PIECE};
+use super::checksum::{Check, Checksum, Pieces};
 use super::convert::{float_type, is_finite};
 use super::read::Checkpoint;
 use super::shard::Shard;
 use crate::parallel::try_map_apart;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read;
 use std::path::PathBuf;
 
 /// Checksums of weight files, and of tensors in them.
@@ -42,29 +40,15 @@ impl Checkpoint {
         wanted: &dyn Fn(&str) -> bool,
         check: Check<'_>,
     ) -> Result<(String, Vec<(String, String)>)> {
-        let cannot_read = || format!("cannot read {}", shard.path.display());
-        let mut file = File::open(&shard.path).with_context(cannot_read)?;
-        let (mut whole, mut tensors, mut buffer) = (Checksum::default(), Vec::new(), vec![0; PIECE]);
-        // Reads so many bytes, and has `look` see each piece.
-        let mut pass = |length: u64, look: &mut dyn FnMut(&[u8])| -> Result<()> {
-            let mut left = length;
-            while left > 0 {
-                check()?;
-                let piece = &mut buffer[..left.min(PIECE as u64) as usize];
-                file.read_exact(piece).with_context(cannot_read)?;
-                whole.update(piece);
-                look(piece);
-                left -= piece.len() as u64;
-            }
-            Ok(())
-        };
-        pass(shard.data_start(), &mut |_| ())?;
+        let (mut file, mut whole, mut tensors) = (Pieces::of(&shard.path)?, Checksum::default(), Vec::new());
+        file.read(shard.data_start(), check, &mut |piece| whole.update(piece))?;
         for name in shard.header.offset_keys() {
             let info = shard.header.info(&name).expect("a name from this header");
             let (float, mut clean) = (float_type(info.dtype), true);
             let mut checksum = wanted(&name).then(Checksum::default);
             let length = (info.data_offsets.1 - info.data_offsets.0) as u64;
-            pass(length, &mut |piece| {
+            file.read(length, check, &mut |piece| {
+                whole.update(piece);
                 clean &= float.is_none_or(|float| is_finite(float, piece));
                 checksum.iter_mut().for_each(|checksum| checksum.update(piece));
             })?;

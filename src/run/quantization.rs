@@ -187,7 +187,6 @@ impl<D: ModelOps + SolveOps> Read<'_, '_, D> {
             state.check.iter().try_for_each(|check| findings::tell_of_model(check, settings.strict))?;
 
             let spent = before.and(time, stages);
-            let mut plan = plan;
             plan.host.measured_bytes = spent.peak_memory_bytes;
             let layout = input.solver.layout();
             let report = RunReport {
